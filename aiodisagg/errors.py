@@ -1,0 +1,176 @@
+"""Every error aiodisagg raises, in one tree: fields first, message second.
+
+A user catches :class:`AiodisaggError`; the HTTP edge maps :class:`InvalidRequest` to a 4xx with OpenAI's error
+body, :class:`Overloaded` to 429/503, the rest to 5xx. Errors of other libraries are translated where they occur
+(``raise ... from``), so nothing above an edge has to know them.
+"""
+
+from __future__ import annotations
+
+
+class AiodisaggError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(AiodisaggError):
+    """A setting is missing or out of range. ``key`` names it as the user wrote it."""
+
+    def __init__(self, key: str, message: str) -> None:
+        self.key = key
+        super().__init__(f"{key}: {message}")
+
+
+class CheckpointError(AiodisaggError):
+    """A model folder cannot be used: a file, a config key or a tensor (``name``) is missing, surplus or misshapen."""
+
+    def __init__(self, folder: str, name: str, message: str) -> None:
+        self.folder, self.name = folder, name
+        super().__init__(f"{folder}: {name}: {message}")
+
+
+# -- requests ---------------------------------------------------------------------------------------------------
+
+
+class InvalidRequest(AiodisaggError):
+    """The client's request cannot be served as written. ``param`` names the field, ``code`` is stable."""
+
+    def __init__(self, param: str, message: str, *, code: str = "invalid_value") -> None:
+        self.param, self.code = param, code
+        super().__init__(f"{param}: {message}")
+
+
+class MediaError(InvalidRequest):
+    """An image or a video of the request is not one, is truncated, or is larger than allowed."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(param, message, code="invalid_media")
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt plus ``max_tokens`` do not fit the model's context or the KV pool."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        self.tokens, self.limit = tokens, limit
+        super().__init__(
+            "messages", f"{tokens} tokens do not fit the limit of {limit}", code="context_length_exceeded"
+        )
+
+
+class Overloaded(AiodisaggError):
+    """The service sheds this request; trying again after ``retry_after_s`` seconds is sensible."""
+
+    def __init__(self, retry_after_s: float, message: str) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class DeadlineExceeded(AiodisaggError):
+    """A request or an item ran out of time. ``story`` is its short history, oldest first."""
+
+    def __init__(self, what: str, timeout_s: float, story: tuple[str, ...] = ()) -> None:
+        self.what, self.timeout_s, self.story = what, timeout_s, story
+        tail = f"; what happened: {' > '.join(story)}" if story else ""
+        super().__init__(f"{what}: not finished after {timeout_s:g} s{tail}")
+
+
+class EncodeFailed(AiodisaggError):
+    """An item could not be encoded by any peer that tried."""
+
+    def __init__(self, item: str, message: str, story: tuple[str, ...] = ()) -> None:
+        self.item, self.story = item, story
+        tail = f"; what happened: {' > '.join(story)}" if story else ""
+        super().__init__(f"item {item}: {message}{tail}")
+
+
+class NoEncodePeer(AiodisaggError):
+    """No compatible encode peer is known, and the language peer holds no vision tower of its own."""
+
+
+class EngineError(AiodisaggError):
+    """The engine failed one request; others go on."""
+
+    def __init__(self, request_id: str, message: str) -> None:
+        self.request_id = request_id
+        super().__init__(f"request {request_id}: {message}")
+
+
+# -- protocol and peers -----------------------------------------------------------------------------------------
+
+
+class ProtocolError(AiodisaggError):
+    """Base of what can go wrong between two peers."""
+
+
+class InvalidTransition(ProtocolError):
+    """The event is not legal in this state. The machine is unchanged."""
+
+    def __init__(self, state: str, event: str) -> None:
+        self.state, self.event = state, event
+        super().__init__(f"event {event} is not legal in state {state}")
+
+
+class RemoteProtocolError(ProtocolError):
+    """A peer sent something that the protocol does not allow. The only error a bad peer can cause."""
+
+    def __init__(self, peer: str, message: str) -> None:
+        self.peer = peer
+        super().__init__(f"peer {peer}: {message}")
+
+
+class FingerprintMismatch(RemoteProtocolError):
+    """Both peers run, but not the same model."""
+
+
+class LinkError(AiodisaggError):
+    """A control link cannot be opened or was lost. ``peer`` is an address before the handshake, a name after."""
+
+    def __init__(self, peer: str, message: str) -> None:
+        self.peer = peer
+        super().__init__(f"link to {peer}: {message}")
+
+
+class LinkClosed(LinkError):
+    """The link is gone: closed by either side, cut, or silent for longer than its timeout."""
+
+
+class AuthenticationFailed(LinkError):
+    """The other side does not know the shared secret."""
+
+
+class BootstrapError(AiodisaggError):
+    """The bootstrap server cannot be reached or refused what was asked."""
+
+    def __init__(self, url: str, message: str) -> None:
+        self.url = url
+        super().__init__(f"bootstrap {url}: {message}")
+
+
+# -- transports -------------------------------------------------------------------------------------------------
+
+
+class TransportError(AiodisaggError):
+    """Base of data-plane errors. After one, the memory involved is free only when ``fence``/``revoke`` says so."""
+
+    def __init__(self, transport: str, message: str, *, peer: str | None = None) -> None:
+        self.transport, self.peer = transport, peer
+        super().__init__(f"{transport}: " + (f"peer {peer}: {message}" if peer else message))
+
+
+class TransportUnavailable(TransportError):
+    """This machine cannot run the transport (library, device, permission); the message says what is missing."""
+
+
+class TransportClosed(TransportError):
+    """Used after ``aclose``, or closed while the operation was under way."""
+
+
+class PeerGone(TransportError):
+    """The other process is gone, or another incarnation answers at its address."""
+
+
+class WriteRefused(TransportError):
+    """The destination is outside the peer's pool, or its lease is not (or no longer) valid."""
+
+
+class WriteFailed(TransportError):
+    """The bytes may or may not have arrived; treat both ends as in use until fenced."""

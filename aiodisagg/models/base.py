@@ -1,0 +1,136 @@
+"""What every model family provides, as types that need no torch: chat input, the prompt plan, the encode half.
+
+``ItemKind``, ``Grid`` and digests name an item; :class:`PromptPlan` fixes everything about a prompt that is known
+before a single patch is computed (gate A), so KV pages and blocks can be reserved first and vision work spent second.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
+
+
+class ItemKind(enum.StrEnum):
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+# -- what a user sends ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    data: bytes
+    """The encoded file (JPEG, PNG, WebP ...), as received."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoPart:
+    frames: tuple[bytes, ...]
+    """Encoded images, all of one size, in order."""
+    fps: float = 2.0
+    """Frames per second; prompts carry the time of each frame pair."""
+
+
+Part = TextPart | ImagePart | VideoPart
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    parts: tuple[Part, ...]
+
+
+# -- what planning makes of it ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedItem:
+    """One image or video of a prompt, before it is decoded.
+
+    ``digest`` is a blake2b-128 hex digest over kind, target grid, fps and the media bytes: equal digests give equal
+    rows on equal models. ``media`` holds the encoded file(s), one for an image, one a frame for a video.
+    """
+
+    digest: str
+    kind: ItemKind
+    grid_thw: tuple[int, int, int]
+    """Patches: temporal, vertical, horizontal (before the 2x2 merge)."""
+    rows: int
+    """Visual tokens: t * h * w / merge**2."""
+    spans: tuple[tuple[int, int], ...]
+    """Half-open prompt ranges that the item's rows fill, in row order; a video has one for each frame pair."""
+    media: tuple[bytes, ...] = field(repr=False)
+    fps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPlan:
+    """Everything about a prompt that is fixed before vision compute.
+
+    input_ids: int64 [T], placeholders at visual tokens. positions: int64 [3, T] (temporal, height, width).
+    delta: add to T + j for the position of decode token j, all three rows. items: in prompt order.
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    delta: int
+    items: tuple[PlannedItem, ...]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+
+class Planner(Protocol):
+    """Tokenizes chats and plans items. Thread-safe; no weights; called on worker threads."""
+
+    def plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
+        """Raises InvalidRequest (unknown role, nothing to say) or MediaError (not an image, truncated, too large)."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special tokens left out."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """A preprocessed item: pixel_values float32 [t*h*w, 3*2*16*16] and its grid in patches."""
+
+    pixel_values: torch.Tensor
+    grid_thw: tuple[int, int, int]
+
+    @property
+    def count(self) -> int:
+        t, h, w = self.grid_thw
+        return t * h * w
+
+
+class VisionEncoder(Protocol):
+    """The encode half. ``prepare`` is CPU work, thread-safe; ``encode`` is device work, one call at a time."""
+
+    fingerprint: ModelFingerprint
+    layout: RowLayout
+
+    def prepare(
+        self, kind: ItemKind, media: Sequence[bytes], grid_thw: tuple[int, int, int], fps: float
+    ) -> Patches:
+        """Decodes and cuts into patches. Raises MediaError if the media do not give ``grid_thw``."""
+
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        """Runs the tower once over a batch: for each item packed rows [rows, (1+k)*h] of ``layout.dtype``."""

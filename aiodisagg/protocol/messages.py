@@ -1,0 +1,176 @@
+"""The words on a control link: msgspec tagged unions, one encoder, one decoder.
+
+The language peer (receiver) speaks ``Want``, ``Grant``, ``Release``, ``Cancel``; the encode peer (sender) speaks
+``Offer``, ``Progress``, ``Commit``, ``Fenced``, ``Refuse``. Every message names the item and the epoch. Nothing a
+peer sends is used before :func:`decode` checked its form and the machines checked its meaning; the only error that
+malformed bytes can raise is :class:`~aiodisagg.errors.RemoteProtocolError`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from aiodisagg.errors import RemoteProtocolError
+from aiodisagg.protocol.rows import ModelFingerprint
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Span = tuple[Count, Count]
+"""A half-open row range."""
+
+
+class ItemKey(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """One item of one request: the room both sides meet in, and the item's index in the prompt."""
+
+    room: Count
+    index: Count
+
+    def __str__(self) -> str:
+        return f"{self.room:x}.{self.index}"
+
+
+class Lend(msgspec.Struct, frozen=True, array_like=True):
+    """One block lent for the rows ``[start, stop)``; row ``start`` goes to byte ``offset`` of the receiver's pool."""
+
+    lease: Count
+    offset: Count
+    start: Count
+    stop: Count
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Rows ``[start, stop)`` written under ``lease``; ``checksum`` is xxh3-64 of the packed bytes, 0 if switched off."""
+
+    lease: Count
+    start: Count
+    stop: Count
+    checksum: Annotated[int, msgspec.Meta(ge=0, lt=2**64)]
+
+
+class Meta(msgspec.Struct, frozen=True, array_like=True):
+    """The small regions of the rows ``[start, stop)``, each present only if it was wanted."""
+
+    start: Count
+    stop: Count
+    fill_ids: bytes | None
+    mrope: bytes | None
+    """Row-major int32 [stop - start, 3]: a range of rows is a range of bytes, so windows cannot mix axes."""
+    aux: bytes | None
+
+
+class Want(msgspec.Struct, frozen=True, tag="want", array_like=True):
+    """Receiver: I need this item; I hold these rows; this is epoch ``epoch``. Also how every resume begins."""
+
+    key: ItemKey
+    epoch: Count
+    digest: Annotated[str, msgspec.Meta(max_length=64)]
+    kind: Annotated[str, msgspec.Meta(max_length=16)]
+    grid_thw: tuple[Count, Count, Count]
+    rows: Count
+    fps: float
+    held: tuple[Span, ...]
+    """Packed rows already in the ledger."""
+    meta: tuple[Count, ...]
+    """Small regions (their numbers) that the receiver lacks; empty when it planned the prompt itself."""
+    model: ModelFingerprint
+    timeout_s: float
+    """Time left to the item's deadline when this was sent."""
+    media: tuple[bytes, ...] | None
+    """The encoded file(s); None if the sender should still have them or the rows."""
+
+
+class Grant(msgspec.Struct, frozen=True, tag="grant", array_like=True):
+    """Receiver: these rows are held; these blocks are yours to fill."""
+
+    key: ItemKey
+    epoch: Count
+    lends: tuple[Lend, ...]
+    held: tuple[Span, ...]
+
+
+class Release(msgspec.Struct, frozen=True, tag="release", array_like=True):
+    """Receiver: every row is held; your source is no longer mine to need."""
+
+    key: ItemKey
+    epoch: Count
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
+    """Receiver: stop; answer ``Fenced`` when no write of mine can move any more."""
+
+    key: ItemKey
+    epoch: Count
+
+
+class Offer(msgspec.Struct, frozen=True, tag="offer", array_like=True):
+    """Sender: I will provide this item. Nothing of an older epoch moves any more.
+
+    ``written`` restates chunks of older epochs whose writes finished but whose commits may have been lost with a
+    link, so that only what was in flight is sent again. ``needs_media``: send the files in another ``Want``.
+    """
+
+    key: ItemKey
+    epoch: Count
+    rows: Count
+    model: ModelFingerprint
+    needs_media: bool
+    written: tuple[Chunk, ...]
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
+    """Sender: the item entered ``stage`` (``queued``, ``preparing``, ``encoding``, ``encoded``), for people and clocks."""
+
+    key: ItemKey
+    epoch: Count
+    stage: Annotated[str, msgspec.Meta(max_length=32)]
+    elapsed_s: float
+    """Seconds that the stage before this one took."""
+
+
+class Commit(msgspec.Struct, frozen=True, tag="commit", array_like=True):
+    """Sender: this chunk is written; its small regions come along where wanted."""
+
+    key: ItemKey
+    epoch: Count
+    chunk: Chunk
+    meta: Meta | None
+
+
+class Fenced(msgspec.Struct, frozen=True, tag="fenced", array_like=True):
+    """Sender: no write of this item under ``epoch`` or an older one can move any more."""
+
+    key: ItemKey
+    epoch: Count
+
+
+class Refuse(msgspec.Struct, frozen=True, tag="refuse", array_like=True):
+    """Sender: I cannot provide this item. ``retryable``: another peer may. Nothing of it moves any more."""
+
+    key: ItemKey
+    epoch: Count
+    code: Annotated[str, msgspec.Meta(max_length=64)]
+    message: Text
+    retryable: bool
+
+
+FromReceiver = Want | Grant | Release | Cancel
+FromSender = Offer | Progress | Commit | Fenced | Refuse
+Message = FromReceiver | FromSender
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """The message as one frame's payload."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | bytearray | memoryview, peer: str) -> Message:
+    """The message in one frame's payload. Raises RemoteProtocolError, whatever the bytes are."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise RemoteProtocolError(peer, f"not a message: {error}") from error

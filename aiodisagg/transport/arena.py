@@ -1,0 +1,61 @@
+"""One registered memory arena: allocated once, its pages touched once, shared by every transport of a process.
+
+The arena is an anonymous shared mapping (memfd): it has no name in the file system, another process can map it only
+through a file descriptor that was handed over, and the kernel frees it with the last process that maps it, however
+that one ends. A fresh mapping copies at a tenth of memory speed because of page faults, so all pages are made
+resident at the start (``MADV_POPULATE_WRITE``, Linux 5.14; older kernels: one write per page).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+_POPULATE_WRITE = 23
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Arena:
+    """``size_bytes`` of shared, pre-faulted memory. Not thread-safe to close; reads and writes are the users'."""
+
+    def __init__(self, size_bytes: int, *, populate: bool = True) -> None:
+        if size_bytes <= 0:
+            raise ValueError(f"size_bytes must be positive, not {size_bytes}")
+        self.size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.fd = os.memfd_create("aiodisagg-pool", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, self.size_bytes)
+            self._mapping = mmap.mmap(self.fd, self.size_bytes)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._anchor: ctypes.c_char | None = ctypes.c_char.from_buffer(self._mapping)
+        self.address = ctypes.addressof(self._anchor)
+        self.view = memoryview(self._mapping)
+        if populate:
+            self._populate()
+
+    def _populate(self) -> None:
+        done = _libc.madvise(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size_bytes), _POPULATE_WRITE)
+        if done != 0:
+            for offset in range(0, self.size_bytes, mmap.PAGESIZE):
+                self._mapping[offset] = 0
+
+    def close(self) -> None:
+        """Unmaps and closes. Idempotent. Raises BufferError while somebody still holds a view of it."""
+        if self._anchor is None:
+            return
+        self.view.release()
+        self._anchor = None
+        try:
+            self._mapping.close()
+        except BufferError:
+            self.view = memoryview(self._mapping)
+            self._anchor = ctypes.c_char.from_buffer(self._mapping)
+            raise
+        os.close(self.fd)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._anchor is None else f"at {self.address:#x}"
+        return f"<Arena {self.size_bytes} bytes, {state}>"

@@ -1,0 +1,51 @@
+"""Shared fixtures: event loops, and a check that a test leaves nothing of this process behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+LOOPS = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+]
+
+
+@pytest.fixture(params=[LOOPS[0]])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """asyncio; a module that promises to work on every loop parametrizes this with ``LOOPS``."""
+    return request.param  # type: ignore[no-any-return]
+
+
+def _open_files() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """Fails a test that leaves threads, descriptors or shared memory behind."""
+    gc.collect()
+    threads = set(threading.enumerate())
+    files = _open_files()
+    shared = set(os.listdir("/dev/shm"))
+    yield
+    gc.collect()
+    left_threads = [t for t in threading.enumerate() if t not in threads and t.is_alive() and not t.daemon]
+    left_files = {fd: to for fd, to in _open_files().items() if fd not in files}
+    left_shared = set(os.listdir("/dev/shm")) - shared
+    assert not left_threads, f"threads left: {left_threads}"
+    assert not left_files, f"descriptors left: {left_files}"
+    assert not left_shared, f"shared memory left: {left_shared}"
