@@ -51,9 +51,7 @@ class PromptTooLong(InvalidRequest):
 
     def __init__(self, tokens: int, limit: int) -> None:
         self.tokens, self.limit = tokens, limit
-        super().__init__(
-            "messages", f"{tokens} tokens do not fit the limit of {limit}", code="context_length_exceeded"
-        )
+        super().__init__("messages", f"{tokens} tokens do not fit the limit of {limit}", code="context_length_exceeded")
 
 
 class Overloaded(AiodisaggError):

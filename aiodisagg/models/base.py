@@ -127,9 +127,7 @@ class VisionEncoder(Protocol):
     fingerprint: ModelFingerprint
     layout: RowLayout
 
-    def prepare(
-        self, kind: ItemKind, media: Sequence[bytes], grid_thw: tuple[int, int, int], fps: float
-    ) -> Patches:
+    def prepare(self, kind: ItemKind, media: Sequence[bytes], grid_thw: tuple[int, int, int], fps: float) -> Patches:
         """Decodes and cuts into patches. Raises MediaError if the media do not give ``grid_thw``."""
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:

@@ -160,7 +160,7 @@ FromSender = Offer | Progress | Commit | Fenced | Refuse
 Message = FromReceiver | FromSender
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Message)
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:
