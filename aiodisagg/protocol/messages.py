@@ -41,12 +41,12 @@ class Lend(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
-    """Rows ``[start, stop)`` written under ``lease``; ``checksum`` is xxh3-64 of the packed bytes, 0 if switched off."""
+    """Rows ``[start, stop)`` written under ``lease``; ``checksum``: xxh3-64 of the packed bytes, 0 if switched off."""
 
     lease: Count
     start: Count
     stop: Count
-    checksum: Annotated[int, msgspec.Meta(ge=0, lt=2**64)]
+    checksum: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Meta(msgspec.Struct, frozen=True, array_like=True):
@@ -116,17 +116,22 @@ class Offer(msgspec.Struct, frozen=True, tag="offer", array_like=True):
     rows: Count
     model: ModelFingerprint
     needs_media: bool
-    written: tuple[Chunk, ...]
+    ready: Count
+    written: tuple[tuple[Chunk, Meta | None], ...]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
-    """Sender: the item entered ``stage`` (``queued``, ``preparing``, ``encoding``, ``encoded``), for people and clocks."""
+    """Sender: the item entered ``stage`` (``queued``, ``preparing``, ``encoding``, ``encoded``); ``ready`` rows exist.
+
+    ``ready`` counts the contiguous front of rows that can be written now, so blocks can be lent where they are used.
+    """
 
     key: ItemKey
     epoch: Count
     stage: Annotated[str, msgspec.Meta(max_length=32)]
     elapsed_s: float
     """Seconds that the stage before this one took."""
+    ready: Count
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit", array_like=True):

@@ -1,0 +1,124 @@
+"""The receiver's blocks: who may write where, and when a block may be lent again.
+
+A pool is one stretch of registered memory cut into blocks of a fixed number of rows. A block is lent for a range of
+rows of one item to one peer under a *lease*, a number that is never used twice: ``lease % blocks`` is the block and
+``lease // blocks`` its generation. Rules, in the order in which they were learned by others the hard way:
+
+* A block is free again only when (a) the writer reported every row of it, or (b) the lend was revoked and the writer
+  is *fenced* (it said that nothing moves any more, or it is gone); and in either case nobody reads it (``pins``).
+  A revoked, unfenced block is quarantined: it belongs to nobody.
+* Rows in a revoked block stay usable until then: a chunk whose commit was lost can still be taken (``kept``).
+* Everything about a lend is found by its lease, and every lend is forgotten when its block is freed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from aiodisagg.protocol.messages import ItemKey, Lend
+from aiodisagg.protocol.ranges import RangeSet
+
+
+@dataclass(slots=True)
+class LentBlock:
+    """One lend. ``spent``: rows that writer and reader are done with; ``pins``: takes reading it now."""
+
+    lend: Lend
+    owner: ItemKey
+    peer: str
+    epoch: int
+    size_bytes: int
+    spent: RangeSet = field(default_factory=RangeSet)
+    pins: int = 0
+    revoked: bool = False
+    fenced: bool = False
+    kept: bool = False
+    """Revoked, but its owner may still learn that rows in it were written."""
+
+    @property
+    def done(self) -> bool:
+        return self.spent.covers(self.lend.start, self.lend.stop)
+
+
+class BlockPool:
+    """Accounting of the pool's blocks. Pure; not thread-safe, except that ``admits`` may be called from any thread.
+
+    Args:
+        blocks: how many blocks there are.
+        rows_per_block: rows in each.
+        row_bytes: bytes of a packed row.
+    """
+
+    def __init__(self, blocks: int, rows_per_block: int, row_bytes: int) -> None:
+        if min(blocks, rows_per_block, row_bytes) <= 0:
+            raise ValueError(f"not a pool: {blocks} blocks of {rows_per_block} rows of {row_bytes} bytes")
+        self.blocks, self.rows_per_block, self.row_bytes = blocks, rows_per_block, row_bytes
+        self._free = list(range(blocks - 1, -1, -1))
+        self._generation = [0] * blocks
+        self._lent: dict[int, LentBlock] = {}
+
+    @property
+    def block_bytes(self) -> int:
+        return self.rows_per_block * self.row_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return self.blocks * self.block_bytes
+
+    @property
+    def free(self) -> int:
+        """Blocks that can be lent now."""
+        return len(self._free)
+
+    @property
+    def quarantined(self) -> int:
+        """Blocks whose lend was revoked but whose writer is not fenced yet."""
+        return sum(1 for block in self._lent.values() if block.revoked and not block.fenced)
+
+    def lend(self, owner: ItemKey, peer: str, epoch: int, start: int, stop: int) -> LentBlock:
+        """Lends a free block for the rows ``[start, stop)``, at most ``rows_per_block`` of them.
+
+        Raises:
+            IndexError: no block is free.
+        """
+        if not 0 < stop - start <= self.rows_per_block:
+            raise ValueError(f"[{start}, {stop}) does not fit a block of {self.rows_per_block} rows")
+        block = self._free.pop()
+        self._generation[block] += 1
+        lease = self._generation[block] * self.blocks + block
+        lend = Lend(lease=lease, offset=block * self.block_bytes, start=start, stop=stop)
+        lent = LentBlock(lend, owner, peer, epoch, (stop - start) * self.row_bytes)
+        self._lent[lease] = lent
+        return lent
+
+    def get(self, lease: int) -> LentBlock | None:
+        """The lend, or None if it ended or never was."""
+        return self._lent.get(lease)
+
+    def issued(self, lease: int) -> bool:
+        """Was this lease ever given out? Tells a late word from an invented one."""
+        return self.blocks <= lease <= self._generation[lease % self.blocks] * self.blocks + lease % self.blocks
+
+    def admits(self, offset: int, size_bytes: int, lease: int) -> bool:
+        """May ``size_bytes`` be placed at ``offset`` under ``lease`` now? The gate of receiver-placed transports."""
+        lent = self._lent.get(lease)
+        if lent is None or lent.revoked or size_bytes < 0:
+            return False
+        return lent.lend.offset <= offset and offset + size_bytes <= lent.lend.offset + lent.size_bytes
+
+    def lent_to(self, peer: str) -> list[LentBlock]:
+        """All lends of a peer's incarnation, oldest first."""
+        return [block for block in self._lent.values() if block.peer == peer]
+
+    def settle(self, lent: LentBlock) -> bool:
+        """Frees the block if the rules allow; returns whether it did. Call after every change of a lend."""
+        if lent.pins or not (lent.done or (lent.revoked and lent.fenced and not lent.kept)):
+            return False
+        if self._lent.pop(lent.lend.lease, None) is None:
+            return False
+        self._free.append(lent.lend.lease % self.blocks)
+        return True
+
+    def __repr__(self) -> str:
+        lent = len(self._lent)
+        return f"<BlockPool {self.free} free, {lent - self.quarantined} lent, {self.quarantined} quarantined>"

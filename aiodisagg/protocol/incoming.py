@@ -1,0 +1,413 @@
+"""One item on its way in: the receiver's machine.
+
+Theory
+------
+The **ledger** (``held``, and ``meta`` for the small regions) is the truth about what arrived; it only grows. An
+**epoch** is one attempt to move the item from one incarnation of one peer. Every attempt begins the same way, be it
+the first or one after a cut, a restart, a failover or silence: the receiver states its ledger in a ``Want`` with a
+new epoch. So there is no resume code that a first attempt does not run.
+
+Rows are in one of four places: held; *pending* (committed, a Take is reading them); *lent* in this epoch; missing.
+``claimed`` is the first three. A new epoch gives back what was lent, never what is pending or held.
+
+Blocks of an older epoch may still be written to until the sender's ``Offer`` for the new one, which says that nothing
+older moves, and restates finished chunks whose ``Commit`` was lost. Until then they are *kept*: revoked, but with
+rows that may count. That is why a cut costs at most the chunk that was in flight.
+
+What the table cannot say: messages of another peer or epoch never reach the item (the Receiver uses them for fences
+only); ``Place`` is asked for exactly when ``peer`` becomes None.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from aiodisagg.errors import InvalidTransition, RemoteProtocolError
+from aiodisagg.protocol.blocks import BlockPool, LentBlock
+from aiodisagg.protocol.events import (
+    Fail,
+    Finish,
+    ItemCancelled,
+    ItemSpec,
+    LinkLost,
+    LinkUp,
+    Place,
+    Placed,
+    ReceiverAction,
+    Revoke,
+    RowsRefused,
+    RowsTaken,
+    Send,
+    State,
+    Take,
+    TimerFired,
+)
+from aiodisagg.protocol.messages import (
+    Cancel,
+    Chunk,
+    Commit,
+    Fenced,
+    ItemKey,
+    Meta,
+    Offer,
+    Progress,
+    Refuse,
+    Release,
+    Want,
+)
+from aiodisagg.protocol.ranges import RangeSet
+from aiodisagg.protocol.rows import AUX_INTS, ModelFingerprint, Region
+
+Actions = list[ReceiverAction]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverConfig:
+    """Patience of a receiver; all times in seconds.
+
+    ``failover_s``: how long a lost link may take to come back before another peer is asked. ``stall_s``: silence
+    after which the peer is asked again. ``max_stalls``: unanswered questions before another peer is asked.
+    ``max_attempts``: peers that may refuse, or epochs that may bring nothing, before the item fails.
+    ``window_blocks``: blocks lent to one item at a time.
+    """
+
+    failover_s: float = 1.0
+    stall_s: float = 5.0
+    max_stalls: int = 2
+    max_attempts: int = 4
+    window_blocks: int = 4
+
+
+class IncomingItem:
+    """The machine; ``handle`` is its only door. See the module's text."""
+
+    def __init__(
+        self, key: ItemKey, spec: ItemSpec, model: ModelFingerprint, pool: BlockPool, config: ReceiverConfig,
+        now: float, timeout_s: float,
+    ) -> None:  # fmt: skip
+        self.key, self.spec, self.model = key, spec, model
+        self.state = State.BOOTSTRAPPING
+        self.peer: str | None = None
+        self.epoch = 0
+        self.held = RangeSet()
+        self.meta = {region: RangeSet() for region in spec.meta}
+        self.claimed = RangeSet()
+        self.pending = RangeSet()
+        self.lends: dict[int, LentBlock] = {}
+        self.ready = 0
+        self.born, self.deadline, self.timeout_s = now, now + timeout_s, timeout_s
+        self.wake = self.deadline
+        self.story: deque[str] = deque(maxlen=24)
+        self._pool, self._config = pool, config
+        self._linked = False
+        self._has_media: set[str] = set()
+        self._avoid: set[str] = set()
+        self._stalls = 0
+        self._attempts = 0
+
+    # -- the door ------------------------------------------------------------------------------------------------
+
+    def handle(self, event: object, now: float) -> Actions:
+        """Raises InvalidTransition, changing nothing, if the event is not legal in this state."""
+        method = self.TABLE.get((self.state, type(event)))
+        if method is None:
+            raise InvalidTransition(self.state.value, type(event).__name__)
+        return method(self, event, now)
+
+    def begin(self) -> Actions:
+        """The first action of a new item."""
+        return [Place(self.key, frozenset())]
+
+    @property
+    def timer(self) -> float:
+        """When TimerFired is due at the latest."""
+        return min(self.deadline, self.wake)
+
+    @property
+    def complete(self) -> bool:
+        rows = self.spec.rows
+        return self.held.covers(0, rows) and all(
+            spans.covers(0, 1 if region is Region.AUX else rows) for region, spans in self.meta.items()
+        )
+
+    # -- placement and epochs ------------------------------------------------------------------------------------
+
+    def _placed(self, event: Placed, now: float) -> Actions:
+        if self.peer is not None:
+            raise InvalidTransition(self.state.value, "Placed")
+        self.peer, self._linked, self._stalls = event.peer, True, 0
+        return self._new_epoch(now, f"placed on {event.peer}")
+
+    def _new_epoch(self, now: float, why: str) -> Actions:
+        """States the ledger to the current peer and starts over from it."""
+        assert self.peer is not None
+        actions = self._withdraw(keep=True)
+        self.epoch += 1
+        self.state, self.ready = State.BOOTSTRAPPING, 0
+        self.wake = now + self._config.stall_s
+        self._tell(now, f"{why}, epoch {self.epoch}, {len(self.held)}/{self.spec.rows} rows held")
+        spec = self.spec
+        media = None if self.peer in self._has_media else spec.media
+        self._has_media.add(self.peer)
+        lacking = tuple(sorted(r for r, spans in self.meta.items() if not spans.covers(0, self._meta_rows(r))))
+        want = Want(
+            self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.spans(),
+            lacking, self.model, max(0.0, self.deadline - now), media,
+        )  # fmt: skip
+        return [*actions, Send(self.peer, want)]
+
+    def _withdraw(self, *, keep: bool) -> Actions:
+        """Gives back what is lent. ``keep``: the sender may still restate what it wrote there."""
+        revoked = []
+        for lease, block in list(self.lends.items()):
+            if not block.revoked:
+                block.revoked = True
+                revoked.append(lease)
+            block.kept = keep
+            if self._pool.settle(block) or not keep:
+                del self.lends[lease]
+        self.claimed = self.held.copy()
+        for start, stop in self.pending.spans():
+            self.claimed.add(start, stop)
+        return [Revoke(self.peer, tuple(revoked))] if revoked and self.peer is not None else []
+
+    def _fail_over(self, now: float, why: str) -> Actions:
+        """Leaves the current peer; what it was lent stays quarantined until it is fenced."""
+        actions = self._withdraw(keep=False)
+        if self.peer is not None:
+            self._avoid.add(self.peer)
+            actions.append(Send(self.peer, Cancel(self.key, self.epoch)))
+        self._tell(now, f"left {self.peer}: {why}")
+        self.peer, self.state, self.wake = None, State.BOOTSTRAPPING, self.deadline
+        return [*actions, Place(self.key, frozenset(self._avoid))]
+
+    def _link_lost(self, event: LinkLost, now: float) -> Actions:
+        if event.gone:
+            return self._fail_over(now, "its process ended")
+        self._linked = False
+        actions = self._withdraw(keep=True)
+        self.state, self.wake = State.BOOTSTRAPPING, now + self._config.failover_s
+        self._tell(now, f"link to {self.peer} lost")
+        return actions
+
+    def _link_up(self, event: LinkUp, now: float) -> Actions:
+        self._linked = True
+        return self._new_epoch(now, f"link to {event.peer} is back")
+
+    def _timer(self, event: TimerFired, now: float) -> Actions:
+        if now >= self.deadline:
+            return self.fail(now, "deadline", f"not complete after {self.timeout_s:g} s")
+        if now < self.wake or self.peer is None:
+            return []
+        if not self._linked:
+            return self._fail_over(now, f"its link did not come back in {self._config.failover_s:g} s")
+        if self.state is State.BOOTSTRAPPING:
+            self._stalls += 1
+            if self._stalls >= self._config.max_stalls:
+                return self._fail_over(now, f"no answer to {self._stalls} questions")
+        elif any(not block.revoked and block.lend.start < self.ready for block in self.lends.values()):
+            self._attempts += 1
+            if self._attempts >= self._config.max_attempts:
+                self._attempts = 0
+                return self._fail_over(now, "rows that are ready do not arrive")
+        return self._new_epoch(now, f"no progress in {self._config.stall_s:g} s")
+
+    # -- what the sender says ------------------------------------------------------------------------------------
+
+    def _offered(self, event: Offer, now: float) -> Actions:
+        assert self.peer is not None
+        if event.model != self.model or event.rows != self.spec.rows or event.ready > event.rows:
+            raise RemoteProtocolError(self.peer, f"item {self.key}: offer does not fit what was wanted: {event}")
+        if event.needs_media:
+            self._has_media.discard(self.peer)
+            self._settle_older(event.epoch)
+            return self._new_epoch(now, f"{self.peer} has neither rows nor media")
+        for chunk, meta in event.written:
+            self._check_chunk(chunk, meta)
+        actions: Actions = []
+        for chunk, meta in event.written:
+            actions += self._take(chunk, meta)
+        self._settle_older(event.epoch)
+        self._stalls = 0
+        if self.state is State.BOOTSTRAPPING:
+            self.state = State.TRANSFERRING if self.claimed else State.WAITING_FOR_INPUT
+            self._tell(now, f"offered, {event.ready} rows ready")
+        self._heard(now, event.ready)
+        return actions
+
+    def _settle_older(self, epoch: int) -> None:
+        for lease, block in list(self.lends.items()):
+            if block.epoch < epoch:
+                block.fenced, block.kept = True, False
+                if self._pool.settle(block) or not block.pins:
+                    del self.lends[lease]
+
+    def _progress(self, event: Progress, now: float) -> Actions:
+        assert self.peer is not None
+        if event.ready > self.spec.rows:
+            raise RemoteProtocolError(self.peer, f"item {self.key}: {event.ready} of {self.spec.rows} rows ready")
+        self._tell(now, event.stage)
+        self._heard(now, event.ready)
+        return []
+
+    def _heard(self, now: float, ready: int) -> None:
+        self.ready = max(self.ready, ready)
+        self.wake = now + self._config.stall_s
+
+    def _committed(self, event: Commit, now: float) -> Actions:
+        self._check_chunk(event.chunk, event.meta)
+        actions = self._take(event.chunk, event.meta)
+        if actions:
+            self.state = State.TRANSFERRING
+            self._heard(now, event.chunk.stop)
+        return actions
+
+    def _check_chunk(self, chunk: Chunk, meta: Meta | None) -> None:
+        """Raises RemoteProtocolError if no honest sender could say this; late words about ended lends are fine."""
+        peer, block = str(self.peer), self._pool.get(chunk.lease)
+        if block is None:
+            if not self._pool.issued(chunk.lease):
+                raise RemoteProtocolError(peer, f"item {self.key}: lease {chunk.lease} was never given")
+            return
+        lend, rows = block.lend, chunk.stop - chunk.start
+        if block.owner != self.key or block.peer != peer:
+            raise RemoteProtocolError(peer, f"item {self.key}: lease {chunk.lease} is not for it")
+        if not lend.start <= chunk.start < chunk.stop <= lend.stop:
+            raise RemoteProtocolError(peer, f"item {self.key}: {chunk} is outside {lend}")
+        sizes = {Region.FILL_IDS: 4 * rows, Region.MROPE: 12 * rows, Region.AUX: 4 * AUX_INTS}
+        parts = {} if meta is None else {Region.FILL_IDS: meta.fill_ids, Region.MROPE: meta.mrope, Region.AUX: meta.aux}
+        for region, size in sizes.items():
+            data = parts.get(region)
+            lacking = region in self.meta and not self._has_meta(region, chunk)
+            if (lacking and data is None) or (data is not None and len(data) != size):
+                raise RemoteProtocolError(peer, f"item {self.key}: region {region.name} does not fit {chunk}")
+        if meta is not None and (meta.start, meta.stop) != (chunk.start, chunk.stop):
+            raise RemoteProtocolError(peer, f"item {self.key}: small regions of other rows than {chunk}")
+
+    def _has_meta(self, region: Region, chunk: Chunk) -> bool:
+        start, stop = (0, 1) if region is Region.AUX else (chunk.start, chunk.stop)
+        return self.meta[region].covers(start, stop)
+
+    def _take(self, chunk: Chunk, meta: Meta | None) -> Actions:
+        """The chunk lies in its block: take it, unless these rows were taken before."""
+        block = self._pool.get(chunk.lease)
+        if block is None or any(s.overlaps(chunk.start, chunk.stop) for s in (self.held, self.pending, block.spent)):
+            return []
+        block.pins += 1
+        self.pending.add(chunk.start, chunk.stop)
+        self.claimed.add(chunk.start, chunk.stop)
+        row_bytes = self._pool.row_bytes
+        offset = block.lend.offset + (chunk.start - block.lend.start) * row_bytes
+        return [Take(self.key, chunk, offset, (chunk.stop - chunk.start) * row_bytes, meta)]
+
+    def _fenced(self, event: Fenced, now: float) -> Actions:
+        """Unasked: the sender stopped in this epoch, because a write failed. Start over, a bounded number of times."""
+        self._attempts += 1
+        for block in self.lends.values():
+            block.revoked = block.fenced = True
+        if self._attempts >= self._config.max_attempts:
+            self._attempts = 0
+            return self._fail_over(now, "writes failed again and again")
+        return self._new_epoch(now, "a write failed")
+
+    def _refused(self, event: Refuse, now: float) -> Actions:
+        for block in self.lends.values():
+            block.revoked = block.fenced = True
+        self._attempts += 1
+        if not event.retryable or self._attempts >= self._config.max_attempts:
+            return self.fail(now, event.code, event.message)
+        return self._fail_over(now, f"{event.code}: {event.message}")
+
+    # -- what became of a Take -----------------------------------------------------------------------------------
+
+    def _taken(self, event: RowsTaken, now: float) -> Actions:
+        chunk = event.chunk
+        self.pending.remove(chunk.start, chunk.stop)
+        self.held.add(chunk.start, chunk.stop)
+        self._attempts = 0
+        if not self.complete:
+            return []
+        self.state = State.SUCCESS
+        farewell = Cancel if any(block.revoked or not block.done for block in self.lends.values()) else Release
+        actions = self._withdraw(keep=False)
+        if self.peer is not None:
+            actions.append(Send(self.peer, farewell(self.key, self.epoch)))
+        self._tell(now, "complete")
+        return [*actions, Finish(self.key)]
+
+    def meta_taken(self, meta: Meta) -> None:
+        """The small regions that came with a taken chunk."""
+        for region, data in ((Region.FILL_IDS, meta.fill_ids), (Region.MROPE, meta.mrope)):
+            if data is not None and region in self.meta:
+                self.meta[region].add(meta.start, meta.stop)
+        if meta.aux is not None and Region.AUX in self.meta:
+            self.meta[Region.AUX].add(0, 1)
+
+    def _chunk_refused(self, event: RowsRefused, now: float) -> Actions:
+        chunk = event.chunk
+        self.pending.remove(chunk.start, chunk.stop)
+        self.claimed.remove(chunk.start, chunk.stop)
+        self._tell(now, f"checksum of rows {chunk.start}-{chunk.stop} is wrong")
+        self._attempts += 1
+        if self._attempts >= self._config.max_attempts:
+            return self.fail(now, "corrupt", "rows arrived with wrong checksums again and again")
+        return []
+
+    # -- ends ----------------------------------------------------------------------------------------------------
+
+    def _cancelled(self, event: ItemCancelled, now: float) -> Actions:
+        return self.fail(now, "cancelled", "nobody waits for it any more")
+
+    def fail(self, now: float, code: str, message: str) -> Actions:
+        """Ends the item; its blocks are quarantined until fenced."""
+        actions = self._withdraw(keep=False)
+        if self.peer is not None:
+            actions.append(Send(self.peer, Cancel(self.key, self.epoch)))
+        self.state = State.FAILED
+        self._tell(now, f"{code}: {message}")
+        return [*actions, Fail(self.key, code, message, tuple(self.story))]
+
+    def _meta_rows(self, region: Region) -> int:
+        return 1 if region is Region.AUX else self.spec.rows
+
+    def _ignore(self, event: object, now: float) -> Actions:
+        return []
+
+    def _tell(self, now: float, what: str) -> None:
+        self.story.append(f"{now - self.born:.3f}s {what}")
+
+    def __repr__(self) -> str:
+        return (
+            f"<IncomingItem {self.key} {self.state.value} epoch {self.epoch} from {self.peer}, "
+            f"{len(self.held)}/{self.spec.rows} rows, {len(self.lends)} blocks>"
+        )
+
+    TABLE: ClassVar[dict[tuple[State, type], Callable[..., Actions]]] = {}
+
+
+def _table() -> dict[tuple[State, type], Callable[..., Actions]]:
+    item = IncomingItem
+    alive = (State.BOOTSTRAPPING, State.WAITING_FOR_INPUT, State.TRANSFERRING)
+    offered = alive[1:]
+    rows: list[tuple[tuple[State, ...], type, Callable[..., Actions]]] = [
+        (alive[:1], Placed, item._placed),
+        (alive, Offer, item._offered),
+        (alive[:1], Progress, item._ignore),
+        (offered, Progress, item._progress),
+        (offered, Commit, item._committed),
+        (alive, Fenced, item._fenced),
+        (alive, Refuse, item._refused),
+        (alive, RowsTaken, item._taken),
+        (alive, RowsRefused, item._chunk_refused),
+        (alive, LinkLost, item._link_lost),
+        (alive, LinkUp, item._link_up),
+        (alive, TimerFired, item._timer),
+        (alive, ItemCancelled, item._cancelled),
+    ]
+    return {(state, event): method for states, event, method in rows for state in states}
+
+
+IncomingItem.TABLE = _table()

@@ -1,0 +1,216 @@
+"""The receiving side of a process: all its incoming items, one block pool, and who gets the next block.
+
+Blocks are lent where they are used: rows that exist at the sender come first, one block per item in turn; rows that
+are still being computed get blocks only while half of the pool stays free. So an item that waits for a tower can
+never keep the pool from items whose rows wait for blocks, and an item larger than the pool slides through it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+
+from aiodisagg.errors import InvalidTransition, RemoteProtocolError
+from aiodisagg.protocol.blocks import BlockPool, LentBlock
+from aiodisagg.protocol.counters import ByteCounters
+from aiodisagg.protocol.events import (
+    ItemCancelled,
+    ItemRequested,
+    LeasesRevoked,
+    LinkLost,
+    LinkUp,
+    MessageReceived,
+    Placed,
+    ReceiverAction,
+    ReceiverEvent,
+    RowsRefused,
+    RowsTaken,
+    Send,
+    State,
+    Take,
+    TimerFired,
+)
+from aiodisagg.protocol.incoming import IncomingItem, ReceiverConfig
+from aiodisagg.protocol.messages import Cancel, Commit, Fenced, Grant, ItemKey, Lend, Offer, Progress, Refuse
+from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
+
+__all__ = ["Receiver", "ReceiverConfig"]
+
+
+class Receiver:
+    """Pure: ``handle(event, now) -> actions``. A bad peer can raise only RemoteProtocolError, changing nothing.
+
+    Args:
+        model: what offers must match.
+        pool: the blocks; the receiver is their only user.
+    """
+
+    def __init__(self, model: ModelFingerprint, pool: BlockPool, config: ReceiverConfig | None = None) -> None:
+        self.model, self.pool, self.config = model, pool, config or ReceiverConfig()
+        self.counters = ByteCounters(RowLayout.of(model))
+        self.items: dict[ItemKey, IncomingItem] = {}
+        self._taking: dict[tuple[ItemKey, int, int], Take] = {}
+        self._eager: OrderedDict[ItemKey, None] = OrderedDict()
+        self._early: OrderedDict[ItemKey, None] = OrderedDict()
+        self._timers: list[tuple[float, ItemKey]] = []
+        self._armed: dict[ItemKey, float] = {}
+
+    def next_timer(self) -> float | None:
+        """When to feed TimerFired; None: no item is open. Read it again after every ``handle``."""
+        while self._timers and self._armed.get(self._timers[0][1]) != self._timers[0][0]:
+            heapq.heappop(self._timers)
+        return self._timers[0][0] if self._timers else None
+
+    def handle(self, event: ReceiverEvent, now: float) -> list[ReceiverAction]:
+        actions: list[ReceiverAction] = []
+        match event:
+            case MessageReceived():
+                actions = self._message(event, now)
+            case RowsTaken() | RowsRefused():
+                actions = self._taken(event, now)
+            case ItemRequested(key, spec, timeout_s):
+                if key in self.items:
+                    raise InvalidTransition(self.items[key].state.value, "ItemRequested")
+                item = IncomingItem(key, spec, self.model, self.pool, self.config, now, timeout_s)
+                self.items[key] = item
+                actions = self._after(item, item.begin())
+            case Placed(key, _) | ItemCancelled(key):
+                found = self.items.get(key)
+                actions = self._step(found, event, now) if found else []
+            case LinkUp(peer):
+                actions = self._link_up(peer, event, now)
+            case LinkLost(peer, _):
+                for item in [item for item in self.items.values() if item.peer == peer]:
+                    actions += self._step(item, event, now)
+            case LeasesRevoked(leases):
+                for lease in leases:
+                    block = self.pool.get(lease)
+                    if block is not None and block.revoked:
+                        block.fenced = True
+                        self._settle(block)
+            case TimerFired():
+                while (due := self.next_timer()) is not None and due <= now:
+                    item = self.items[heapq.heappop(self._timers)[1]]
+                    del self._armed[item.key]
+                    actions += self._step(item, event, now)
+        return actions + self._lend()
+
+    # -- routing -------------------------------------------------------------------------------------------------
+
+    def _step(self, item: IncomingItem, event: object, now: float) -> list[ReceiverAction]:
+        return self._after(item, item.handle(event, now))
+
+    def _after(self, item: IncomingItem, actions: list[ReceiverAction]) -> list[ReceiverAction]:
+        for action in actions:
+            if isinstance(action, Take):
+                self._taking[action.key, action.chunk.lease, action.chunk.start] = action
+        if item.state.final:
+            del self.items[item.key]
+            self._armed.pop(item.key, None)
+        elif self._armed.get(item.key) != item.timer:
+            self._armed[item.key] = item.timer
+            heapq.heappush(self._timers, (item.timer, item.key))
+        self._queue(item)
+        return actions
+
+    def _message(self, event: MessageReceived, now: float) -> list[ReceiverAction]:
+        peer, message = event.peer, event.message
+        if not isinstance(message, Offer | Progress | Commit | Fenced | Refuse):
+            raise RemoteProtocolError(peer, f"{type(message).__name__} is not a sender's word")
+        item = self.items.get(message.key)
+        if item is not None and item.peer == peer and item.epoch == message.epoch:
+            try:
+                return self._step(item, message, now)
+            except InvalidTransition as error:
+                raise RemoteProtocolError(peer, f"item {message.key}: {error}") from error
+        if isinstance(message, Offer) and (item is None or item.peer != peer):
+            return [Send(peer, Cancel(message.key, message.epoch))]
+        if isinstance(message, Fenced | Refuse):
+            for block in self.pool.lent_to(peer):
+                if block.owner == message.key and block.epoch <= message.epoch and block.revoked:
+                    block.fenced = True
+                    self._settle(block)
+        return []
+
+    def _taken(self, event: RowsTaken | RowsRefused, now: float) -> list[ReceiverAction]:
+        chunk = event.chunk
+        take = self._taking.pop((event.key, chunk.lease, chunk.start), None)
+        block = self.pool.get(chunk.lease)
+        if take is None or block is None:
+            raise InvalidTransition("no such Take", type(event).__name__)
+        block.pins -= 1
+        block.spent.add(chunk.start, chunk.stop)
+        outcome = "received" if isinstance(event, RowsTaken) else "refused"
+        self.counters.rows(outcome, block.peer, chunk.stop - chunk.start)
+        self.counters.meta(outcome, block.peer, take.meta)
+        item = self.items.get(event.key)
+        if item is not None and isinstance(event, RowsTaken) and take.meta is not None:
+            item.meta_taken(take.meta)
+        self._settle(block)
+        return self._step(item, event, now) if item is not None else []
+
+    def _settle(self, block: LentBlock) -> None:
+        if self.pool.settle(block):
+            owner = self.items.get(block.owner)
+            if owner is not None:
+                owner.lends.pop(block.lend.lease, None)
+                self._queue(owner)
+
+    def _link_up(self, peer: str, event: LinkUp, now: float) -> list[ReceiverAction]:
+        """Resumes what this peer provides; asks it to fence what it was lent for others."""
+        actions: list[ReceiverAction] = []
+        for item in [item for item in self.items.values() if item.peer == peer]:
+            actions += self._step(item, event, now)
+        stale: dict[ItemKey, int] = {}
+        for block in self.pool.lent_to(peer):
+            owner = self.items.get(block.owner)
+            if block.revoked and not block.fenced and (owner is None or owner.peer != peer):
+                stale[block.owner] = max(block.epoch, stale.get(block.owner, 0))
+        return actions + [Send(peer, Cancel(key, epoch)) for key, epoch in stale.items()]
+
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    def _queue(self, item: IncomingItem) -> None:
+        """Puts an item that wants blocks into the right line, or into none."""
+        self._eager.pop(item.key, None)
+        self._early.pop(item.key, None)
+        gap = self._gap(item)
+        if gap is not None:
+            (self._eager if gap[0] < item.ready else self._early)[item.key] = None
+
+    def _gap(self, item: IncomingItem) -> tuple[int, int] | None:
+        if item.state not in (State.WAITING_FOR_INPUT, State.TRANSFERRING):
+            return None
+        lent = sum(1 for block in item.lends.values() if not block.revoked)
+        if lent >= self.config.window_blocks:
+            return None
+        return next(iter(item.claimed.gaps(0, item.spec.rows)), None)
+
+    def _lend(self) -> list[ReceiverAction]:
+        """Lends what can be lent, one block per item in turn, and states each receiver's ledger with its grant."""
+        grants: dict[ItemKey, list[Lend]] = {}
+        while self.pool.free:
+            if self._eager:
+                key, _ = self._eager.popitem(last=False)
+            elif self._early and self.pool.free - 1 >= -(-self.pool.blocks // 2):
+                key, _ = self._early.popitem(last=False)
+            else:
+                break
+            item = self.items[key]
+            gap = self._gap(item)
+            assert gap is not None and item.peer is not None
+            stop = min(gap[1], gap[0] + self.pool.rows_per_block)
+            block = self.pool.lend(key, item.peer, item.epoch, gap[0], stop)
+            item.lends[block.lend.lease] = block
+            item.claimed.add(gap[0], stop)
+            grants.setdefault(key, []).append(block.lend)
+            self._queue(item)
+        actions: list[ReceiverAction] = []
+        for key, lends in grants.items():
+            item = self.items[key]
+            assert item.peer is not None
+            actions.append(Send(item.peer, Grant(key, item.epoch, tuple(lends), item.held.spans())))
+        return actions
+
+    def __repr__(self) -> str:
+        return f"<Receiver {len(self.items)} items, {self.pool!r}>"

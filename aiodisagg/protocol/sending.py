@@ -1,0 +1,148 @@
+"""The sending side of a process: all its outgoing items and the sources they draw from."""
+
+from __future__ import annotations
+
+import heapq
+
+from aiodisagg.errors import InvalidTransition, RemoteProtocolError
+from aiodisagg.protocol.counters import ByteCounters
+from aiodisagg.protocol.events import (
+    ChunkWritten,
+    EncodeStopped,
+    LinkLost,
+    LinkUp,
+    MessageReceived,
+    RowsReady,
+    Send,
+    SenderAction,
+    SenderEvent,
+    StageEntered,
+    TimerFired,
+    WriteFailed,
+    WritesFenced,
+)
+from aiodisagg.protocol.messages import Cancel, Fenced, Grant, Refuse, Release, Want
+from aiodisagg.protocol.outgoing import OutgoingItem, SenderConfig
+from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
+from aiodisagg.protocol.sources import SourceTable, User
+
+__all__ = ["Sender", "SenderConfig"]
+
+
+class Sender:
+    """Pure: ``handle(event, now) -> actions``. A bad peer can raise only RemoteProtocolError, changing nothing.
+
+    Args:
+        model: the only model whose rows this process makes; a want for another is refused.
+    """
+
+    def __init__(self, model: ModelFingerprint, config: SenderConfig | None = None) -> None:
+        self.model, self.config = model, config or SenderConfig()
+        layout = RowLayout.of(model)
+        self._row_bytes = layout.row_bytes
+        self.counters = ByteCounters(layout)
+        self.sources = SourceTable(self.config.capacity_bytes, layout.row_bytes)
+        self.items: dict[User, OutgoingItem] = {}
+        self._timers: list[tuple[float, User]] = []
+        self._armed: dict[User, float] = {}
+
+    def next_timer(self) -> float | None:
+        """When to feed TimerFired; None: no item is open. Read it again after every ``handle``."""
+        while self._timers and self._armed.get(self._timers[0][1]) != self._timers[0][0]:
+            heapq.heappop(self._timers)
+        return self._timers[0][0] if self._timers else None
+
+    def handle(self, event: SenderEvent, now: float) -> list[SenderAction]:
+        actions: list[SenderAction] = []
+        match event:
+            case MessageReceived():
+                actions = self._message(event, now)
+            case ChunkWritten(peer, key) | WriteFailed(peer, key) | WritesFenced(peer, key):
+                item = self.items.get((peer, key))
+                if item is None:
+                    raise InvalidTransition("no such item", type(event).__name__)
+                actions = self._step(item, event, now)
+            case RowsReady(digest, stop):
+                source = self.sources.get(digest)
+                if source is None or not source.ready < stop <= source.job.rows:
+                    raise InvalidTransition(f"source {source!r}", repr(event))
+                source.ready = stop
+                actions = self._users(digest, event, now)
+                if source.complete and not source.users:
+                    source.cancelled = False
+            case StageEntered(digest, stage):
+                source = self.sources.get(digest)
+                if source is None:
+                    raise InvalidTransition("no such source", repr(event))
+                source.stage = stage
+                actions = self._users(digest, event, now)
+            case EncodeStopped(digest):
+                users, actions = self.sources.stopped(digest)
+                for user in sorted(users):
+                    actions += self._step(self.items[user], event, now)
+            case LinkLost(peer) | LinkUp(peer):
+                for item in [item for item in self.items.values() if item.peer == peer]:
+                    actions += self._step(item, event, now)
+            case TimerFired():
+                while (due := self.next_timer()) is not None and due <= now:
+                    user = heapq.heappop(self._timers)[1]
+                    del self._armed[user]
+                    actions += self._step(self.items[user], event, now)
+        return actions + self.sources.admit()
+
+    def _users(self, digest: str, event: RowsReady | StageEntered, now: float) -> list[SenderAction]:
+        source = self.sources.get(digest)
+        actions: list[SenderAction] = []
+        for user in sorted(source.users) if source is not None else ():
+            actions += self._step(self.items[user], event, now)
+        return actions
+
+    def _step(self, item: OutgoingItem, event: object, now: float) -> list[SenderAction]:
+        user = (item.peer, item.key)
+        actions = item.handle(event, now)
+        if item.state.final and not item.ended:
+            self._armed.pop(user, None)
+        elif item.ended:
+            self.items.pop(user, None)
+            self._armed.pop(user, None)
+            actions += self.sources.release(item.digest, user)
+        elif self._armed.get(user) != item.timer:
+            self._armed[user] = item.timer
+            heapq.heappush(self._timers, (item.timer, user))
+        return actions
+
+    def _message(self, event: MessageReceived, now: float) -> list[SenderAction]:
+        peer, message = event.peer, event.message
+        if not isinstance(message, Want | Grant | Release | Cancel):
+            raise RemoteProtocolError(peer, f"{type(message).__name__} is not a receiver's word")
+        item = self.items.get((peer, message.key))
+        if isinstance(message, Want):
+            return self._want(item, peer, message, now)
+        if item is None:
+            return [Send(peer, Fenced(message.key, message.epoch))] if isinstance(message, Cancel) else []
+        try:
+            return self._step(item, message, now)
+        except InvalidTransition as error:
+            raise RemoteProtocolError(peer, f"item {message.key}: {error}") from error
+
+    def _want(self, item: OutgoingItem | None, peer: str, want: Want, now: float) -> list[SenderAction]:
+        if want.model != self.model:
+            said = f"this peer runs {self.model}, not {want.model}"
+            return [Send(peer, Refuse(want.key, want.epoch, "model_mismatch", said, True))]
+        t, h, w = want.grid_thw
+        if not 0 < want.rows <= t * h * w or any(not 0 <= a < b <= want.rows for a, b in want.held):
+            raise RemoteProtocolError(peer, f"item {want.key}: {want.rows} rows do not fit the grid {want.grid_thw}")
+        if item is not None and (item.digest, item.rows) != (want.digest, want.rows):
+            raise RemoteProtocolError(peer, f"item {want.key} was {item.digest}, now {want.digest}")
+        known = self.sources.get(want.digest)
+        if known is not None and known.job.rows != want.rows:
+            raise RemoteProtocolError(peer, f"item {want.key}: {want.digest} has {known.job.rows} rows")
+        if item is None:
+            item = OutgoingItem(peer, want, self.model, self._row_bytes, self.counters, self.config, now)
+            self.items[peer, want.key] = item
+        if want.epoch > item.epoch:
+            item.source = self.sources.acquire(want, (peer, want.key))
+        return self._step(item, want, now)
+
+    def __repr__(self) -> str:
+        return f"<Sender {len(self.items)} items, {len(self.sources)} sources, {self.sources.used_bytes} bytes>"

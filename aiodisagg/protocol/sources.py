@@ -1,0 +1,119 @@
+"""What a sender can send: encoded items by content digest, bounded in bytes.
+
+One source serves every room that wants its digest (single flight). It is kept while anybody may still ask for rows
+of it, and after that as a cache, least recently used first to go, so that a repeated image or a restarted receiver
+starts at once. Room for a source is promised before its encoding begins.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from aiodisagg.protocol.events import CancelEncode, DropSource, SenderAction, StartEncode
+from aiodisagg.protocol.messages import ItemKey, Want
+
+User = tuple[str, ItemKey]
+"""(peer, item): one receiver's interest in a source."""
+
+
+@dataclass(slots=True)
+class Source:
+    """An item at the sender. ``ready`` rows exist; the job is queued, started or (``ready == rows``) done."""
+
+    job: StartEncode
+    size_bytes: int
+    ready: int = 0
+    started: bool = False
+    cancelled: bool = False
+    stage: str = "queued"
+    users: set[User] = field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        return self.ready >= self.job.rows
+
+
+class SourceTable:
+    """Pure accounting of sources. ``capacity_bytes`` bounds those started; one larger than that goes in alone."""
+
+    def __init__(self, capacity_bytes: int, row_bytes: int) -> None:
+        self.capacity_bytes, self._row_bytes = capacity_bytes, row_bytes
+        self.used_bytes = 0
+        self.hits = 0
+        self.started = 0
+        self._sources: OrderedDict[str, Source] = OrderedDict()
+        self._queue: deque[str] = deque()
+
+    def get(self, digest: str) -> Source | None:
+        return self._sources.get(digest)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def acquire(self, want: Want, user: User) -> Source | None:
+        """The source for a want, made from its media if there is none; None if the media are needed first."""
+        source = self._sources.get(want.digest)
+        if source is None:
+            if want.media is None:
+                return None
+            job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, want.media)
+            source = self._sources[want.digest] = Source(job, want.rows * self._row_bytes)
+            self._queue.append(want.digest)
+        elif user not in source.users:
+            self.hits += 1
+        source.users.add(user)
+        self._sources.move_to_end(want.digest)
+        return source
+
+    def release(self, digest: str, user: User) -> list[SenderAction]:
+        """Ends a user's interest. A job that nobody wants is cancelled; complete rows stay as a cache."""
+        source = self._sources.get(digest)
+        if source is None:
+            return []
+        source.users.discard(user)
+        if source.users or source.complete:
+            return []
+        if source.started:
+            if source.cancelled:
+                return []
+            source.cancelled = True
+            return [CancelEncode(digest)]
+        self._queue.remove(digest)
+        del self._sources[digest]
+        return []
+
+    def admit(self) -> list[SenderAction]:
+        """Starts queued jobs for which there is room, evicting cached sources that nobody uses."""
+        actions: list[SenderAction] = []
+        while self._queue:
+            source = self._sources[self._queue[0]]
+            actions += self._evict(source.size_bytes)
+            if self.used_bytes and self.used_bytes + source.size_bytes > self.capacity_bytes:
+                break
+            self._queue.popleft()
+            self.used_bytes += source.size_bytes
+            source.started = True
+            self.started += 1
+            actions.append(source.job)
+        return actions
+
+    def _evict(self, room: int) -> list[SenderAction]:
+        idle = [d for d, s in self._sources.items() if s.started and s.complete and not s.users]
+        dropped: list[SenderAction] = []
+        for digest in idle:
+            if self.used_bytes + room <= self.capacity_bytes:
+                break
+            self.used_bytes -= self._sources.pop(digest).size_bytes
+            dropped.append(DropSource(digest))
+        return dropped
+
+    def stopped(self, digest: str) -> tuple[set[User], list[SenderAction]]:
+        """A job ended without rows: its users are told, unless it was cancelled and is wanted again by now."""
+        source = self._sources.pop(digest)
+        self.used_bytes -= source.size_bytes
+        if source.cancelled and source.users:
+            self._sources[digest] = Source(source.job, source.size_bytes, users=source.users)
+            self._queue.append(digest)
+            return set(), [DropSource(digest)]
+        return source.users, [DropSource(digest)]
