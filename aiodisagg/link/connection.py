@@ -1,0 +1,310 @@
+"""The protocol object behind a :class:`~aiodisagg.link.link.Link`: handshake, frames, heartbeat, two bounded queues.
+
+Life: ``connection_made`` -> handshake -> ``ready`` -> messages -> ``fail``, ``abort`` or the peer's end ->
+``connection_lost``.
+
+* Received messages are decoded at once, in the read callback, and queued. A full queue stops reading the socket; it
+  never stops heartbeats, which are answered in the read callback and sent by a timer.
+* Messages leave in the order of the calls. Above the high-water mark they wait in ``_outbox``, not yet encoded, so a
+  hundred large messages that wait cost their references only. A cancelled ``send`` that still waits is taken out.
+* Every end goes through ``_end``: the first reason stays and is what ``recv`` and ``send`` report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import OrderedDict, deque
+from typing import cast
+
+from aiodisagg.errors import AiodisaggError, AuthenticationFailed, LinkClosed, LinkError, RemoteProtocolError
+from aiodisagg.link import framing
+from aiodisagg.link.address import peer_uid, tune_tcp
+from aiodisagg.link.config import LinkConfig
+from aiodisagg.link.hello import MAX_HANDSHAKE_FRAME_BYTES, Handshake, Hello, bye, decode_bye
+from aiodisagg.link.pulse import Beat, Pulse
+from aiodisagg.protocol.messages import Message, decode, encode
+
+logger = logging.getLogger(__name__)
+
+_COPY_BELOW = 16 * 1024
+"""Header and payload of smaller frames are joined: one write beats one copy."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connection of one link, on either side.
+
+    Args:
+        handshake: not started.
+        peer: the address, until the peer has said its name.
+        check_user: refuse other users' processes at the other end of a unix socket.
+    """
+
+    def __init__(self, handshake: Handshake, config: LinkConfig, *, peer: str, check_user: bool) -> None:
+        self.peer = peer
+        self.handshake = handshake
+        self._config = config
+        self._check_user = check_user
+        self._loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        """Done when messages may be exchanged; else LinkError, AuthenticationFailed or RemoteProtocolError."""
+        self.lost = asyncio.Event()
+        """The socket is gone."""
+        self.reason: str | None = None
+        """Why this connection ends; None while it lives."""
+        self._cause: BaseException | None = None
+        self._transport: asyncio.Transport | None = None
+        self._reader = framing.FrameReader(peer, MAX_HANDSHAKE_FRAME_BYTES)
+        self._pulse = Pulse(config.heartbeat_s, config.timeout_s)
+        self._timer: asyncio.TimerHandle | None = None
+        self._heard = self._said = True
+        self._inbox: deque[tuple[Message, int]] = deque()
+        self._inbox_bytes = 0
+        self._reading = True
+        self._receiver: asyncio.Future[None] | None = None
+        self._outbox: OrderedDict[asyncio.Future[None] | object, Message | bytes] = OrderedDict()
+        self._nowait_bytes = 0
+        self._writing = True
+
+    # -- called by the event loop -------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports have the methods of asyncio.Transport, not its type.
+        self._transport = transport = cast(asyncio.Transport, transport)
+        transport.set_write_buffer_limits(high=self._config.high_water_bytes)
+        sock = transport.get_extra_info("socket")
+        if self._check_user and (uid := peer_uid(sock)) not in (None, 0, os.getuid()):
+            message = f"its process runs as another user ({uid}); configure a secret on both sides"
+            self.fail("auth", message, AuthenticationFailed(self.peer, message))
+            return
+        tune_tcp(sock, self._config.timeout_s)
+        transport.write(self.handshake.greeting)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._reader.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._heard = True
+        self._reader.advance(nbytes)
+        try:
+            while self.reason is None and (frame := self._reader.next()) is not None:
+                kind, payload = frame
+                if kind == framing.MESSAGE and self.handshake.done:
+                    self._deliver(decode(payload, self.peer), len(payload))
+                else:
+                    self._control(kind, payload)
+        except AuthenticationFailed as error:
+            self.fail("auth", "the other side does not know our shared secret", error)
+        except RemoteProtocolError as error:
+            self.fail("protocol", str(error), error)
+
+    def eof_received(self) -> None:
+        self._close("the peer ended the connection without a word")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(f"connection lost: {exc}" if exc else "connection lost", exc)
+        if self._timer is not None:
+            self._timer.cancel()
+        self.lost.set()
+
+    def pause_writing(self) -> None:
+        self._writing = False
+
+    def resume_writing(self) -> None:
+        self._writing = True
+        while self._outbox and self._writing and self.reason is None:
+            key, item = self._outbox.popitem(last=False)
+            if isinstance(item, bytes):
+                self._nowait_bytes -= len(item)
+                self._write(item)
+                continue
+            assert isinstance(key, asyncio.Future)
+            try:
+                self._write(self._encode(item))
+            except Exception as error:  # it belongs to the caller of that send, not to the loop
+                key.set_exception(error)
+            else:
+                key.set_result(None)
+
+    # -- messages -----------------------------------------------------------------------------------------------
+
+    async def send(self, message: Message) -> None:
+        self._check_open()
+        if self._writing and not self._outbox:
+            self._write(self._encode(message))
+            return
+        waiter = self._loop.create_future()
+        self._outbox[waiter] = message
+        try:
+            await waiter
+        finally:
+            self._outbox.pop(waiter, None)
+
+    def send_nowait(self, message: Message) -> None:
+        self._check_open()
+        payload = self._encode(message)
+        if self._writing and not self._outbox:
+            self._write(payload)
+            return
+        self._nowait_bytes += len(payload)
+        self._outbox[object()] = payload
+        if self._nowait_bytes > self._config.max_unsent_bytes:
+            self.fail("timeout", f"{self._nowait_bytes} bytes wait to be sent and the peer does not read")
+            raise self._closed()
+
+    async def recv(self) -> Message:
+        if self._receiver is not None:
+            raise RuntimeError("another task already waits in recv")
+        while not self._inbox:
+            self._check_open()
+            self._receiver = self._loop.create_future()
+            try:
+                await self._receiver
+            finally:
+                self._receiver = None
+        message, size = self._inbox.popleft()
+        self._inbox_bytes -= size
+        if not self._reading and not self._full(half=True) and self.reason is None:
+            self._reading = True
+            assert self._transport is not None
+            self._transport.resume_reading()
+        return message
+
+    def drop_received(self) -> None:
+        """Forgets what was received and not taken."""
+        self._inbox.clear()
+        self._inbox_bytes = 0
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def fail(self, code: str, reason: str, cause: BaseException | None = None) -> None:
+        """Ends the connection and tells the peer why. The first call wins."""
+        if self.reason is None and self._transport is not None:
+            self._transport.write(bye(code, reason))
+        self._close(reason, cause)
+
+    def abort(self, reason: str = "closed here") -> None:
+        """Cuts the connection now."""
+        self._end(reason)
+        if self._transport is not None:
+            self._transport.abort()
+        else:
+            self.lost.set()
+
+    def _close(self, reason: str, cause: BaseException | None = None) -> None:
+        """Ends the connection; what was written gets ``close_timeout_s`` to leave."""
+        if self.reason is not None:
+            return
+        self._end(reason, cause)
+        if self._transport is not None:
+            self._transport.close()
+            self._timer = self._loop.call_later(self._config.close_timeout_s, self._transport.abort)
+
+    def _end(self, reason: str, cause: BaseException | None = None) -> None:
+        """The first reason is kept; everybody who waits is woken."""
+        if self.reason is not None:
+            return
+        self.reason, self._cause = reason, cause
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.ready.done():
+            error = cause if isinstance(cause, AiodisaggError) else LinkError(self.peer, reason)
+            self.ready.set_exception(error)
+            self.ready.exception()  # nobody has to be waiting for it
+        if self._receiver is not None and not self._receiver.done():
+            self._receiver.set_result(None)
+        outbox, self._outbox = self._outbox, OrderedDict()
+        for key in outbox:
+            if isinstance(key, asyncio.Future) and not key.done():
+                key.set_exception(self._closed())
+
+    def _closed(self) -> LinkClosed:
+        error = LinkClosed(self.peer, self.reason or "")
+        error.__cause__ = self._cause
+        return error
+
+    def _check_open(self) -> None:
+        if self.reason is not None:
+            raise self._closed()
+
+    # -- frames -------------------------------------------------------------------------------------------------
+
+    def _control(self, kind: int, payload: memoryview) -> None:
+        assert self._transport is not None
+        if kind == framing.BYE:
+            self._bye(payload)
+        elif not self.handshake.done:
+            if (reply := self.handshake.receive(kind, payload)) is not None:
+                self._transport.write(reply)
+            if self.handshake.remote is not None:
+                self._open(self.handshake.remote)
+        elif kind == framing.PING:
+            # A peer that pings and does not read gets no pile of answers: bytes are on their way to it anyway.
+            if self._writing:
+                self._transport.write(framing.frame(framing.PONG))
+        elif kind != framing.PONG:
+            raise RemoteProtocolError(self.peer, f"frame of kind {kind} after the handshake")
+
+    def _open(self, remote: Hello) -> None:
+        self.peer = self._reader.peer = f"{remote.name} ({remote.incarnation})"
+        self._reader.limit_bytes = self._config.max_frame_bytes
+        self._timer = self._loop.call_later(self._config.heartbeat_s, self._tick)
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+    def _bye(self, payload: memoryview) -> None:
+        said = decode_bye(payload, self.peer)
+        if said.code == "auth":
+            self._close(said.reason, AuthenticationFailed(self.peer, f"refused by the peer: {said.reason}"))
+        elif said.code == "protocol":
+            self._close(said.reason, RemoteProtocolError(self.peer, f"refused by the peer: {said.reason}"))
+        else:
+            self._close(f"the peer closed it: {said.reason}")
+
+    def _deliver(self, message: Message, size_bytes: int) -> None:
+        self._inbox.append((message, size_bytes))
+        self._inbox_bytes += size_bytes
+        if self._receiver is not None and not self._receiver.done():
+            self._receiver.set_result(None)
+        if self._reading and self._full():
+            self._reading = False
+            assert self._transport is not None
+            self._transport.pause_reading()
+
+    def _full(self, *, half: bool = False) -> bool:
+        share = 2 if half else 1
+        return (
+            len(self._inbox) * share >= self._config.max_queued_messages
+            or self._inbox_bytes * share >= self._config.max_queued_bytes
+        )
+
+    def _encode(self, message: Message) -> bytes:
+        payload = encode(message)
+        if len(payload) > self._config.max_frame_bytes:
+            limit = self._config.max_frame_bytes
+            raise LinkError(self.peer, f"a message of {len(payload)} bytes does not fit a frame of {limit}")
+        return payload
+
+    def _write(self, payload: bytes) -> None:
+        assert self._transport is not None
+        self._said = True
+        if len(payload) < _COPY_BELOW:
+            self._transport.write(framing.frame(framing.MESSAGE, payload))
+        else:
+            self._transport.write(framing.header(framing.MESSAGE, len(payload)))
+            self._transport.write(payload)
+
+    def _tick(self) -> None:
+        """Once a heartbeat."""
+        assert self._transport is not None
+        beat = self._pulse.tick(heard=self._heard, said=self._said, reading=self._reading)
+        self._heard = self._said = False
+        if beat is Beat.LOST:
+            reason = f"nothing was heard for {self._config.timeout_s:g} s"
+            logger.warning("link to %s: %s", self.peer, reason)
+            self.fail("timeout", reason)
+            return
+        if beat is Beat.PING and self._transport.get_write_buffer_size() == 0:
+            self._transport.write(framing.frame(framing.PING))
+        self._timer = self._loop.call_later(self._config.heartbeat_s, self._tick)

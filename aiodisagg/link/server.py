@@ -1,0 +1,174 @@
+"""The listening side: accepts connections, lets them prove themselves, hands each link to one task."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import ssl as tls
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+
+from aiodisagg.errors import AiodisaggError, ConfigError, LinkClosed
+from aiodisagg.link.address import (
+    BACKLOG,
+    TcpAddress,
+    UnixAddress,
+    inode_of,
+    is_loopback,
+    listen_unix,
+    parse,
+    reachable_host,
+    remove_unix,
+    resolve,
+)
+from aiodisagg.link.config import LinkConfig
+from aiodisagg.link.connection import Connection
+from aiodisagg.link.hello import NONCE_BYTES, Handshake, Hello, check_secret
+from aiodisagg.link.link import Link
+
+logger = logging.getLogger(__name__)
+
+
+class LinkServer:
+    """Listens for links; an async context manager.
+
+    ``on_link`` runs in a task of its own for each link; when it returns or raises, its link is closed and nothing
+    else happens. Leaving the context stops listening, cancels these tasks, waits for them and closes every link.
+
+    At most ``max_handshakes`` clients may be unproved at a time. One more drops the oldest, not the newest: silent
+    clients then cannot lock out one that shakes hands at once.
+
+    Args:
+        address: ``unix:`` (a fresh abstract name), ``unix:@name``, ``unix:/path``, ``tcp:host:port`` (0: any port).
+        make_hello: what to say of this side, asked anew for each connection.
+        on_link: serves one link.
+        secret: shared by all peers, at least 16 bytes; None is possible on this host only, and then a unix socket
+            accepts processes of the same user (or root) only.
+        ssl: TLS for a ``tcp:`` address.
+        advertise_host: the host in ``.address``, if it is not the one listened on.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        make_hello: Callable[[], Hello],
+        *,
+        on_link: Callable[[Link], Awaitable[None]],
+        secret: bytes | None = None,
+        config: LinkConfig | None = None,
+        ssl: tls.SSLContext | None = None,
+        advertise_host: str | None = None,
+    ) -> None:
+        check_secret(secret)
+        self._wanted = parse(address)
+        self._make_hello, self._on_link, self._secret = make_hello, on_link, secret
+        self._config, self._ssl, self._advertise_host = config or LinkConfig(), ssl, advertise_host
+        self._actual: UnixAddress | TcpAddress | None = None
+        self._inode: int | None = None
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unproved: dict[Connection, None] = {}
+
+    @property
+    def address(self) -> str:
+        """Where others dial: the real port, never a wildcard host. Valid inside the context."""
+        if self._actual is None:
+            raise RuntimeError("the server is not listening")
+        return str(self._actual)
+
+    @property
+    def links(self) -> int:
+        """Connections being served, handshakes included."""
+        return len(self._tasks)
+
+    async def __aenter__(self) -> LinkServer:
+        """Raises ConfigError: address in use or not ours, or reachable by other hosts without a secret."""
+        loop = asyncio.get_running_loop()
+        if isinstance(self._wanted, UnixAddress):
+            sock = listen_unix(self._wanted)
+            self._inode = inode_of(self._wanted)
+            self._server = await loop.create_unix_server(self._accept, sock=sock, backlog=BACKLOG)
+            self._actual = self._wanted
+            return self
+        host = (await resolve(self._wanted))[0]
+        if self._secret is None and not is_loopback(host):
+            raise ConfigError("secret", f"{self._wanted} can be reached by other hosts; links need a shared secret")
+        advertised = self._advertise_host or reachable_host(host)
+        try:
+            self._server = await loop.create_server(
+                self._accept, host, self._wanted.port, ssl=self._ssl, backlog=BACKLOG
+            )
+        except OSError as error:
+            raise ConfigError("address", f"cannot listen on {self._wanted}: {error.strerror or error}") from error
+        self._actual = TcpAddress(advertised, self._server.sockets[0].getsockname()[1])
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        if isinstance(self._actual, UnixAddress):
+            remove_unix(self._actual, self._inode)
+        # A connection that was accepted before `close` may still add its task while we wait.
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(set(self._tasks))
+        await self._server.wait_closed()
+
+    def _accept(self) -> Connection:
+        handshake = Handshake(
+            dialling=False,
+            hello=self._make_hello(),
+            secret=self._secret,
+            nonce=secrets.token_bytes(NONCE_BYTES),
+            peer=f"a client of {self._actual}",
+        )
+        connection = Connection(
+            handshake, self._config, peer=f"a client of {self._actual}", check_user=self._secret is None
+        )
+        if len(self._unproved) >= self._config.max_handshakes:
+            oldest = next(iter(self._unproved))
+            del self._unproved[oldest]
+            oldest.abort("too many clients that do not finish their handshake")
+        self._unproved[connection] = None
+        task = asyncio.get_running_loop().create_task(self._serve(connection), name="link")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return connection
+
+    async def _serve(self, connection: Connection) -> None:
+        try:
+            if await self._proved(connection):
+                await self._use(Link(connection))
+            else:
+                await connection.lost.wait()
+        finally:
+            connection.abort()
+
+    async def _proved(self, connection: Connection) -> bool:
+        try:
+            async with asyncio.timeout(self._config.handshake_timeout_s):
+                await connection.ready
+        except TimeoutError:
+            logger.warning("%s: no handshake within %g s", connection.peer, self._config.handshake_timeout_s)
+            connection.abort()
+            return False
+        except AiodisaggError as error:
+            logger.warning("no link: %s", error)
+            return False
+        finally:
+            self._unproved.pop(connection, None)
+        return True
+
+    async def _use(self, link: Link) -> None:
+        try:
+            await self._on_link(link)
+        except LinkClosed as error:
+            logger.debug("%s", error)
+        except Exception:
+            logger.exception("%r: its handler failed", link)
+        finally:
+            await link.aclose()
