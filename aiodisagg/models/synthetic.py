@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 Layout = Literal["hub", "transformers"]
-"""Experts on disk: ``[E, H, 2I]`` and ``[E, I, H]`` on the hub, ``[E, 2I, H]`` and ``[E, H, I]`` saved by transformers."""
+"""Experts on disk: ``[E, H, 2I]``, ``[E, I, H]`` on the hub; ``[E, 2I, H]``, ``[E, H, I]`` saved by transformers."""
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

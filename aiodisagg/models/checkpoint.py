@@ -1,0 +1,146 @@
+"""A checkpoint folder, read piece by piece: its config, and only those tensors that somebody asks for.
+
+Everything wrong with a folder becomes a :class:`~aiodisagg.errors.CheckpointError` that names the file, the config key
+or the tensor. Tensors are memory-mapped: one that needs no cast costs no private memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from aiodisagg.errors import CheckpointError
+from aiodisagg.models.folder import fail, read_json
+
+VISION_PREFIX = "model.visual."
+TEXT_PREFIX = "model.language_model."
+HEAD = "lm_head.weight"
+
+VISION_LANGUAGE = ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLForConditionalGeneration")
+TEXT_ONLY = ("Qwen3MoeForCausalLM", "Qwen3ForCausalLM")
+
+_NEEDED = ("text_config", "vision_config", "image_token_id", "video_token_id")
+_NEEDED_TEXT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED_VISION = ("depth", "hidden_size", "out_hidden_size", "deepstack_visual_indexes")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a folder says about its model, before any weight is read."""
+
+    folder: Path
+    architecture: str
+    config: Any
+    """transformers' config object."""
+
+    @property
+    def is_vision_language(self) -> bool:
+        return self.architecture in VISION_LANGUAGE
+
+    @property
+    def is_moe(self) -> bool:
+        return "Moe" in self.architecture
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def deepstack_levels(self) -> int:
+        return len(self.config.vision_config.deepstack_visual_indexes) if self.is_vision_language else 0
+
+
+def read_info(folder: str | Path) -> ModelInfo:
+    """Reads and checks ``config.json``. Raises CheckpointError."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(str(folder), "folder", "no such folder")
+    raw = read_json(path, "config.json")
+    names = raw.get("architectures") or [None]
+    if names[0] not in VISION_LANGUAGE + TEXT_ONLY:
+        fail(path, "config.json: architectures", f"{names[0]} is not one of {', '.join(VISION_LANGUAGE + TEXT_ONLY)}")
+    if "quantization_config" in raw:
+        fail(path, "config.json: quantization_config", "quantized weights are not supported")
+    if names[0] in VISION_LANGUAGE:
+        for part, keys in (("", _NEEDED), ("text_config", _NEEDED_TEXT), ("vision_config", _NEEDED_VISION)):
+            section = raw[part] if part else raw
+            for key in keys:
+                if not isinstance(section, dict) or key not in section:
+                    fail(path, f"config.json: {part + '.' if part else ''}{key}", "missing")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises what its many validators raise
+        raise CheckpointError(str(path), "config.json", f"cannot be used: {error}") from error
+    info = ModelInfo(path, str(names[0]), config)
+    if info.is_vision_language and config.vision_config.out_hidden_size != info.hidden_size:
+        fail(path, "config.json: vision_config.out_hidden_size", f"is not the text model's {info.hidden_size}")
+    return info
+
+
+class Weights:
+    """The tensors of a folder, by name: ``model.safetensors``, or shards with their index. A context manager.
+
+    Opening reads file headers only. Not thread-safe.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        single, index = folder / "model.safetensors", "model.safetensors.index.json"
+        if (folder / index).exists():
+            shards = read_json(folder, index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+                fail(folder, f"{index}: weight_map", "missing or not a map")
+            self._where: Mapping[str, str] = shards
+        elif single.exists():
+            self._where = dict.fromkeys(self._file(single.name).keys(), single.name)
+        else:
+            fail(folder, "model.safetensors", "no such file, and no index of shards")
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+
+    def names(self, prefix: str) -> Iterator[str]:
+        return (name for name in self._where if name.startswith(prefix))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the tensor. Raises CheckpointError if it is missing."""
+        return tuple(self._ask(name, lambda file: file.get_slice(name).get_shape()))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, mapped from the file. Raises CheckpointError if it is missing."""
+        found: torch.Tensor = self._ask(name, lambda file: file.get_tensor(name))
+        return found
+
+    def _ask(self, name: str, question: Any) -> Any:
+        if name not in self._where:
+            fail(self.folder, name, "tensor is missing")
+        shard = self._where[name]
+        try:
+            return question(self._file(shard))
+        except SafetensorError as error:
+            raise CheckpointError(str(self.folder), name, f"tensor is not in {shard}: {error}") from error
+
+    def _file(self, shard: str) -> Any:
+        if shard not in self._files:
+            if Path(shard).name != shard:
+                fail(self.folder, shard, "shards lie in the folder itself")
+            try:
+                self._files[shard] = safe_open(self.folder / shard, framework="pt")
+            except FileNotFoundError:
+                raise CheckpointError(str(self.folder), shard, "no such file") from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(str(self.folder), shard, f"cannot be read: {error}") from error
+        return self._files[shard]

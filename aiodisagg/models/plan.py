@@ -1,0 +1,236 @@
+"""Gate A: everything about a prompt that is known before vision compute.
+
+Sizes come from image headers, so grids, placeholders, positions and the prompt's length are fixed here, and whoever
+serves the prompt can reserve memory first and encode second. No weight is read. The results equal those of
+transformers' ``Qwen3VLProcessor`` and ``get_rope_index``:
+
+- An image becomes ``t*h*w / merge**2`` placeholders. A video becomes, for each frame pair, its time as text and a
+  ``<|vision_start|>`` ... ``<|vision_end|>`` of its own inside the template's outer pair.
+- Text advances all three position rows by one. A picture of (h, w) tokens holds its temporal row still, counts its
+  rows and columns in the other two, and moves what follows on by max(h, w). ``delta`` is what is then missing between
+  a token's place and its position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from aiodisagg.errors import CheckpointError, InvalidRequest, MediaError
+from aiodisagg.models.base import ChatMessage, ImagePart, ItemKind, PlannedItem, PromptPlan, TextPart, VideoPart
+from aiodisagg.models.checkpoint import read_info
+from aiodisagg.models.loading import eos_ids
+from aiodisagg.models.preprocessing import header_size, image_grid, load_settings, video_grid
+
+ROLES = frozenset({"system", "user", "assistant"})
+DEFAULT_MAX_FRAMES = 768
+
+
+class Qwen3VLPlanner:
+    """:class:`~aiodisagg.models.base.Planner` for Qwen3-VL(-MoE) folders and plain Qwen3 text models.
+
+    Args:
+        folder: config, tokenizer, chat template and preprocessor settings are read, no weights.
+        max_pixels: of an image after resizing; can only lower the folder's limit. max_video_pixels: the same for all
+            frames of a video together. max_frames: of a video.
+
+    Raises CheckpointError.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_pixels: int | None = None,
+        max_video_pixels: int | None = None,
+        max_frames: int = DEFAULT_MAX_FRAMES,
+    ) -> None:
+        self._info = read_info(folder)
+        self._max_pixels, self._max_video_pixels, self._max_frames = max_pixels, max_video_pixels, max_frames
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(self._info.folder)
+        except Exception as error:  # transformers and tokenizers raise what they raise
+            raise CheckpointError(str(folder), "tokenizer", f"cannot be loaded: {error}") from error
+        if not self._tokenizer.chat_template:
+            raise CheckpointError(str(folder), "chat_template", "missing")
+        # A fast tokenizer may be reconfigured while it encodes and then refuses a second thread ("Already borrowed").
+        self._lock = threading.Lock()
+        self._eos = eos_ids(self._info) or frozenset({self._tokenizer.eos_token_id} - {None})
+        self._placeholders: dict[ItemKind, tuple[str, int]] = {}
+        if self._info.is_vision_language:
+            self._image, self._video = load_settings(self._info.folder)
+            config = self._info.config
+            ids = {ItemKind.IMAGE: config.image_token_id, ItemKind.VIDEO: config.video_token_id}
+            self._placeholders = {kind: (self._token(i), i) for kind, i in ids.items()}
+            self._frame = self._token(config.vision_start_token_id), self._token(config.vision_end_token_id)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self._eos
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special tokens left out; bytes that are no UTF-8 (yet) become U+FFFD."""
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
+        """Renders the folder's chat template with a generation prompt, and plans every item. Thread-safe.
+
+        Raises InvalidRequest (unknown role, nothing to say, placeholders in text) or MediaError naming
+        ``messages[i].content[j]``.
+        """
+        chat, items = self._read(messages)
+        try:
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the folder; it refuses with errors of its own
+            raise InvalidRequest("messages", f"the model's chat template refuses them: {error}") from error
+        pieces = self._expand(str(text), items)
+        with self._lock:
+            short = np.asarray(self._tokenizer("".join(pieces))["input_ids"], dtype=np.int64)
+        return self._lay_out(short, items)
+
+    # -- steps of plan --------------------------------------------------------------------------------------------
+
+    def _token(self, token_id: int) -> str:
+        token = self._tokenizer.convert_ids_to_tokens(int(token_id))
+        if not isinstance(token, str):
+            raise CheckpointError(str(self._info.folder), "tokenizer", f"has no token {token_id}, the config names it")
+        return token
+
+    def _read(self, messages: Sequence[ChatMessage]) -> tuple[list[dict[str, Any]], list[PlannedItem]]:
+        """The chat as templates take it, and its items in order, their spans still empty."""
+        chat: list[dict[str, Any]] = []
+        items: list[PlannedItem] = []
+        for i, message in enumerate(messages):
+            if message.role not in ROLES:
+                raise InvalidRequest(
+                    f"messages[{i}].role", f"{message.role!r} is not one of {', '.join(sorted(ROLES))}"
+                )
+            content: list[dict[str, str]] = []
+            for j, part in enumerate(message.parts):
+                param = f"messages[{i}].content[{j}]"
+                if isinstance(part, TextPart):
+                    self._check_text(part.text, param)
+                    content.append({"type": "text", "text": part.text})
+                else:
+                    item = self._item(part, param)
+                    items.append(item)
+                    content.append({"type": item.kind.value})
+            only_text = all(part["type"] == "text" for part in content)
+            chat.append(
+                {"role": message.role, "content": "".join(p["text"] for p in content) if only_text else content}
+            )
+        if not any(message["content"] for message in chat):
+            raise InvalidRequest("messages", "there is nothing to answer")
+        return chat, items
+
+    def _check_text(self, text: str, param: str) -> None:
+        for token, _ in self._placeholders.values():
+            if token in text:
+                raise InvalidRequest(param, f"text must not contain {token}")
+
+    def _item(self, part: ImagePart | VideoPart, param: str) -> PlannedItem:
+        if not self._placeholders:
+            raise InvalidRequest(param, f"{self._info.architecture} reads text only")
+        media: tuple[bytes, ...]
+        if isinstance(part, ImagePart):
+            kind, media, fps = ItemKind.IMAGE, (part.data,), 0.0
+        else:
+            kind, media, fps = ItemKind.VIDEO, part.frames, part.fps
+            if not 1 <= len(media) <= self._max_frames:
+                raise MediaError(param, f"a video has 1 to {self._max_frames} frames, not {len(media)}")
+            if not 0.0 < fps <= 1000.0:
+                raise MediaError(param, f"fps must be above 0 and at most 1000, not {fps}")
+        sizes = {header_size(data, param) for data in media}
+        if len(sizes) > 1:
+            raise MediaError(param, "the frames of a video must be of one size")
+        height, width = sizes.pop()
+        try:
+            if kind is ItemKind.IMAGE:
+                grid = image_grid(height, width, self._image, self._max_pixels)
+            else:
+                grid = video_grid(len(media), height, width, self._video, self._max_video_pixels)
+        except ValueError as error:
+            raise MediaError(param, str(error)) from error
+        rows = grid[0] * grid[1] * grid[2] // self._image.merge**2
+        return PlannedItem(item_digest(kind, grid, fps, media), kind, grid, rows, (), media, fps)
+
+    def _expand(self, text: str, items: Sequence[PlannedItem]) -> list[str]:
+        """Text with one placeholder for each picture: an image's stays, a video's becomes its timed frame pairs."""
+        pieces: list[str] = []
+        at = 0
+        for item in items:
+            token = self._placeholders[item.kind][0]
+            found = min((p for t, _ in self._placeholders.values() if (p := text.find(t, at)) >= 0), default=-1)
+            if found < 0 or not text.startswith(token, found):
+                raise InvalidRequest("messages", f"the model's chat template has no place for a {item.kind.value} here")
+            pieces.append(text[at:found])
+            at = found + len(token)
+            if item.kind is ItemKind.IMAGE:
+                pieces.append(token)
+                continue
+            start, end = self._frame
+            times = frame_times(len(item.media), item.fps, self._video.temporal_patch)
+            pieces.extend(f"<{time:.1f} seconds>{start}{token}{end}" for time in times)
+        pieces.append(text[at:])
+        return pieces
+
+    def _lay_out(self, short: np.ndarray, items: Sequence[PlannedItem]) -> PromptPlan:
+        """Repeats each placeholder for its picture's tokens, and gives every token its positions."""
+        places = np.flatnonzero(np.isin(short, [i for _, i in self._placeholders.values()]))
+        pictures = [item for item in items for _ in range(item.grid_thw[0])]
+        if len(places) != len(pictures):
+            raise InvalidRequest("messages", "the model's chat template does not place each image or video once")
+        repeats = np.ones(len(short), dtype=np.int64)
+        merge = self._image.merge if pictures else 1
+        sides = [(item.grid_thw[1] // merge, item.grid_thw[2] // merge) for item in pictures]
+        repeats[places] = [h * w for h, w in sides]
+        starts = np.cumsum(repeats) - repeats
+        spans = [(int(starts[p]), int(starts[p] + repeats[p])) for p in places]
+        input_ids = np.repeat(short, repeats)
+        positions = mrope_positions(len(input_ids), spans, sides)
+        planned = []
+        taken = iter(spans)
+        for item in items:
+            own = tuple(next(taken) for _ in range(item.grid_thw[0]))
+            planned.append(PlannedItem(item.digest, item.kind, item.grid_thw, item.rows, own, item.media, item.fps))
+        delta = int(positions.max()) + 1 - len(input_ids)
+        return PromptPlan(input_ids, positions, delta, tuple(planned))
+
+
+def item_digest(kind: ItemKind, grid_thw: tuple[int, int, int], fps: float, media: Sequence[bytes]) -> str:
+    """blake2b-128, in hex, of what determines an item's rows on a given model."""
+    total = hashlib.blake2b(f"{kind.value} {grid_thw} {fps!r} {[len(m) for m in media]}".encode(), digest_size=16)
+    for data in media:
+        total.update(data)
+    return total.hexdigest()
+
+
+def frame_times(frames: int, fps: float, temporal_patch: int) -> list[float]:
+    """Seconds of each frame pair: the mean of its first and last frame's time; a missing last frame is a copy."""
+    times = [i / fps for i in range(frames)]
+    times += times[-1:] * (-frames % temporal_patch)
+    return [(times[i] + times[i + temporal_patch - 1]) / 2 for i in range(0, len(times), temporal_patch)]
+
+
+def mrope_positions(tokens: int, spans: Sequence[tuple[int, int]], sides: Sequence[tuple[int, int]]) -> np.ndarray:
+    """M-RoPE positions int64 [3, tokens] (temporal, height, width) of a prompt whose half-open ``spans`` are pictures
+    of ``sides`` (h, w) tokens, in order. The rule of ``Qwen3VLModel.get_rope_index``."""
+    positions = np.empty((3, tokens), dtype=np.int64)
+    at = position = 0
+    for (start, stop), (h, w) in zip(spans, sides, strict=True):
+        positions[:, at:start] = position + np.arange(start - at)
+        position += start - at
+        positions[0, start:stop] = position
+        positions[1, start:stop] = position + np.repeat(np.arange(h), w)
+        positions[2, start:stop] = position + np.tile(np.arange(w), h)
+        position += max(h, w)
+        at = stop
+    positions[:, at:] = position + np.arange(tokens - at)
+    return positions

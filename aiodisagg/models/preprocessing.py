@@ -1,0 +1,253 @@
+"""From encoded images to patches, without torchvision: sizes from headers, resizing, cutting.
+
+Images give the same float32 values, bit for bit, as transformers' ``Qwen2VLImageProcessorPil``. Videos given as frames
+follow ``Qwen3VLVideoProcessor`` with sampling switched off, resized by Pillow instead of torchvision (the two bicubic
+filters differ by up to 0.016 of a unit range).
+
+Whatever a client sends ends up here, so: only common formats are tried, pixels are counted before any is decoded, and
+every error of Pillow becomes a :class:`~aiodisagg.errors.MediaError`. A size taken from a header (planning) and the
+size of the decoded picture must agree, so the camera's rotation (EXIF) counts in both.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from aiodisagg.errors import CheckpointError, MediaError
+from aiodisagg.models.folder import read_json
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_SOURCE_PIXELS = 64 * 1024 * 1024
+"""An image with more pixels is refused by its header. Below Pillow's own limit of 89 million."""
+
+_ORIENTATION = 0x0112
+_PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+_MAX_ASPECT = 200
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSettings:
+    """One of a folder's two preprocessor configs. Pixels are those of all frames together for a video."""
+
+    min_pixels: int
+    max_pixels: int
+    patch: int
+    temporal_patch: int
+    merge: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale: float
+    resample: int
+    frame_tokens: int | None = None
+    """Set if ``cap_pixels_per_frame`` is: at most so many tokens a frame."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a token."""
+        return self.patch * self.merge
+
+    def determining_rows(self) -> tuple[object, ...]:
+        """What pixel values depend on once the grid is fixed; part of a model's fingerprint."""
+        return (self.patch, self.temporal_patch, self.merge, self.mean, self.std, self.rescale, self.resample)
+
+
+def load_settings(folder: Path) -> tuple[PixelSettings, PixelSettings]:
+    """The settings for images and for videos. Raises CheckpointError for a missing file or an unsupported value."""
+    image_name, video_name = "preprocessor_config.json", "video_preprocessor_config.json"
+    both = read_json(folder, "processor_config.json", {})  # where newer transformers save them
+    image = both.get("image_processor") or read_json(folder, image_name)
+    video = both.get("video_processor") or read_json(folder, video_name, {})
+    of_image = _settings(folder, image_name, image, 56 * 56, 28 * 28 * 1280, 14, _CLIP_MEAN, _CLIP_STD)
+    of_video = _settings(folder, video_name, video, 128 * 32 * 32, 768 * 32 * 32, of_image.patch, _HALF, _HALF)
+    if (of_image.patch, of_image.temporal_patch, of_image.merge) != (
+        of_video.patch,
+        of_video.temporal_patch,
+        of_video.merge,
+    ):
+        raise CheckpointError(str(folder), video_name, "patches differ from those of images")
+    return of_image, of_video
+
+
+def _settings(
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    min_pixels: int,
+    max_pixels: int,
+    patch: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> PixelSettings:
+    for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if config.get(step) is False:
+            raise CheckpointError(str(folder), f"{name}: {step}", "false is not supported")
+    size = config.get("size") or {}
+    try:
+        return PixelSettings(
+            min_pixels=int(config.get("min_pixels") or size.get("shortest_edge") or min_pixels),
+            max_pixels=int(config.get("max_pixels") or size.get("longest_edge") or max_pixels),
+            patch=int(config.get("patch_size", patch)),
+            temporal_patch=int(config.get("temporal_patch_size", 2)),
+            merge=int(config.get("merge_size", 2)),
+            mean=tuple(float(x) for x in config.get("image_mean") or mean),
+            std=tuple(float(x) for x in config.get("image_std") or std),
+            rescale=float(config.get("rescale_factor", 1 / 255)),
+            resample=int(config.get("resample", Image.Resampling.BICUBIC)),
+            frame_tokens=int(config.get("max_video_tokens", 768)) if config.get("cap_pixels_per_frame") else None,
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(str(folder), name, f"not a preprocessor config: {error}") from error
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------
+
+
+def image_grid(height: int, width: int, settings: PixelSettings, max_pixels: int | None = None) -> tuple[int, int, int]:
+    """Grid (1, h, w) in patches of an image of ``height`` x ``width`` pixels. ``max_pixels`` can only lower the
+    folder's limit. Raises ValueError for sides more than 200:1. The rule is transformers' ``smart_resize``."""
+    _check_aspect(height, width)
+    limit = min(settings.max_pixels, max_pixels or settings.max_pixels)
+    factor = settings.factor
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > limit:
+        h, w = _shrunk(height, width, math.sqrt(height * width / limit), factor)
+    elif h * w < settings.min_pixels:
+        h, w = _grown(height, width, math.sqrt(settings.min_pixels / (height * width)), factor)
+    return 1, h // settings.patch, w // settings.patch
+
+
+def video_grid(
+    frames: int, height: int, width: int, settings: PixelSettings, max_pixels: int | None = None
+) -> tuple[int, int, int]:
+    """Grid (t, h, w) in patches of ``frames`` >= 1 frames; an odd last frame counts twice. The pixel limits are for
+    all frames together. Raises ValueError for sides more than 200:1. The rule is that of ``Qwen3VLVideoProcessor``."""
+    factor, pairs = settings.factor, settings.temporal_patch
+    frames = max(frames, pairs)  # transformers refuses a single frame; here it counts twice like any odd last one
+    limit = min(settings.max_pixels, max_pixels or settings.max_pixels)
+    if settings.frame_tokens is not None:
+        per_frame = min(settings.frame_tokens * factor * factor, limit // frames)
+        limit = max(per_frame, int(settings.min_pixels * 1.05)) * frames
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    _check_aspect(height, width)
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    t = round(frames / pairs) * pairs
+    if t * h * w > limit:
+        h, w = _shrunk(height, width, math.sqrt(frames * height * width / limit), factor)
+    elif t * h * w < settings.min_pixels:
+        h, w = _grown(height, width, math.sqrt(settings.min_pixels / (frames * height * width)), factor)
+    return -(-frames // pairs), h // settings.patch, w // settings.patch
+
+
+def _check_aspect(height: int, width: int) -> None:
+    if max(height, width) / min(height, width) > _MAX_ASPECT:
+        raise ValueError(f"{width} x {height} pixels: sides of more than {_MAX_ASPECT}:1")
+
+
+def _shrunk(height: int, width: int, beta: float, factor: int) -> tuple[int, int]:
+    return (
+        max(factor, math.floor(height / beta / factor) * factor),
+        max(factor, math.floor(width / beta / factor) * factor),
+    )
+
+
+def _grown(height: int, width: int, beta: float, factor: int) -> tuple[int, int]:
+    return math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------
+
+
+def _open(data: bytes, param: str) -> Image.Image:
+    """Reads the header only."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+    # Malformed bytes reach Pillow's parsers here: OSError, SyntaxError, ValueError, struct.error, zlib.error, its
+    # DecompressionBomb warnings and errors and more. Whatever it is, it says one thing about the file.
+    except Exception as error:
+        raise MediaError(param, f"not a {', '.join(FORMATS)} image: {_brief(error)}") from error
+    if width * height > MAX_SOURCE_PIXELS:
+        raise MediaError(param, f"{width} x {height} pixels are more than {MAX_SOURCE_PIXELS}")
+    if min(width, height) < 1:
+        raise MediaError(param, f"{width} x {height} pixels")
+    return image
+
+
+def _brief(error: Exception) -> str:
+    text = str(error) if not isinstance(error, UnidentifiedImageError) else "unknown format"
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def header_size(data: bytes, param: str) -> tuple[int, int]:
+    """(height, width) in pixels as the picture is meant to be seen, from its header. Raises MediaError."""
+    image = _open(data, param)
+    try:
+        width, height = image.size
+        # A PNG may carry EXIF behind its pixels, and Pillow then decodes all of them to look; most carry none.
+        if image.format == "PNG" and "exif" not in image.info and not any(mark in data for mark in _PNG_EXIF_MARKS):
+            return height, width
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception as error:  # as in _open
+        raise MediaError(param, f"broken image: {_brief(error)}") from error
+    return (width, height) if turned else (height, width)
+
+
+def decode_rgb(data: bytes, param: str) -> Image.Image:
+    """The picture in RGB, turned as its EXIF says, transparency laid on white. Raises MediaError."""
+    image = _open(data, param)
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except Exception as error:  # as in _open
+        raise MediaError(param, f"broken or truncated image: {_brief(error)}") from error
+
+
+# -- patches ----------------------------------------------------------------------------------------------------
+
+
+def cut_patches(frames: Sequence[Image.Image], grid_thw: tuple[int, int, int], settings: PixelSettings) -> np.ndarray:
+    """Resizes RGB frames to the grid and cuts them: float32 [t*h*w, 3*temporal_patch*patch*patch].
+
+    The order of patches is the model's: the merge x merge patches of one token are neighbours. One frame (an image)
+    fills all temporal places; a missing last frame is a copy of the one before.
+    """
+    t, h, w = grid_thw
+    p, m, n = settings.patch, settings.merge, settings.temporal_patch
+    resized = [f.resize((w * p, h * p), resample=Image.Resampling(settings.resample)) for f in frames]
+    pixels = np.stack([np.asarray(f) for f in resized])
+    pixels = np.concatenate([pixels, np.repeat(pixels[-1:], t * n - len(frames), axis=0)])
+    # A value depends on its byte and channel only: a table of 256 x 3 gives the very floats of the long way.
+    scaled = (np.arange(256).astype(np.float64) * settings.rescale).astype(np.float32)
+    mean, std = np.array(settings.mean, dtype=np.float32), np.array(settings.std, dtype=np.float32)
+    table = (scaled[:, None] - mean) / std
+    values = np.stack([table[:, c][pixels[..., c]] for c in range(3)], axis=1)  # [frames, 3, H, W]
+    patches = values.reshape(t, n, 3, h // m, m, p, w // m, m, p).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return np.ascontiguousarray(patches.reshape(t * h * w, 3 * n * p * p))
+
+
+def fits(height: int, width: int, grid_thw: tuple[int, int, int], settings: PixelSettings) -> bool:
+    """Whether a picture of this size can have been planned with this grid, whatever the planner's pixel limit: for
+    some scale both sides are within one token of the grid's."""
+    factor, sides = settings.factor, (grid_thw[1] * settings.patch, grid_thw[2] * settings.patch)
+    if any(side < factor or side % factor for side in sides):
+        return False
+    lowest = max((sides[0] - factor - 1) / height, (sides[1] - factor - 1) / width)
+    highest = min((sides[0] + factor + 1) / height, (sides[1] + factor + 1) / width)
+    return lowest <= highest
