@@ -55,8 +55,9 @@ def prompt_ids(tokenizer: Any, wording: Wording) -> list[int]:
 
 
 class Reader:
-    """Calls a model on (images, labels) of one wording. It changes the model: only its ``state_dict`` is of further use.
+    """Calls a model on the images and labels of one wording.
 
+    It changes the methods of the model that it is given: afterwards only the ``state_dict`` is of use elsewhere.
     ``dense_experts`` runs every expert on every token: on a GPU cheaper than sorting tokens by expert.
     """
 
