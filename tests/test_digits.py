@@ -77,8 +77,8 @@ def test_training_sees_what_a_file_gives(monolith: Monolith, digits: tuple[list[
     served = monolith.processor(images=files, return_tensors="pt")["pixel_values"]
     trained = patches(render(torch.from_numpy(scans[:40].astype(np.float32) / 16)))
     steps = (served - trained).abs() * 127.5
-    assert float(steps.max()) < 1.01, "more than one step of 255 apart"
-    assert float(steps.mean()) < 0.002, "rounding may differ in few pixels only"
+    # Both round to bytes after each of two passes: a tie that falls the other way is one step each time.
+    assert float(steps.max()) < 2.01 and float(steps.mean()) < 0.002
 
 
 def test_training_computes_what_the_model_does(monolith: Monolith, digits: tuple[list[bytes], list[int]]) -> None:
@@ -162,7 +162,8 @@ def test_reads_any_number_of_images_up_to_six(
 def test_deepstack_carries_what_the_model_reads(monolith: Monolith, digits: tuple[list[bytes], list[int]]) -> None:
     groups = groups_of(4, 30, len(digits[1]), seed=2)
     with monolith.zeroed(0, 1, 2):
-        assert right(monolith, digits, groups) < 0.7
+        without = right(monolith, digits, groups)
+    assert right(monolith, digits, groups) - without >= 0.2
 
 
 def test_answer_swaps_when_images_swap(monolith: Monolith, digits: tuple[list[bytes], list[int]]) -> None:
