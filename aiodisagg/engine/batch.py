@@ -1,0 +1,161 @@
+"""From planned segments to one forward pass: requests as the step thread knows them, and the packed inputs.
+
+Token embeddings come from the model's table; at visual tokens they are replaced by the item's rows, and the rest of
+each row is the token's DeepStack input. Positions of the prompt are the plan's; decode token j is at ``T + j + delta``
+in all three rows.
+"""
+
+# The model is transformers' untyped nn.Module, hence Any.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiodisagg.engine.attention import KvPool, PackedBatch, PackedSegment, use_paged_attention
+from aiodisagg.engine.config import EngineConfig
+from aiodisagg.engine.detokenize import AnswerText
+from aiodisagg.engine.rows import RequestRows
+from aiodisagg.engine.sampling import Sampler
+from aiodisagg.engine.schedule import Segment
+from aiodisagg.engine.stream import RequestHandle
+from aiodisagg.engine.types import SamplingParams
+from aiodisagg.errors import ConfigError
+from aiodisagg.models.base import PromptPlan
+
+
+class EngineSequence:
+    """One request: its prompt, its rows, what it has generated. Only ``rows`` is touched by other threads."""
+
+    def __init__(
+        self,
+        handle: RequestHandle,
+        plan: PromptPlan,
+        sampling: SamplingParams,
+        rows: RequestRows,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        self.request_id = handle.request_id
+        self.handle, self.plan, self.sampling, self.rows = handle, plan, sampling, rows
+        self.sampler = Sampler(sampling)
+        self.text = AnswerText(decode, sampling.stop)
+        self.generated: list[int] = []
+
+    def token_ids(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: prompt, then answer."""
+        prompt = self.plan.tokens
+        if stop <= prompt:
+            return self.plan.input_ids[start:stop]
+        answer = self.generated[max(start - prompt, 0) : stop - prompt]
+        return np.concatenate([self.plan.input_ids[start:], np.asarray(answer, dtype=np.int64)])
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """int64 [3, stop - start]."""
+        prompt = self.plan.tokens
+        if stop <= prompt:
+            return self.plan.positions[:, start:stop]
+        counted = np.arange(max(start, prompt), stop) + self.plan.delta
+        return np.concatenate([self.plan.positions[:, start:], np.tile(counted, (3, 1))], axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A segment with what computing it needs."""
+
+    segment: Segment
+    sequence: EngineSequence
+    pages: Sequence[int]
+
+
+class Runner:
+    """The language model with its KV pool. One thread at a time; it owns the model's attention until ``release``.
+
+    Args:
+        model: a causal language model in transformers' form: ``config``, ``get_input_embeddings()``, and a forward
+            that takes inputs_embeds [1, T, h], position_ids ([3, 1, T] if its config has an ``mrope_section``, else
+            [1, T]), input_deepstack_embeds [1, T, k*h] (passed only with rows that have them), logits_to_keep
+            (indices) and hands other keyword arguments to its attention function.
+
+    Raises ConfigError if the model cannot be switched to paged attention or the pool has no page.
+    """
+
+    def __init__(self, model: Any, config: EngineConfig) -> None:
+        shape = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self._model = model
+        self._embed = model.get_input_embeddings()
+        self.hidden_size = int(shape.hidden_size)
+        self.dtype: torch.dtype = self._embed.weight.dtype
+        self.device: torch.device = self._embed.weight.device
+        rope = getattr(shape, "rope_parameters", None) or getattr(shape, "rope_scaling", None) or {}
+        self._mrope = "mrope_section" in rope
+        self.max_context = int(config.max_context or shape.max_position_embeddings)
+        kv_heads = int(shape.num_key_value_heads)
+        head_dim = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
+        layers = int(shape.num_hidden_layers)
+        page_bytes = 2 * layers * config.page_size * kv_heads * head_dim * self.dtype.itemsize
+        num_pages = config.num_pages if config.num_pages is not None else config.pool_bytes // page_bytes
+        if not num_pages:
+            raise ConfigError("pool_bytes", f"{config.pool_bytes} hold no page of {page_bytes} bytes")
+        self.num_pages = num_pages
+        self.pool = KvPool(
+            layers=layers,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self._attention_before = use_paged_attention(model)
+
+    def release(self) -> None:
+        """Gives the model back with the attention it came with."""
+        self._model.set_attn_implementation(self._attention_before)
+
+    def forward(self, batch: Sequence[Work]) -> tuple[torch.Tensor, int]:
+        """Computes the segments: logits [samples, vocab] in their order, and the number of rows used.
+
+        Keys and values go to the pool; doing a segment again writes the same ones again. Raises whatever the model
+        raises.
+        """
+        ids = np.concatenate([w.sequence.token_ids(w.segment.start, w.segment.stop) for w in batch])
+        positions = np.concatenate([w.sequence.positions(w.segment.start, w.segment.stop) for w in batch], axis=1)
+        embeds = self._embed(torch.from_numpy(ids).to(self.device))
+        segments, sampled, at = [], [], 0
+        visual: list[np.ndarray] = []
+        rows: list[torch.Tensor] = []
+        for work in batch:
+            s = work.segment
+            where, taken = work.sequence.rows.take(s.start, s.stop)
+            if taken is not None:
+                visual.append(where + at)
+                rows.append(taken)
+            segments.append(PackedSegment.of(at, at + s.tokens, self.pool.slots(work.pages, s.stop)))
+            at += s.tokens
+            if s.samples:
+                sampled.append(at - 1)
+        inputs: dict[str, Any] = {}
+        used = 0
+        if rows:
+            index, packed = torch.from_numpy(np.concatenate(visual)).to(self.device), torch.cat(rows)
+            used = packed.shape[0]
+            embeds[index] = packed[:, : self.hidden_size]
+            if packed.shape[1] > self.hidden_size:
+                deepstack = embeds.new_zeros(at, packed.shape[1] - self.hidden_size)
+                deepstack[index] = packed[:, self.hidden_size :]
+                inputs["input_deepstack_embeds"] = deepstack[None]
+        where3 = torch.from_numpy(positions).to(self.device)
+        out = self._model(
+            inputs_embeds=embeds[None],
+            position_ids=where3[:, None] if self._mrope else where3[:1],
+            logits_to_keep=torch.tensor(sampled, dtype=torch.int64, device=self.device),
+            use_cache=False,
+            aio_batch=PackedBatch(self.pool, segments),
+            **inputs,
+        )
+        logits: torch.Tensor = out.logits[0]
+        return logits, used

@@ -1,0 +1,211 @@
+"""The engine as a service sees it: submit a planned prompt, hand rows in as they arrive, read tokens.
+
+The order is reserve first, encode second: ``submit`` needs no rows, ``await handle.admitted`` says that pages are
+reserved, and only then is vision work worth asking for. Prefill runs over the part of the prompt whose rows are here
+while later rows are on their way and other requests decode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from aiodisagg.engine.batch import EngineSequence, Runner
+from aiodisagg.engine.config import EngineConfig, EngineStats
+from aiodisagg.engine.rows import RequestRows
+from aiodisagg.engine.schedule import Scheduler
+from aiodisagg.engine.stream import Outbox, RequestHandle
+from aiodisagg.engine.types import SamplingParams
+from aiodisagg.engine.worker import StepThread
+from aiodisagg.errors import AiodisaggError, ConfigError, EngineError, InvalidRequest, Overloaded, PromptTooLong
+from aiodisagg.models.base import PromptPlan
+from aiodisagg.protocol.rows import RowLayout
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A planned prompt. ``request_id`` is the caller's and unique among unfinished requests."""
+
+    request_id: str
+    plan: PromptPlan
+    sampling: SamplingParams
+
+
+class Engine:
+    """Continuous batching over one language model. An async context manager; enter it on the loop that reads.
+
+    Args:
+        model: the language half, see :class:`~aiodisagg.engine.batch.Runner`; the engine owns it until it is closed.
+        decode: text of token ids, special tokens left out; called on the step thread.
+        eos_ids: tokens that end an answer.
+        config: sizes and budgets.
+        layout: what rows must be; None takes any whole number of DeepStack levels that a request's rows agree on.
+
+    ``submit`` belongs to the loop; ``deliver``, ``deliver_bytes``, ``fail``, ``cancel`` and ``stats`` may be called on
+    any thread. Raises ConfigError if the model or the pool cannot work as configured.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decode: Callable[[Sequence[int]], str],
+        eos_ids: frozenset[int],
+        config: EngineConfig | None = None,
+        *,
+        layout: RowLayout | None = None,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self._decode, self._eos_ids = decode, eos_ids
+        self._runner = Runner(model, self.config)
+        self._row_width = None if layout is None else layout.width
+        ours = (self._runner.hidden_size, str(self._runner.dtype).removeprefix("torch."))
+        if layout is not None and (layout.hidden_size, layout.dtype) != ours:
+            self._runner.release()
+            raise ConfigError("layout", f"{layout} does not fit a model of hidden size {ours[0]} in {ours[1]}")
+        self._scheduler = Scheduler(
+            num_pages=self._runner.num_pages,
+            page_size=self.config.page_size,
+            token_budget=self.config.token_budget,
+            max_running=self.config.max_running,
+        )
+        self._limit = min(self._scheduler.largest(), self._runner.max_context)
+        self._live: dict[str, EngineSequence] = {}
+        self._lock = threading.Lock()
+        self._steps: StepThread | None = None
+        self._stopped = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Engine {len(self._live)} requests, {self._scheduler!r}>"
+
+    async def __aenter__(self) -> Self:
+        if self._steps is not None:
+            raise RuntimeError("an engine is entered once")
+        loop = asyncio.get_running_loop()
+        self._steps = StepThread(
+            self._runner,
+            self._scheduler,
+            self._eos_ids,
+            Outbox(loop),
+            ended=self._forget,
+            stopped=lambda: loop.call_soon_threadsafe(self._stopped.set),
+        )
+        self._steps.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Ends the step thread after the step it is in; unfinished requests raise EngineError. May be repeated."""
+        if self._steps is None:
+            return
+        self._steps.close()
+        try:
+            await self._stopped.wait()
+        finally:  # when cancelled: no longer than the step it is in
+            self._steps.join()
+            self._runner.release()
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of prompt plus ``max_tokens`` of one request."""
+        return self._limit
+
+    def submit(self, request: EngineRequest) -> RequestHandle:
+        """Takes a request in, without its rows.
+
+        Raises PromptTooLong if it can never fit, Overloaded at ``max_waiting``, InvalidRequest for an empty prompt,
+        EngineError if the plan contradicts itself, the id is in use or the engine is closed.
+        """
+        request_id, plan, sampling = request.request_id, request.plan, request.sampling
+        if self._steps is None:
+            raise EngineError(request_id, "the engine is not running")
+        if plan.tokens < 1:
+            raise InvalidRequest("messages", "the prompt has no tokens")
+        if plan.tokens + sampling.max_tokens > self._limit:
+            raise PromptTooLong(plan.tokens + sampling.max_tokens, self._limit)
+        if len(self._live) >= self.config.max_waiting + self.config.max_running:
+            raise Overloaded(1.0, f"{len(self._live)} requests are in the engine already")
+        if plan.input_ids.shape != (plan.tokens,) or plan.positions.shape != (3, plan.tokens):
+            shapes = f"{plan.input_ids.shape}, {plan.positions.shape}"
+            raise EngineError(request_id, f"ids and positions of shapes {shapes} are not [T] and [3, T]")
+        rows = RequestRows(
+            request_id,
+            plan,
+            hidden_size=self._runner.hidden_size,
+            width=self._row_width,
+            dtype=self._runner.dtype,
+            device=self._runner.device,
+        )
+        sequence = EngineSequence(RequestHandle(request_id, self.cancel), plan, sampling, rows, self._decode)
+        with self._lock:
+            if request_id in self._live:
+                raise EngineError(request_id, "the id is in use")
+            self._live[request_id] = sequence
+        try:
+            self._steps.submit(sequence)
+        except EngineError:
+            self._forget(request_id)
+            raise
+        return sequence.handle
+
+    def deliver(self, request_id: str, item_index: int, start_row: int, rows: torch.Tensor) -> None:
+        """Packed rows [n, (1+k)*h] of an item, from its row ``start_row`` on, in any order and more than once.
+
+        They are copied before this returns. Rows that do not fit the item or the model fail that request (its reader
+        gets the EngineError); rows for a request that is over are ignored.
+        """
+        self._write(request_id, lambda held: held.write(item_index, start_row, rows))
+
+    def deliver_bytes(
+        self,
+        request_id: str,
+        item_index: int,
+        start_row: int,
+        data: bytes | bytearray | memoryview,
+        *,
+        layout: RowLayout,
+    ) -> None:
+        """As :meth:`deliver`, from the bytes of packed rows as a transport leaves them in a block: one copy."""
+        self._write(
+            request_id,
+            lambda held: held.write_bytes(item_index, start_row, data, width=layout.width, dtype=layout.dtype),
+        )
+
+    def _write(self, request_id: str, write: Callable[[RequestRows], None]) -> None:
+        sequence = self._live.get(request_id)
+        if sequence is None or self._steps is None:
+            return
+        try:
+            write(sequence.rows)
+        except EngineError as error:
+            self.fail(request_id, error)
+        else:
+            self._steps.rows_arrived(request_id)
+
+    def fail(self, request_id: str, error: AiodisaggError) -> None:
+        """Ends a request with ``error``, which its reader gets; no effect when it is over."""
+        if self._steps is not None and request_id in self._live:
+            self._steps.end(request_id, error)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request and frees its pages and rows; its reader gets a last delta with CANCELLED."""
+        if self._steps is not None and request_id in self._live:
+            self._steps.end(request_id, None)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of the last step."""
+        return EngineStats() if self._steps is None else self._steps.stats
+
+    def _forget(self, request_id: str) -> None:
+        with self._lock:
+            self._live.pop(request_id, None)

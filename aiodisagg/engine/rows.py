@@ -1,0 +1,154 @@
+"""Item rows of requests, as they arrive, and how far each prompt is complete from its beginning.
+
+A request's rows lie in one tensor ``[rows, (1+k)*h]`` in the order of the prompt, so the rows of a range of prompt
+tokens are a slice. They are kept as long as the request lives: a preempted request is computed again from them, and
+any request but the oldest may be preempted until its last token.
+
+Rows may come in any order, in pieces of any size, from any thread, and more than once (after a failover); what is held
+already is not written again.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from aiodisagg.errors import EngineError
+from aiodisagg.models.base import PromptPlan
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class RequestRows:
+    """The rows of one request.
+
+    Args:
+        plan: says which prompt tokens are rows of which item.
+        width: elements of a row; None: the first delivery decides, any multiple of ``hidden_size``.
+        dtype, device: of the tensor that keeps them, the model's.
+
+    Raises EngineError if the plan contradicts itself (spans that do not hold the items' rows, placeholders outside of
+    every span): such a prompt would get answers to something else.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        plan: PromptPlan,
+        *,
+        hidden_size: int,
+        width: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.request_id = request_id
+        self._tokens = plan.tokens
+        self._hidden_size, self._width, self._dtype, self._device = hidden_size, width, dtype, device
+        self._items = tuple(item.rows for item in plan.items)
+        self._first = tuple(int(n) for n in np.cumsum((0, *self._items)))
+        self.visual = self._visual_tokens(plan)
+        """int64 [rows]: prompt positions of the rows, ascending."""
+        self._arrived = np.zeros(self._first[-1], dtype=bool)
+        self._complete = 0  # rows held without a gap from the first
+        self._packed: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    def _visual_tokens(self, plan: PromptPlan) -> np.ndarray:
+        spans = [span for item in plan.items for span in item.spans]
+        ends = [0, *(edge for span in spans for edge in span), plan.tokens]
+        if ends != sorted(ends) or any(start == stop for start, stop in spans):
+            raise EngineError(self.request_id, f"item spans {spans} are not ascending ranges of {plan.tokens} tokens")
+        for i, item in enumerate(plan.items):
+            held = sum(stop - start for start, stop in item.spans)
+            if held != item.rows:
+                raise EngineError(self.request_id, f"item {i} has {item.rows} rows for {held} placeholders")
+        visual = np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in spans)])
+        outside = np.delete(plan.input_ids, visual)
+        if np.isin(outside, np.unique(plan.input_ids[visual])).any():
+            raise EngineError(self.request_id, "the prompt has placeholders that belong to no item")
+        return visual
+
+    @property
+    def front(self) -> int:
+        """Prompt tokens that can be computed: all before the first missing row."""
+        complete = self._complete
+        return self._tokens if complete == len(self.visual) else int(self.visual[complete])
+
+    @property
+    def size_bytes(self) -> int:
+        packed = self._packed
+        return 0 if packed is None else packed.numel() * packed.element_size()
+
+    def write(self, item: int, start: int, rows: torch.Tensor) -> None:
+        """Copies ``rows`` [n, width] of ``item`` from its row ``start`` on; they can be reused on return.
+
+        Raises EngineError if they are not rows of this item in the model's dtype.
+        """
+        if rows.ndim != 2 or rows.dtype != self._dtype:
+            raise self._error(
+                item, f"rows of shape {tuple(rows.shape)}, {rows.dtype}; wanted [n, width], {self._dtype}"
+            )
+        packed, at = self._reserve(item, start, rows.shape[0], rows.shape[1])
+        if not self._arrived[at : at + rows.shape[0]].all():
+            with torch.no_grad():
+                packed[at : at + rows.shape[0]].copy_(rows.detach())
+            self._mark(at, at + rows.shape[0])
+
+    def write_bytes(
+        self, item: int, start: int, data: bytes | bytearray | memoryview, *, width: int, dtype: str
+    ) -> None:
+        """As :meth:`write`, from the raw little-endian bytes of packed rows, ``dtype`` named as in a RowLayout."""
+        flat = np.frombuffer(data, dtype=np.uint8)
+        row_bytes = width * self._dtype.itemsize
+        if _DTYPES.get(dtype) is not self._dtype or not row_bytes or flat.size % row_bytes:
+            raise self._error(item, f"{flat.size} bytes of {dtype} are not rows of {width} elements of {self._dtype}")
+        count = flat.size // row_bytes
+        if self._device.type != "cpu":
+            staged = torch.empty((count, width), dtype=self._dtype)
+            np.copyto(staged.view(torch.uint8).numpy().reshape(-1), flat)
+            self.write(item, start, staged)
+            return
+        packed, at = self._reserve(item, start, count, width)
+        if not self._arrived[at : at + count].all():
+            np.copyto(packed[at : at + count].view(torch.uint8).numpy().reshape(-1), flat)
+            self._mark(at, at + count)
+
+    def take(self, start: int, stop: int) -> tuple[np.ndarray, torch.Tensor | None]:
+        """Rows among the prompt tokens ``[start, stop)``, which must lie before ``front``.
+
+        Returns their positions relative to ``start``, int64 [n], and a view of the rows [n, width], None if n is 0.
+        """
+        first, last = (int(n) for n in np.searchsorted(self.visual, (start, stop)))
+        if first == last:
+            return self.visual[:0], None
+        if last > self._complete or self._packed is None:
+            raise EngineError(self.request_id, f"rows [{first}, {last}) are wanted, {self._complete} are here")
+        return self.visual[first:last] - start, self._packed[first:last]
+
+    def _error(self, item: int, message: str) -> EngineError:
+        return EngineError(self.request_id, f"item {item}: {message}")
+
+    def _reserve(self, item: int, start: int, count: int, width: int) -> tuple[torch.Tensor, int]:
+        """The tensor and the index of the first row in it."""
+        if not 0 <= item < len(self._items):
+            raise self._error(item, f"the request has {len(self._items)} items")
+        if start < 0 or start + count > self._items[item]:
+            raise self._error(item, f"rows [{start}, {start + count}) of {self._items[item]}")
+        with self._lock:
+            wanted = self._width
+            if (wanted is not None and width != wanted) or width < self._hidden_size or width % self._hidden_size:
+                raise self._error(item, f"rows of {width} elements, wanted {wanted or f'n * {self._hidden_size}'}")
+            if self._packed is None:
+                self._width = width
+                with torch.inference_mode(False):  # another thread, in another mode, may write the next rows
+                    self._packed = torch.empty((len(self.visual), width), dtype=self._dtype, device=self._device)
+            return self._packed, self._first[item] + start
+
+    def _mark(self, start: int, stop: int) -> None:
+        with self._lock:
+            self._arrived[start:stop] = True
+            if start <= self._complete:
+                rest = self._arrived[self._complete :]
+                self._complete += int(rest.argmin()) if not rest.all() else len(rest)

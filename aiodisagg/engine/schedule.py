@@ -1,0 +1,241 @@
+"""Which tokens of which requests the next step computes. Pure: no torch, no clock, no locks, one owner.
+
+Theory. A request is a row of ``total = prompt + generated`` tokens of which ``computed`` have their keys and values in
+the pool. Prefill, decode and computing again after a preemption are one thing: move ``computed`` towards ``total``;
+the step that reaches it samples the next token. A decode is the case in which one token is missing.
+
+* Seniority is the order of arrival and never changes. Admission is strictly by seniority, the victim of a preemption
+  is always the newest running request, so **every running request is older than every waiting one** and the oldest
+  is never preempted: it always gets on, and by induction everybody finishes.
+* Admission reserves the pages of everything known (prompt, and what a preempted request had generated), so a prefill
+  never stops for lack of pages while rows arrive. Decodes take further pages one at a time and preempt for them. A
+  newcomer leaves one page for each running request, or the next few decodes would throw it out again.
+* A prefill never passes ``front``, the contiguous part of the prompt whose rows are here. A request that waits for
+  rows keeps its pages and costs nothing else.
+* Fairness inside the token budget: decodes first; of the rest the oldest prefill gets at least half, so a stream of
+  short prompts cannot starve a long one, and what remains goes to who needs least to finish, so a long prompt does not
+  hold up short ones. ``max_running <= token_budget`` leaves at least one token for prefill whenever there is one.
+
+What the pages hold is not known here; sharing them between requests would be a matter of :class:`Pages` alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens ``[start, stop)`` of one request; ``samples``: the last one gives the request's next token."""
+
+    request_id: str
+    start: int
+    stop: int
+    samples: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to compute next, decodes before prefills. Without segments nothing can be done until something arrives."""
+
+    segments: tuple[Segment, ...]
+    admitted: tuple[str, ...]
+    """Requests that hold pages since this step, those that come back from a preemption included."""
+    preempted: tuple[str, ...]
+
+
+class Pages:
+    """Numbers of free pages. A page has one owner; giving back what is free already is an error."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(range(count - 1, -1, -1))
+        self._is_free = [True] * count
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        if count > len(self._free):
+            raise ValueError(f"{count} pages wanted, {len(self._free)} free")
+        taken = [self._free.pop() for _ in range(count)]
+        for page in taken:
+            self._is_free[page] = False
+        return taken
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            if self._is_free[page]:
+                raise ValueError(f"page {page} is free already")
+            self._is_free[page] = True
+            self._free.append(page)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    request_id: str
+    order: int
+    prompt: int
+    front: int
+    generated: int = 0
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.generated
+
+    @property
+    def missing(self) -> int:
+        return self.total - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        return self.generated > 0 and self.missing == 1
+
+    @property
+    def ready(self) -> int:
+        """Tokens that could be computed now."""
+        reach = self.total if self.front >= self.prompt else self.front
+        return max(reach - self.computed, 0)
+
+
+class Scheduler:
+    """The request table and the page accounts.
+
+    Args:
+        num_pages, page_size: the KV pool.
+        token_budget: most tokens of a step.
+        max_running: most requests with pages; capped by ``token_budget``.
+    """
+
+    def __init__(self, *, num_pages: int, page_size: int, token_budget: int, max_running: int) -> None:
+        self.pages = Pages(num_pages)
+        self.page_size = page_size
+        self.token_budget = token_budget
+        self.max_running = min(max_running, token_budget)
+        self._requests: dict[str, _Request] = {}
+        self._running: list[_Request] = []  # both by seniority
+        self._waiting: list[_Request] = []
+        self._arrivals = 0
+
+    def __repr__(self) -> str:
+        free = f"{self.pages.free}/{self.pages.count} pages free"
+        return f"<Scheduler {len(self._running)} running, {len(self._waiting)} waiting, {free}>"
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        return tuple(r.request_id for r in self._running)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        return tuple(r.request_id for r in self._waiting)
+
+    def pages_of(self, request_id: str) -> list[int]:
+        """Pages in the order of the request's tokens; empty while it waits. Not to be changed by the caller."""
+        return self._requests[request_id].pages
+
+    def largest(self) -> int:
+        """Tokens of the longest request that can ever run. The last token of an answer needs no page."""
+        return self.pages.count * self.page_size + 1
+
+    def add(self, request_id: str, prompt: int, max_tokens: int, front: int) -> None:
+        """A new request, the newest of all. ValueError if it is known, empty, or longer than :meth:`largest`."""
+        if request_id in self._requests:
+            raise ValueError(f"request {request_id} is known already")
+        if prompt < 1 or max_tokens < 1 or prompt + max_tokens > self.largest():
+            raise ValueError(f"request {request_id}: {prompt} + {max_tokens} tokens, {self.largest()} are the most")
+        request = _Request(request_id, self._arrivals, prompt, front)
+        self._arrivals += 1
+        self._requests[request_id] = request
+        self._waiting.append(request)
+
+    def set_front(self, request_id: str, front: int) -> None:
+        """The first ``front`` prompt tokens can be computed. It never moves back."""
+        request = self._requests[request_id]
+        request.front = max(request.front, front)
+
+    def advance(self, segment: Segment, *, sampled: bool) -> None:
+        """A segment of the last step is computed; ``sampled``: the request got a token and goes on."""
+        request = self._requests[segment.request_id]
+        request.computed = segment.stop
+        if sampled:
+            request.generated += 1
+
+    def remove(self, request_id: str) -> None:
+        """Finished, failed or cancelled: the pages are free at once. An unknown request is ignored."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        (self._running if request in self._running else self._waiting).remove(request)
+        self.pages.give_back(request.pages)
+
+    def plan_step(self) -> Step:
+        """The next step. Takes pages, admits and preempts as the theory above says."""
+        preempted: list[str] = []
+        decodes = self._plan_decodes(preempted)
+        # Who was just thrown out would take the pages back at once, and be thrown out again.
+        admitted = [] if preempted else self._admit()
+        prefills = self._plan_prefills(self.token_budget - len(decodes))
+        return Step((*decodes, *prefills), tuple(admitted), tuple(preempted))
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _plan_decodes(self, preempted: list[str]) -> list[Segment]:
+        segments = []
+        for request in tuple(self._running):
+            if not request.decodes or not request.pages:
+                continue
+            if self._pages_for(request.total) > len(request.pages):
+                while not self.pages.free and request.pages:
+                    preempted.append(self._preempt_newest())
+                if not request.pages:
+                    continue
+                request.pages += self.pages.take(1)
+            segments.append(Segment(request.request_id, request.computed, request.total, samples=True))
+        return segments
+
+    def _preempt_newest(self) -> str:
+        victim = self._running.pop()
+        self.pages.give_back(victim.pages)
+        victim.pages = []
+        victim.computed = 0
+        bisect.insort(self._waiting, victim, key=lambda r: r.order)
+        return victim.request_id
+
+    def _admit(self) -> list[str]:
+        admitted = []
+        while self._waiting and len(self._running) < self.max_running:
+            request = self._waiting[0]
+            needed = self._pages_for(request.total)
+            if needed + len(self._running) > self.pages.free and (self._running or needed > self.pages.free):
+                break
+            request.pages = self.pages.take(needed)
+            self._running.append(self._waiting.pop(0))
+            admitted.append(request.request_id)
+        return admitted
+
+    def _plan_prefills(self, budget: int) -> list[Segment]:
+        prefills = [r for r in self._running if r.ready and not r.decodes]
+        if not prefills:
+            return []
+        granted = {prefills[0].request_id: min(prefills[0].ready, -(-budget // 2))}
+        budget -= granted[prefills[0].request_id]
+        for request in sorted(prefills, key=lambda r: (r.missing, r.order)):
+            before = granted.get(request.request_id, 0)
+            more = min(request.ready - before, budget)
+            granted[request.request_id] = before + more
+            budget -= more
+        return [
+            Segment(r.request_id, r.computed, r.computed + n, samples=r.computed + n == r.total)
+            for r in prefills
+            if (n := granted[r.request_id])
+        ]

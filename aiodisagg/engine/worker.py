@@ -1,0 +1,270 @@
+"""The step thread: takes commands, plans a step, runs it, hands tokens out. Everything about a request happens here.
+
+One thread owns the scheduler, the pool and the sequences; other threads put commands into its inbox and never touch
+them. It sleeps on a condition when there is nothing to compute; it does not poll. The inbox is bounded by what callers
+may do: a submit and an end for each request (the engine bounds requests), and arrivals of rows are a set of ids.
+
+A step that raises is done again one request at a time: who raises alone fails, the others have lost nothing, because a
+forward has no effect but keys and values that are written again. Logits that are not finite fail their request only.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from aiodisagg.engine.batch import EngineSequence, Runner, Work
+from aiodisagg.engine.config import EngineStats
+from aiodisagg.engine.sampling import sample_batch
+from aiodisagg.engine.schedule import Scheduler, Segment, Step
+from aiodisagg.engine.stream import Outbox, RequestHandle
+from aiodisagg.engine.types import Delta, FinishReason, Usage
+from aiodisagg.errors import AiodisaggError, EngineError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Take the request out: with its error, or as cancelled when there is none."""
+
+    request_id: str
+    error: AiodisaggError | None
+
+
+class StepThread:
+    """Runs until :meth:`close`. ``submit``, ``rows_arrived``, ``end`` and ``close`` may be called on any thread.
+
+    Args:
+        ended: called on the step thread with the id of each request that is over, before its reader is woken.
+        stopped: called on the step thread as the last thing it does.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        eos_ids: frozenset[int],
+        outbox: Outbox,
+        *,
+        ended: Callable[[str], None],
+        stopped: Callable[[], object],
+    ) -> None:
+        self._runner, self._scheduler, self._eos_ids, self._outbox = runner, scheduler, eos_ids, outbox
+        self._ended, self._stopped = ended, stopped
+        self._sequences: dict[str, EngineSequence] = {}
+        self._wake = threading.Condition()
+        self._inbox: deque[EngineSequence | End] = deque()
+        self._arrived: set[str] = set()
+        self._closing = False
+        self._counts: Counter[str] = Counter()
+        self._batch_sizes: Counter[int] = Counter()
+        self.stats = EngineStats()
+        """Replaced as a whole after every step."""
+        self._news: list[tuple[RequestHandle, Delta | None, AiodisaggError | None]] = []  # neither: admitted
+        self._publish()
+        self._thread = threading.Thread(target=self._run, name="aiodisagg-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def submit(self, sequence: EngineSequence) -> None:
+        """Raises EngineError when the thread ends or has ended."""
+        with self._wake:
+            if self._closing:
+                raise EngineError(sequence.request_id, "the engine is closed")
+            self._inbox.append(sequence)
+            self._wake.notify()
+
+    def rows_arrived(self, request_id: str) -> None:
+        with self._wake:
+            self._arrived.add(request_id)
+            self._wake.notify()
+
+    def end(self, request_id: str, error: AiodisaggError | None) -> None:
+        with self._wake:
+            self._inbox.append(End(request_id, error))
+            self._wake.notify()
+
+    def close(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+
+    # -- on the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        why = "the engine was closed"
+        try:
+            with torch.inference_mode():
+                idle = False
+                while self._take_commands(wait=idle):
+                    idle = not self._step()
+        except BaseException as error:
+            log.exception("the step thread failed")
+            why = f"the engine stopped: {error!r}"
+        finally:
+            with self._wake:
+                self._closing = True
+                self._inbox, left = deque(), self._inbox
+            for command in left:
+                if isinstance(command, EngineSequence):
+                    self._sequences[command.request_id] = command
+            for request_id in tuple(self._sequences):
+                self._finish(request_id, error=EngineError(request_id, why))
+            self._publish()
+            self._stopped()
+
+    def _take_commands(self, *, wait: bool) -> bool:
+        """Applies what has come; ``wait`` until something has. False: closing."""
+        with self._wake:
+            if wait:
+                self._wake.wait_for(lambda: self._inbox or self._arrived or self._closing)
+            commands, self._inbox = self._inbox, deque()
+            arrived, self._arrived = self._arrived, set()
+            if self._closing:
+                self._inbox = commands
+                return False
+        for command in commands:
+            if isinstance(command, EngineSequence):
+                self._add(command)
+            else:
+                self._end(command)
+        for request_id in arrived & self._sequences.keys():
+            self._scheduler.set_front(request_id, self._sequences[request_id].rows.front)
+        return True
+
+    def _add(self, sequence: EngineSequence) -> None:
+        plan, sampling = sequence.plan, sequence.sampling
+        self._sequences[sequence.request_id] = sequence
+        self._scheduler.add(sequence.request_id, plan.tokens, sampling.max_tokens, sequence.rows.front)
+
+    def _end(self, command: End) -> None:
+        if command.request_id not in self._sequences:
+            return
+        if command.error is not None:
+            self._finish(command.request_id, error=command.error)
+        else:
+            self._finish(command.request_id, delta=self._delta(command.request_id, "", (), FinishReason.CANCELLED))
+
+    def _step(self) -> bool:
+        """Plans and runs one step. False: nothing to do until a command comes."""
+        step = self._scheduler.plan_step()
+        for request_id in step.admitted:
+            self._news.append((self._sequences[request_id].handle, None, None))
+        self._counts["preemptions"] += len(step.preempted)
+        if step.preempted:
+            log.debug("preempted %s", ", ".join(step.preempted))
+        if step.segments:
+            self._compute(step)
+        self._publish()
+        return bool(step.segments or step.admitted or step.preempted)
+
+    def _compute(self, step: Step) -> None:
+        batch = [Work(s, self._sequences[s.request_id], self._scheduler.pages_of(s.request_id)) for s in step.segments]
+        try:
+            self._forward(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                self._fail(batch[0], error)
+                return
+            log.warning("a step of %d requests raised %r; doing them one by one", len(batch), error)
+            self._counts["retries"] += 1
+            for work in batch:
+                try:
+                    self._forward([work])
+                except Exception as alone:
+                    self._fail(work, alone)
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        request_id = work.segment.request_id
+        log.warning("request %s failed: %r", request_id, error)
+        ours = error if isinstance(error, EngineError) else EngineError(request_id, f"the model raised {error!r}")
+        ours.__cause__ = None if ours is error else error
+        self._finish(request_id, error=ours)
+
+    def _forward(self, batch: list[Work]) -> None:
+        """Raises what the model raises; after it every request of the batch has advanced or failed by itself."""
+        logits, rows_used = self._runner.forward(batch)
+        sampling = [w for w in batch if w.segment.samples]
+        tokens = iter(sample_batch(logits, [w.sequence.sampler for w in sampling]))
+        self._counts["steps"] += 1
+        self._counts["rows_used"] += rows_used
+        self._batch_sizes[len(batch)] += 1
+        for work in batch:
+            segment, prompt = work.segment, work.sequence.plan.tokens
+            self._counts["tokens_prefilled"] += max(min(segment.stop, prompt) - segment.start, 0)
+            if segment.samples:
+                self._accept(segment, work.sequence, next(tokens))
+            else:
+                self._scheduler.advance(segment, sampled=False)
+
+    def _accept(self, segment: Segment, sequence: EngineSequence, token: int | None) -> None:
+        request_id = segment.request_id
+        if token is None:
+            self._finish(request_id, error=EngineError(request_id, "the model gave logits that are not finite"))
+            return
+        self._counts["tokens_decoded"] += 1
+        sequence.generated.append(token)
+        try:
+            text, reason = self._read(sequence, token)
+        except Exception as error:  # a tokenizer's decode is foreign code
+            self._finish(request_id, error=EngineError(request_id, f"token {token} has no text: {error!r}"))
+            return
+        delta = self._delta(request_id, text, (token,), reason)
+        if reason is None:
+            self._scheduler.advance(segment, sampled=True)
+            self._news.append((sequence.handle, delta, None))
+        else:
+            self._finish(request_id, delta=delta)
+
+    def _read(self, sequence: EngineSequence, token: int) -> tuple[str, FinishReason | None]:
+        """The text that this token adds, and whether it ends the answer."""
+        sampling = sequence.sampling
+        if token in self._eos_ids and not sampling.ignore_eos:
+            return sequence.text.finish(), FinishReason.STOP
+        text = sequence.text.feed(token)
+        if sequence.text.stopped:
+            return text, FinishReason.STOP
+        if len(sequence.generated) < sampling.max_tokens:
+            return text, None
+        text += sequence.text.finish()
+        return text, FinishReason.STOP if sequence.text.stopped else FinishReason.LENGTH
+
+    def _delta(self, request_id: str, text: str, ids: tuple[int, ...], reason: FinishReason | None) -> Delta:
+        sequence = self._sequences[request_id]
+        usage = None if reason is None else Usage(sequence.plan.tokens, len(sequence.generated))
+        return Delta(text, ids, reason, usage)
+
+    def _finish(self, request_id: str, *, delta: Delta | None = None, error: AiodisaggError | None = None) -> None:
+        """Frees everything of the request, then tells its reader."""
+        sequence = self._sequences.pop(request_id)
+        self._scheduler.remove(request_id)
+        self._counts["failed"] += error is not None
+        self._ended(request_id)
+        self._news.append((sequence.handle, delta, error))
+
+    def _publish(self) -> None:
+        """First the statistics, then the news: who reads that a request is over finds its pages free."""
+        pages = self._scheduler.pages
+        self.stats = EngineStats(
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            pages_free=pages.free,
+            pages_used=pages.count - pages.free,
+            rows_bytes=sum(s.rows.size_bytes for s in self._sequences.values()),
+            batch_sizes=tuple(sorted(self._batch_sizes.items())),
+            **self._counts,
+        )
+        news, self._news = self._news, []
+        for handle, delta, error in news:
+            handle._offer(delta, error)
+        self._outbox.wake(handle for handle, _, _ in news)
