@@ -3,29 +3,46 @@
 The arena is an anonymous shared mapping (memfd): it has no name in the file system, another process can map it only
 through a file descriptor that was handed over, and the kernel frees it with the last process that maps it, however
 that one ends. A fresh mapping copies at a tenth of memory speed because of page faults, so all pages are made
-resident at the start (``MADV_POPULATE_WRITE``, Linux 5.14; older kernels: one write per page).
+resident at the start (``MADV_POPULATE_WRITE``, Linux 5.14; older kernels: one write per page). Its size is sealed:
+nobody who holds the descriptor can cut it short under another process's mapping, which would be a fatal SIGBUS there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 
 _POPULATE_WRITE = 23
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def populate(address: int, size_bytes: int) -> bool:
+    """Maps every page of a shared mapping for writing, without the GIL; False on kernels that cannot."""
+    return bool(_libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), _POPULATE_WRITE) == 0)
+
+
+def is_sealed(fd: int) -> bool:
+    """True for a descriptor whose size can never change again, as an arena's."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:
+        return False
 
 
 class Arena:
     """``size_bytes`` of shared, pre-faulted memory. Not thread-safe to close; reads and writes are the users'."""
 
-    def __init__(self, size_bytes: int, *, populate: bool = True) -> None:
+    def __init__(self, size_bytes: int, *, prefault: bool = True) -> None:
         if size_bytes <= 0:
             raise ValueError(f"size_bytes must be positive, not {size_bytes}")
         self.size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fd = os.memfd_create("aiodisagg-pool", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("aiodisagg-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, self.size_bytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._mapping = mmap.mmap(self.fd, self.size_bytes)
         except BaseException:
             os.close(self.fd)
@@ -33,12 +50,7 @@ class Arena:
         self._anchor: ctypes.c_char | None = ctypes.c_char.from_buffer(self._mapping)
         self.address = ctypes.addressof(self._anchor)
         self.view = memoryview(self._mapping)
-        if populate:
-            self._populate()
-
-    def _populate(self) -> None:
-        done = _libc.madvise(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size_bytes), _POPULATE_WRITE)
-        if done != 0:
+        if prefault and not populate(self.address, self.size_bytes):
             for offset in range(0, self.size_bytes, mmap.PAGESIZE):
                 self._mapping[offset] = 0
 

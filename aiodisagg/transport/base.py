@@ -24,10 +24,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from aiodisagg.errors import WriteRefused
 from aiodisagg.transport.arena import Arena
 
 Admit = Callable[[int, int, int], bool]
-"""``admit(offset, size_bytes, lease)``: is this range lent under this lease right now? Called from any thread."""
+"""``admit(offset, size_bytes, lease)``: does a range that is lent under this lease right now contain this one?
+
+Called from any thread, several times per write, and never for a range outside the pool. Must not block."""
 
 
 class FenceKind(enum.Enum):
@@ -71,6 +74,28 @@ class Remote(ABC):
     size_bytes: int
     """Size of the remote pool."""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.peer}, {self.size_bytes} bytes>"
+
+
+def check_slices(transport: str, remote: Remote, slices: Sequence[Slice]) -> int:
+    """The bytes of a write, after a look at every slice; what all transports check before they move anything.
+
+    Raises:
+        WriteRefused: a slice ends outside the remote pool.
+        ValueError: a source is not contiguous bytes; the caller's mistake, nothing was written.
+    """
+    total = 0
+    for piece in slices:
+        source = piece.source
+        if not source.c_contiguous or source.itemsize != 1 or source.ndim != 1:
+            raise ValueError(f"a source must be one-dimensional contiguous bytes, not {source.format!r}{source.shape}")
+        if piece.offset < 0 or piece.offset + source.nbytes > remote.size_bytes:
+            text = f"[{piece.offset}, {piece.offset + source.nbytes}) is outside the pool of {remote.size_bytes} bytes"
+            raise WriteRefused(transport, text, peer=remote.peer)
+        total += source.nbytes
+    return total
+
 
 class Transport(ABC):
     """One data plane of one process: receives into its own pool, writes into the pools of others.
@@ -97,7 +122,12 @@ class Transport(ABC):
 
     @abstractmethod
     def describe(self) -> bytes:
-        """The pool and how to reach it, for another process's ``connect``. At most 4 KiB. Valid until ``aclose``."""
+        """The pool and how to reach it, for another process's ``connect``. At most 4 KiB. Valid until ``aclose``.
+
+        Raises:
+            TransportClosed: not open, or closed.
+            TransportUnavailable: opened without a pool.
+        """
 
     @abstractmethod
     async def connect(self, description: bytes, *, peer: str) -> Remote:

@@ -1,0 +1,375 @@
+"""The checks behind :func:`aiodisagg.transport.testing.check_transport`: one promise of the interface each."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Awaitable, Callable
+
+from aiodisagg.errors import PeerGone, TransportClosed, TransportError, TransportUnavailable, WriteRefused
+from aiodisagg.transport.base import FenceKind, Slice, Transport
+from aiodisagg.transport.testing import Kit, Receiver, expect, loop_watch, raises
+
+Check = Callable[[Kit], Awaitable[None]]
+CHECKS: dict[str, Check] = {}
+
+_DATA = random.Random(7).randbytes(1 << 20)
+MIB = 1 << 20
+
+
+def _check(check: Check) -> Check:
+    CHECKS[check.__name__] = check
+    return check
+
+
+def _pattern(size_bytes: int, seed: int = 0) -> bytearray:
+    start = seed * 4099 % 65536
+    return bytearray((_DATA[start:] * (size_bytes // (len(_DATA) - start) + 1))[:size_bytes])
+
+
+@_check
+async def bytes_are_exact_and_nothing_else_changes(kit: Kit) -> None:
+    async with kit.pair() as (receiver, writer, remote, _):
+        at = 100
+        for size in (1, 7, 4096, 65_537, 300_001):
+            data = _pattern(size, size)
+            await writer.write(remote, [receiver.slice(data, at)])
+            expect(receiver.holds(data, at), f"{size} bytes arrived as written")
+            expect(receiver.untouched(at + size), "nothing behind the range changed")
+            at += size + 13
+        expect(receiver.untouched(0, 100), "nothing before the range changed")
+
+
+@_check
+async def empty_writes_succeed(kit: Kit) -> None:
+    async with kit.pair() as (receiver, writer, remote, _):
+        await writer.write(remote, [])
+        await writer.write(remote, [receiver.slice(b"", 0), receiver.slice(b"", receiver.arena.size_bytes)])
+        await writer.write(remote, [receiver.slice(b"", 5), receiver.slice(b"abc", 9), receiver.slice(b"", 7)])
+        expect(receiver.holds(b"abc", 9) and receiver.untouched(12), "only the three bytes landed")
+
+
+@_check
+async def huge_write_leaves_the_loop_free(kit: Kit) -> None:
+    async with kit.pair(kit.huge_bytes + 8192) as (receiver, writer, remote, _):
+        data = _pattern(kit.huge_bytes)
+        async with loop_watch(kit):
+            await writer.write(remote, [receiver.slice(data, 4096)])
+        expect(receiver.holds(data, 4096), "all bytes arrived")
+        expect(receiver.untouched(0, 4096) and receiver.untouched(4096 + len(data)), "the guard bytes are intact")
+
+
+@_check
+async def slices_scatter_and_gather(kit: Kit) -> None:
+    async with kit.pair(4 * MIB) as (receiver, writer, remote, _):
+        source = memoryview(bytes(_pattern(2 * MIB)))  # read-only sources are sources too
+        places = [(3 * MIB, 0, 1000), (17, 5000, 1), (2 * MIB, 100_000, 600_000), (4 * MIB - 5, 99, 5), (MIB, 0, 0)]
+        await writer.write(remote, [receiver.slice(source[at : at + size], to) for to, at, size in places])
+        for to, at, size in places:
+            expect(receiver.holds(bytes(source[at : at + size]), to), f"the slice for {to} arrived")
+        expect(receiver.untouched(18, MIB) and receiver.untouched(2 * MIB + 600_000, 3 * MIB), "nothing in between did")
+
+
+@_check
+async def many_writers_at_once(kit: Kit) -> None:
+    async with kit.receiver(8 * MIB) as receiver:
+
+        async def one(number: int) -> None:
+            async with kit.writer() as (writer, _):
+                remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+                slot = 2 * MIB * number
+                async with asyncio.TaskGroup() as tasks:
+                    for part in range(16):
+                        size = 1 + (part * 9973) % 120_000
+                        item = receiver.slice(_pattern(size, part), slot + part * 125_000)
+                        tasks.create_task(writer.write(remote, [item]))
+                for part in range(16):
+                    size = 1 + (part * 9973) % 120_000
+                    expect(receiver.holds(_pattern(size, part), slot + part * 125_000), "each write is whole")
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(4):
+                tasks.create_task(one(number))
+
+
+@_check
+async def both_directions_at_once(kit: Kit) -> None:
+    async with kit.receiver(2 * MIB) as one, kit.receiver(2 * MIB) as two:
+        to_two = await one.transport.connect(two.transport.describe(), peer=two.incarnation)
+        to_one = await two.transport.connect(one.transport.describe(), peer=one.incarnation)
+        data, other = _pattern(2 * MIB, 1), _pattern(2 * MIB, 2)
+        await asyncio.gather(
+            one.transport.write(to_two, [two.slice(data, 0)]), two.transport.write(to_one, [one.slice(other, 0)])
+        )
+        expect(two.holds(data, 0) and one.holds(other, 0), "both pools hold the other's bytes")
+
+
+@_check
+async def small_write_passes_a_huge_one(kit: Kit) -> None:
+    async with kit.pair(kit.huge_bytes + MIB) as (receiver, writer, remote, _):
+        huge = asyncio.ensure_future(writer.write(remote, [receiver.slice(_pattern(kit.huge_bytes), MIB)]))
+        await asyncio.sleep(0)
+        await writer.write(remote, [receiver.slice(_pattern(MIB, 3), 0)])
+        expect(not huge.done(), "a small write does not wait for a huge one that started before it")
+        await huge
+
+
+@_check
+async def source_is_released(kit: Kit) -> None:
+    async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
+        for size in (1000, 100_000, 5 * MIB):
+            data = _pattern(size)
+            item = receiver.slice(data, 0)
+            await writer.write(remote, [item])
+            item.source.release()
+            try:
+                data.extend(b"x")
+            except BufferError:
+                expect(False, f"nothing refers to a source of {size} bytes after its write")
+
+
+async def _start(kit: Kit, receiver: Receiver, writer: Transport, write: Awaitable[None], turns: int) -> bool:
+    """Runs a write for some turns of the loop and cancels it. True if it was cancelled under way."""
+    task = asyncio.ensure_future(write)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    (outcome,) = await asyncio.gather(task, return_exceptions=True)
+    if outcome is not None and not isinstance(outcome, asyncio.CancelledError):
+        raise outcome
+    return outcome is not None
+
+
+@_check
+async def source_is_free_after_cancel_and_fence(kit: Kit) -> None:
+    size = 8 * MIB
+    async with kit.pair(size + MIB) as (receiver, writer, remote, _):
+        cancelled = 0
+        for turns in (1, 2, 4, 8, 16, 32):
+            source = bytearray(b"\xaa" * size)
+            cancelled += await _start(kit, receiver, writer, writer.write(remote, [receiver.slice(source, MIB)]), turns)
+            await writer.fence(remote)
+            source[:] = b"\x55" * size
+            await writer.write(remote, [receiver.slice(b"behind", 0)])
+            landed = bytes(receiver.arena.view[MIB:])
+            expect(b"\x55" not in landed, "bytes put into the source after the fence did not arrive")
+        expect(cancelled > 0, "at least one write was cancelled under way")
+
+
+@_check
+async def range_is_free_after_cancel_and_revoke(kit: Kit) -> None:
+    size = 8 * MIB
+    async with kit.pair(size + MIB) as (receiver, writer, remote, name):
+        for turns in (1, 2, 4, 8, 16, 32):
+            item = receiver.slice(bytearray(b"\xaa" * size), MIB)
+            await _start(kit, receiver, writer, writer.write(remote, [item]), turns)
+            receiver.lender.withdraw(item.lease)
+            async with asyncio.timeout(20):
+                await receiver.transport.revoke(name, [item.lease])
+            receiver.arena.view[MIB:] = b"\x33" * (receiver.arena.size_bytes - MIB)
+            await writer.fence(remote)
+            await writer.write(remote, [receiver.slice(b"behind", 0)])
+            expect(receiver.arena.view[MIB:] == b"\x33" * size, "a range that was lent anew never changed")
+
+
+@_check
+async def revoke_ends_a_running_write(kit: Kit) -> None:
+    async with kit.pair(kit.huge_bytes) as (receiver, writer, remote, name):
+        item = receiver.slice(_pattern(kit.huge_bytes), 0)
+        write = asyncio.ensure_future(writer.write(remote, [item]))
+        await asyncio.sleep(0)
+        receiver.lender.withdraw(item.lease)
+        await receiver.transport.revoke(name, [item.lease])
+        receiver.arena.view[:] = b"\x33" * receiver.arena.size_bytes
+        (outcome,) = await asyncio.gather(write, return_exceptions=True)
+        expect(isinstance(outcome, WriteRefused), f"the write was refused, not {outcome!r}")
+        await writer.write(remote, [receiver.slice(b"x", 0)])
+        expect(receiver.arena.view[1:] == b"\x33" * (receiver.arena.size_bytes - 1), "nothing landed after revoke")
+
+
+@_check
+async def revoke_of_the_unknown_returns(kit: Kit) -> None:
+    async with kit.pair() as (receiver, writer, remote, name):
+        async with asyncio.timeout(20):
+            await receiver.transport.revoke("nobody", [1, 2, 3])
+            await receiver.transport.revoke(name, [])
+            await receiver.transport.revoke(name, list(range(10_000, 15_000)))
+            for _ in range(2):  # the same range freed twice
+                await receiver.transport.revoke(name, [10_000])
+        await writer.write(remote, [receiver.slice(b"still here", 0)])
+        expect(receiver.holds(b"still here", 0), "other leases are as valid as before")
+
+
+@_check
+async def lease_revoked_before_connect_is_refused(kit: Kit) -> None:
+    async with kit.receiver() as receiver, kit.writer() as (writer, name):
+        item = receiver.slice(b"too late", 0)
+        receiver.lender.withdraw(item.lease)
+        await receiver.transport.revoke(name, [item.lease])
+        remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        with raises(WriteRefused):
+            await writer.write(remote, [item])
+        expect(receiver.untouched(), "nothing landed")
+
+
+@_check
+async def lease_that_is_not_lent_is_refused(kit: Kit) -> None:
+    if kit.capabilities.fence is not FenceKind.RECEIVER:
+        return
+    async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
+        for size in (10, 5 * MIB):
+            good, wide = receiver.slice(_pattern(size), 0), receiver.slice(_pattern(size), 1024)
+            wide = Slice(wide.source, wide.offset + 1, wide.lease)
+            for bad in (Slice(good.source, 0, 999_999), wide):
+                with raises(WriteRefused):
+                    await writer.write(remote, [bad])
+            await writer.fence(remote)
+            expect(receiver.untouched(), "a refused write changed nothing")
+        await writer.write(remote, [receiver.slice(b"next", 0)])
+        expect(receiver.holds(b"next", 0), "the next write is not affected")
+
+
+@_check
+async def range_outside_the_pool_is_refused(kit: Kit) -> None:
+    async with kit.pair() as (receiver, writer, remote, _):
+        end = receiver.arena.size_bytes
+        for offset in (end, end - 9, -1, 2**40, 2**63 - 1):
+            with raises(WriteRefused):
+                await writer.write(remote, [receiver.slice(b"first", 0), receiver.slice(b"0123456789", offset)])
+        await writer.fence(remote)
+        await writer.write(remote, [receiver.slice(b"0123456789", end - 10)])
+        expect(receiver.holds(b"0123456789", end - 10), "the last bytes of the pool can be written")
+
+
+@_check
+async def close_ends_writes_under_way(kit: Kit) -> None:
+    async with kit.receiver(kit.huge_bytes) as receiver, kit.writer() as (writer, _):
+        remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        source = _pattern(kit.huge_bytes // 4)
+        items = [receiver.slice(source, at * len(source)) for at in range(4)]
+        writes = [asyncio.ensure_future(writer.write(remote, [item])) for item in items]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            await writer.aclose()
+            outcomes = await asyncio.gather(*writes, return_exceptions=True)
+        expect(all(o is None or isinstance(o, TransportClosed) for o in outcomes), f"typed outcomes, not {outcomes}")
+        expect(any(isinstance(o, TransportClosed) for o in outcomes), "close does not wait for huge writes")
+        landed = bytes(receiver.arena.view)
+        source[:] = bytes(len(source))
+        await writer.aclose()
+        expect(bytes(receiver.arena.view) == landed or not kit.capabilities.one_sided, "nothing moves after close")
+
+
+@_check
+async def use_after_close_is_an_error(kit: Kit) -> None:
+    async with kit.pair() as (receiver, writer, remote, _):
+        description = receiver.transport.describe()
+        await writer.aclose()
+        with raises(TransportClosed):
+            await writer.write(remote, [receiver.slice(b"x", 0)])
+        with raises(TransportClosed):
+            await writer.connect(description, peer=receiver.incarnation)
+        with raises(TransportClosed):
+            await writer.open(None, lambda offset, size, lease: True, incarnation="again")
+        await writer.fence(remote)  # what was closed is fenced
+        await receiver.transport.aclose()
+        with raises(TransportClosed):
+            receiver.transport.describe()
+        with raises(TransportClosed):
+            await receiver.transport.revoke("anyone", [1])
+        unopened = kit.make()
+        with raises(TransportClosed):
+            unopened.describe()
+        await unopened.aclose()
+
+
+@_check
+async def disconnect_ends_one_remote(kit: Kit) -> None:
+    async with kit.pair() as (receiver, writer, remote, name):
+        again = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        await writer.write(remote, [receiver.slice(b"one", 0)])
+        for _ in range(2):
+            await writer.disconnect(remote)
+        with raises(TransportClosed):
+            await writer.write(remote, [receiver.slice(b"two", 0)])
+        await writer.write(again, [receiver.slice(b"three", 10)])
+        expect(receiver.holds(b"one", 0) and receiver.holds(b"three", 10), "the other remote goes on")
+        await writer.disconnect(again)
+        async with asyncio.timeout(20):
+            await receiver.transport.revoke(name, [1])
+
+
+@_check
+async def sender_without_a_pool_describes_nothing(kit: Kit) -> None:
+    async with kit.writer() as (writer, _):
+        with raises(TransportUnavailable):
+            writer.describe()
+
+
+@_check
+async def wrong_incarnation_is_gone(kit: Kit) -> None:
+    async with kit.receiver() as receiver, kit.writer() as (writer, _):
+        expect(len(receiver.transport.describe()) <= 4096, "a description fits 4 KiB")
+        with raises(PeerGone):
+            await writer.connect(receiver.transport.describe(), peer="somebody-else")
+        remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        expect(remote.size_bytes == receiver.arena.size_bytes, "the remote knows the pool's size")
+
+
+@_check
+async def closed_peer_is_gone(kit: Kit) -> None:
+    async with kit.writer() as (writer, _):
+        async with kit.receiver() as old:
+            remote = await writer.connect(old.transport.describe(), peer=old.incarnation)
+            await writer.write(remote, [old.slice(b"x", 0)])
+            description, late = old.transport.describe(), old.slice(b"x", 0)
+        with raises(PeerGone):
+            await writer.connect(description, peer=old.incarnation)
+        async with kit.receiver() as new:  # the restarted process: another incarnation
+            async with asyncio.timeout(20):
+                with raises(PeerGone):
+                    for _ in range(1_000_000):  # the end of a peer travels for a moment
+                        await writer.write(remote, [late])
+            await writer.fence(remote)
+            await writer.disconnect(remote)
+            fresh = await writer.connect(new.transport.describe(), peer=new.incarnation)
+            await writer.write(fresh, [new.slice(b"again", 0)])
+            expect(new.holds(b"again", 0) and new.untouched(5), "only the new write landed in the new pool")
+
+
+@_check
+async def peer_that_closes_in_mid_write_is_gone(kit: Kit) -> None:
+    async with kit.pair(kit.huge_bytes) as (receiver, writer, remote, _):
+        write = asyncio.ensure_future(writer.write(remote, [receiver.slice(_pattern(kit.huge_bytes), 0)]))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            await receiver.transport.aclose()
+            (outcome,) = await asyncio.gather(write, return_exceptions=True)
+            await writer.fence(remote)
+        expect(isinstance(outcome, PeerGone), f"PeerGone, not {outcome!r}")
+
+
+@_check
+async def damaged_descriptions_are_transport_errors(kit: Kit) -> None:
+    async with kit.receiver() as receiver, kit.writer() as (writer, _):
+        good, dice = receiver.transport.describe(), random.Random(11)
+        bad = [b"", b"\0", b"x" * 5000, dice.randbytes(300), good + b"\0", good[4:], good * 2]
+        bad += [good[:cut] for cut in range(0, len(good), 7)]
+        for _ in range(64):
+            broken = bytearray(good)
+            broken[dice.randrange(len(good))] ^= 1 << dice.randrange(8)
+            bad.append(bytes(broken))
+        for description in bad:
+            with raises(TransportError):
+                await writer.connect(description, peer=receiver.incarnation)
+        await writer.connect(good, peer=receiver.incarnation)
+
+
+@_check
+async def threads_end_with_close(kit: Kit) -> None:
+    before = set(threading.enumerate())
+    async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
+        await writer.write(remote, [receiver.slice(_pattern(8 * MIB), 0)])
+    left = [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("aiodisagg")]
+    expect(not left, f"no thread is left, not {left}")
