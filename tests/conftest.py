@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import uvloop
+
+# libuv makes one pipe for the whole process with its first loop and keeps it; not a leak of any test.
+uvloop.new_event_loop().close()
 
 LOOPS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
