@@ -177,12 +177,11 @@ def load_monolith(
     defaults = default_dtypes(device)
     vision = as_dtype(vision_dtype) if vision_dtype is not None else defaults[0]
     language = as_dtype(language_dtype) if language_dtype is not None else defaults[1]
-    whole, _ = _from_pretrained(info, family, vision if vision == language else torch.float32)
-    parts = ((whole.model.visual, vision), (whole.model.language_model, language), (whole.lm_head, language))
-    for part, dtype in parts:
-        # Parameters only: Module.to would round the rope frequencies too, which stay float32 when loaded directly.
-        for parameter in part.parameters():
-            parameter.data = parameter.data.to(dtype)
+    whole, _ = _from_pretrained(info, family, language)
+    if vision != language:
+        # Loaded a second time, not cast: a tensor that needs no cast stays where the file has it in memory, as it does
+        # in a half, and some kernels round differently for other alignments. Rope frequencies stay float32 as well.
+        whole.model.visual = _from_pretrained(info, family, vision)[0].model.visual
     return whole.to(device).eval().requires_grad_(False)
 
 

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from aiodisagg.errors import CheckpointError, InvalidRequest, MediaError
 from aiodisagg.models.base import ChatMessage, ImagePart, ItemKind, PlannedItem, PromptPlan, TextPart, VideoPart
 from aiodisagg.models.checkpoint import read_info
+from aiodisagg.models.folder import read_json
 from aiodisagg.models.loading import eos_ids
 from aiodisagg.models.preprocessing import header_size, image_grid, load_settings, video_grid
 
@@ -57,8 +58,8 @@ class Qwen3VLPlanner:
             self._tokenizer = AutoTokenizer.from_pretrained(self._info.folder)
         except Exception as error:  # transformers and tokenizers raise what they raise
             raise CheckpointError(str(folder), "tokenizer", f"cannot be loaded: {error}") from error
-        if not self._tokenizer.chat_template:
-            raise CheckpointError(str(folder), "chat_template", "missing")
+        if not self._tokenizer.chat_template:  # older folders keep it where only processors look
+            self._tokenizer.chat_template = read_json(self._info.folder, "chat_template.json").get("chat_template")
         # A fast tokenizer may be reconfigured while it encodes and then refuses a second thread ("Already borrowed").
         self._lock = threading.Lock()
         self._eos = eos_ids(self._info) or frozenset({self._tokenizer.eos_token_id} - {None})

@@ -58,7 +58,7 @@ class Qwen3VLVisionEncoder:
         _check_grid(kind, len(media), grid_thw, settings)
         frames = [decode_rgb(data, f"{kind.value}[{i}]") for i, data in enumerate(media)]
         for i, frame in enumerate(frames):
-            if not fits(frame.height, frame.width, grid_thw, settings):
+            if frame.size != frames[0].size or not fits(frame.height, frame.width, grid_thw, settings):
                 size = f"{frame.width} x {frame.height} pixels"
                 raise MediaError(f"{kind.value}[{i}]", f"{size} do not give a grid of {grid_thw}")
         return Patches(torch.from_numpy(cut_patches(frames, grid_thw, settings)), grid_thw)
