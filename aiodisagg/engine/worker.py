@@ -163,6 +163,8 @@ class StepThread:
         self._counts["preemptions"] += len(step.preempted)
         if step.preempted:
             log.debug("preempted %s", ", ".join(step.preempted))
+        if step.admitted:  # encoding can begin while this step computes
+            self._publish()
         if step.segments:
             self._compute(step)
         self._publish()
