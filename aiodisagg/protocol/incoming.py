@@ -239,11 +239,12 @@ class IncomingItem:
         return actions
 
     def _settle_older(self, epoch: int) -> None:
-        for lease, block in list(self.lends.items()):
-            if block.epoch < epoch:
+        """Nothing of this peer that is older than ``epoch`` moves; also what it was lent in an earlier stay."""
+        for block in self._pool.lent_to(str(self.peer)):
+            if block.owner == self.key and block.epoch < epoch:
                 block.fenced, block.kept = True, False
                 if self._pool.settle(block) or not block.pins:
-                    del self.lends[lease]
+                    self.lends.pop(block.lend.lease, None)
 
     def _progress(self, event: Progress, now: float) -> Actions:
         assert self.peer is not None

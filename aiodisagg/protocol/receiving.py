@@ -117,6 +117,11 @@ class Receiver:
         peer, message = event.peer, event.message
         if not isinstance(message, Offer | Progress | Commit | Fenced | Refuse):
             raise RemoteProtocolError(peer, f"{type(message).__name__} is not a sender's word")
+        if isinstance(message, Fenced | Refuse):
+            for block in self.pool.lent_to(peer):
+                if block.owner == message.key and block.epoch <= message.epoch and block.revoked:
+                    block.fenced = True
+                    self._settle(block)
         item = self.items.get(message.key)
         if item is not None and item.peer == peer and item.epoch == message.epoch:
             try:
@@ -125,11 +130,6 @@ class Receiver:
                 raise RemoteProtocolError(peer, f"item {message.key}: {error}") from error
         if isinstance(message, Offer) and (item is None or item.peer != peer):
             return [Send(peer, Cancel(message.key, message.epoch))]
-        if isinstance(message, Fenced | Refuse):
-            for block in self.pool.lent_to(peer):
-                if block.owner == message.key and block.epoch <= message.epoch and block.revoked:
-                    block.fenced = True
-                    self._settle(block)
         return []
 
     def _taken(self, event: RowsTaken | RowsRefused, now: float) -> list[ReceiverAction]:

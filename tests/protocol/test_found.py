@@ -1,0 +1,43 @@
+"""Event lists that once broke the machines, found by the world or by reading; each keeps what was learned."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from aiodisagg.errors import RemoteProtocolError
+from aiodisagg.protocol import events as ev
+from aiodisagg.protocol import messages as ms
+
+from . import truth
+from .lists import KEY, OTHER, SIX, Receiving, Sending, every, only, want
+
+
+def test_blocks_of_an_earlier_stay_return_when_the_peer_is_chosen_again() -> None:
+    """An item left A with its link, was tried at B, and came back to A: A's new offer frees A's old blocks."""
+    r = Receiving(blocks=4, window_blocks=2)
+    r.open()
+    r.do(ev.LinkLost("A"))
+    assert only(r.do(ev.TimerFired(), after_s=1.5), ev.Place).avoid == {"A"}
+    r.place(peer="B")
+    r.do(ev.LinkLost("B", gone=True))
+    assert r.pool.quarantined == 2
+    r.do(ev.LinkUp("A"))
+    r.place(peer="A")
+    r.offer(peer="A")
+    assert r.pool.quarantined == 0
+
+
+def test_a_fence_in_the_current_epoch_frees_older_blocks_too() -> None:
+    """As above, but A's first word in the new epoch is that its write failed."""
+    r = Receiving(blocks=4, window_blocks=2)
+    r.open()
+    r.do(ev.LinkLost("A"))
+    r.do(ev.TimerFired(), after_s=1.5)
+    r.place(peer="B")
+    r.do(ev.LinkLost("B", gone=True))
+    r.place(peer="A")
+    r.says(ms.Fenced(KEY, r.machine.items[KEY].epoch))
+    assert r.pool.quarantined == 0
