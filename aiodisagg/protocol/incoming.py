@@ -167,6 +167,8 @@ class IncomingItem:
                 block.revoked = True
                 revoked.append(lease)
             block.kept = keep
+            if not keep:
+                block.epoch = self.epoch  # the sender obeys only a Cancel of its newest epoch
             if self._pool.settle(block) or not keep:
                 del self.lends[lease]
         self.claimed = self.held.copy()

@@ -41,3 +41,19 @@ def test_a_fence_in_the_current_epoch_frees_older_blocks_too() -> None:
     r.place(peer="A")
     r.says(ms.Fenced(KEY, r.machine.items[KEY].epoch))
     assert r.pool.quarantined == 0
+
+
+def test_the_cancel_after_a_reconnect_names_an_epoch_the_sender_obeys() -> None:
+    """Blocks were lent in epoch 1, the peer was left in epoch 2: a cancel of epoch 1 would be ignored as stale."""
+    r = Receiving()
+    r.open()
+    r.do(ev.LinkLost("A"))
+    r.do(ev.LinkUp("A"))
+    r.do(ev.LinkLost("A"))
+    r.do(ev.TimerFired(), after_s=1.5)
+    cancel = only(r.do(ev.LinkUp("A")), ms.Cancel)
+    s = Sending()
+    s.want(epoch=2)
+    fenced = only(s.says(cancel), ms.Fenced)
+    r.says(fenced)
+    assert r.pool.quarantined == 0
