@@ -400,6 +400,7 @@ def _table() -> dict[tuple[State, type], Callable[..., Actions]]:
         (alive, Offer, item._offered),
         (alive[:1], Progress, item._ignore),
         (offered, Progress, item._progress),
+        (alive[:1], Commit, item._ignore),
         (offered, Commit, item._committed),
         (alive, Fenced, item._fenced),
         (alive, Refuse, item._refused),

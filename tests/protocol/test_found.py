@@ -57,3 +57,11 @@ def test_the_cancel_after_a_reconnect_names_an_epoch_the_sender_obeys() -> None:
     fenced = only(s.says(cancel), ms.Fenced)
     r.says(fenced)
     assert r.pool.quarantined == 0
+
+
+def test_a_commit_of_a_lost_connection_is_no_offence() -> None:
+    """A word that was under way when the link was lost may arrive before the next epoch begins."""
+    r = Receiving()
+    (lend, *_) = r.open()
+    r.do(ev.LinkLost("A"))
+    assert r.commit(lend) == []
