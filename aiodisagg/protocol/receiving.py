@@ -171,12 +171,14 @@ class Receiver:
     # -- blocks --------------------------------------------------------------------------------------------------
 
     def _queue(self, item: IncomingItem) -> None:
-        """Puts an item that wants blocks into the right line, or into none."""
-        self._eager.pop(item.key, None)
-        self._early.pop(item.key, None)
+        """Puts an item that wants blocks into the right line, or into none; where it stands already it stays."""
         gap = self._gap(item)
-        if gap is not None:
-            (self._eager if gap[0] < item.ready else self._early)[item.key] = None
+        line = None if gap is None else self._eager if gap[0] < item.ready else self._early
+        for other in (self._eager, self._early):
+            if other is not line:
+                other.pop(item.key, None)
+        if line is not None:
+            line.setdefault(item.key)
 
     def _gap(self, item: IncomingItem) -> tuple[int, int] | None:
         if item.state not in (State.WAITING_FOR_INPUT, State.TRANSFERRING):

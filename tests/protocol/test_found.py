@@ -65,3 +65,14 @@ def test_a_commit_of_a_lost_connection_is_no_offence() -> None:
     (lend, *_) = r.open()
     r.do(ev.LinkLost("A"))
     assert r.commit(lend) == []
+
+
+def test_an_item_that_hears_a_lot_keeps_its_place_in_the_line() -> None:
+    """Progress of a waiting item once sent it to the end of the line for blocks."""
+    r = Receiving(blocks=1, rows_per_block=2)
+    (lend,) = r.open(ms.ItemKey(9, 0), number=1)
+    for key in (KEY, OTHER):
+        r.open(key, number=1)
+    r.says(ms.Progress(KEY, 1, "encoded", 0.0, 2))
+    r.arrive(lend, ms.ItemKey(9, 0))
+    assert [block.owner for block in r.pool.lent_to("A")] == [KEY]
