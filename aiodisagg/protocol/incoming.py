@@ -70,7 +70,8 @@ class ReceiverConfig:
 
     ``failover_s``: how long a lost link may take to come back before another peer is asked. ``stall_s``: silence
     after which the peer is asked again. ``max_stalls``: unanswered questions before another peer is asked.
-    ``max_attempts``: peers that may refuse, or epochs that may bring nothing, before the item fails.
+    ``max_attempts``: refusals, or wrong checksums in a row, before the item fails; epochs in a row that may bring
+    nothing before another peer is asked.
     ``window_blocks``: blocks lent to one item at a time.
     """
 
@@ -107,6 +108,8 @@ class IncomingItem:
         self._avoid: set[str] = set()
         self._stalls = 0
         self._attempts = 0
+        self._refusals = 0
+        self._corrupt = 0
 
     # -- the door ------------------------------------------------------------------------------------------------
 
@@ -319,8 +322,8 @@ class IncomingItem:
     def _refused(self, event: Refuse, now: float) -> Actions:
         for block in self.lends.values():
             block.revoked = block.fenced = True
-        self._attempts += 1
-        if not event.retryable or self._attempts >= self._config.max_attempts:
+        self._refusals += 1
+        if not event.retryable or self._refusals >= self._config.max_attempts:
             return self.fail(now, event.code, event.message)
         return self._fail_over(now, f"{event.code}: {event.message}")
 
@@ -330,7 +333,7 @@ class IncomingItem:
         chunk = event.chunk
         self.pending.remove(chunk.start, chunk.stop)
         self.held.add(chunk.start, chunk.stop)
-        self._attempts = 0
+        self._attempts = self._corrupt = 0
         if not self.complete:
             return []
         self.state = State.SUCCESS
@@ -354,8 +357,8 @@ class IncomingItem:
         self.pending.remove(chunk.start, chunk.stop)
         self.claimed.remove(chunk.start, chunk.stop)
         self._tell(now, f"checksum of rows {chunk.start}-{chunk.stop} is wrong")
-        self._attempts += 1
-        if self._attempts >= self._config.max_attempts:
+        self._corrupt += 1
+        if self._corrupt >= self._config.max_attempts:
             return self.fail(now, "corrupt", "rows arrived with wrong checksums again and again")
         return []
 
