@@ -105,6 +105,7 @@ class IncomingItem:
         self._pool, self._config = pool, config
         self._linked = False
         self._has_media: set[str] = set()
+        self._sent_media = False
         self._avoid: set[str] = set()
         self._stalls = 0
         self._attempts = 0
@@ -155,6 +156,7 @@ class IncomingItem:
         spec = self.spec
         media = None if self.peer in self._has_media else spec.media
         self._has_media.add(self.peer)
+        self._sent_media = media is not None
         lacking = tuple(sorted(r for r, spans in self.meta.items() if not spans.covers(0, self._meta_rows(r))))
         want = Want(
             self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.spans(),
@@ -229,6 +231,8 @@ class IncomingItem:
         if event.needs_media:
             self._has_media.discard(self.peer)
             self._settle_older(event.epoch)
+            if self._sent_media:
+                return self._give_up_on(now, "media_ignored", "asks for media that it was sent", True)
             return self._new_epoch(now, f"{self.peer} has neither rows nor media")
         for chunk, meta in event.written:
             self._check_chunk(chunk, meta)
@@ -322,10 +326,14 @@ class IncomingItem:
     def _refused(self, event: Refuse, now: float) -> Actions:
         for block in self.lends.values():
             block.revoked = block.fenced = True
+        return self._give_up_on(now, event.code, event.message, event.retryable)
+
+    def _give_up_on(self, now: float, code: str, message: str, retryable: bool) -> Actions:
+        """The current peer will not provide the item: another one may, unless that was said too often."""
         self._refusals += 1
-        if not event.retryable or self._refusals >= self._config.max_attempts:
-            return self.fail(now, event.code, event.message)
-        return self._fail_over(now, f"{event.code}: {event.message}")
+        if not retryable or self._refusals >= self._config.max_attempts:
+            return self.fail(now, code, message)
+        return self._fail_over(now, f"{code}: {message}")
 
     # -- what became of a Take -----------------------------------------------------------------------------------
 

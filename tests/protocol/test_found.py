@@ -88,3 +88,16 @@ def test_other_misfortunes_do_not_make_a_chunk_corrupt() -> None:
     take = only(r.commit(lends[0]), ev.Take)
     assert not every(r.do(ev.RowsRefused(KEY, take.chunk)), ev.Fail)
     assert KEY in r.machine.items
+
+
+def test_a_peer_that_wants_media_for_ever_is_left() -> None:
+    """Every answer "send the media" was answered at once: two machines talking as fast as they can until the deadline."""
+    r = Receiving()
+    r.request()
+    r.place()
+    words = 0
+    while KEY in r.machine.items and r.machine.items[KEY].peer == "A":
+        r.offer(needs_media=True, ready=0)
+        words += 1
+        assert words < 20
+    assert r.machine.items[KEY].peer is None
