@@ -66,10 +66,9 @@ class Sender:
                 source = self.sources.get(digest)
                 if source is None or not source.ready < stop <= source.job.rows:
                     raise InvalidTransition(f"source {source!r}", repr(event))
-                source.ready = stop
-                actions = self._users(digest, event, now)
-                if source.complete and not source.users:
-                    source.cancelled = False
+                if not source.cancelled or stop == source.job.rows:
+                    source.ready, source.cancelled = stop, False
+                    actions = self._users(digest, event, now)
             case StageEntered(digest, stage):
                 source = self.sources.get(digest)
                 if source is None:

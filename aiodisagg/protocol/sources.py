@@ -77,7 +77,7 @@ class SourceTable:
         if source.started:
             if source.cancelled:
                 return []
-            source.cancelled = True
+            source.cancelled, source.ready = True, 0  # its rows go when the job stops: nobody may begin to use them
             return [CancelEncode(digest)]
         self._queue.remove(digest)
         del self._sources[digest]
@@ -110,10 +110,11 @@ class SourceTable:
 
     def stopped(self, digest: str) -> tuple[set[User], list[SenderAction]]:
         """A job ended without rows: its users are told, unless it was cancelled and is wanted again by now."""
-        source = self._sources.pop(digest)
+        source = self._sources[digest]
         self.used_bytes -= source.size_bytes
         if source.cancelled and source.users:
-            self._sources[digest] = Source(source.job, source.size_bytes, users=source.users)
+            source.ready, source.started, source.cancelled, source.stage = 0, False, False, "queued"
             self._queue.append(digest)
             return set(), [DropSource(digest)]
+        del self._sources[digest]
         return source.users, [DropSource(digest)]

@@ -101,3 +101,27 @@ def test_a_peer_that_wants_media_for_ever_is_left() -> None:
         words += 1
         assert words < 20
     assert r.machine.items[KEY].peer is None
+
+
+def test_rows_of_a_restarted_encode_reach_the_item_that_asked_meanwhile() -> None:
+    """A cancelled job was wanted again before it had stopped: the second run filled a source that nobody looked at."""
+    s = Sending()
+    s.want()
+    assert only(s.says(ms.Cancel(KEY, 1)), ev.CancelEncode)
+    s.want(OTHER)
+    again = s.do(ev.EncodeStopped(truth.digest_of(SIX), "cancelled", "", True))
+    assert only(again, ev.DropSource) and only(again, ev.StartEncode)
+    s.grant((0, 2), key=OTHER)
+    assert only(s.ready(), ev.Write).stop == 2
+
+
+def test_rows_of_a_cancelled_encode_are_not_written() -> None:
+    """Its memory is dropped when it stops, so whoever asks meanwhile waits for the next run."""
+    s = Sending()
+    s.want()
+    s.says(ms.Cancel(KEY, 1))
+    s.want(OTHER)
+    s.grant((0, 2), key=OTHER)
+    assert not every(s.ready(stop=3), ev.Write)
+    s.do(ev.EncodeStopped(truth.digest_of(SIX), "cancelled", "", True))
+    assert only(s.ready(stop=2), ev.Write)
