@@ -86,6 +86,7 @@ class OutgoingItem:
         self.written: list[tuple[Chunk, Meta | None]] = []
         self.lends: list[Lend] = []
         self.writing: Write | None = None
+        self._drawn: Source | None = None
         self.fencing = False
         self.linked = True
         self.timer = now
@@ -190,6 +191,7 @@ class OutgoingItem:
             rest = lend.offset + (stop - lend.start) * self._row_bytes
             self.lends[0] = Lend(lend.lease, rest, stop, lend.stop)
         self.state = State.TRANSFERRING
+        self._drawn = self.source
         self.writing = Write(self.peer, self.key, self.epoch, self.digest, lend.lease, lend.offset, lend.start, stop)
         new = self._sent.add(lend.start, stop)
         self._counters.rows("sent", self.peer, stop - lend.start)
@@ -201,6 +203,8 @@ class OutgoingItem:
         if write is None or (write.lease, write.start, write.stop) != (chunk.lease, chunk.start, chunk.stop):
             raise InvalidTransition(self.state.value, "ChunkWritten")
         self.writing = None
+        if self._drawn is not self.source:  # the encode failed meanwhile: who knows what the write has read
+            return []
         meta = self._cut_meta(chunk) if self._wanted_meta else None
         self.written.append((chunk, meta))
         if self.fencing or write.epoch != self.epoch or not self.linked:

@@ -125,3 +125,15 @@ def test_rows_of_a_cancelled_encode_are_not_written() -> None:
     assert not every(s.ready(stop=3), ev.Write)
     s.do(ev.EncodeStopped(truth.digest_of(SIX), "cancelled", "", True))
     assert only(s.ready(stop=2), ev.Write)
+
+
+def test_a_write_from_a_failed_encode_is_never_restated() -> None:
+    """The encode failed under a write: its memory was dropped, so what was written counts for nothing."""
+    s = Sending()
+    s.want()
+    s.ready(stop=2)
+    write = only(s.grant((0, 2)), ev.Write)
+    only(s.do(ev.EncodeStopped(truth.digest_of(SIX), "oom", "", True)), ev.Fence)
+    s.want(epoch=2)
+    s.wrote(write)
+    assert only(s.do(ev.WritesFenced("L", KEY)), ms.Offer).written == ()
