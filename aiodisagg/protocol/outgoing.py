@@ -250,6 +250,12 @@ class OutgoingItem:
         self.epoch = event.epoch
         return self._end(State.FAILED, "cancelled", self._say_fenced, now)
 
+    def _cancelled_late(self, event: Cancel, now: float) -> Actions:
+        """Over already, but the fence under way answers this too."""
+        self.epoch = max(self.epoch, event.epoch)
+        self._after_fence = self._say_fenced
+        return []
+
     def _released(self, event: Release, now: float) -> Actions:
         if event.epoch < self.epoch:
             return []
@@ -324,7 +330,7 @@ def _table() -> dict[tuple[State, type], Callable[..., Actions]]:
         (final, Want, item._want),
         (final, Grant, item._ignore),
         (final, Release, item._ignore),
-        (final, Cancel, item._ignore),
+        (final, Cancel, item._cancelled_late),
         (final, LinkLost, item._ignore),
         (final, LinkUp, item._ignore),
         (final, RowsReady, item._ignore),

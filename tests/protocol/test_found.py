@@ -137,3 +137,15 @@ def test_a_write_from_a_failed_encode_is_never_restated() -> None:
     s.want(epoch=2)
     s.wrote(write)
     assert only(s.do(ev.WritesFenced("L", KEY)), ms.Offer).written == ()
+
+
+def test_a_cancel_during_the_last_fence_is_answered() -> None:
+    """The record was over but its write was not: the cancel was ignored and an older fence answered, or none."""
+    s = Sending(retain_s=1.0)
+    s.want(timeout_s=1.0)
+    s.ready()
+    write = only(s.grant((0, 2)), ev.Write)
+    only(s.do(ev.TimerFired(), after_s=2.5), ev.Fence)
+    s.says(ms.Cancel(KEY, 3))
+    s.wrote(write)
+    assert only(s.do(ev.WritesFenced("L", KEY)), ms.Fenced).epoch == 3
