@@ -168,6 +168,8 @@ class OutgoingItem:
     def _granted(self, event: Grant, now: float) -> Actions:
         if event.epoch != self.epoch:
             return []
+        if any(not start < stop <= self.rows for start, stop in event.held):
+            raise RemoteProtocolError(self.peer, f"item {self.key}: {event.held} does not fit its {self.rows} rows")
         for lend in event.lends:
             if not 0 <= lend.start < lend.stop <= self.rows:
                 raise RemoteProtocolError(self.peer, f"item {self.key}: {lend} is outside its {self.rows} rows")

@@ -149,3 +149,13 @@ def test_a_cancel_during_the_last_fence_is_answered() -> None:
     s.says(ms.Cancel(KEY, 3))
     s.wrote(write)
     assert only(s.do(ev.WritesFenced("L", KEY)), ms.Fenced).epoch == 3
+
+
+@pytest.mark.parametrize("span", [(5, 3), (2, 2), (0, 7), (2**61, 2**62)])
+def test_a_grant_with_impossible_spans_is_a_protocol_error(span: tuple[int, int]) -> None:
+    """Spans of a want were checked, those of a grant raised ValueError or were believed."""
+    s = Sending()
+    s.want()
+    with pytest.raises(RemoteProtocolError):
+        s.grant((0, 2), held=(span,))
+    assert not s.machine.items["L", KEY].lends
