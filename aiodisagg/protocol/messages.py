@@ -17,6 +17,8 @@ from aiodisagg.protocol.rows import ModelFingerprint
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""Finite: one not-a-number among timers would stop all of them."""
 Span = tuple[Count, Count]
 """A half-open row range."""
 
@@ -69,13 +71,13 @@ class Want(msgspec.Struct, frozen=True, tag="want", array_like=True):
     kind: Annotated[str, msgspec.Meta(max_length=16)]
     grid_thw: tuple[Count, Count, Count]
     rows: Count
-    fps: float
+    fps: Seconds
     held: tuple[Span, ...]
     """Packed rows already in the ledger."""
     meta: tuple[Count, ...]
     """Small regions (their numbers) that the receiver lacks; empty when it planned the prompt itself."""
     model: ModelFingerprint
-    timeout_s: float
+    timeout_s: Seconds
     """Time left to the item's deadline when this was sent."""
     media: tuple[bytes, ...] | None
     """The encoded file(s); None if the sender should still have them or the rows."""
@@ -129,7 +131,7 @@ class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
     key: ItemKey
     epoch: Count
     stage: Annotated[str, msgspec.Meta(max_length=32)]
-    elapsed_s: float
+    elapsed_s: Seconds
     """Seconds that the stage before this one took."""
     ready: Count
 

@@ -159,3 +159,10 @@ def test_a_grant_with_impossible_spans_is_a_protocol_error(span: tuple[int, int]
     with pytest.raises(RemoteProtocolError):
         s.grant((0, 2), held=(span,))
     assert not s.machine.items["L", KEY].lends
+
+
+@pytest.mark.parametrize("timeout_s", [math.nan, math.inf, -1.0])
+def test_a_time_that_is_none_stops_no_timers(timeout_s: float) -> None:
+    """Not-a-number at the head of the timers' heap would have stopped every other timer of the process."""
+    with pytest.raises(RemoteProtocolError):
+        ms.decode(ms.encode(want(timeout_s=timeout_s)), "L")
