@@ -129,13 +129,16 @@ class Sender:
             said = f"this peer runs {self.model}, not {want.model}"
             return [Send(peer, Refuse(want.key, want.epoch, "model_mismatch", said, True))]
         t, h, w = want.grid_thw
-        if not 0 < want.rows <= t * h * w or any(not 0 <= a < b <= want.rows for a, b in want.held):
+        if want.epoch < 1:
+            raise RemoteProtocolError(peer, f"item {want.key}: epochs begin at 1")
+        if not 0 < want.rows <= t * h * w or max(want.rows, t, h, w) >= 2**31 or any(not 0 <= a < b <= want.rows for a, b in want.held):
             raise RemoteProtocolError(peer, f"item {want.key}: {want.rows} rows do not fit the grid {want.grid_thw}")
         if item is not None and (item.digest, item.rows) != (want.digest, want.rows):
             raise RemoteProtocolError(peer, f"item {want.key} was {item.digest}, now {want.digest}")
         known = self.sources.get(want.digest)
-        if known is not None and known.job.rows != want.rows:
-            raise RemoteProtocolError(peer, f"item {want.key}: {want.digest} has {known.job.rows} rows")
+        said = (want.kind, want.grid_thw, want.rows)
+        if known is not None and (job := known.job) and (job.kind, job.grid_thw, job.rows) != said:
+            raise RemoteProtocolError(peer, f"item {want.key}: {want.digest} is not {said}")
         if item is None:
             item = OutgoingItem(peer, want, self.model, self._row_bytes, self.counters, self.config, now)
             self.items[peer, want.key] = item

@@ -166,3 +166,23 @@ def test_a_time_that_is_none_stops_no_timers(timeout_s: float) -> None:
     """Not-a-number at the head of the timers' heap would have stopped every other timer of the process."""
     with pytest.raises(RemoteProtocolError):
         ms.decode(ms.encode(want(timeout_s=timeout_s)), "L")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"grid_thw": (2**40, 1, 1)}, {"grid_thw": (1, 6, 4)}, {"kind": "video"}, {"rows": 2**61, "grid_thw": (2**61, 1, 1)}],
+)
+def test_a_want_that_lies_about_a_known_item_is_a_protocol_error(other: dict[str, Any]) -> None:
+    """A cached digest with another grid gave the positions of that grid, or an overflow in the middle of a write."""
+    s = Sending()
+    s.want()
+    s.ready()
+    with pytest.raises(RemoteProtocolError):
+        s.want(OTHER, **other)
+    assert ("L", OTHER) not in s.machine.items
+
+
+def test_a_want_of_epoch_zero_is_a_protocol_error() -> None:
+    """Epochs begin at one; zero made a record that no want had filled."""
+    with pytest.raises(RemoteProtocolError):
+        Sending().want(epoch=0)
