@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check install clean
+.PHONY: demo test stress check install clean
 install: $(STAMP)
 
 # torch first and alone: the pinned release is taken wherever pip is told to look for it.
@@ -21,6 +21,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+# 50,000 (and 25,000 stricter) worlds; prints how far it is.
+stress: $(STAMP)
+	$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/protocol/test_world.py --hypothesis-profile long
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -42,6 +42,8 @@ def receiver(world: World) -> None:
             _demand(waits or block.kept, f"a block is kept for nothing: {block}")
         else:
             _demand(block.epoch == owner.epoch and block.peer == owner.peer, f"a lend outlived its epoch: {block}")
+    world.quarantined = max(world.quarantined, pool.quarantined)
+    world.windows = max(world.windows, max(pool._generation))
     history = world.history
     for key, item in machine.items.items():
         _demand(not item.state.final, f"{key} is over but remembered")

@@ -117,7 +117,9 @@ class Network:
         self._on(end, lost)
 
     def cut_all(self, lasts_s: float) -> None:
+        """Every link is opened anew, and is an honest one from now on."""
         for link in list(self.links.values()):
+            link.odd.clear()
             self.cut(*link.ends, lasts_s)
 
     def cut_process(self, process: Process, lasts_s: float) -> None:

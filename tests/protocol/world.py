@@ -67,7 +67,8 @@ class World:
         self.struck: set[str] = set()
         self.corrupt_next = 0
         self.corrupted = self.written_rows = 0
-        self.history: dict[object, Any] = {}
+        self.quarantined = self.windows = 0
+        self.history: dict[Any, Any] = {}
         self._revokes: dict[str, list[tuple[int, ...]]] = {}
         self._places: list[ev.Place] = []
         self.log: deque[tuple[float, str, str, object]] = deque(maxlen=60)
