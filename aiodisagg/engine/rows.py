@@ -11,6 +11,7 @@ already is not written again.
 from __future__ import annotations
 
 import threading
+import warnings
 
 import numpy as np
 import torch
@@ -99,20 +100,22 @@ class RequestRows:
     def write_bytes(
         self, item: int, start: int, data: bytes | bytearray | memoryview, *, width: int, dtype: str
     ) -> None:
-        """As :meth:`write`, from the raw little-endian bytes of packed rows, ``dtype`` named as in a RowLayout."""
-        flat = np.frombuffer(data, dtype=np.uint8)
-        row_bytes = width * self._dtype.itemsize
-        if _DTYPES.get(dtype) is not self._dtype or not row_bytes or flat.size % row_bytes:
-            raise self._error(item, f"{flat.size} bytes of {dtype} are not rows of {width} elements of {self._dtype}")
-        count = flat.size // row_bytes
-        if self._device.type != "cpu":
-            staged = torch.empty((count, width), dtype=self._dtype)
-            np.copyto(staged.view(torch.uint8).numpy().reshape(-1), flat)
-            self.write(item, start, staged)
-            return
+        """As :meth:`write`, from the raw little-endian bytes of packed rows, ``dtype`` named as in a RowLayout.
+
+        Rows of another dtype than the model's are cast: a bfloat16 tower may feed a float32 language half.
+        """
+        kind = _DTYPES.get(dtype)
+        row_bytes = width * kind.itemsize if kind is not None else 0
+        size = memoryview(data).nbytes
+        if kind is None or not row_bytes or size % row_bytes:
+            raise self._error(item, f"{size} bytes of {dtype} are not rows of {width} elements")
+        count = size // row_bytes
         packed, at = self._reserve(item, start, count, width)
         if not self._arrived[at : at + count].all():
-            np.copyto(packed[at : at + count].view(torch.uint8).numpy().reshape(-1), flat)
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore", UserWarning)  # read-only bytes are only read here
+                rows = torch.frombuffer(data, dtype=kind, count=count * width).view(count, width)
+                packed[at : at + count].copy_(rows)
             self._mark(at, at + count)
 
     def take(self, start: int, stop: int) -> tuple[np.ndarray, torch.Tensor | None]:

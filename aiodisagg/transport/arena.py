@@ -9,6 +9,7 @@ nobody who holds the descriptor can cut it short under another process's mapping
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -55,17 +56,14 @@ class Arena:
                 self._mapping[offset] = 0
 
     def close(self) -> None:
-        """Unmaps and closes. Idempotent. Raises BufferError while somebody still holds a view of it."""
+        """Closes the file and unmaps, at the latest when the last view that others still hold is gone. Idempotent."""
         if self._anchor is None:
             return
         self.view.release()
         self._anchor = None
-        try:
+        with contextlib.suppress(BufferError):  # a traceback somewhere refers to a piece; the mapping goes with it
             self._mapping.close()
-        except BufferError:
-            self.view = memoryview(self._mapping)
-            self._anchor = ctypes.c_char.from_buffer(self._mapping)
-            raise
+        del self._mapping
         os.close(self.fd)
 
     def __repr__(self) -> str:

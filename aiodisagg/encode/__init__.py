@@ -1,0 +1,1 @@
+"""The encode peer: vision tower, sources, and the sending side of the protocol."""

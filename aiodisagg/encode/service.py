@@ -1,0 +1,208 @@
+"""EncodeService: an encode peer as an async context manager."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from types import TracebackType
+
+from aiodisagg.bootstrap.client import BootstrapClient
+from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.encode.pipeline import EncodePipeline
+from aiodisagg.encode.session import Session, WriterEvent
+from aiodisagg.errors import LinkClosed, LinkError, RemoteProtocolError
+from aiodisagg.link.hello import Hello, PeerRole
+from aiodisagg.link.link import Link
+from aiodisagg.link.server import LinkServer
+from aiodisagg.models.base import VisionEncoder
+from aiodisagg.peer.config import EncodeConfig
+from aiodisagg.peer.driver import Driver
+from aiodisagg.peer.planes import Planes
+from aiodisagg.protocol.events import (
+    CancelEncode,
+    DropSource,
+    Fence,
+    LinkLost,
+    LinkUp,
+    MessageReceived,
+    Send,
+    SenderAction,
+    SenderEvent,
+    StartEncode,
+    TimerFired,
+    Write,
+    WriteFailed,
+    WritesFenced,
+)
+from aiodisagg.protocol.messages import ItemKey
+from aiodisagg.protocol.sending import Sender, SenderConfig
+
+logger = logging.getLogger(__name__)
+
+
+def load_encoder(config: EncodeConfig) -> VisionEncoder:
+    """The encode half of the configured folder. Blocking; raises CheckpointError."""
+    from aiodisagg.models.vision import Qwen3VLVisionEncoder
+
+    return Qwen3VLVisionEncoder(config.model, dtype=config.row_dtype, device=config.device)
+
+
+class EncodeService:
+    """Encodes items for language peers that link to it, and for as long as the context is open.
+
+    ::
+
+        async with EncodeService(EncodeConfig(model=folder, bootstrap=("http://127.0.0.1:8500",))) as peer:
+            await peer.serve()
+
+    Args:
+        encoder: instead of the checkpoint's vision tower; anything that satisfies ``VisionEncoder``.
+    """
+
+    def __init__(self, config: EncodeConfig, *, encoder: VisionEncoder | None = None) -> None:
+        self.config = config
+        self.name = config.name or f"encode-{config.incarnation[:6]}"
+        self._encoder = encoder
+        self._sessions: dict[str, Session] = {}
+        self._writers: dict[tuple[str, ItemKey], Session] = {}
+        self._stack = AsyncExitStack()
+        self._stopped = asyncio.Event()
+
+    async def __aenter__(self) -> EncodeService:
+        try:
+            return await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def _open(self) -> EncodeService:
+        config = self.config
+        encoder = self._encoder if self._encoder is not None else await asyncio.to_thread(load_encoder, config)
+        self.model = encoder.fingerprint
+        sender_config = SenderConfig(retain_s=config.retain_s, capacity_bytes=config.source_bytes)
+        self.sender = Sender(encoder.fingerprint, sender_config)
+        self.driver: Driver[SenderEvent, SenderAction] = Driver(self.sender, self._act, TimerFired)
+        self.pipeline = await self._stack.enter_async_context(
+            EncodePipeline(
+                encoder, self._feed, batch_patches=config.batch_patches, prepare_threads=config.prepare_threads
+            )
+        )
+        self._planes = Planes(config.transports, config.zmq_host)
+        self._stack.push_async_callback(self._planes.aclose)
+        await self._planes.open(None, lambda *_: False, incarnation=config.incarnation)
+        self._hello = Hello.here(
+            name=self.name, incarnation=config.incarnation, role=PeerRole.ENCODE, model=encoder.fingerprint
+        )
+        server = LinkServer(
+            config.listen, lambda: self._hello, on_link=self._serve_link, secret=config.secret, config=config.link
+        )
+        self._server = await self._stack.enter_async_context(server)
+        record = PeerRecord(
+            name=self.name,
+            incarnation=config.incarnation,
+            role=PeerRole.ENCODE,
+            addresses=(self.address,),
+            transports=tuple(self._planes.open_transports),
+            model=encoder.fingerprint,
+        )
+        if config.bootstrap:
+            client = BootstrapClient(config.bootstrap, record, load=self.load, token=config.bootstrap_token)
+            await self._stack.enter_async_context(client)
+        logger.info("%s encodes %s at %s", self.name, encoder.fingerprint.architecture, self.address)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        await self._stack.aclose()
+        self.driver.close()
+
+    @property
+    def address(self) -> str:
+        """Where language peers link to this one."""
+        return self._server.address
+
+    async def serve(self) -> None:
+        """Returns when the context is left."""
+        await self._stopped.wait()
+
+    def load(self) -> Load:
+        """How busy this peer is, for the bootstrap server."""
+        return Load(queued=self.pipeline.waiting, active=len(self.sender.items))
+
+    # -- links ---------------------------------------------------------------------------------------------------
+
+    async def _serve_link(self, link: Link) -> None:
+        peer = link.remote.incarnation
+        before = self._sessions.get(peer)
+        if before is not None:
+            await before.link.aclose()
+            self._end_session(before)
+        session = Session(link, self._planes, self._answer, checksum=self.config.checksum)
+        self._sessions[peer] = session
+        logger.info("%s: %s linked", self.name, link.remote.name)
+        try:
+            self._feed(LinkUp(peer))
+            while True:
+                message = await link.recv()
+                self.driver.feed(MessageReceived(peer, message))
+        except LinkClosed as error:
+            logger.info("%s: %s", self.name, error)
+        except RemoteProtocolError as error:
+            logger.warning("%s: closing the link: %s", self.name, error)
+        finally:
+            self._end_session(session)
+            await session.aclose()
+
+    def _end_session(self, session: Session) -> None:
+        if self._sessions.get(session.peer) is session:
+            del self._sessions[session.peer]
+            self._feed(LinkLost(session.peer))
+
+    # -- actions -------------------------------------------------------------------------------------------------
+
+    def _feed(self, event: SenderEvent) -> None:
+        self.driver.feed(event)
+
+    def _answer(self, event: WriterEvent) -> None:
+        """A session reports; a write that failed keeps its session in mind until the fence."""
+        if not isinstance(event, WriteFailed):
+            self._writers.pop((event.peer, event.key), None)
+        self._feed(event)
+
+    def _act(self, action: SenderAction) -> None:
+        match action:
+            case Send(peer, message):
+                session = self._sessions.get(peer)
+                if session is not None and not session.link.closed:
+                    try:
+                        session.link.send_nowait(message)
+                    except LinkError as error:
+                        logger.debug("%s: not sent: %s", self.name, error)
+            case StartEncode():
+                self.pipeline.start(action)
+            case CancelEncode(digest):
+                self.pipeline.cancel(digest)
+            case DropSource(digest):
+                self.pipeline.drop(digest)
+            case Write():
+                self._write(action)
+            case Fence(peer, key):
+                self._fence(peer, key)
+
+    def _write(self, action: Write) -> None:
+        session = self._sessions.get(action.peer)
+        if session is None:
+            self._feed(WriteFailed(action.peer, action.key, action.epoch, "the link is down"))
+            return
+        self._writers[action.peer, action.key] = session
+        session.write(action, self.pipeline.rows(action.digest, action.start, action.stop))
+
+    def _fence(self, peer: str, key: ItemKey) -> None:
+        session = self._writers.get((peer, key))
+        if session is None:
+            self._feed(WritesFenced(peer, key))
+        else:
+            session.fence(key)

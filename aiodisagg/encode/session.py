@@ -1,0 +1,124 @@
+"""One receiver as the encode peer sees it: its link, its data plane, and the writes under way to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import xxhash
+
+from aiodisagg.errors import AiodisaggError, TransportError
+from aiodisagg.link.link import Link
+from aiodisagg.peer.driver import Tasks
+from aiodisagg.peer.planes import Plane, Planes
+from aiodisagg.protocol.events import ChunkWritten, Write, WriteFailed, WritesFenced
+from aiodisagg.protocol.messages import Chunk, ItemKey
+from aiodisagg.transport.base import Slice
+
+logger = logging.getLogger(__name__)
+
+INLINE_BYTES = 256 * 1024
+"""Hashing less than this takes tens of microseconds and stays on the loop."""
+
+WriterEvent = ChunkWritten | WriteFailed | WritesFenced
+
+
+async def checksum_of(data: memoryview) -> int:
+    """xxh3-64 of the bytes; large ones are hashed on a thread (the library lets go of the GIL)."""
+    if data.nbytes < INLINE_BYTES:
+        return xxhash.xxh3_64_intdigest(data)
+    return await asyncio.to_thread(xxhash.xxh3_64_intdigest, data)
+
+
+class Session:
+    """Carries out Write and Fence for one link. Everything it started is over when ``aclose`` returned.
+
+    The data plane is connected by the first write and replaced after a write failed while the link lived: the next
+    write uses the best plane that has not just failed.
+    """
+
+    def __init__(self, link: Link, planes: Planes, tell: Callable[[WriterEvent], None], *, checksum: bool) -> None:
+        self.link, self.peer = link, link.remote.incarnation
+        self.plane_name = ""
+        self._planes, self._tell, self._checksum = planes, tell, checksum
+        self._plane: Plane | None = None
+        self._failed: frozenset[str] = frozenset()
+        self._connecting = asyncio.Lock()
+        self._writes: dict[ItemKey, asyncio.Task[Chunk]] = {}
+        self._used: dict[ItemKey, Plane] = {}
+        self._all: list[Plane] = []
+        self._tasks = Tasks(f"session {link.remote.name}")
+
+    async def connect(self) -> Plane:
+        """The data plane, connected on first use. Raises TransportUnavailable."""
+        async with self._connecting:
+            if self._plane is None:
+                self.plane_name, self._plane = await self._planes.connect(
+                    self.link.local, self.link.remote, self._failed
+                )
+                self._all.append(self._plane)
+            return self._plane
+
+    def write(self, action: Write, data: memoryview) -> None:
+        """Starts the write; ends in ChunkWritten or WriteFailed."""
+        task = asyncio.get_running_loop().create_task(self._write(action, data), name=f"write {action.key}")
+        self._writes[action.key] = task
+        # A callback, not the task's own code, reports the end: a task cancelled before it began runs no code.
+        task.add_done_callback(partial(self._written, action))
+
+    async def _write(self, action: Write, data: memoryview) -> Chunk:
+        plane = self._used[action.key] = await self.connect()
+        slices = [Slice(data, action.offset, action.lease)]
+        try:
+            writing = plane.transport.write(plane.remote, slices)
+            checksum, _ = await asyncio.gather(self._sum(data), writing)
+        except TransportError:
+            if plane is self._plane:
+                self._failed |= {self.plane_name}
+                self._plane = None
+            raise
+        return Chunk(action.lease, action.start, action.stop, checksum)
+
+    async def _sum(self, data: memoryview) -> int:
+        return await checksum_of(data) if self._checksum else 0
+
+    def _written(self, action: Write, task: asyncio.Task[Chunk]) -> None:
+        del self._writes[action.key]
+        if task.cancelled():
+            self._tell(WriteFailed(self.peer, action.key, action.epoch, "stopped"))
+        elif (error := task.exception()) is not None:
+            expected = isinstance(error, AiodisaggError)
+            rows = f"rows {action.start}-{action.stop}"
+            logger.warning("item %s: writing %s: %s", action.key, rows, error, exc_info=None if expected else error)
+            self._tell(WriteFailed(self.peer, action.key, action.epoch, str(error)))
+        else:
+            self._used.pop(action.key, None)
+            self._tell(ChunkWritten(self.peer, action.key, action.epoch, task.result()))
+
+    def fence(self, key: ItemKey) -> None:
+        """Ends the item's write and fences it; ends in WritesFenced."""
+        self._tasks.start(self._fence(key), f"fence {key}")
+
+    async def _fence(self, key: ItemKey) -> None:
+        write = self._writes.get(key)
+        if write is not None:
+            write.cancel()
+            await asyncio.wait([write])
+        plane = self._used.get(key)
+        if plane is not None:
+            await plane.transport.fence(plane.remote)
+        self._used.pop(key, None)
+        self._tell(WritesFenced(self.peer, key))
+
+    async def aclose(self) -> None:
+        """Ends every write, lets go of the peer's pool (which fences it), and lets the fences report."""
+        writes = list(self._writes.values())
+        for write in writes:
+            write.cancel()
+        for plane in self._all:
+            await plane.transport.disconnect(plane.remote)
+        if writes:
+            await asyncio.wait(writes)
+        await self._tasks.join()

@@ -1,0 +1,1 @@
+"""The language peer: planning, placement, the receiving side of the protocol, and the engine."""

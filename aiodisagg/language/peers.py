@@ -1,0 +1,175 @@
+"""Links to encode peers: dialled as membership says, redialled as long as it does, and one choice among them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from aiodisagg.errors import AiodisaggError, LinkClosed, LinkError, NoEncodePeer, RemoteProtocolError
+from aiodisagg.link.config import LinkConfig
+from aiodisagg.link.hello import Hello
+from aiodisagg.link.link import Link, dial
+from aiodisagg.peer.driver import Tasks
+from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
+from aiodisagg.protocol.messages import ItemKey, Message
+from aiodisagg.protocol.rows import ModelFingerprint
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.0
+
+LinkEvent = LinkUp | LinkLost | MessageReceived
+
+
+@dataclass(slots=True)
+class EncodePeer:
+    """One address at which an encode peer is kept linked; ``incarnation`` is who answered there last."""
+
+    address: str
+    incarnation: str = ""
+    name: str = ""
+    link: Link | None = None
+    items: set[ItemKey] = field(default_factory=set)
+    rows: int = 0
+    """Rows asked of it and not yet here: what placement balances."""
+    moved: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class EncodePeers:
+    """Keeps a link to every known encode peer. Methods belong to the loop's thread.
+
+    Args:
+        hello: what to say of this side, made anew for each attempt.
+        tell: gets LinkUp, LinkLost and MessageReceived; may raise RemoteProtocolError, which closes that link.
+        model: only peers of this model are linked.
+    """
+
+    def __init__(
+        self, hello: Callable[[], Hello], tell: Callable[[LinkEvent], None], *, model: ModelFingerprint,
+        secret: bytes | None, config: LinkConfig,
+    ) -> None:  # fmt: skip
+        self._hello, self._tell, self._model, self._secret, self._config = hello, tell, model, secret, config
+        self._by_address: dict[str, EncodePeer] = {}
+        self._linked: dict[str, EncodePeer] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._tasks = Tasks("links")
+        self._changed = asyncio.Condition()
+
+    def add(self, address: str) -> None:
+        """Keeps a link to whoever encodes at ``address``. Idempotent; wakes a dialler that is backing off."""
+        known = self._by_address.get(address)
+        if known is None:
+            peer = self._by_address[address] = EncodePeer(address)
+            self._keepers[address] = self._tasks.start(self._keep(peer), f"keep {address}")
+        else:
+            known.moved.set()
+
+    def remove(self, address: str) -> None:
+        """The peer there is gone for good, says whoever knows; its items go elsewhere at once."""
+        peer = self._by_address.pop(address, None)
+        if peer is not None:
+            self._keepers.pop(address).cancel()
+
+    @property
+    def linked(self) -> list[EncodePeer]:
+        return list(self._linked.values())
+
+    async def wait_any(self, timeout_s: float) -> None:
+        """Returns when at least one encode peer is linked. Raises NoEncodePeer after ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: bool(self._linked))
+        except TimeoutError:
+            known = ", ".join(self._by_address) or "none known"
+            raise NoEncodePeer(f"no encode peer could be linked within {timeout_s:g} s (addresses: {known})") from None
+
+    def choose(self, avoid: frozenset[str]) -> EncodePeer | None:
+        """The linked peer with the fewest rows to deliver, one of ``avoid`` only if there is no other."""
+        peers = self._linked.values()
+        return min(peers, key=lambda peer: (peer.incarnation in avoid, peer.rows, peer.address), default=None)
+
+    def send(self, incarnation: str, message: Message) -> None:
+        """Sends if the link is up; what does not get out is asked for again by the protocol."""
+        peer = self._linked.get(incarnation)
+        if peer is None or peer.link is None:
+            return
+        try:
+            peer.link.send_nowait(message)
+        except LinkError as error:
+            logger.debug("not sent to %s: %s", peer.name, error)
+
+    async def _keep(self, peer: EncodePeer) -> None:
+        retry_s = FIRST_RETRY_S
+        try:
+            while True:
+                try:
+                    link = await dial(peer.address, self._hello(), secret=self._secret, config=self._config)
+                except AiodisaggError as error:
+                    self._not_reached(peer, error)
+                else:
+                    retry_s = FIRST_RETRY_S
+                    await self._use(peer, link)
+                await self._pause(peer, retry_s)
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
+        finally:
+            self._gone(peer)
+
+    async def _pause(self, peer: EncodePeer, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await peer.moved.wait()
+        except TimeoutError:
+            pass
+        peer.moved.clear()
+
+    def _not_reached(self, peer: EncodePeer, error: AiodisaggError) -> None:
+        logger.debug("encode peer at %s: %s", peer.address, error)
+        if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
+            self._gone(peer)
+
+    def _gone(self, peer: EncodePeer) -> None:
+        """Nobody listens where this incarnation did: it will not come back."""
+        if peer.incarnation:
+            incarnation, peer.incarnation = peer.incarnation, ""
+            self._tell(LinkLost(incarnation, gone=True))
+
+    async def _use(self, peer: EncodePeer, link: Link) -> None:
+        remote = link.remote
+        if remote.model != self._model or not remote.role.encodes:
+            logger.error(
+                "encode peer %s at %s is not usable: it runs %s as %s, this peer needs %s",
+                remote.name, peer.address, remote.model, remote.role, self._model,
+            )  # fmt: skip
+            await link.aclose()
+            await asyncio.sleep(LAST_RETRY_S)
+            return
+        if remote.incarnation in self._linked:
+            await link.aclose()
+            return
+        if remote.incarnation != peer.incarnation:
+            self._gone(peer)
+        peer.incarnation, peer.name, peer.link = remote.incarnation, remote.name, link
+        self._linked[remote.incarnation] = peer
+        logger.info("linked to encode peer %s at %s", peer.name, peer.address)
+        try:
+            self._tell(LinkUp(remote.incarnation))
+            async with self._changed:
+                self._changed.notify_all()
+            while True:
+                self._tell(MessageReceived(remote.incarnation, await link.recv()))
+        except LinkClosed as error:
+            logger.warning("%s", error)
+        except RemoteProtocolError as error:
+            logger.error("closing the link: %s", error)
+        finally:
+            del self._linked[remote.incarnation]
+            peer.link = None
+            peer.items.clear()
+            peer.rows = 0
+            self._tell(LinkLost(remote.incarnation))
+            await link.aclose()
+
+    async def aclose(self) -> None:
+        await self._tasks.aclose()

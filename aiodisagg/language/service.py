@@ -1,0 +1,376 @@
+"""LanguageService: a language peer as an async context manager."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from aiodisagg.bootstrap.client import BootstrapClient
+from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.engine.config import EngineConfig
+from aiodisagg.engine.engine import Engine, EngineRequest
+from aiodisagg.engine.stream import RequestHandle
+from aiodisagg.engine.types import Delta, SamplingParams
+from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, MediaError
+from aiodisagg.language.peers import EncodePeers, LinkEvent
+from aiodisagg.language.take import Taker
+from aiodisagg.language.trace import RequestTrace, Traces
+from aiodisagg.link.hello import Hello, PeerRole
+from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
+from aiodisagg.peer.config import LanguageConfig
+from aiodisagg.peer.driver import Driver, Tasks
+from aiodisagg.peer.planes import Planes
+from aiodisagg.protocol.blocks import BlockPool
+from aiodisagg.protocol.events import (
+    Fail,
+    Finish,
+    ItemCancelled,
+    ItemRequested,
+    ItemSpec,
+    LeasesRevoked,
+    LinkLost,
+    LinkUp,
+    MessageReceived,
+    Place,
+    Placed,
+    ReceiverAction,
+    ReceiverEvent,
+    Revoke,
+    Send,
+    Take,
+    TimerFired,
+)
+from aiodisagg.protocol.messages import ItemKey
+from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
+from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
+from aiodisagg.transport.arena import Arena
+
+if TYPE_CHECKING:
+    from aiodisagg.models.language import LanguageHalf
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Item:
+    """An item under way: whose it is, and where it was placed."""
+
+    request_id: str
+    index: int
+    rows: int
+    peer: str = ""
+
+
+@dataclass(slots=True)
+class _Request:
+    keys: list[ItemKey] = field(default_factory=list)
+
+
+def load_language_half(config: LanguageConfig) -> tuple[Planner, LanguageHalf, ModelFingerprint]:
+    """Planner, language half and row fingerprint of the configured folder. Blocking; raises CheckpointError."""
+    from aiodisagg.models.loading import fingerprint, load_language
+    from aiodisagg.models.plan import Qwen3VLPlanner
+
+    half = load_language(config.model, dtype=config.dtype, device=config.device, row_dtype=config.row_dtype)
+    planner = Qwen3VLPlanner(config.model, max_pixels=config.max_pixels)
+    return planner, half, fingerprint(config.model, config.row_dtype)
+
+
+class LanguageService:
+    """Answers chats whose images and videos are encoded by other peers.
+
+    ::
+
+        async with LanguageService(LanguageConfig(model=folder, bootstrap=("http://127.0.0.1:8500",))) as peer:
+            async for delta in peer.generate(messages, SamplingParams(max_tokens=64)):
+                print(delta.text, end="")
+    """
+
+    def __init__(self, config: LanguageConfig) -> None:
+        self.config = config
+        self.name = config.name or f"language-{config.incarnation[:6]}"
+        self.model_name = config.model.resolve().name
+        self.created = int(time.time())
+        self.traces = Traces()
+        self._items: dict[ItemKey, _Item] = {}
+        self._unplaced: dict[ItemKey, frozenset[str]] = {}
+        self._revoking: dict[asyncio.Task[None], tuple[int, ...]] = {}
+        self._stack = AsyncExitStack()
+        self._stopped = asyncio.Event()
+
+    async def __aenter__(self) -> LanguageService:
+        try:
+            return await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def _open(self) -> LanguageService:
+        config = self.config
+        self._planner, half, model = await asyncio.to_thread(load_language_half, config)
+        self._layout = layout = half.layout
+        engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
+        engine_config = EngineConfig(pool_bytes=config.kv_bytes, token_budget=config.token_budget)
+        planner = self._planner
+        self.engine = await self._stack.enter_async_context(
+            Engine(half.causal, planner.decode, planner.eos_ids, engine_config, layout=engine_layout)
+        )
+        blocks = max(1, config.pool_bytes // (config.block_rows * layout.row_bytes))
+        self.pool = BlockPool(blocks, config.block_rows, layout.row_bytes)
+        self._arena = await asyncio.to_thread(Arena, self.pool.size_bytes)
+        self._stack.callback(self._arena.close)
+        receiver_config = ReceiverConfig(
+            failover_s=config.failover_s, stall_s=config.stall_s, window_blocks=config.window_blocks
+        )
+        self.receiver = Receiver(model, self.pool, receiver_config)
+        self.driver: Driver[ReceiverEvent, ReceiverAction] = Driver(self.receiver, self._act, TimerFired)
+        self._taker = await self._stack.enter_async_context(
+            Taker(self._arena, self._deliver, self.driver.feed, checksum=config.checksum)
+        )
+        self._planes = Planes(config.transports, config.zmq_host)
+        self._stack.push_async_callback(self._planes.aclose)
+        await self._planes.open(self._arena, self.pool.admits, incarnation=config.incarnation)
+        self._tasks = Tasks(self.name)
+        self._stack.push_async_callback(self._tasks.aclose)
+        self._hello = Hello.here(
+            name=self.name,
+            incarnation=config.incarnation,
+            role=PeerRole.LANGUAGE,
+            model=model,
+            transports=self._planes.describe(),
+        )
+        self.peers = EncodePeers(
+            lambda: self._hello, self._heard, model=model, secret=config.secret, config=config.link
+        )
+        self._stack.push_async_callback(self.peers.aclose)
+        if config.bootstrap:
+            await self._join(model)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        for key in list(self._items):
+            self.driver.feed(ItemCancelled(key))
+        await self._stack.aclose()
+        self.driver.close()
+
+    # -- membership ----------------------------------------------------------------------------------------------
+
+    async def _join(self, model: ModelFingerprint) -> None:
+        record = PeerRecord(
+            name=self.name,
+            incarnation=self.config.incarnation,
+            role=PeerRole.LANGUAGE,
+            addresses=(),
+            transports=tuple(self._planes.open_transports),
+            model=model,
+        )
+        client = BootstrapClient(
+            self.config.bootstrap, record, load=self.load, token=self.config.bootstrap_token
+        )  # fmt: skip
+        await self._stack.enter_async_context(client)
+        self._tasks.start(self._follow(client), "membership")
+
+    async def _follow(self, client: BootstrapClient) -> None:
+        async for change in client.watch():
+            for record in change.gone:
+                for address in record.addresses:
+                    self.peers.remove(address)
+            for record in change.present:
+                if record.role.encodes and record.model == self.receiver.model:
+                    self.add_peer(record.addresses[0])
+
+    def add_peer(self, address: str) -> None:
+        """Keeps a link to the encode peer at ``address``; what the bootstrap server's membership does by itself."""
+        self.peers.add(address)
+
+    def load(self) -> Load:
+        """How busy this peer is, for the bootstrap server."""
+        return Load(queued=len(self._unplaced), active=len(self.traces.open))
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        messages: Sequence[ChatMessage],
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Delta, None]:
+        """Streams the answer to a chat. Closing the generator stops the work everywhere.
+
+        Args:
+            request_id: for logs and traces; must not be in use. timeout_s: deadline of the request's items.
+
+        Raises:
+            InvalidRequest: also MediaError and PromptTooLong: the request cannot be served as written.
+            Overloaded: too much is waiting already.
+            NoEncodePeer: no encode peer could be linked in time.
+            DeadlineExceeded, EncodeFailed: an item did not arrive. EngineError: the engine failed this request.
+        """
+        request_id = request_id or secrets.token_hex(8)
+        trace = self.traces.begin(request_id)
+        request = _Request()
+        try:
+            plan = await asyncio.to_thread(self._planner.plan, messages)
+            trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
+            if plan.items:
+                await self.peers.wait_any(self.config.peer_wait_s)
+            handle = self.engine.submit(EngineRequest(request_id, plan, sampling))
+            fetching = self._tasks.start(self._fetch(handle, plan, request, trace, timeout_s), f"fetch {request_id}")
+            try:
+                async with aclosing(aiter(handle)) as deltas:
+                    async for delta in deltas:
+                        if trace.first_token_s < 0:
+                            trace.first_token_s, trace.state = trace.since(), "decoding"
+                        trace.output_tokens += len(delta.token_ids)
+                        yield delta
+            finally:
+                fetching.cancel()
+        except AiodisaggError as error:
+            logger.warning("request %s failed: %s", request_id, error)
+            self._end(trace, request, "failed", str(error))
+            raise
+        except BaseException:
+            self._end(trace, request, "cancelled")
+            raise
+        self._end(trace, request, "done")
+
+    async def _fetch(
+        self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None
+    ) -> None:
+        """Asks for the items as soon as pages are reserved: nothing is encoded that the engine has no room for."""
+        try:
+            await handle.admitted
+        except AiodisaggError:
+            return  # the reader of the handle gets it
+        trace.admitted_s = trace.since()
+        room = secrets.randbits(62)
+        for index, item in enumerate(plan.items):
+            key = ItemKey(room, index)
+            request.keys.append(key)
+            self._items[key] = _Item(trace.request_id, index, item.rows)
+            self.traces.item(trace, key, item)
+        for key, item in zip(request.keys, plan.items, strict=True):
+            spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
+            self.driver.feed(ItemRequested(key, spec, timeout_s or self.config.request_timeout_s))
+
+    def _end(self, trace: RequestTrace, request: _Request, state: str, error: str = "") -> None:
+        for key in request.keys:
+            if key in self._items:
+                self.driver.feed(ItemCancelled(key))
+                self._forget(key)
+        self.traces.end(trace, request.keys, state, error)
+
+    # -- the machine's world -------------------------------------------------------------------------------------
+
+    def _heard(self, event: LinkEvent) -> None:
+        if isinstance(event, MessageReceived):
+            self.traces.heard(event.message)
+        self.driver.feed(event)
+        if isinstance(event, LinkUp):
+            for key, avoid in list(self._unplaced.items()):
+                self._place(Place(key, avoid))
+        elif isinstance(event, LinkLost):
+            self._prune()
+
+    def _act(self, action: ReceiverAction) -> None:
+        match action:
+            case Send(peer, message):
+                self.peers.send(peer, message)
+            case Place():
+                self._place(action)
+            case Take():
+                self._taker.take(action)
+            case Revoke(peer, leases):
+                task = self._tasks.start(self._revoke(peer, leases), f"revoke {peer}")
+                self._revoking[task] = leases
+                task.add_done_callback(lambda done: self._revoking.pop(done, None))
+            case Finish(key):
+                self._forget(key)
+            case Fail():
+                self._fail(action)
+
+    def _place(self, action: Place) -> None:
+        item = self._items.get(action.key)
+        if item is None:
+            self._unplaced.pop(action.key, None)
+            return
+        if item.peer:
+            self._leave(action.key, item)
+        peer = self.peers.choose(action.avoid)
+        if peer is None:
+            self._unplaced[action.key] = action.avoid
+            return
+        self._unplaced.pop(action.key, None)
+        item.peer = peer.incarnation
+        peer.items.add(action.key)
+        peer.rows += item.rows
+        self.traces.placed(action.key, peer.name)
+        self.driver.feed(Placed(action.key, peer.incarnation))
+
+    def _leave(self, key: ItemKey, item: _Item) -> None:
+        for peer in self.peers.linked:
+            if peer.incarnation == item.peer and key in peer.items:
+                peer.items.discard(key)
+                peer.rows -= item.rows
+        item.peer = ""
+
+    def _forget(self, key: ItemKey) -> None:
+        item = self._items.pop(key, None)
+        self._unplaced.pop(key, None)
+        if item is not None:
+            self._leave(key, item)
+        self._prune()
+
+    def _fail(self, action: Fail) -> None:
+        item = self._items.get(action.key)
+        self._forget(action.key)
+        if item is None or action.code == "cancelled":
+            return
+        error: AiodisaggError
+        what = f"item {action.key}"
+        match action.code:
+            case "deadline":
+                error = DeadlineExceeded(what, self.config.request_timeout_s, action.story)
+            case "invalid_media":
+                error = MediaError(f"media[{item.index}]", action.message)
+            case _:
+                error = EncodeFailed(str(action.key), f"{action.code}: {action.message}", action.story)
+        self.engine.fail(item.request_id, error)
+
+    def _deliver(self, take: Take, data: memoryview) -> None:
+        """On a taker's thread, or on the loop for small chunks."""
+        item = self._items.get(take.key)
+        if item is not None:
+            start = take.chunk.start
+            self.engine.deliver_bytes(item.request_id, item.index, start, data, layout=self._layout)
+            self.traces.arrived(take.key, take.chunk.stop - start, take.size_bytes)
+
+    async def _revoke(self, peer: str, leases: tuple[int, ...]) -> None:
+        await self._planes.revoke(peer, leases)
+        self.driver.feed(LeasesRevoked(leases))
+
+    def _prune(self) -> None:
+        """The writer's own word came first: nobody has to wait for its end any more."""
+        for task, leases in list(self._revoking.items()):
+            if all(self.pool.get(lease) is None for lease in leases):
+                task.cancel()
+
+    def ready(self) -> tuple[bool, str]:
+        """Can requests with images be served now, and if not, why."""
+        return (True, "ok") if self.peers.linked else (False, "no encode peer is linked")
+
+    async def serve(self) -> None:
+        """Returns when the context is left."""
+        await self._stopped.wait()

@@ -1,0 +1,114 @@
+"""Settings of peers: frozen, checked once where they enter. Errors name the key as the command line writes it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiodisagg.errors import ConfigError
+from aiodisagg.link.config import LinkConfig
+
+MiB = 1 << 20
+
+TRANSPORTS = ("memory", "ipc", "stream", "zmq")
+"""Names of the transports, best first."""
+
+
+def check(key: str, value: float, *, low: float = 0.0, high: float = math.inf, exclusive: bool = True) -> None:
+    """Raises ConfigError unless ``low < value <= high`` (``low <= value`` if not exclusive)."""
+    if not (low < value if exclusive else low <= value) or not value <= high:
+        raise ConfigError(key, f"must be {'above' if exclusive else 'at least'} {low:g}, not {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConfig:
+    """What every peer needs to know."""
+
+    model: Path
+    """Folder of a Qwen3-VL(-MoE) checkpoint."""
+    bootstrap: tuple[str, ...] = ()
+    """URLs of bootstrap servers; none: peers are joined by hand (``LanguageService.add_peer``)."""
+    name: str = ""
+    """For people; empty: made from the role and the incarnation."""
+    listen: str = "unix:"
+    """Where links are accepted: ``unix:`` (a fresh name), ``unix:/path`` or ``tcp:host:port``."""
+    secret: bytes | None = field(default=None, repr=False)
+    """Shared by all peers, at least 16 bytes; needed as soon as a link leaves the host."""
+    bootstrap_token: str | None = field(default=None, repr=False)
+    transports: tuple[str, ...] = TRANSPORTS
+    """Data planes that may be used, best first."""
+    zmq_host: str = "127.0.0.1"
+    """Interface on which zmq and stream receive."""
+    device: str = "cpu"
+    row_dtype: str = "bfloat16"
+    """Element type of rows on the wire, and of the vision tower."""
+    checksum: bool = True
+    """xxh3-64 of every chunk, checked before it counts."""
+    link: LinkConfig = field(default_factory=LinkConfig)
+    incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.transports if name not in TRANSPORTS]:
+            raise ConfigError("transports", f"unknown: {', '.join(unknown)}; there are {', '.join(TRANSPORTS)}")
+        if not self.transports:
+            raise ConfigError("transports", "at least one is needed")
+        if not self.model.is_dir():
+            raise ConfigError("model", f"no such folder: {self.model}")
+        if self.row_dtype not in ("bfloat16", "float16", "float32"):
+            raise ConfigError("row_dtype", f"must be bfloat16, float16 or float32, not {self.row_dtype}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeConfig(PeerConfig):
+    """Settings of an encode peer."""
+
+    source_bytes: int = 1024 * MiB
+    """Memory for encoded items: those in transfer and, as far as it goes, a cache of earlier ones."""
+    batch_patches: int = 16384
+    """Patches of one tower batch; an item with more goes alone."""
+    prepare_threads: int = 2
+    retain_s: float = 30.0
+    """How long rows are kept for a receiver whose link is lost."""
+
+    def __post_init__(self) -> None:
+        PeerConfig.__post_init__(self)
+        check("source_bytes", self.source_bytes)
+        check("batch_patches", self.batch_patches)
+        check("prepare_threads", self.prepare_threads)
+        check("retain_s", self.retain_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageConfig(PeerConfig):
+    """Settings of a language peer."""
+
+    dtype: str | None = None
+    """Of the language half's weights; None: float32 on a CPU, bfloat16 elsewhere."""
+    pool_bytes: int = 64 * MiB
+    """Memory that encode peers write into."""
+    block_rows: int = 256
+    """Rows of a block; a chunk is at most one block."""
+    window_blocks: int = 4
+    """Blocks lent to one item at a time."""
+    kv_bytes: int = 256 * MiB
+    """Memory of the paged KV pool."""
+    token_budget: int = 2048
+    """Tokens of one engine step."""
+    max_pixels: int | None = None
+    """Pixels of an image after resizing; None: what the checkpoint says."""
+    request_timeout_s: float = 300.0
+    """Deadline of a request's items."""
+    peer_wait_s: float = 10.0
+    """How long a request waits for a first encode peer before it fails with NoEncodePeer."""
+    failover_s: float = 1.0
+    stall_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        PeerConfig.__post_init__(self)
+        keys = ("pool_bytes", "block_rows", "window_blocks", "kv_bytes", "token_budget", "request_timeout_s", "stall_s")
+        for key in keys:
+            check(key, getattr(self, key))
+        check("peer_wait_s", self.peer_wait_s, exclusive=False)
+        check("failover_s", self.failover_s, exclusive=False)

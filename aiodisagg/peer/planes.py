@@ -1,0 +1,109 @@
+"""The data planes of a process, and which of them two peers use: the best that both have and that really connects."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aiodisagg.errors import TransportError, TransportUnavailable
+from aiodisagg.link.hello import Hello
+from aiodisagg.transport.arena import Arena
+from aiodisagg.transport.base import Admit, Remote, Transport
+
+logger = logging.getLogger(__name__)
+
+_LOCAL = frozenset({"memory", "ipc"})
+
+
+def make_transport(name: str, host: str) -> Transport:
+    """A transport by its name; its module, and with it third-party code, is imported only now.
+
+    Raises:
+        TransportUnavailable: this machine lacks what it needs.
+    """
+    factories: dict[str, tuple[str, str, dict[str, str]]] = {
+        "memory": ("aiodisagg.transport.memory", "MemoryTransport", {}),
+        "ipc": ("aiodisagg.transport.ipc", "IpcTransport", {}),
+        "stream": ("aiodisagg.transport.stream", "StreamTransport", {"host": host}),
+        "zmq": ("aiodisagg.transport.zmq", "ZmqTransport", {"host": host}),
+    }
+    module, kind, arguments = factories[name]
+    try:
+        made: Transport = getattr(importlib.import_module(module), kind)(**arguments)
+    except ImportError as error:
+        raise TransportUnavailable(name, f"cannot be imported: {error}") from error
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """A connected data plane to one peer."""
+
+    transport: Transport
+    remote: Remote
+
+
+class Planes:
+    """All transports of a process, opened together.
+
+    Args:
+        names: wanted, best first. host: where network transports listen.
+    """
+
+    def __init__(self, names: Sequence[str], host: str) -> None:
+        self._names, self._host = tuple(names), host
+        self.open_transports: dict[str, Transport] = {}
+
+    async def open(self, arena: Arena | None, admit: Admit, *, incarnation: str) -> None:
+        """Opens every transport that works here. Raises TransportUnavailable if none does."""
+        for name in self._names:
+            try:
+                transport = make_transport(name, self._host)
+                await transport.open(arena, admit, incarnation=incarnation)
+            except TransportUnavailable as error:
+                logger.info("transport %s is not available: %s", name, error)
+            else:
+                self.open_transports[name] = transport
+        if not self.open_transports:
+            raise TransportUnavailable("any", f"none of {', '.join(self._names)} works on this machine")
+
+    def describe(self) -> dict[str, bytes]:
+        """Descriptions of this process's pool, by transport, for a hello."""
+        return {name: transport.describe() for name, transport in self.open_transports.items()}
+
+    async def connect(self, local: Hello, remote: Hello, avoid: frozenset[str] = frozenset()) -> tuple[str, Plane]:
+        """Connects to a peer's pool by the best plane that works, those in ``avoid`` last.
+
+        Raises:
+            TransportUnavailable: none does; the message says why for each.
+        """
+        same_host = bool(local.boot_id) and (local.boot_id, local.net_ns) == (remote.boot_id, remote.net_ns)
+        order = sorted(self.open_transports, key=lambda name: (name in avoid, self._names.index(name)))
+        reasons = []
+        for name in order:
+            description = remote.transports.get(name)
+            if description is None:
+                reasons.append(f"{name}: not offered")
+            elif name in _LOCAL and not same_host:
+                reasons.append(f"{name}: another host")
+            else:
+                try:
+                    found = await self.open_transports[name].connect(description, peer=remote.incarnation)
+                except TransportError as error:
+                    reasons.append(f"{name}: {error}")
+                else:
+                    why = "; ".join(reasons) or "first choice"
+                    logger.info("data plane to %s is %s (%s)", remote.name, name, why)
+                    return name, Plane(self.open_transports[name], found)
+        raise TransportUnavailable("any", "; ".join(reasons), peer=remote.name)
+
+    async def revoke(self, peer: str, leases: Sequence[int]) -> None:
+        """Returns when nothing of ``peer`` can land under these leases by any plane."""
+        await asyncio.gather(*(transport.revoke(peer, leases) for transport in self.open_transports.values()))
+
+    async def aclose(self) -> None:
+        for transport in self.open_transports.values():
+            await transport.aclose()
