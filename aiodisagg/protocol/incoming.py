@@ -62,6 +62,8 @@ from aiodisagg.protocol.ranges import RangeSet
 from aiodisagg.protocol.rows import AUX_INTS, ModelFingerprint, Region
 
 Actions = list[ReceiverAction]
+_OF_A_PEER = (Offer, Progress, Commit, Fenced, Refuse, LinkLost, LinkUp)
+"""Events that only an item with a peer can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class IncomingItem:
     def handle(self, event: object, now: float) -> Actions:
         """Raises InvalidTransition, changing nothing, if the event is not legal in this state."""
         method = self.TABLE.get((self.state, type(event)))
-        if method is None:
+        if method is None or (self.peer is None and isinstance(event, _OF_A_PEER)):
             raise InvalidTransition(self.state.value, type(event).__name__)
         return method(self, event, now)
 
