@@ -1,0 +1,206 @@
+"""``POST /v1/chat/completions``: body in, answer out, streamed or whole.
+
+A client that goes away cancels the handler's task (the server runs with ``handler_cancellation``), wherever it is:
+reading, fetching, generating, writing. Closing the backend's generator on the way out is what stops the work everywhere
+else. The status line waits for the first delta, so whatever fails before it is an HTTP error also for a stream; later
+failures are an event in the stream, which then ends without ``[DONE]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from concurrent.futures import Executor
+from contextlib import aclosing
+
+import msgspec
+from aiohttp import web
+
+from aiodisagg.api.backend import ChatBackend
+from aiodisagg.api.config import HttpConfig
+from aiodisagg.api.failures import Refused, failure_of
+from aiodisagg.api.fetch import MediaFetcher
+from aiodisagg.api.parse import chat_messages, media_urls, parse_request, sampling_of
+from aiodisagg.api.schema import (
+    AnswerMessage,
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    Choice,
+    ChunkChoice,
+    DeltaBody,
+    UsageBody,
+)
+from aiodisagg.engine.types import Delta, FinishReason, SamplingParams, Usage
+from aiodisagg.errors import DeadlineExceeded, EngineError
+from aiodisagg.models.base import ChatMessage
+
+logger = logging.getLogger(__name__)
+
+_INLINE_BYTES = 1 << 16
+_SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would hold tokens back
+}
+_encode = msgspec.json.Encoder().encode
+
+
+class ChatHandler:
+    """Answers chat requests from ``backend``. Raises AiodisaggError before a response has begun, never after."""
+
+    def __init__(self, backend: ChatBackend, config: HttpConfig, fetcher: MediaFetcher, executor: Executor) -> None:
+        self._backend, self._config, self._fetcher, self._executor = backend, config, fetcher, executor
+
+    async def __call__(self, request: web.Request, request_id: str) -> web.StreamResponse:
+        """``request_id`` is for the log; the backend gets an id of its own, which no client can make twice."""
+        chat = await self._parse(await self._read_body(request))
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        logger.info("%s is %s: %d messages", request_id, completion_id, len(chat.messages))
+        if chat.model != self._backend.model_name:
+            raise model_not_found(chat.model)
+        sampling = sampling_of(chat, self._config.default_max_tokens)
+        deadline = time.monotonic() + self._config.request_timeout_s
+        messages = await self._messages(chat)
+        # The body may be tens of megabytes, and the messages hold what is needed of it.
+        stream, with_usage = bool(chat.stream), bool(chat.stream_options and chat.stream_options.include_usage)
+        del chat
+        answer = self._generate(messages, sampling, completion_id, deadline - time.monotonic())
+        del messages
+        async with aclosing(answer) as deltas:
+            if stream:
+                writer = _Stream(request, completion_id, self._backend.model_name, with_usage, self._config)
+                return await writer.run(deltas, request_id)
+            return await self._whole(deltas, completion_id)
+
+    # -- in -------------------------------------------------------------------------------------------------------
+
+    async def _read_body(self, request: web.Request) -> bytearray:
+        limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
+        if request.content_type != "application/json":
+            raise Refused(415, "the content type must be application/json", code="unsupported_media_type")
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise Refused(415, "the body must not be compressed", code="unsupported_media_type")
+        too_large = Refused(413, f"the body has more than {limit} bytes", code="request_too_large")
+        if (request.content_length or 0) > limit:
+            raise too_large
+        body = bytearray()  # not request.read(), which copies the whole once more
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for piece in request.content.iter_any():
+                    body += piece
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError as error:
+            raise Refused(408, f"the body did not arrive within {timeout_s:g} s", code="request_timeout") from error
+        except web.RequestPayloadError as error:
+            raise Refused(400, "the body is broken off or badly framed", code="invalid_body") from error
+        return body
+
+    async def _parse(self, body: bytearray) -> ChatRequest:
+        if len(body) <= _INLINE_BYTES:
+            return parse_request(body)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, parse_request, body)
+
+    async def _messages(self, chat: ChatRequest) -> list[ChatMessage]:
+        timeout_s = self._config.request_timeout_s
+        urls = media_urls(chat, self._config.max_media_files)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return chat_messages(chat, await self._fetcher.load(urls))
+        except TimeoutError as error:
+            raise DeadlineExceeded("loading media", timeout_s) from error
+
+    # -- out ------------------------------------------------------------------------------------------------------
+
+    async def _generate(
+        self, messages: list[ChatMessage], sampling: SamplingParams, completion_id: str, timeout_s: float
+    ) -> AsyncGenerator[Delta, None]:
+        """The backend's deltas up to the one that ends the answer, of which there is exactly one."""
+        if timeout_s <= 0:
+            raise DeadlineExceeded("loading media", self._config.request_timeout_s)
+        answer = self._backend.generate(messages, sampling, request_id=completion_id, timeout_s=timeout_s)
+        async with aclosing(answer) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason is FinishReason.CANCELLED:
+                    raise Refused(503, "the server cancelled the request", code="cancelled", retry_after_s=1.0)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        raise EngineError(completion_id, "the answer ended without a finish reason")
+
+    async def _whole(self, deltas: AsyncGenerator[Delta, None], completion_id: str) -> web.Response:
+        text, last = [], None
+        async for delta in deltas:
+            text.append(delta.text)
+            last = delta
+        if last is None or last.finish_reason is None or last.usage is None:
+            raise EngineError(completion_id, "the answer ended without usage")
+        choice = Choice(AnswerMessage("".join(text)), last.finish_reason.value)
+        name, created = self._backend.model_name, int(time.time())
+        completion = ChatCompletion(completion_id, created, name, [choice], _usage(last.usage))
+        return web.Response(body=_encode(completion), content_type="application/json")
+
+
+class _Stream:
+    """One answer as server-sent events. Each write waits until the client has taken enough of what went before."""
+
+    def __init__(
+        self, request: web.Request, completion_id: str, model: str, with_usage: bool, config: HttpConfig
+    ) -> None:
+        self._request, self._timeout_s = request, config.write_timeout_s
+        usage = None if with_usage else msgspec.UNSET
+        self._chunk = ChatChunk(completion_id, int(time.time()), model, [], usage)
+        self._with_usage = with_usage
+        self._response = web.StreamResponse(headers=_SSE_HEADERS)
+
+    async def run(self, deltas: AsyncGenerator[Delta, None], request_id: str) -> web.StreamResponse:
+        """Raises what ``deltas`` raises for its first delta; later errors go into the stream."""
+        delta = await anext(deltas)
+        await self._response.prepare(self._request)
+        await self._send(DeltaBody(role="assistant", content=""))
+        while True:
+            if delta.text:
+                await self._send(DeltaBody(content=delta.text))
+            if delta.finish_reason is not None:
+                break
+            try:
+                delta = await anext(deltas)
+            except Exception as error:
+                await self._write(failure_of(error, request_id).as_json())
+                return await self._end()
+        await self._send(DeltaBody(), delta.finish_reason)
+        if self._with_usage and delta.usage is not None:
+            await self._write(_encode(msgspec.structs.replace(self._chunk, usage=_usage(delta.usage))))
+        await self._write(b"[DONE]")
+        return await self._end()
+
+    async def _send(self, body: DeltaBody, finish_reason: FinishReason | None = None) -> None:
+        choice = ChunkChoice(body, finish_reason.value if finish_reason else None)
+        await self._write(_encode(msgspec.structs.replace(self._chunk, choices=[choice])))
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._response.write(b"data: " + data + b"\n\n")
+        except TimeoutError as error:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError(f"the client took nothing for {self._timeout_s:g} s") from error
+
+    async def _end(self) -> web.StreamResponse:
+        await self._response.write_eof()
+        return self._response
+
+
+def model_not_found(name: str) -> Refused:
+    shown = name[:128]
+    return Refused(404, f"the model {shown!r} does not exist here", code="model_not_found", param="model")
+
+
+def _usage(usage: Usage) -> UsageBody:
+    total = usage.prompt_tokens + usage.completion_tokens
+    return UsageBody(usage.prompt_tokens, usage.completion_tokens, total)

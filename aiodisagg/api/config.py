@@ -1,0 +1,69 @@
+"""The settings of the HTTP edge, checked where they enter."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass, field, fields
+
+from aiodisagg.errors import ConfigError
+
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpConfig:
+    """Settings of :class:`~aiodisagg.api.server.HttpServer`. Raises ConfigError, which names the key."""
+
+    api_key: str | None = field(default=None, repr=False)
+    """If set, ``/v1/*`` wants ``Authorization: Bearer <api_key>``. ``/health`` and ``/metrics`` stay open."""
+    max_requests: int = 256
+    """Chat requests at once, reading the body included; one more gets a 429."""
+    max_body_bytes: int = 64 * MiB
+    """Largest request body; more is a 413."""
+    body_timeout_s: float = 60.0
+    """A body that has not arrived after this long is a 408."""
+    write_timeout_s: float = 60.0
+    """A client that takes nothing of its stream for this long counts as gone."""
+    request_timeout_s: float = 600.0
+    """From the parsed request to the last token, fetching media included; more is a 504."""
+    default_max_tokens: int = 128
+    """For requests without ``max_completion_tokens`` and ``max_tokens``."""
+    grace_s: float = 10.0
+    """How long a stopping server lets running requests finish before it cuts them; may be 0."""
+
+    max_media_bytes: int = 32 * MiB
+    """Largest image or frame, encoded."""
+    max_media_total_bytes: int = 256 * MiB
+    """All images and frames of a request together."""
+    max_media_files: int = 1024
+    """Images and frames of a request."""
+    media_timeout_s: float = 10.0
+    """For fetching one URL, redirects included."""
+    max_media_redirects: int = 3
+    """May be 0."""
+    media_connections: int = 128
+    """Fetches at once, of all requests; further ones wait. One request has at most 16 of them."""
+    allowed_media_domains: tuple[str, ...] | None = None
+    """If set, only these hosts and their subdomains are fetched from. None: any."""
+    allow_private_media_hosts: tuple[str, ...] = ()
+    """Addresses and networks ("10.1.0.0/16") that may be fetched from although they are not public."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, int | float):
+                continue
+            lowest_is_legal = item.name in ("grace_s", "max_media_redirects")
+            if not math.isfinite(value) or value < 0 or (value == 0 and not lowest_is_legal):
+                raise ConfigError(f"http.{item.name}", f"must be a positive number, not {value}")
+        if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
+            raise ConfigError("http.api_key", "must be ASCII and not empty")
+        for domain in self.allowed_media_domains or ():
+            if not domain.strip(".") or "/" in domain:
+                raise ConfigError("http.allowed_media_domains", f"{domain!r} is not a host name")
+        for network in self.allow_private_media_hosts:
+            try:
+                ipaddress.ip_network(network, strict=False)
+            except ValueError as error:
+                raise ConfigError("http.allow_private_media_hosts", str(error)) from error

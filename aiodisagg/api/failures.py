@@ -1,0 +1,103 @@
+"""From errors to HTTP: status, headers and OpenAI's error body.
+
+What a client did wrong is told in full. What went wrong inside is told by kind only; the log has the rest under the
+request id.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import msgspec
+from aiohttp import web
+
+from aiodisagg.errors import (
+    AiodisaggError,
+    DeadlineExceeded,
+    EncodeFailed,
+    InvalidRequest,
+    NoEncodePeer,
+    Overloaded,
+)
+
+logger = logging.getLogger(__name__)
+
+CLIENT, SERVER = "invalid_request_error", "server_error"
+
+
+class Refused(AiodisaggError):
+    """The edge itself turns a request down: ``status`` with OpenAI's ``param`` and ``code``."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
+        super().__init__(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a client is told. ``as_json`` is OpenAI's error body."""
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> bytes:
+        inner = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": inner})
+
+    def as_response(self) -> web.Response:
+        return web.Response(
+            status=self.status, body=self.as_json(), content_type="application/json", headers=self.headers
+        )
+
+
+def failure_of(error: Exception, request_id: str) -> Failure:
+    """The failure that ``error`` means for a client. Errors that are this side's fault are logged here."""
+    match error:
+        case InvalidRequest():
+            return Failure(400, str(error), CLIENT, error.param, error.code)
+        case Refused():
+            kind = CLIENT if error.status < 500 else SERVER
+            return Failure(error.status, str(error), kind, error.param, error.code, _retry_after(error.retry_after_s))
+        case Overloaded():
+            headers = _retry_after(error.retry_after_s)
+            return Failure(429, str(error), "rate_limit_error", None, "overloaded", headers)
+        case web.HTTPException():
+            return _of_aiohttp(error)
+        case NoEncodePeer():
+            logger.warning("%s no encode peer: %s", request_id, error)
+            message = "no encode peer is available for images and videos"
+            return Failure(503, message, SERVER, None, "no_encode_peer", _retry_after(1.0))
+        case DeadlineExceeded():
+            logger.warning("%s %s", request_id, error)
+            message = f"not finished after {error.timeout_s:g} s"
+            return Failure(504, message, SERVER, None, "deadline_exceeded")
+        case EncodeFailed():
+            logger.warning("%s %s", request_id, error)
+            message = f"an image or a video could not be encoded (request {request_id})"
+            return Failure(500, message, SERVER, None, "encode_failed")
+        case _:
+            logger.error("%s failed", request_id, exc_info=error)
+            return Failure(500, f"internal error (request {request_id})", SERVER, None, "internal_error")
+
+
+def _of_aiohttp(error: web.HTTPException) -> Failure:
+    match error.status:
+        case 404:
+            return Failure(404, "no such URL", CLIENT, None, "unknown_url")
+        case 405:
+            headers = {"Allow": error.headers.get("Allow", "")}
+            return Failure(405, "this URL does not answer that method", CLIENT, None, "method_not_allowed", headers)
+        case _:
+            return Failure(error.status, error.reason, CLIENT if error.status < 500 else SERVER)
+
+
+def _retry_after(seconds: float | None) -> dict[str, str]:
+    return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}

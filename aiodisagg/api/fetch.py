@@ -1,0 +1,177 @@
+"""Gets the images and frames that a request names: data URLs, and http(s) URLs within narrow limits.
+
+A URL comes from a stranger. So only http and https, only public addresses (:mod:`~aiodisagg.api.addresses`, checked
+for each socket), redirects followed by hand so that each target passes the same checks, and bounds on count, bytes and
+time. Nothing is decompressed, no cookie is kept, no proxy or credential of the environment is used, and a client never
+sees what a refused address would have answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from types import TracebackType
+
+import aiohttp
+import msgspec
+from aiohttp.abc import AbstractResolver
+from yarl import URL
+
+from aiodisagg.api.addresses import AddressGuard, AddressRefused
+from aiodisagg.api.config import HttpConfig
+from aiodisagg.api.data_url import decode_data_url
+from aiodisagg.api.parse import MediaUrl
+from aiodisagg.errors import MediaError
+
+logger = logging.getLogger(__name__)
+
+_PER_REQUEST = 16
+_INLINE_BYTES = 1 << 16  # decoded on the loop: below this a thread costs more than the work
+_LONGEST_URL = 8192
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_OPAQUE_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})  # what object stores say
+
+
+class MediaFetcher:
+    """Loads media for requests; an async context manager. ``executor`` decodes large data URLs.
+
+    ``resolver`` turns host names into addresses; None: the operating system's.
+    """
+
+    def __init__(self, config: HttpConfig, executor: Executor, resolver: AbstractResolver | None = None) -> None:
+        self._config, self._executor, self._resolver = config, executor, resolver
+        self._guard = AddressGuard(config.allow_private_media_hosts)
+        self._slots = asyncio.Semaphore(config.media_connections)
+
+    async def __aenter__(self) -> MediaFetcher:
+        # The limit is _slots: a wait inside the connector would count against the timeout of the one who waits.
+        connector = aiohttp.TCPConnector(limit=0, resolver=self._resolver, socket_factory=self._guard.open_socket)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
+            headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "aiodisagg"},
+            auto_decompress=False,
+            trust_env=False,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def load(self, urls: Sequence[MediaUrl]) -> list[bytes]:
+        """The files, in order. Raises MediaError for the first that fails, which stops the others."""
+        load = _Load(self._config.max_media_total_bytes)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._load_one(url, load)) for url in urls]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _load_one(self, url: MediaUrl, load: _Load) -> bytes:
+        async with load.slots:
+            start = bytes(url.raw[:6]).lower()
+            if not start.startswith(b'"'):
+                raise MediaError(url.param, "must be a string")
+            if start == b'"data:':
+                data = await self._decode(url)
+                load.take(len(data), url.param)
+                return data
+            if len(url.raw) > _LONGEST_URL:
+                raise MediaError(url.param, f"a URL of more than {_LONGEST_URL} characters")
+            text = msgspec.json.decode(url.raw, type=str)
+            async with self._slots:
+                return await self._fetch(text, url.param, load)
+
+    async def _decode(self, url: MediaUrl) -> bytes:
+        limit = self._config.max_media_bytes
+        if len(url.raw) <= _INLINE_BYTES:
+            return decode_data_url(url.raw, limit, url.param)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, decode_data_url, url.raw, limit, url.param)
+
+    # -- http -----------------------------------------------------------------------------------------------------
+
+    async def _fetch(self, text: str, param: str, load: _Load) -> bytes:
+        timeout_s = self._config.media_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._follow(self._parse(text, param), param, load)
+        except TimeoutError as error:
+            raise MediaError(param, f"could not be fetched within {timeout_s:g} s") from error
+        except aiohttp.ClientConnectorError as error:
+            refused = isinstance(error.os_error, AddressRefused)
+            raise MediaError(param, str(error.os_error) if refused else "its host cannot be reached") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: yarl and idna
+            logger.info("fetching %s failed: %r", param, error)
+            raise MediaError(param, f"could not be fetched: {type(error).__name__}") from error
+
+    async def _follow(self, url: URL, param: str, load: _Load) -> bytes:
+        for _ in range(self._config.max_media_redirects + 1):
+            async with self._session.get(url, allow_redirects=False) as response:
+                if response.status not in _REDIRECTS:
+                    return await self._read(response, param, load)
+                target = response.headers.get("Location", "")
+            url = self._parse(target, param, base=url)
+        raise MediaError(param, f"more than {self._config.max_media_redirects} redirects")
+
+    def _parse(self, text: str, param: str, base: URL | None = None) -> URL:
+        try:
+            url = base.join(URL(text)) if base else URL(text)
+        except ValueError as error:
+            raise MediaError(param, "not a URL") from error
+        if url.scheme not in ("http", "https"):
+            raise MediaError(param, "must be a data:, http: or https: URL")
+        if not url.host:
+            raise MediaError(param, "a URL without a host")
+        if url.user is not None or url.password is not None:
+            raise MediaError(param, "a URL must not carry credentials")
+        domains = self._config.allowed_media_domains
+        if domains is not None and not any(_is_within(url.host, domain) for domain in domains):
+            raise MediaError(param, "its host is not one that media may come from")
+        return url
+
+    async def _read(self, response: aiohttp.ClientResponse, param: str, load: _Load) -> bytes:
+        if response.status != 200:
+            raise MediaError(param, f"its host answered {response.status}")
+        mime = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
+        if not mime.startswith("image/") and mime not in _OPAQUE_TYPES:
+            raise MediaError(param, f"{mime[:64]} is not an image type")
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise MediaError(param, "its host compressed it although asked not to")
+        limit = self._config.max_media_bytes
+        too_large = MediaError(param, f"more than {limit} bytes")
+        if (response.content_length or 0) > limit:
+            raise too_large
+        data = bytearray()
+        async for piece in response.content.iter_any():
+            if len(data) + len(piece) > limit:
+                raise too_large
+            load.take(len(piece), param)
+            data += piece
+        if not data:
+            raise MediaError(param, "its host answered with nothing")
+        return bytes(data)
+
+
+class _Load:
+    """What one request may still load, and how much of it at once."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = self._left = max_bytes
+        self.slots = asyncio.Semaphore(_PER_REQUEST)
+
+    def take(self, size_bytes: int, param: str) -> None:
+        self._left -= size_bytes
+        if self._left < 0:
+            raise MediaError(param, f"the request's media have more than {self._max_bytes} bytes together")
+
+
+def _is_within(host: str, domain: str) -> bool:
+    host, domain = host.lower().rstrip("."), domain.lower().strip(".")
+    return host == domain or host.endswith("." + domain)

@@ -1,0 +1,156 @@
+"""From a body to what the backend takes: typed, checked, every error naming the field as the client wrote it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import msgspec
+
+from aiodisagg.api.schema import ChatRequest, ImageUrl, Message, Part, Text, Video, VideoUrl
+from aiodisagg.engine.types import SamplingParams
+from aiodisagg.errors import InvalidRequest
+from aiodisagg.models import base
+
+_decoder = msgspec.json.Decoder(ChatRequest)
+_AT = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_NOT_JSON_NUMBER = re.compile(rb'"(\w+)"\s*:\s*(-?(?:NaN|Infinity))\b')
+_PART_TYPES = "text, image_url, video"
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""``developer`` is OpenAI's newer name of ``system``; chat templates know the older one."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaUrl:
+    """An image or a frame that a request names. ``raw`` is the URL as a JSON value, still quoted and escaped."""
+
+    param: str
+    raw: memoryview
+
+
+def parse_request(body: bytes | bytearray) -> ChatRequest:
+    """Decodes a body. The URLs in the result are views into ``body``. Raises InvalidRequest."""
+    try:
+        return _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        _raise_at_path(str(error))
+    except RecursionError as error:
+        raise InvalidRequest("body", "nested too deeply", code="invalid_json") from error
+    except ValueError as error:  # malformed JSON; UnicodeDecodeError for a body that is not UTF-8
+        found = _NOT_JSON_NUMBER.search(body)
+        if found:  # what Python and JavaScript programs write by accident
+            name, number = (group.decode("ascii", "replace") for group in found.groups())
+            raise InvalidRequest(name, f"{number} is not a JSON number") from error
+        raise InvalidRequest("body", f"not JSON: {error}", code="invalid_json") from error
+
+
+def _raise_at_path(text: str) -> NoReturn:
+    match = _AT.fullmatch(text)
+    message, path = (match.group(1), match.group(2) or "") if match else (text, "")
+    missing = _MISSING.fullmatch(message)
+    if missing:
+        path = f"{path}.{missing.group(1)}" if path else missing.group(1)
+        message = "is required"
+    elif path.endswith("].type"):
+        message += f"; known are {_PART_TYPES}"
+    raise InvalidRequest(path or "body", message, code="invalid_type" if "Expected" in message else "invalid_value")
+
+
+def sampling_of(request: ChatRequest, default_max_tokens: int) -> SamplingParams:
+    """How to sample; a parameter that is absent or null has SamplingParams' default. Raises InvalidRequest."""
+    _refuse_unsupported(request)
+    default = SamplingParams()
+    stop = request.stop if request.stop is not None else ()
+    return SamplingParams(
+        max_tokens=request.max_completion_tokens or request.max_tokens or default_max_tokens,
+        temperature=default.temperature if request.temperature is None else request.temperature,
+        top_p=default.top_p if request.top_p is None else request.top_p,
+        top_k=max(0, request.top_k or 0),
+        seed=request.seed,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+
+
+def _refuse_unsupported(request: ChatRequest) -> None:
+    asked = {
+        "n": request.n not in (None, 1),
+        "logprobs": bool(request.logprobs),
+        "tools": bool(request.tools),
+        "functions": bool(request.functions),
+        "response_format": request.response_format is not None and request.response_format.type != "text",
+        "presence_penalty": bool(request.presence_penalty),
+        "frequency_penalty": bool(request.frequency_penalty),
+        "logit_bias": bool(request.logit_bias),
+    }
+    for param, is_asked in asked.items():
+        if is_asked:
+            message = "must be 1" if param == "n" else "is not supported"
+            raise InvalidRequest(param, message, code="unsupported_value")
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("stream_options", "is only allowed when stream is true")
+
+
+def media_urls(request: ChatRequest, max_files: int) -> list[MediaUrl]:
+    """The media of a request in prompt order, its messages checked. Raises InvalidRequest."""
+    if not request.messages:
+        raise InvalidRequest("messages", "must not be empty")
+    found: list[MediaUrl] = []
+    for i, message in enumerate(request.messages):
+        where = f"messages[{i}]"
+        if message.role not in _ROLES:
+            raise InvalidRequest(f"{where}.role", f"{message.role[:64]!r} is not one of {', '.join(_ROLES)}")
+        if message.content is None or (not message.content and not isinstance(message.content, str)):
+            raise InvalidRequest(f"{where}.content", "must be text or a list of parts that is not empty")
+        for j, part in enumerate(_parts(message)):
+            found.extend(_media_of(part, message.role, f"{where}.content[{j}]"))
+            if len(found) > max_files:
+                raise InvalidRequest("messages", f"more than {max_files} images and frames")
+    return found
+
+
+def _media_of(part: Part, role: str, where: str) -> list[MediaUrl]:
+    if isinstance(part, Text):
+        return []
+    if role != "user":
+        raise InvalidRequest(where, f"{role} messages hold text only")
+    match part:
+        case ImageUrl():
+            return [MediaUrl(f"{where}.image_url.url", memoryview(part.image_url.url))]
+        case Video():
+            if not part.video:
+                raise InvalidRequest(f"{where}.video", "must list at least one frame")
+            if not (math.isfinite(part.fps) and part.fps > 0):
+                raise InvalidRequest(f"{where}.fps", f"must be positive, not {part.fps}")
+            return [MediaUrl(f"{where}.video[{k}]", memoryview(raw)) for k, raw in enumerate(part.video)]
+        case VideoUrl():
+            message = 'video files are not read; send frames: {"type": "video", "video": [url, ...], "fps": 2.0}'
+            raise InvalidRequest(f"{where}.type", message)
+
+
+def chat_messages(request: ChatRequest, files: Iterable[bytes]) -> list[base.ChatMessage]:
+    """The request's messages with ``files`` in the places of the URLs that :func:`media_urls` listed, in its order."""
+    rest = iter(files)
+    return [
+        base.ChatMessage(_ROLES[m.role], tuple(_filled(part, rest) for part in _parts(m))) for m in request.messages
+    ]
+
+
+def _filled(part: Part, files: Iterator[bytes]) -> base.Part:
+    match part:
+        case Text():
+            return base.TextPart(part.text)
+        case ImageUrl():
+            return base.ImagePart(next(files))
+        case Video():
+            return base.VideoPart(tuple(next(files) for _ in part.video), part.fps)
+        case VideoUrl():
+            raise AssertionError("refused by media_urls")
+
+
+def _parts(message: Message) -> list[Part]:
+    content = message.content or ""
+    return [Text(content)] if isinstance(content, str) else content

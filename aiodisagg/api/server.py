@@ -1,0 +1,256 @@
+"""The HTTP server: routes, keys, request ids, errors as OpenAI writes them, counters, a graceful stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+import msgspec
+from aiohttp import web
+from aiohttp.abc import AbstractResolver
+
+from aiodisagg.api.backend import ChatBackend
+from aiodisagg.api.chat import ChatHandler, model_not_found
+from aiodisagg.api.config import HttpConfig
+from aiodisagg.api.counters import HttpCounters
+from aiodisagg.api.failures import Refused, failure_of
+from aiodisagg.api.fetch import MediaFetcher
+from aiodisagg.api.schema import ModelBody, ModelList
+from aiodisagg.errors import ConfigError, Overloaded
+
+logger = logging.getLogger(__name__)
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_CHAT = "/v1/chat/completions"
+_CLIENT_GONE = 499  # nginx's word for it; in the log and the counters only
+_ID = re.compile(r"[!-~]{1,128}")
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that is being handled."""
+
+    request_id: str
+    task: asyncio.Task[object]
+    has_begun: bool = False
+    """Whether a part of the response has left."""
+
+
+class HttpServer:
+    """Serves ``backend`` while it is entered; the backend belongs to the caller and must outlive it.
+
+    Args:
+        port: 0 takes a free one, see :attr:`url`.
+        resolver: for the hosts of media URLs; None: the operating system's.
+
+    ``async with`` raises ConfigError if the address cannot be bound. Leaving it stops listening, refuses new requests
+    with a 503, lets the running ones finish for up to ``config.grace_s`` and then cuts them.
+    """
+
+    def __init__(
+        self,
+        backend: ChatBackend,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        config: HttpConfig | None = None,
+        *,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        if not 0 <= port <= 65535:
+            raise ConfigError("port", f"must be between 0 and 65535, not {port}")
+        self._backend, self._host, self._port = backend, host, port
+        self._config = config or HttpConfig()
+        self._resolver = resolver
+        self._counters = HttpCounters()
+        self._running: dict[int, _Running] = {}  # by id(): aiohttp's requests have no hash
+        self._chats = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stopping = False
+        self._stack = AsyncExitStack()
+
+    def __repr__(self) -> str:
+        state = "stopping" if self._stopping else f"{len(self._running)} requests"
+        return f"<HttpServer {self._host}:{self._port} {state}>"
+
+    @property
+    def url(self) -> str:
+        """``http://host:port``, to be used on this host; OpenAI clients append ``/v1``."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self._host, self._host)
+        return f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
+
+    async def __aenter__(self) -> HttpServer:
+        async with AsyncExitStack() as stack:
+            executor = ThreadPoolExecutor(2, thread_name_prefix="aiodisagg-http")
+            # Waits for at most two data URLs in the making: their requests are gone by now.
+            stack.callback(executor.shutdown, cancel_futures=True)
+            fetcher = await stack.enter_async_context(MediaFetcher(self._config, executor, self._resolver))
+            self._chat = ChatHandler(self._backend, self._config, fetcher, executor)
+            runner = web.AppRunner(
+                self._application(),
+                handler_cancellation=True,
+                auto_decompress=False,
+                access_log=None,
+                shutdown_timeout=1.0,  # requests have had their grace by then; this is for the last bytes
+            )
+            stack.push_async_callback(runner.cleanup)
+            await runner.setup()
+            site = web.TCPSite(runner, self._host, self._port)
+            await self._listen(site)
+            self._port = int(runner.addresses[0][1])
+            stack.push_async_callback(self._drain, site)
+            self._stack = stack.pop_all()
+        logger.info("serving %s on %s", self._backend.model_name, self.url)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _listen(self, site: web.TCPSite) -> None:
+        try:
+            await site.start()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError("port", f"{self._port} is in use on {self._host}") from error
+            if error.errno == errno.EACCES:
+                raise ConfigError("port", f"{self._port} needs more rights than this process has") from error
+            raise ConfigError("host", f"{self._host} cannot be listened on: {error.strerror or error}") from error
+
+    async def _drain(self, site: web.TCPSite) -> None:
+        self._stopping = True
+        await site.stop()
+        try:
+            async with asyncio.timeout(self._config.grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("cutting %d requests after %g s", len(self._running), self._config.grace_s)
+        finally:  # also if the stop itself is cancelled: nobody waits then
+            for running in self._running.values():
+                running.task.cancel()
+        await self._idle.wait()
+
+    # -- routes ---------------------------------------------------------------------------------------------------
+
+    def _application(self) -> web.Application:
+        app = web.Application(middlewares=[self._serve])
+        app.on_response_prepare.append(self._begin)
+        app.router.add_post(_CHAT, self._complete)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{name:.+}", self._model)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        return app
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        if self._stopping:
+            raise Refused(503, "the server is stopping", code="stopping", retry_after_s=1.0)
+        if self._chats >= self._config.max_requests:
+            raise Overloaded(1.0, f"{self._chats} requests are being answered already")
+        self._chats += 1
+        try:
+            return await self._chat(request, self._running[id(request)].request_id)
+        finally:
+            self._chats -= 1
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return _json(ModelList([self._described()]))
+
+    async def _model(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name != self._backend.model_name:
+            raise model_not_found(name)
+        return _json(self._described())
+
+    def _described(self) -> ModelBody:
+        return ModelBody(self._backend.model_name, self._backend.created)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        ready, reason = (False, "stopping") if self._stopping else self._backend.ready()
+        return _json({"status": "ok" if ready else "unavailable", "reason": reason}, 200 if ready else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        text = self._backend.metrics()
+        newline = "" if not text or text.endswith("\n") else "\n"
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=(text + newline + self._counters.text()).encode(), headers=headers)
+
+    # -- around every request -------------------------------------------------------------------------------------
+
+    @web.middleware
+    async def _serve(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Names, authorizes, counts and logs a request, and turns what it raises into OpenAI's errors."""
+        given = request.headers.get("X-Request-Id", "")
+        request_id = given if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource is not None else "none"
+        started, status = time.monotonic(), _CLIENT_GONE
+        task = asyncio.current_task()
+        assert task is not None
+        running = self._running[id(request)] = _Running(request_id, task)
+        self._idle.clear()
+        try:
+            response = await self._answered(request, handler, running)
+            status = response.status
+            return response
+        finally:
+            del self._running[id(request)]
+            if not self._running:
+                self._idle.set()
+            took_s = time.monotonic() - started
+            self._counters.answered(route, status, took_s)
+            level = logging.INFO if route == _CHAT or status >= 400 else logging.DEBUG
+            path = ascii(request.path[:200])
+            logger.log(level, "%s %s %s: %d, %.1f ms", request_id, request.method, path, status, took_s * 1e3)
+
+    async def _answered(self, request: web.Request, handler: _Handler, running: _Running) -> web.StreamResponse:
+        try:
+            self._authorize(request)
+            response = await handler(request)
+        except Exception as error:
+            if request.transport is None or request.transport.is_closing():
+                raise ConnectionResetError("the client is gone, there is nobody to tell") from error
+            failure = failure_of(error, running.request_id)
+            if running.has_begun:  # no room for a second response behind the first
+                request.transport.abort()
+                raise ConnectionResetError("cut in the middle of a response") from error
+            if failure.status < 500:
+                logger.info("%s refused: %s", running.request_id, ascii(failure.message))
+            response = failure.as_response()
+        if not running.has_begun:
+            response.headers["X-Request-Id"] = running.request_id
+            if self._stopping:
+                response.force_close()
+        return response
+
+    async def _begin(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Runs before a response's first byte: a stream's while it is being handled, all others' after that."""
+        running = self._running.get(id(request))
+        if running is not None:
+            running.has_begun = True
+            response.headers["X-Request-Id"] = running.request_id
+
+    def _authorize(self, request: web.Request) -> None:
+        key = self._config.api_key
+        if key is None or not request.path.startswith("/v1/"):
+            return
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        # Bytes: compare_digest refuses text beyond ASCII, and what is no UTF-8 arrives as surrogates.
+        found = given.strip().encode(errors="surrogateescape")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(found, key.encode()):
+            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+
+
+def _json(body: object, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")
