@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from aiodisagg.errors import PeerGone, TransportClosed, TransportError, TransportUnavailable, WriteRefused
 from aiodisagg.transport.base import FenceKind, Slice, Transport
-from aiodisagg.transport.testing import Kit, Receiver, expect, loop_watch, raises
+from aiodisagg.transport.testing import GUARD, Kit, Receiver, expect, loop_watch, raises
 
 Check = Callable[[Kit], Awaitable[None]]
 CHECKS: dict[str, Check] = {}
@@ -221,11 +221,16 @@ async def lease_that_is_not_lent_is_refused(kit: Kit) -> None:
         for size in (10, 5 * MIB):
             good, wide = receiver.slice(_pattern(size), 0), receiver.slice(_pattern(size), 1024)
             wide = Slice(wide.source, wide.offset + 1, wide.lease)
-            for bad in (Slice(good.source, 0, 999_999), wide):
-                with raises(WriteRefused):
-                    await writer.write(remote, [bad])
+            with raises(WriteRefused):
+                await writer.write(remote, [Slice(good.source, 0, 999_999)])
             await writer.fence(remote)
             expect(receiver.untouched(), "a refused write changed nothing")
+            with raises(WriteRefused):
+                await writer.write(remote, [wide])
+            await writer.fence(remote)
+            expect(receiver.untouched(0, 1024), "nothing before the lent range changed")
+            expect(receiver.untouched(1024 + size), "nothing behind it changed")
+            receiver.arena.view[:] = bytes([GUARD]) * receiver.arena.size_bytes
         await writer.write(remote, [receiver.slice(b"next", 0)])
         expect(receiver.holds(b"next", 0), "the next write is not affected")
 

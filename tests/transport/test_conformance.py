@@ -6,22 +6,64 @@ from collections.abc import Callable
 
 import pytest
 
+from aiodisagg.errors import TransportError
 from aiodisagg.transport.base import Transport
 from aiodisagg.transport.conformance import CHECKS
 from aiodisagg.transport.ipc import IpcTransport
 from aiodisagg.transport.memory import MemoryTransport
-from aiodisagg.transport.testing import Kit
+from aiodisagg.transport.testing import ConformanceError, Kit, check_transport
+from aiodisagg.transport.zmq import ZmqTransport
 from tests.conftest import LOOPS
 
 MAKERS: dict[str, Callable[[], Transport]] = {
     "memory": MemoryTransport,
     "ipc": lambda: IpcTransport(handshake_timeout_s=10),
+    "zmq": lambda: ZmqTransport(connect_timeout_s=10),
 }
 
-pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)]
+pytestmark = pytest.mark.anyio
 
 
+@pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("transport", MAKERS)
 async def test_conformance(transport: str, check: str, no_leaks: None) -> None:
-    await CHECKS[check](Kit(MAKERS[transport]))
+    huge_bytes = (64 if check.startswith("huge") else 32) << 20
+    await CHECKS[check](Kit(MAKERS[transport], huge_bytes=huge_bytes))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "bytes_are_exact_and_nothing_else_changes",
+        "slices_scatter_and_gather",
+        "source_is_free_after_cancel_and_fence",
+        "closed_peer_is_gone",
+        "damaged_descriptions_are_transport_errors",
+    ],
+)
+async def test_conformance_of_zmq_with_curve(check: str, no_leaks: None) -> None:
+    await CHECKS[check](Kit(lambda: ZmqTransport(encrypt=True, chunk_bytes=1 << 20, connect_timeout_s=10)))
+
+
+class Forgetful(MemoryTransport):
+    """Says that everything arrived, and drops what is larger than a kilobyte."""
+
+    async def write(self, remote, slices) -> None:  # type: ignore[no-untyped-def]
+        await super().write(remote, [one for one in slices if one.source.nbytes <= 1024])
+
+
+class Untyped(MemoryTransport):
+    async def connect(self, description, *, peer):  # type: ignore[no-untyped-def]
+        try:
+            return await super().connect(description, peer=peer)
+        except TransportError as error:
+            raise ValueError("untyped") from error
+
+
+async def test_the_suite_finds_broken_transports(no_leaks: None) -> None:
+    with pytest.raises(ConformanceError, match="arrived as written") as found:
+        await check_transport(Forgetful)
+    assert found.value.__notes__ == ["in check bytes_are_exact_and_nothing_else_changes"]
+    with pytest.raises(ConformanceError, match="untyped"):
+        await check_transport(Untyped, only=["damaged_descriptions_are_transport_errors"])
