@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -51,6 +51,7 @@ class HttpServer:
 
     Args:
         port: 0 takes a free one, see :attr:`url`.
+        debug: what ``GET /debug/NAME`` shows as JSON, by name; behind the API key like ``/v1``.
         resolver: for the hosts of media URLs; None: the operating system's.
 
     ``async with`` raises ConfigError if the address cannot be bound. Leaving it stops listening, refuses new requests
@@ -64,6 +65,7 @@ class HttpServer:
         port: int = 8000,
         config: HttpConfig | None = None,
         *,
+        debug: Mapping[str, Callable[[], object]] | None = None,
         resolver: AbstractResolver | None = None,
     ) -> None:
         if not 0 <= port <= 65535:
@@ -71,6 +73,7 @@ class HttpServer:
         self._backend, self._host, self._port = backend, host, port
         self._config = config or HttpConfig()
         self._resolver = resolver
+        self._debug = dict(debug or {})
         self._counters = HttpCounters()
         self._running: dict[int, _Running] = {}  # by id(): aiohttp's requests have no hash
         self._chats = 0
@@ -151,6 +154,7 @@ class HttpServer:
         app.router.add_get("/v1/models/{name:.+}", self._model)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/debug/{name}", self._show)
         return app
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
@@ -179,6 +183,12 @@ class HttpServer:
     async def _health(self, request: web.Request) -> web.Response:
         ready, reason = (False, "stopping") if self._stopping else self._backend.ready()
         return _json({"status": "ok" if ready else "unavailable", "reason": reason}, 200 if ready else 503)
+
+    async def _show(self, request: web.Request) -> web.Response:
+        show = self._debug.get(request.match_info["name"])
+        if show is None:
+            raise web.HTTPNotFound
+        return _json(show())
 
     async def _metrics(self, request: web.Request) -> web.Response:
         text = self._backend.metrics()
@@ -243,7 +253,7 @@ class HttpServer:
 
     def _authorize(self, request: web.Request) -> None:
         key = self._config.api_key
-        if key is None or not request.path.startswith("/v1/"):
+        if key is None or not request.path.startswith(("/v1/", "/debug/")):
             return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         # Bytes: compare_digest refuses text beyond ASCII, and what is no UTF-8 arrives as surrogates.

@@ -88,7 +88,7 @@ class EncodeService:
                 encoder, self._feed, batch_patches=config.batch_patches, prepare_threads=config.prepare_threads
             )
         )
-        self._planes = Planes(config.transports, config.zmq_host)
+        self._planes = Planes(config.transports, config.data_host)
         self._stack.push_async_callback(self._planes.aclose)
         await self._planes.open(None, lambda *_: False, incarnation=config.incarnation)
         self._hello = Hello.here(

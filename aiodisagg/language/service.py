@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -24,6 +24,7 @@ from aiodisagg.language.take import Taker
 from aiodisagg.language.trace import RequestTrace, Traces
 from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
+from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Driver, Tasks
 from aiodisagg.peer.planes import Planes
@@ -134,7 +135,7 @@ class LanguageService:
         self._taker = await self._stack.enter_async_context(
             Taker(self._arena, self._deliver, self.driver.feed, checksum=config.checksum)
         )
-        self._planes = Planes(config.transports, config.zmq_host)
+        self._planes = Planes(config.transports, config.data_host)
         self._stack.push_async_callback(self._planes.aclose)
         await self._planes.open(self._arena, self.pool.admits, incarnation=config.incarnation)
         self._tasks = Tasks(self.name)
@@ -370,6 +371,40 @@ class LanguageService:
     def ready(self) -> tuple[bool, str]:
         """Can requests with images be served now, and if not, why."""
         return (True, "ok") if self.peers.linked else (False, "no encode peer is linked")
+
+    def metrics(self) -> str:
+        """Everything this peer counts, in Prometheus' text format."""
+        stats, pool = self.engine.stats(), self.pool
+        return metrics.render(
+            [
+                metrics.byte_counters(self.receiver.counters),
+                metrics.gauge("items_open", "Items asked for and not complete.", len(self.receiver.items)),
+                metrics.gauge("items_unplaced", "Items that wait for an encode peer.", len(self._unplaced)),
+                metrics.gauge("encode_peers_linked", "Encode peers with a link.", len(self.peers.linked)),
+                metrics.gauge("pool_blocks", "Blocks of the receive pool.", pool.blocks),
+                metrics.gauge("pool_blocks_free", "Blocks that can be lent.", pool.free),
+                metrics.gauge("pool_blocks_quarantined", "Blocks of unfenced writers.", pool.quarantined),
+                metrics.gauge("requests_waiting", "Requests without KV pages.", stats.waiting),
+                metrics.gauge("requests_running", "Requests with KV pages.", stats.running),
+                metrics.gauge("kv_pages_free", "Free KV pages.", stats.pages_free),
+                metrics.gauge("kv_pages_used", "Used KV pages.", stats.pages_used),
+                metrics.counter("prefill_tokens", "Prompt tokens computed.", stats.tokens_prefilled),
+                metrics.counter("decode_tokens", "Tokens sampled.", stats.tokens_decoded),
+                metrics.counter("rows_used", "Rows fed to the model.", stats.rows_used),
+                metrics.counter("preemptions", "Requests that lost their pages.", stats.preemptions),
+                metrics.counter("requests_failed", "Requests that the engine failed.", stats.failed),
+            ]
+        )
+
+    def debug(self) -> dict[str, Callable[[], object]]:
+        """What a person looks at: recent requests with the stages of their items, and the peers."""
+        return {
+            "requests": self.traces.recent,
+            "peers": lambda: [
+                {"name": peer.name, "address": peer.address, "items": len(peer.items), "rows": peer.rows}
+                for peer in self.peers.linked
+            ],
+        }
 
     async def serve(self) -> None:
         """Returns when the context is left."""

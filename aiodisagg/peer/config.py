@@ -39,7 +39,7 @@ class PeerConfig:
     bootstrap_token: str | None = field(default=None, repr=False)
     transports: tuple[str, ...] = TRANSPORTS
     """Data planes that may be used, best first."""
-    zmq_host: str = "127.0.0.1"
+    data_host: str = "127.0.0.1"
     """Interface on which zmq and stream receive."""
     device: str = "cpu"
     row_dtype: str = "bfloat16"

@@ -1,0 +1,234 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import aiodisagg
+from aiodisagg.cli.process import announcer, die_with_parent, run, setup_logging
+from aiodisagg.errors import AiodisaggError
+
+Command = Callable[..., None]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(aiodisagg.__version__)
+def main() -> None:
+    """Encode/language disaggregation for vision-language models on asyncio."""
+    # A torch process with as many threads as cores collapses when the cores are busy elsewhere. Before torch is loaded.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def process_options(command: Command) -> Command:
+    """Options of every long-running process."""
+    for option in (
+        click.option("-v", "--verbose", count=True, help="Log more; -vv logs every chunk."),
+        click.option("--ready-fd", type=int, hidden=True),
+        click.option("--with-parent", is_flag=True, hidden=True),
+    ):
+        command = option(command)
+    return command
+
+
+def peer_options(command: Command) -> Command:
+    """Options of both kinds of peers."""
+    for option in (
+        click.option("--model", type=click.Path(path_type=Path), required=True, help="Checkpoint folder."),
+        click.option("--bootstrap", multiple=True, help="URL of a bootstrap server; may be given several times."),
+        click.option("--name", default="", help="For people."),
+        click.option("--secret-file", type=click.Path(path_type=Path, exists=True), help="Shared by all peers."),
+        click.option("--transports", help="Data planes that may be used, best first, with commas."),
+        click.option("--data-host", default="127.0.0.1", help="Interface on which network transports receive."),
+        click.option("--device", default="cpu", help="As torch names it."),
+        click.option("--row-dtype", default="bfloat16", help="Element type of rows and of the vision tower."),
+    ):
+        command = option(command)
+    return process_options(command)
+
+
+def _peer_settings(
+    model: Path,
+    bootstrap: tuple[str, ...],
+    name: str,
+    secret_file: Path | None,
+    transports: str | None,
+    data_host: str,
+    device: str,
+    row_dtype: str,
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "model": model,
+        "bootstrap": bootstrap,
+        "name": name,
+        "data_host": data_host,
+        "device": device,
+        "row_dtype": row_dtype,
+    }
+    if secret_file is not None:
+        settings["secret"] = secret_file.read_bytes().strip()
+    if transports is not None:
+        settings["transports"] = tuple(part.strip() for part in transports.split(",") if part.strip())
+    return settings
+
+
+def _begin(name: str, verbose: int, with_parent: bool) -> None:
+    setup_logging(verbose, name)
+    if with_parent:
+        die_with_parent()
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1")
+@click.option("--port", default=8500, help="0 takes a free one.")
+@click.option("--token", envvar="AIODISAGG_BOOTSTRAP_TOKEN", help="Bearer token that peers must send.")
+@process_options
+def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: int | None, with_parent: bool) -> None:
+    """Run a bootstrap server: peers register there and learn of each other."""
+    _begin("bootstrap", verbose, with_parent)
+    announce = announcer(ready_fd)
+
+    async def serve(stop: asyncio.Event) -> None:
+        from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
+
+        async with BootstrapServer(host, port, BootstrapConfig(token=token)) as server:
+            announce({"url": server.url})
+            await stop.wait()
+
+    run(serve)
+
+
+@main.command()
+@click.option("--listen", default="unix:", help="Where links are accepted: unix:, unix:/path or tcp:host:port.")
+@click.option("--source-mib", default=1024, help="Memory for encoded items.")
+@click.option("--batch-patches", default=16384, help="Patches of one tower batch.")
+@click.option("--prepare-threads", default=2)
+@click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
+@peer_options
+def encode(
+    listen: str,
+    source_mib: int,
+    batch_patches: int,
+    prepare_threads: int,
+    zero_deepstack: bool,
+    verbose: int,
+    ready_fd: int | None,
+    with_parent: bool,
+    **peer: Any,
+) -> None:
+    """Run an encode peer: it runs the vision tower for language peers."""
+    _begin(peer["name"] or "encode", verbose, with_parent)
+    announce = announcer(ready_fd)
+
+    async def serve(stop: asyncio.Event) -> None:
+        from aiodisagg.encode.service import EncodeService, load_encoder
+        from aiodisagg.peer.config import EncodeConfig, MiB
+
+        config = EncodeConfig(
+            **_peer_settings(**peer),
+            listen=listen,
+            source_bytes=source_mib * MiB,
+            batch_patches=batch_patches,
+            prepare_threads=prepare_threads,
+        )
+        encoder = None
+        if zero_deepstack:
+            from aiodisagg.encode.ablation import WithoutDeepStack
+
+            encoder = WithoutDeepStack(await asyncio.to_thread(load_encoder, config))
+        async with EncodeService(config, encoder=encoder) as service:
+            announce({"name": service.name, "address": service.address, "incarnation": config.incarnation})
+            await stop.wait()
+
+    run(serve)
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", help="Of the HTTP API.")
+@click.option("--port", default=8000, help="Of the HTTP API; 0 takes a free one.")
+@click.option("--api-key", envvar="AIODISAGG_API_KEY", help="Clients must send it as a bearer token.")
+@click.option("--peer", "peers", multiple=True, help="Address of an encode peer, besides those of the bootstrap.")
+@click.option("--pool-mib", default=64, help="Memory that encode peers write into.")
+@click.option("--block-rows", default=256, help="Rows of a block.")
+@click.option("--kv-mib", default=256, help="Memory of the paged KV pool.")
+@click.option("--token-budget", default=2048, help="Tokens of one engine step.")
+@click.option("--dtype", help="Of the language half; float32 on a CPU, bfloat16 elsewhere.")
+@click.option("--max-pixels", type=int, help="Of an image after resizing; the checkpoint's limit if less.")
+@peer_options
+def language(
+    host: str,
+    port: int,
+    api_key: str | None,
+    peers: tuple[str, ...],
+    pool_mib: int,
+    block_rows: int,
+    kv_mib: int,
+    token_budget: int,
+    dtype: str | None,
+    max_pixels: int | None,
+    verbose: int,
+    ready_fd: int | None,
+    with_parent: bool,
+    **peer: Any,
+) -> None:
+    """Run a language peer with an OpenAI-compatible HTTP API."""
+    _begin(peer["name"] or "language", verbose, with_parent)
+    announce = announcer(ready_fd)
+
+    async def serve(stop: asyncio.Event) -> None:
+        from aiodisagg.api import HttpConfig, HttpServer
+        from aiodisagg.language.service import LanguageService
+        from aiodisagg.peer.config import LanguageConfig, MiB
+
+        config = LanguageConfig(
+            **_peer_settings(**peer),
+            pool_bytes=pool_mib * MiB,
+            block_rows=block_rows,
+            kv_bytes=kv_mib * MiB,
+            token_budget=token_budget,
+            dtype=dtype,
+            max_pixels=max_pixels,
+        )
+        http = HttpConfig(api_key=api_key)
+        async with LanguageService(config) as service:
+            for address in peers:
+                service.add_peer(address)
+            async with HttpServer(service, host, port, http, debug=service.debug()) as server:
+                announce({"name": service.name, "url": server.url, "model": service.model_name})
+                await stop.wait()
+
+    run(serve)
+
+
+@main.command()
+@click.option("--requests", "count", default=24, help="How many prompts of one to six digits.")
+@click.option("--full", is_flag=True, help="All held-out digits, alone and four to a prompt; reports accuracy.")
+@click.option("--model", type=click.Path(path_type=Path), help="Any Qwen3-VL(-MoE) folder instead of the digit reader.")
+@click.option("--image", "images", type=click.Path(path_type=Path, exists=True), multiple=True, help="With --model.")
+@click.option("--prompt", default="Describe the image.", help="With --model.")
+@click.option("--max-tokens", default=64, help="With --model.")
+@click.option("--compare/--no-compare", default=None, help="Run the monolith too; by default only without --model.")
+@click.option("--transports", default="ipc", help="Data planes, best first.")
+@click.option("--encoders", default=2, help="Encode peers.")
+@click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack and see the answers fail.")
+@click.option("--kill-encoder", is_flag=True, help="Kill an encode peer in the middle and see its items move.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what the table shows as JSON.")
+@click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
+def demo(**options: Any) -> None:
+    """Start a bootstrap, encode and language peers here, send real requests, compare the answers with the monolith."""
+    from aiodisagg.demo.run import DemoOptions, run_demo
+
+    setup_logging(options["verbose"], "demo")
+    try:
+        raise SystemExit(run_demo(DemoOptions(**options)))
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

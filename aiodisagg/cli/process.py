@@ -1,0 +1,74 @@
+"""How a peer's process runs: its loop, its signals, its log, the word that it is ready, and its end with its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+
+import click
+
+from aiodisagg.errors import AiodisaggError
+
+_PR_SET_PDEATHSIG = 1
+
+Announce = Callable[[Mapping[str, str]], None]
+
+
+def setup_logging(verbose: int, name: str) -> None:
+    """One line an event on stderr, with the process's role."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(
+        level=level,
+        stream=sys.stderr,
+        format=f"%(asctime)s.%(msecs)03d %(levelname).1s {name} %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+def die_with_parent() -> None:
+    """Has the kernel send SIGTERM when the parent ends, however it ends."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise SystemExit("the parent ended before this process began")
+
+
+def announcer(ready_fd: int | None) -> Announce:
+    """Says that the process is ready: a line for a person, or JSON on the descriptor a launcher waits on."""
+
+    def announce(facts: Mapping[str, str]) -> None:
+        if ready_fd is not None:
+            with os.fdopen(ready_fd, "w") as out:
+                json.dump(dict(facts), out)
+        else:
+            click.echo("ready: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+
+    return announce
+
+
+def run(service: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Runs a service until SIGINT or SIGTERM sets its event; a second signal ends at once. Errors become one line."""
+    import uvloop
+
+    async def body() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def on_signal() -> None:
+            if stop.is_set():
+                os._exit(130)
+            stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        await service(stop)
+
+    try:
+        uvloop.run(body())
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error
