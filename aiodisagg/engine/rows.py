@@ -11,7 +11,6 @@ already is not written again.
 from __future__ import annotations
 
 import threading
-import warnings
 
 import numpy as np
 import torch
@@ -112,10 +111,14 @@ class RequestRows:
         count = size // row_bytes
         packed, at = self._reserve(item, start, count, width)
         if not self._arrived[at : at + count].all():
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore", UserWarning)  # read-only bytes are only read here
-                rows = torch.frombuffer(data, dtype=kind, count=count * width).view(count, width)
-                packed[at : at + count].copy_(rows)
+            target = packed[at : at + count]
+            cast = kind is not self._dtype or self._device.type != "cpu"
+            raw = torch.empty((count, row_bytes), dtype=torch.uint8) if cast else target.view(torch.uint8)
+            # Not torch.frombuffer: it warns of read-only bytes, and filtering warnings is not for threads.
+            np.copyto(raw.numpy().reshape(-1), np.frombuffer(data, dtype=np.uint8))
+            if cast:
+                with torch.no_grad():
+                    target.copy_(raw.view(kind))
             self._mark(at, at + count)
 
     def take(self, start: int, stop: int) -> tuple[np.ndarray, torch.Tensor | None]:
@@ -152,6 +155,5 @@ class RequestRows:
     def _mark(self, start: int, stop: int) -> None:
         with self._lock:
             self._arrived[start:stop] = True
-            if start <= self._complete:
-                rest = self._arrived[self._complete :]
-                self._complete += int(rest.argmin()) if not rest.all() else len(rest)
+            rest = self._arrived[self._complete :]
+            self._complete += len(rest) if rest.all() else int(rest.argmin())

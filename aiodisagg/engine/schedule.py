@@ -181,8 +181,8 @@ class Scheduler:
         """The next step. Takes pages, admits and preempts as the theory above says."""
         preempted: list[str] = []
         decodes = self._plan_decodes(preempted)
-        # Who was just thrown out would take the pages back at once, and be thrown out again.
-        admitted = [] if preempted else self._admit()
+        # A victim does not come back in the same step: somebody has taken one of its pages.
+        admitted = self._admit()
         prefills = self._plan_prefills(self.token_budget - len(decodes))
         return Step((*decodes, *prefills), tuple(admitted), tuple(preempted))
 

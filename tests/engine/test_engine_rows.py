@@ -62,6 +62,18 @@ def test_bytes_are_rows(dtype: str) -> None:
     assert got is not None and torch.equal(got, values)
 
 
+def test_bytes_of_another_dtype_are_cast() -> None:
+    rows = held(make_plan([1, (1, 2, 2)]))
+    values = torch.randn(4, WIDTH).to(torch.bfloat16)
+    rows.write_bytes(0, 0, bytes(values.view(torch.uint8).numpy().reshape(-1)), width=WIDTH, dtype="bfloat16")
+    _, got = rows.take(0, 5)
+    assert got is not None and torch.equal(got, values.float())
+    with pytest.raises(EngineError, match="int8"):
+        rows.write_bytes(0, 0, b"1234", width=WIDTH, dtype="int8")
+    with pytest.raises(EngineError, match="100 bytes"):
+        rows.write_bytes(0, 0, bytes(100), width=WIDTH, dtype="bfloat16")
+
+
 def test_rows_are_copied() -> None:
     rows = held(make_plan([1, (1, 2, 2)]))
     values = torch.ones(4, WIDTH)

@@ -96,6 +96,19 @@ def test_the_only_one_that_needs_a_page_can_be_its_own_victim() -> None:
     assert ranges(run(s)) == [("slow", 0, 8)]
 
 
+def test_victims_wait_in_their_old_order_before_newcomers() -> None:
+    s = make(num_pages=6, page_size=2)
+    for name in ("a", "b", "c"):
+        s.add(name, 1, 10, front=1)
+    s.add("new", 8, 1, front=8)
+    while s.running != ("a", "b"):
+        run(s)
+    assert s.waiting == ("c", "new")
+    while s.running != ("a",):
+        run(s)
+    assert s.waiting == ("b", "c", "new")
+
+
 @pytest.mark.parametrize(
     ("prompts", "expected"),
     [
@@ -205,6 +218,7 @@ class Traffic:
 
 event = st.one_of(
     st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 12), st.integers(0, 40)),
+    st.tuples(st.just("add"), st.integers(1, 4), st.integers(4, 30), st.just(40)),  # long answers: preemptions
     st.tuples(st.just("step")),
     st.tuples(st.just("step")),
     st.tuples(st.just("front"), st.integers(0, 20), st.integers(0, 40)),
