@@ -34,6 +34,7 @@ class EncodePeer:
     items: set[ItemKey] = field(default_factory=set)
     rows: int = 0
     """Rows asked of it and not yet here: what placement balances."""
+    wanted: bool = True
     moved: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -53,7 +54,6 @@ class EncodePeers:
         self._hello, self._tell, self._model, self._secret, self._config = hello, tell, model, secret, config
         self._by_address: dict[str, EncodePeer] = {}
         self._linked: dict[str, EncodePeer] = {}
-        self._keepers: dict[str, asyncio.Task[None]] = {}
         self._tasks = Tasks("links")
         self._changed = asyncio.Condition()
 
@@ -62,15 +62,17 @@ class EncodePeers:
         known = self._by_address.get(address)
         if known is None:
             peer = self._by_address[address] = EncodePeer(address)
-            self._keepers[address] = self._tasks.start(self._keep(peer), f"keep {address}")
+            self._tasks.start(self._keep(peer), f"keep {address}")
         else:
+            known.wanted = True
             known.moved.set()
 
     def remove(self, address: str) -> None:
-        """The peer there is gone for good, says whoever knows; its items go elsewhere at once."""
-        peer = self._by_address.pop(address, None)
+        """The peer there is gone, says whoever should know. A link that lives proves otherwise and is kept."""
+        peer = self._by_address.get(address)
         if peer is not None:
-            self._keepers.pop(address).cancel()
+            peer.wanted = False
+            peer.moved.set()
 
     @property
     def linked(self) -> list[EncodePeer]:
@@ -103,7 +105,7 @@ class EncodePeers:
     async def _keep(self, peer: EncodePeer) -> None:
         retry_s = FIRST_RETRY_S
         try:
-            while True:
+            while peer.wanted:
                 try:
                     link = await dial(peer.address, self._hello(), secret=self._secret, config=self._config)
                 except AiodisaggError as error:
@@ -111,9 +113,11 @@ class EncodePeers:
                 else:
                     retry_s = FIRST_RETRY_S
                     await self._use(peer, link)
-                await self._pause(peer, retry_s)
+                if peer.wanted:
+                    await self._pause(peer, retry_s)
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
         finally:
+            del self._by_address[peer.address]
             self._gone(peer)
 
     async def _pause(self, peer: EncodePeer, seconds: float) -> None:

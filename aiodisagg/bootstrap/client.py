@@ -1,0 +1,198 @@
+"""A peer's side of the bootstrap: stays registered, and follows who else is there, through any restart of a server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import aiohttp
+import msgspec
+
+from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
+from aiodisagg.bootstrap.wire import Heartbeat, Lease, Watched
+from aiodisagg.errors import BootstrapError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0
+REQUEST_TIMEOUT_S = 5.0
+QUIET_S = 30.0
+"""A membership stream without a line for this long is dead; servers send one every third of a lease."""
+MAX_LINE_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChange:
+    """What to know now: peers that are there, and peers that a reachable server says are gone."""
+
+    present: tuple[PeerRecord, ...]
+    gone: tuple[PeerRecord, ...]
+
+
+class BootstrapClient:
+    """Keeps one record registered at every given server while it is entered; leaving it deregisters.
+
+    Nothing here fails because a server is away: registration is retried for ever, membership stays as last known.
+
+    Args:
+        urls: of servers that run side by side; none need be up.
+        record: of this peer.
+        load: asked at every heartbeat.
+        token: bearer token of the servers.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        record: PeerRecord,
+        *,
+        load: Callable[[], Load] = Load,
+        token: str | None = None,
+    ) -> None:
+        self.urls = (urls,) if isinstance(urls, str) else tuple(urls)
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ConfigError("bootstrap", f"{url!r} is not an http(s) URL")
+        self.record, self._load, self._token = record, load, token
+        self.registered = asyncio.Event()
+        """Set once any server has this peer."""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._there: dict[str, dict[str, PeerEntry]] = {url: {} for url in self.urls}
+
+    async def __aenter__(self) -> BootstrapClient:
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+        self._session = aiohttp.ClientSession(headers=headers, timeout=timeout)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._stay(url), name=f"bootstrap {url}") for url in self.urls]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await asyncio.gather(*(self._leave(url) for url in self.urls))
+        finally:
+            await self._session.close()
+
+    # -- registration --------------------------------------------------------------------------------------------
+
+    async def _stay(self, url: str) -> None:
+        retry_s = FIRST_RETRY_S
+        while True:
+            try:
+                lease = await self._call("PUT", url, "", msgspec.json.encode(self.record))
+                logger.info("registered at %s", url)
+                self.registered.set()
+                retry_s = FIRST_RETRY_S
+                while True:
+                    await asyncio.sleep(lease.lease_s / 3)
+                    beat = Heartbeat(self._load())
+                    lease = await self._call("POST", url, "/heartbeat", msgspec.json.encode(beat))
+            except BootstrapError as error:
+                level = logging.DEBUG if retry_s < LAST_RETRY_S else logging.WARNING
+                logger.log(level, "%s; trying again in %.2g s", error, retry_s)
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    async def _call(self, method: str, url: str, tail: str, body: bytes) -> Lease:
+        target = f"{url}/v1/peers/{self.record.incarnation}{tail}"
+        try:
+            async with self._session.request(method, target, data=body) as response:
+                said = await response.read()
+                if response.status != 200:
+                    raise BootstrapError(url, f"{response.status}: {said[:500].decode(errors='replace')}")
+                return msgspec.json.decode(said, type=Lease)
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
+            raise BootstrapError(url, str(error) or type(error).__name__) from error
+
+    async def _leave(self, url: str) -> None:
+        try:
+            async with asyncio.timeout(1.0):
+                async with self._session.delete(f"{url}/v1/peers/{self.record.incarnation}"):
+                    pass
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            logger.debug("could not leave %s: %s", url, error)
+
+    # -- membership ----------------------------------------------------------------------------------------------
+
+    async def watch(self) -> AsyncIterator[MembershipChange]:
+        """Changes of membership over all servers, for ever. A peer is gone when the last server that had it says so.
+
+        A server that just started knows nobody yet; what it does not list counts as gone only after two leases.
+
+        One consumer at a time. The queue between servers and consumer is bounded by one pending state per server.
+        """
+        changed = asyncio.Event()
+        news: dict[str, Watched] = {}
+        followers = [asyncio.create_task(self._follow(url, news, changed), name=f"watch {url}") for url in self.urls]
+        try:
+            while True:
+                await changed.wait()
+                changed.clear()
+                pending, news_now = dict(news), news
+                news_now.clear()
+                for url, told in pending.items():
+                    change = self._apply(url, told)
+                    if change.present or change.gone:
+                        yield change
+        finally:
+            for follower in followers:
+                follower.cancel()
+            await asyncio.gather(*followers, return_exceptions=True)
+
+    def _apply(self, url: str, told: Watched) -> MembershipChange:
+        there = self._there[url]
+        before = dict(there)
+        if told.snapshot and told.settled:
+            there.clear()
+        for entry in told.entries:
+            if entry.state is PeerState.GONE:
+                there.pop(entry.record.incarnation, None)
+            else:
+                there[entry.record.incarnation] = entry
+        usable = (PeerState.READY, PeerState.SUSPECT)
+        present = tuple(e.record for who, e in there.items() if before.get(who) != e and e.state in usable)
+        elsewhere = {who for other, entries in self._there.items() if other != url for who in entries}
+        gone = tuple(e.record for who, e in before.items() if who not in there and who not in elsewhere)
+        return MembershipChange(present, gone)
+
+    async def _follow(self, url: str, news: dict[str, Watched], changed: asyncio.Event) -> None:
+        retry_s = FIRST_RETRY_S
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=QUIET_S)
+        while True:
+            try:
+                async with self._session.get(f"{url}/v1/watch", timeout=timeout, read_bufsize=MAX_LINE_BYTES) as stream:
+                    if stream.status != 200:
+                        raise BootstrapError(url, f"{stream.status}")
+                    async for line in stream.content:
+                        told = msgspec.json.decode(line, type=Watched)
+                        retry_s = FIRST_RETRY_S
+                        if told.entries or told.snapshot:
+                            news[url] = _merge(news.get(url), told)
+                            changed.set()
+            except (
+                aiohttp.ClientError,
+                TimeoutError,
+                OSError,
+                msgspec.DecodeError,
+                BootstrapError,
+                ValueError,
+            ) as error:
+                logger.debug("membership of %s: %s", url, error)
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+
+def _merge(first: Watched | None, second: Watched) -> Watched:
+    """Two lines that nobody read yet, as one."""
+    if first is None or second.snapshot:
+        return second
+    entries = (*first.entries, *second.entries)
+    return Watched(second.server, second.revision, first.snapshot, second.settled, entries)

@@ -1,0 +1,171 @@
+"""The registry of peers: pure, with the time passed in.
+
+A peer is a record under a lease. It renews the lease by heartbeats that carry its load; one that misses them becomes
+*suspect* and, after another lease, *gone*. States::
+
+    joining -> ready <-> suspect -> gone          ready | joining -> draining -> gone
+
+The registry holds soft state only: whoever it forgot registers again within a lease. Every change has a revision; a
+watcher that knows revision r is told what happened since, or everything if that is no longer known.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from typing import Annotated
+
+import msgspec
+
+from aiodisagg.link.hello import PeerRole
+from aiodisagg.protocol.rows import ModelFingerprint
+
+HISTORY = 1024
+"""Changes kept for watchers; one that is further behind gets a snapshot."""
+
+Short = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class PeerState(enum.StrEnum):
+    JOINING = "joining"
+    """Registered, cannot serve yet."""
+    READY = "ready"
+    DRAINING = "draining"
+    """Finishes what it has; takes nothing new."""
+    SUSPECT = "suspect"
+    """Its lease ran out; perhaps it is only slow."""
+    GONE = "gone"
+
+
+class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How busy a peer is: items or requests that wait, and that are under way."""
+
+    queued: Count = 0
+    active: Count = 0
+
+
+class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a peer says of itself when it registers."""
+
+    name: Short
+    incarnation: Short
+    role: PeerRole
+    addresses: tuple[Short, ...] = ()
+    """Where it accepts links."""
+    transports: tuple[Short, ...] = ()
+    model: ModelFingerprint | None = None
+    capacity: Count = 0
+    """Items or requests it can work on at once; 0: not said."""
+    http_url: str | None = None
+    state: PeerState = PeerState.READY
+
+
+class PeerEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer as others see it."""
+
+    record: PeerRecord
+    state: PeerState
+    load: Load
+    revision: int
+
+
+class Registry:
+    """All peers. Not thread-safe. ``now`` is any monotonic clock in seconds.
+
+    Args:
+        lease_s: how long a registration or a heartbeat is good for.
+    """
+
+    def __init__(self, lease_s: float) -> None:
+        self.lease_s = lease_s
+        self.revision = 0
+        self._entries: dict[str, PeerEntry] = {}
+        self._expires: dict[str, float] = {}
+        self._changes: deque[PeerEntry] = deque(maxlen=HISTORY)
+
+    def register(self, record: PeerRecord, now: float) -> PeerEntry:
+        """Adds or replaces a peer. Another incarnation at one of its addresses is gone: a process has one life."""
+        for other in list(self._entries.values()):
+            shares = set(other.record.addresses) & set(record.addresses)
+            if shares and other.record.incarnation != record.incarnation:
+                self.remove(other.record.incarnation)
+        self._expires[record.incarnation] = now + self.lease_s
+        known = self._entries.get(record.incarnation)
+        if known is not None and known.record == record and known.state is record.state:
+            return known
+        return self._put(record, record.state, known.load if known else Load())
+
+    def heartbeat(self, incarnation: str, load: Load, state: PeerState | None, now: float) -> PeerEntry | None:
+        """Renews a lease; None: the peer is not known and has to register (again)."""
+        known = self._entries.get(incarnation)
+        if known is None:
+            return None
+        self._expires[incarnation] = now + self.lease_s
+        state = state or (known.record.state if known.state is PeerState.SUSPECT else known.state)
+        if (state, load) == (known.state, known.load):
+            return known
+        return self._put(known.record, state, load)
+
+    def remove(self, incarnation: str) -> bool:
+        """The peer is gone; whether it was known."""
+        known = self._entries.pop(incarnation, None)
+        if known is None:
+            return False
+        del self._expires[incarnation]
+        self._note(known.record, PeerState.GONE, known.load)
+        return True
+
+    def expire(self, now: float) -> None:
+        """Makes peers suspect whose lease ran out, and gone whose lease ran out a lease ago."""
+        for incarnation, until in list(self._expires.items()):
+            if now >= until + self.lease_s:
+                self.remove(incarnation)
+            elif now >= until and (entry := self._entries[incarnation]).state is not PeerState.SUSPECT:
+                self._put(entry.record, PeerState.SUSPECT, entry.load)
+
+    def next_expiry(self) -> float | None:
+        """When ``expire`` will change something."""
+        due = [
+            until + (self.lease_s if self._entries[who].state is PeerState.SUSPECT else 0.0)
+            for who, until in self._expires.items()
+        ]
+        return min(due, default=None)
+
+    def peers(self, role: PeerRole | None = None) -> list[PeerEntry]:
+        """Known peers, by name; ``both`` counts for either role."""
+        found = (e for e in self._entries.values() if role in (None, e.record.role) or e.record.role is PeerRole.BOTH)
+        return sorted(found, key=lambda entry: (entry.record.name, entry.record.incarnation))
+
+    def match(self, incarnation: str) -> list[PeerEntry] | None:
+        """Ready peers that can encode for this one (same model), least busy first; None: it is not known."""
+        asker = self._entries.get(incarnation)
+        if asker is None:
+            return None
+        able = [
+            entry
+            for entry in self.peers(PeerRole.ENCODE)
+            if entry.state is PeerState.READY
+            and entry.record.model == asker.record.model
+            and entry.record.incarnation != incarnation
+        ]
+        return sorted(able, key=lambda entry: (entry.load.queued + entry.load.active, entry.record.name))
+
+    def changes_since(self, revision: int) -> list[PeerEntry] | None:
+        """Entries changed after ``revision``, oldest first; None: too long ago, or of another registry."""
+        if revision > self.revision or (self.revision > revision and self._oldest() > revision + 1):
+            return None
+        return [entry for entry in self._changes if entry.revision > revision]
+
+    def _oldest(self) -> int:
+        return self._changes[0].revision if self._changes else self.revision + 1
+
+    def _put(self, record: PeerRecord, state: PeerState, load: Load) -> PeerEntry:
+        entry = self._entries[record.incarnation] = self._note(record, state, load)
+        return entry
+
+    def _note(self, record: PeerRecord, state: PeerState, load: Load) -> PeerEntry:
+        self.revision += 1
+        entry = PeerEntry(record=record, state=state, load=load, revision=self.revision)
+        self._changes.append(entry)
+        return entry

@@ -1,0 +1,242 @@
+"""The bootstrap server: the registry behind HTTP. It is on nobody's request path and holds soft state only.
+
+PUT    /v1/peers/{incarnation}            register (PeerRecord)            -> Lease
+POST   /v1/peers/{incarnation}/heartbeat  renew (Heartbeat)                -> Lease, 404: register again
+DELETE /v1/peers/{incarnation}            leave
+GET    /v1/peers?role=encode              everyone                         -> [PeerEntry]
+GET    /v1/match/{incarnation}            who can encode for this peer     -> [PeerEntry], least busy first
+GET    /v1/watch                          membership, one Watched a line: a snapshot, then changes
+GET    /health, /metrics
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hmac
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from aiodisagg.bootstrap.registry import PeerRecord, Registry
+from aiodisagg.bootstrap.wire import Failure, Heartbeat, Lease, Watched
+from aiodisagg.errors import ConfigError
+from aiodisagg.link.address import is_loopback
+from aiodisagg.link.hello import PeerRole
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 256 * 1024
+MAX_PEERS = 10_000
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootstrapConfig:
+    """``lease_s``: a peer unheard of for this long is suspect. ``token``: bearer token that every call must carry."""
+
+    lease_s: float = 5.0
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0.05 <= self.lease_s <= 3600:
+            raise ConfigError("lease_s", f"must be between 0.05 and 3600, not {self.lease_s}")
+
+
+class BootstrapServer:
+    """Serves while it is entered. ``port`` 0 takes a free one; see ``url``.
+
+    ``async with`` raises ConfigError if the address cannot be had, or is open to other hosts without a token.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 8500, config: BootstrapConfig | None = None) -> None:
+        self._host, self._port, self._config = host, port, config or BootstrapConfig()
+        self.registry = Registry(self._config.lease_s)
+        self._life = secrets.token_hex(8)
+        self._changed = asyncio.Condition()
+        self._timer: asyncio.TimerHandle | None = None
+        self._watchers: set[asyncio.Task[object]] = set()
+        self._told = 0
+
+    async def __aenter__(self) -> BootstrapServer:
+        if self._config.token is None and not is_loopback(self._host):
+            raise ConfigError("host", f"{self._host} can be reached by other hosts; that needs a token")
+        app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
+        app.router.add_put("/v1/peers/{incarnation}", self._register)
+        app.router.add_post("/v1/peers/{incarnation}/heartbeat", self._heartbeat)
+        app.router.add_delete("/v1/peers/{incarnation}", self._leave)
+        app.router.add_get("/v1/peers", self._list)
+        app.router.add_get("/v1/match/{incarnation}", self._match)
+        app.router.add_get("/v1/watch", self._watch)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self._port, reuse_address=True, shutdown_timeout=1.0)
+        try:
+            await site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror or error}"
+            raise ConfigError("port", f"{self._port} on {self._host} {what}") from error
+        self._port = self._runner.addresses[0][1]
+        self._born = self._now()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for watcher in self._watchers:
+            watcher.cancel()
+        await self._runner.cleanup()
+
+    @property
+    def url(self) -> str:
+        """Base URL, with the real port."""
+        return f"http://{self._host}:{self._port}"
+
+    # -- handlers ------------------------------------------------------------------------------------------------
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        token = self._config.token
+        if token is not None and request.path != "/health":
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(errors="surrogateescape"), token.encode()):
+                return _json(Failure("the bearer token is missing or wrong"), 401)
+        try:
+            return await handler(request)
+        except msgspec.ValidationError as error:
+            return _json(Failure(f"the body is not valid: {error}"), 422)
+        except msgspec.DecodeError as error:
+            return _json(Failure(f"the body is not JSON: {error}"), 400)
+
+    async def _register(self, request: web.Request) -> web.Response:
+        record = await _body(request, PeerRecord)
+        if record.incarnation != request.match_info["incarnation"]:
+            return _json(Failure("the URL names another incarnation than the body"), 422)
+        if record.role.encodes and not record.addresses:
+            return _json(Failure("addresses: a peer that encodes needs one"), 422)
+        if any("0.0.0.0" in address or "[::]" in address for address in record.addresses):
+            return _json(Failure("addresses: a wildcard address cannot be dialled by others"), 422)
+        if len(self.registry.peers()) >= MAX_PEERS:
+            return _json(Failure(f"{MAX_PEERS} peers are registered already"), 429)
+        self.registry.register(record, self._now())
+        await self._publish()
+        return _json(self._lease())
+
+    async def _heartbeat(self, request: web.Request) -> web.Response:
+        beat = await _body(request, Heartbeat)
+        entry = self.registry.heartbeat(request.match_info["incarnation"], beat.load, beat.state, self._now())
+        if entry is None:
+            return _json(Failure("not registered here"), 404)
+        await self._publish()
+        return _json(self._lease())
+
+    async def _leave(self, request: web.Request) -> web.Response:
+        known = self.registry.remove(request.match_info["incarnation"])
+        await self._publish()
+        return web.Response(status=204) if known else _json(Failure("not registered here"), 404)
+
+    async def _list(self, request: web.Request) -> web.Response:
+        role = request.query.get("role")
+        if role is not None and role not in PeerRole.__members__.values():
+            return _json(Failure(f"role: there is no {role!r}"), 422)
+        return _json(self.registry.peers(PeerRole(role) if role is not None else None))
+
+    async def _match(self, request: web.Request) -> web.Response:
+        found = self.registry.match(request.match_info["incarnation"])
+        return _json(Failure("not registered here"), 404) if found is None else _json(found)
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+        await response.prepare(request)
+        task = asyncio.current_task()
+        assert task is not None
+        self._watchers.add(task)
+        revision, settled = -1, False
+        try:
+            while True:
+                if self._settled() and not settled:
+                    revision, settled = -1, True
+                changes = self.registry.changes_since(revision) if revision >= 0 else None
+                now = self.registry.revision
+                entries = self.registry.peers() if changes is None else changes
+                line = Watched(self._life, now, changes is None, settled, tuple(entries))
+                await response.write(msgspec.json.encode(line) + b"\n")
+                revision = now
+                await self._next_change(revision)
+        except (ConnectionResetError, asyncio.CancelledError):
+            return response
+        finally:
+            self._watchers.discard(task)
+
+    def _settled(self) -> bool:
+        return self._now() >= self._born + 2 * self._config.lease_s
+
+    async def _next_change(self, revision: int) -> None:
+        """Returns at the next change, or after a third of a lease: a line a watcher can tell a live server by."""
+        try:
+            async with asyncio.timeout(self._config.lease_s / 3), self._changed:
+                await self._changed.wait_for(lambda: self.registry.revision > revision)
+        except TimeoutError:
+            return
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return _json({"status": "ok", "peers": len(self.registry.peers()), "server": self._life})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        registry = CollectorRegistry()
+        peers = Gauge("aiodisagg_bootstrap_peers", "Registered peers.", ("role", "state"), registry=registry)
+        for (role, state), count in Counter((e.record.role, e.state) for e in self.registry.peers()).items():
+            peers.labels(role.value, state.value).set(count)
+        Gauge("aiodisagg_bootstrap_watchers", "Open membership streams.", registry=registry).set(len(self._watchers))
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    def _lease(self) -> Lease:
+        return Lease(self._config.lease_s, self._life)
+
+    async def _publish(self) -> None:
+        """Wakes watchers if there is news, and sets the one timer to the next lease that may run out."""
+        if self.registry.revision != self._told:
+            self._told = self.registry.revision
+            async with self._changed:
+                self._changed.notify_all()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self.registry.next_expiry()
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_at(due, self._expire)
+
+    def _expire(self) -> None:
+        self.registry.expire(self._now())
+        task = asyncio.get_running_loop().create_task(self._publish())
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
+
+
+async def _body(request: web.Request, kind: type[T]) -> T:
+    return msgspec.json.decode(await request.read(), type=kind)
+
+
+def _json(body: object, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
