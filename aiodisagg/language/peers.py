@@ -15,6 +15,7 @@ from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
 from aiodisagg.protocol.messages import ItemKey, Message
 from aiodisagg.protocol.rows import ModelFingerprint
+from aiodisagg.scheduler.placement import Candidate, place
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,9 @@ class EncodePeers:
             raise NoEncodePeer(f"no encode peer could be linked within {timeout_s:g} s (addresses: {known})") from None
 
     def choose(self, avoid: frozenset[str]) -> EncodePeer | None:
-        """The linked peer with the fewest rows to deliver, one of ``avoid`` only if there is no other."""
-        peers = self._linked.values()
-        return min(peers, key=lambda peer: (peer.incarnation in avoid, peer.rows, peer.address), default=None)
+        """The linked peer that placement picks for the next item, None if none is linked."""
+        chosen = place((Candidate(who, peer.rows) for who, peer in self._linked.items()), avoid)
+        return None if chosen is None else self._linked[chosen]
 
     def send(self, incarnation: str, message: Message) -> None:
         """Sends if the link is up; what does not get out is asked for again by the protocol."""

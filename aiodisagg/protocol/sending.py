@@ -131,14 +131,15 @@ class Sender:
         t, h, w = want.grid_thw
         if want.epoch < 1:
             raise RemoteProtocolError(peer, f"item {want.key}: epochs begin at 1")
-        if not 0 < want.rows <= t * h * w or max(want.rows, t, h, w) >= 2**31 or any(not 0 <= a < b <= want.rows for a, b in want.held):
+        sane = 0 < want.rows <= t * h * w and max(want.rows, t, h, w) < 2**31
+        if not sane or any(not 0 <= a < b <= want.rows for a, b in want.held):
             raise RemoteProtocolError(peer, f"item {want.key}: {want.rows} rows do not fit the grid {want.grid_thw}")
         if item is not None and (item.digest, item.rows) != (want.digest, want.rows):
             raise RemoteProtocolError(peer, f"item {want.key} was {item.digest}, now {want.digest}")
         known = self.sources.get(want.digest)
-        said = (want.kind, want.grid_thw, want.rows)
-        if known is not None and (job := known.job) and (job.kind, job.grid_thw, job.rows) != said:
-            raise RemoteProtocolError(peer, f"item {want.key}: {want.digest} is not {said}")
+        shape = (want.kind, want.grid_thw, want.rows)
+        if known is not None and (known.job.kind, known.job.grid_thw, known.job.rows) != shape:
+            raise RemoteProtocolError(peer, f"item {want.key}: {want.digest} is not {shape}")
         if item is None:
             item = OutgoingItem(peer, want, self.model, self._row_bytes, self.counters, self.config, now)
             self.items[peer, want.key] = item
