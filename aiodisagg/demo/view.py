@@ -95,16 +95,16 @@ def _bar(part: int, whole: int, width: int = 12) -> str:
 
 def table(rows: Sequence[Row]) -> Table:
     """The final table."""
-    found = Table(title="Requests", title_justify="left")
-    for column in ("#", "images", "answer", "truth", "= monolith"):
-        found.add_column(column)
-    for column in ("rows", "bytes moved", "encode ms", "transfer ms", "first token ms", "total ms"):
-        found.add_column(column, justify="right")
+    found = Table(title="Requests (times in milliseconds)", title_justify="left", padding=(0, 1, 0, 0))
+    for column in ("#", "img", "answer", "truth", "=mono"):
+        found.add_column(column, no_wrap=column != "answer")
+    for column in ("rows", "bytes", "encode", "move", "ttft", "total"):
+        found.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         colour = "red" if row.error or row.right is False else ""
         found.add_row(
             str(row.request), str(row.images), Text(row.error or row.answer, style=colour), row.truth or "-",
             {None: "-", True: "yes", False: "NO"}[row.equal_to_monolith], str(row.rows), f"{row.bytes_on_wire:,}",
-            f"{row.encode_ms:g}", f"{row.transfer_ms:g}", f"{row.first_token_ms:g}", f"{row.total_ms:g}",
+            f"{row.encode_ms:.0f}", f"{row.transfer_ms:.1f}", f"{row.first_token_ms:.0f}", f"{row.total_ms:.0f}",
         )  # fmt: skip
     return found
