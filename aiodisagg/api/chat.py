@@ -63,12 +63,12 @@ class ChatHandler:
         if chat.model != self._backend.model_name:
             raise model_not_found(chat.model)
         sampling = sampling_of(chat, self._config.default_max_tokens)
-        deadline = time.monotonic() + self._config.request_timeout_s
-        messages = await self._messages(chat)
+        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+        messages = await self._messages(chat, deadline)
         # The body may be tens of megabytes, and the messages hold what is needed of it.
         stream, with_usage = bool(chat.stream), bool(chat.stream_options and chat.stream_options.include_usage)
         del chat
-        answer = self._generate(messages, sampling, completion_id, deadline - time.monotonic())
+        answer = self._generate(messages, sampling, completion_id, deadline)
         del messages
         async with aclosing(answer) as deltas:
             if stream:
@@ -105,32 +105,40 @@ class ChatHandler:
             return parse_request(body)
         return await asyncio.get_running_loop().run_in_executor(self._executor, parse_request, body)
 
-    async def _messages(self, chat: ChatRequest) -> list[ChatMessage]:
-        timeout_s = self._config.request_timeout_s
+    async def _messages(self, chat: ChatRequest, deadline: float) -> list[ChatMessage]:
         urls = media_urls(chat, self._config.max_media_files)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(deadline):
                 return chat_messages(chat, await self._fetcher.load(urls))
         except TimeoutError as error:
-            raise DeadlineExceeded("loading media", timeout_s) from error
+            raise DeadlineExceeded("loading media", self._config.request_timeout_s) from error
 
     # -- out ------------------------------------------------------------------------------------------------------
 
     async def _generate(
-        self, messages: list[ChatMessage], sampling: SamplingParams, completion_id: str, timeout_s: float
+        self, messages: list[ChatMessage], sampling: SamplingParams, completion_id: str, deadline: float
     ) -> AsyncGenerator[Delta, None]:
         """The backend's deltas up to the one that ends the answer, of which there is exactly one."""
-        if timeout_s <= 0:
-            raise DeadlineExceeded("loading media", self._config.request_timeout_s)
-        answer = self._backend.generate(messages, sampling, request_id=completion_id, timeout_s=timeout_s)
+        loop = asyncio.get_running_loop()
+        answer = self._backend.generate(
+            messages, sampling, request_id=completion_id, timeout_s=max(0.0, deadline - loop.time())
+        )
         async with aclosing(answer) as deltas:
-            async for delta in deltas:
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline) as limit:  # never around a yield: it would cancel a reader
+                        delta = await anext(deltas)
+                except StopAsyncIteration as error:
+                    raise EngineError(completion_id, "the answer ended without a finish reason") from error
+                except TimeoutError as error:
+                    if limit.expired():
+                        raise DeadlineExceeded(completion_id, self._config.request_timeout_s) from error
+                    raise
                 if delta.finish_reason is FinishReason.CANCELLED:
                     raise Refused(503, "the server cancelled the request", code="cancelled", retry_after_s=1.0)
                 yield delta
                 if delta.finish_reason is not None:
                     return
-        raise EngineError(completion_id, "the answer ended without a finish reason")
 
     async def _whole(self, deltas: AsyncGenerator[Delta, None], completion_id: str) -> web.Response:
         text, last = [], None

@@ -6,14 +6,15 @@ import asyncio
 import base64
 import io
 import json
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 from aiohttp import web
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from PIL import Image
 
 from aiodisagg.api import HttpConfig, HttpServer
@@ -21,6 +22,7 @@ from aiodisagg.engine.types import Delta, FinishReason, SamplingParams, Usage
 from aiodisagg.models.base import ChatMessage
 
 MODEL = "tests/scripted-vl"
+_TLS = ssl.create_default_context()  # never used, but a client makes one unless it is given, and that takes long
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -87,10 +89,10 @@ class ScriptedBackend:
         self.calls.append(call)
         self.started.put_nowait(call)
         try:
-            steps = self.script(call) if callable(self.script) else self._steps()
-            async for delta in steps:
-                call.yielded += 1
-                yield delta
+            async with aclosing(self.script(call) if callable(self.script) else self._steps()) as steps:
+                async for delta in steps:
+                    call.yielded += 1
+                    yield delta
         except (asyncio.CancelledError, GeneratorExit):
             call.cancelled = True
             raise
@@ -150,7 +152,10 @@ class Served:
 async def serving(backend: ScriptedBackend, *, resolver: Any = None, **settings: Any) -> AsyncIterator[Served]:
     async with (
         HttpServer(backend, port=0, config=HttpConfig(**settings), resolver=resolver) as server,
-        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0, timeout=30.0) as client,
+        DefaultAsyncHttpxClient(verify=_TLS) as http,
+        AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="secret", max_retries=0, timeout=30, http_client=http
+        ) as client,
         aiohttp.ClientSession(server.url) as session,
     ):
         yield Served(server, client, session)

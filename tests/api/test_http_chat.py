@@ -177,10 +177,10 @@ async def test_request_ids_go_in_and_out_and_the_backend_s_are_unique(caplog: py
         for _ in range(2):
             _, _, response = await served.post(body, x_request_id="mine-1")
             assert response.headers["x-request-id"] == "mine-1"
-        _, _, response = await served.post({**body, "stream": False}, x_request_id="not printable \x7f")
+        _, _, response = await served.post({**body, "stream": False}, x_request_id="two words")
         assert response.headers["x-request-id"].startswith("req-")
         async with served.session.post("/v1/chat/completions", json={**body, "stream": True}) as response:
             assert response.headers["x-request-id"].startswith("req-")
     assert len({call.request_id for call in backend.calls}) == 4
-    assert sum("mine-1 POST /v1/chat/completions: 200" in line for line in caplog.messages) == 2
+    assert sum("mine-1 POST '/v1/chat/completions': 200" in line for line in caplog.messages) == 2
     assert f"mine-1 is {backend.calls[0].request_id}" in caplog.text

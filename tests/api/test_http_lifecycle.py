@@ -1,0 +1,276 @@
+"""Clients that go away, many at once, stopping, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from aiohttp import web
+from http_fakes import (
+    HELLO,
+    MODEL,
+    Call,
+    ScriptedBackend,
+    answer,
+    asking,
+    forever,
+    image,
+    media_host,
+    serving,
+)
+
+from aiodisagg.api import HttpConfig, HttpServer
+from aiodisagg.engine.types import Delta
+from aiodisagg.errors import ConfigError
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+BODY = {"model": MODEL, "messages": HELLO}
+
+
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": request.param}
+
+
+async def closed(call: Call) -> None:
+    async with asyncio.timeout(10):
+        await call.closed.wait()
+    assert call.cancelled
+
+
+# -- going away ---------------------------------------------------------------------------------------------------
+
+
+async def test_leaving_a_stream_stops_the_backend() -> None:
+    backend = ScriptedBackend([Delta("first", (1,)), asyncio.Event()])
+    async with serving(backend) as served:
+        stream = await served.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+        async for chunk in stream:
+            if chunk.choices[0].delta.content == "first":
+                break
+        await stream.close()
+        await closed(backend.calls[0])
+
+
+async def test_leaving_a_busy_stream_stops_the_backend() -> None:
+    backend = ScriptedBackend(forever())
+    async with serving(backend) as served:
+        async with served.session.post("/v1/chat/completions", json={**BODY, "stream": True}) as response:
+            await response.content.readline()
+            response.close()
+        await closed(backend.calls[0])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_leaving_before_the_first_token_stops_the_backend(stream: bool) -> None:
+    backend = ScriptedBackend([asyncio.Event()])
+    async with serving(backend) as served:
+        task = asyncio.create_task(served.post({**BODY, "stream": stream}))
+        call = await backend.started.get()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await closed(call)
+        async with served.session.get("/metrics") as response:
+            assert 'status="499"} 1.0' in await response.text()
+
+
+async def test_leaving_while_media_are_fetched_stops_the_fetch() -> None:
+    arrived, hung_up = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        arrived.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            hung_up.set()
+        return web.Response()
+
+    backend = ScriptedBackend()
+    async with (
+        media_host({"/slow": slow}) as (url, _),
+        serving(backend, allow_private_media_hosts=("127.0.0.1",)) as served,
+    ):
+        task = asyncio.create_task(served.post({**BODY, "messages": asking(image(f"{url}/slow"))}))
+        await arrived.wait()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await hung_up.wait()
+    assert not backend.calls
+
+
+async def test_a_client_that_does_not_read_holds_the_backend_back_and_is_cut() -> None:
+    backend = ScriptedBackend(forever("x" * 10_000))
+    async with serving(backend, write_timeout_s=0.2) as served:
+        host, port = served.server.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1)
+        body = json.dumps({**BODY, "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        call = await backend.started.get()
+        await closed(call)
+        # Socket buffers take a few megabytes; a server that does not wait would take all there is.
+        assert call.yielded < 2000
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+        del reader
+
+
+# -- many ---------------------------------------------------------------------------------------------------------
+
+
+async def test_fifty_streams_at_once() -> None:
+    all_here = asyncio.Event()
+    calls = 0
+
+    async def echo(call: Call) -> AsyncGenerator[Delta, None]:
+        nonlocal calls
+        calls += 1
+        if calls == 50:
+            all_here.set()
+        await all_here.wait()
+        words = str(call.messages[0].parts[0].text).split()  # type: ignore[union-attr]
+        for delta in answer(*(word + " " for word in words)):
+            await asyncio.sleep(0)
+            yield delta
+
+    async def ask(served: Any, i: int) -> str:
+        stream = await served.client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": f"stream {i} says {i * i}"}], stream=True
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async with serving(ScriptedBackend(echo)) as served, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(ask(served, i)) for i in range(50)]
+    assert [task.result() for task in tasks] == [f"stream {i} says {i * i} " for i in range(50)]
+
+
+# -- starting and stopping ----------------------------------------------------------------------------------------
+
+
+async def test_stopping_lets_running_requests_finish() -> None:
+    gate = asyncio.Event()
+    backend = ScriptedBackend([Delta("Hello", (1,)), gate, *answer(" there")])
+    server = HttpServer(backend, port=0)
+    await server.__aenter__()
+    async with aiohttp.ClientSession(server.url) as session:
+        async with session.post("/v1/chat/completions", json={**BODY, "stream": True}) as response:
+            await response.content.readline()
+            async with session.get("/health") as health:  # leaves a connection open on which it can be asked again
+                assert health.status == 200
+            stop = asyncio.create_task(server.__aexit__(None, None, None))
+            async with session.get("/health") as health:
+                assert health.status == 503 and (await health.json())["reason"] == "stopping"
+            gate.set()
+            text = await response.text()
+            assert "there" in text and text.endswith("data: [DONE]\n\n")
+        await stop
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await session.get("/health")
+
+
+async def test_a_stopping_server_takes_nothing_new() -> None:
+    gate = asyncio.Event()
+    backend = ScriptedBackend([gate, *answer("done")])
+    server = HttpServer(backend, port=0)
+    await server.__aenter__()
+    async with aiohttp.ClientSession(server.url) as session:
+        async with session.get("/health"):
+            pass
+        running = asyncio.create_task(session.post("/v1/chat/completions", json=BODY))
+        await backend.started.get()
+        async with session.get("/health"):
+            pass
+        stop = asyncio.create_task(server.__aexit__(None, None, None))
+        async with session.post("/v1/chat/completions", json=BODY) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (503, "stopping")
+            assert response.headers["Retry-After"] == "1"
+        gate.set()
+        async with await running as response:
+            assert response.status == 200
+        await stop
+    assert len(backend.calls) == 1
+
+
+async def test_stopping_cuts_what_is_not_done_in_time() -> None:
+    backend = ScriptedBackend([Delta("Hello", (1,)), asyncio.Event()])
+    with pytest.raises(openai.APIConnectionError):
+        async with serving(backend, grace_s=0.05) as served:
+            task = asyncio.create_task(served.client.chat.completions.create(model=MODEL, messages=HELLO))
+            call = await backend.started.get()
+            await served.server.__aexit__(None, None, None)
+            assert call.closed.is_set() and call.cancelled
+            await task
+
+
+async def test_a_port_in_use_and_other_addresses_that_cannot_be() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"{port} is in use"):
+            async with HttpServer(ScriptedBackend(), port=port):
+                pass
+    with pytest.raises(ConfigError, match="host: "):
+        async with HttpServer(ScriptedBackend(), "192.0.2.1", 0):
+            pass
+    with pytest.raises(ConfigError, match="port"):
+        HttpServer(ScriptedBackend(), port=70_000)
+
+
+async def test_urls() -> None:
+    async with HttpServer(ScriptedBackend(), "0.0.0.0", 0) as server, aiohttp.ClientSession() as session:
+        assert server.url.startswith("http://127.0.0.1:") and not server.url.endswith(":0")
+        async with session.get(f"{server.url}/health") as response:
+            assert await response.json() == {"status": "ok", "reason": ""}
+
+
+# -- watching -----------------------------------------------------------------------------------------------------
+
+
+async def test_health_and_metrics() -> None:
+    backend = ScriptedBackend()
+    async with serving(backend) as served:
+        backend.is_ready = (False, "no encode peer")
+        async with served.session.get("/health") as response:
+            assert (response.status, (await response.json())["reason"]) == (503, "no encode peer")
+        backend.is_ready = (True, "")
+        async with served.session.get("/health") as response:
+            assert response.status == 200
+        await served.client.chat.completions.create(model=MODEL, messages=HELLO)
+        async with served.session.get("/no/such/\u00e9") as response:
+            assert response.status == 404
+        async with served.session.get("/metrics") as response:
+            assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            lines = (await response.text()).splitlines()
+    assert "scripted_calls_total 3" in lines
+    assert 'aiodisagg_http_requests_total{route="/v1/chat/completions",status="200"} 1.0' in lines
+    assert 'aiodisagg_http_requests_total{route="/health",status="503"} 1.0' in lines
+    assert 'aiodisagg_http_requests_total{route="none",status="404"} 1.0' in lines
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_requests", 0),
+        ("max_body_bytes", -1),
+        ("media_timeout_s", float("nan")),
+        ("grace_s", -0.1),
+        ("api_key", ""),
+        ("allow_private_media_hosts", ("intranet",)),
+        ("allowed_media_domains", ("http://x/",)),
+    ],
+)
+def test_settings_are_checked(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"http.{key}"):
+        HttpConfig(**{key: value})
