@@ -9,10 +9,11 @@ failures are an event in the stream, which then ends without ``[DONE]``.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Executor
 from contextlib import aclosing
 
@@ -54,12 +55,27 @@ class ChatHandler:
 
     def __init__(self, backend: ChatBackend, config: HttpConfig, fetcher: MediaFetcher, executor: Executor) -> None:
         self._backend, self._config, self._fetcher, self._executor = backend, config, fetcher, executor
+        self._in_use: set[str] = set()
 
     async def __call__(self, request: web.Request, request_id: str) -> web.StreamResponse:
-        """``request_id`` is for the log; the backend gets an id of its own, which no client can make twice."""
+        """The backend gets ``request_id`` too, so that its traces have the client's name for the request; while
+        another request of that name is being answered, a number is appended."""
+        own_id = next(name for name in self._names(request_id) if name not in self._in_use)
+        self._in_use.add(own_id)
+        try:
+            return await self._answer(request, request_id, own_id)
+        finally:
+            self._in_use.remove(own_id)
+
+    @staticmethod
+    def _names(request_id: str) -> Iterator[str]:
+        yield request_id
+        yield from (f"{request_id}-{n}" for n in itertools.count(2))
+
+    async def _answer(self, request: web.Request, request_id: str, own_id: str) -> web.StreamResponse:
         chat = await self._parse(await self._read_body(request))
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-        logger.info("%s is %s: %d messages", request_id, completion_id, len(chat.messages))
+        logger.info("%s is %s: %d messages", own_id, completion_id, len(chat.messages))
         if chat.model != self._backend.model_name:
             raise model_not_found(chat.model)
         sampling = sampling_of(chat, self._config.default_max_tokens)
@@ -68,7 +84,7 @@ class ChatHandler:
         # The body may be tens of megabytes, and the messages hold what is needed of it.
         stream, with_usage = bool(chat.stream), bool(chat.stream_options and chat.stream_options.include_usage)
         del chat
-        answer = self._generate(messages, sampling, completion_id, deadline)
+        answer = self._generate(messages, sampling, own_id, deadline)
         del messages
         async with aclosing(answer) as deltas:
             if stream:
@@ -116,12 +132,12 @@ class ChatHandler:
     # -- out ------------------------------------------------------------------------------------------------------
 
     async def _generate(
-        self, messages: list[ChatMessage], sampling: SamplingParams, completion_id: str, deadline: float
+        self, messages: list[ChatMessage], sampling: SamplingParams, own_id: str, deadline: float
     ) -> AsyncGenerator[Delta, None]:
         """The backend's deltas up to the one that ends the answer, of which there is exactly one."""
         loop = asyncio.get_running_loop()
         answer = self._backend.generate(
-            messages, sampling, request_id=completion_id, timeout_s=max(0.0, deadline - loop.time())
+            messages, sampling, request_id=own_id, timeout_s=max(0.0, deadline - loop.time())
         )
         async with aclosing(answer) as deltas:
             while True:
@@ -129,10 +145,10 @@ class ChatHandler:
                     async with asyncio.timeout_at(deadline) as limit:  # never around a yield: it would cancel a reader
                         delta = await anext(deltas)
                 except StopAsyncIteration as error:
-                    raise EngineError(completion_id, "the answer ended without a finish reason") from error
+                    raise EngineError(own_id, "the answer ended without a finish reason") from error
                 except TimeoutError as error:
                     if limit.expired():
-                        raise DeadlineExceeded(completion_id, self._config.request_timeout_s) from error
+                        raise DeadlineExceeded(own_id, self._config.request_timeout_s) from error
                     raise
                 if delta.finish_reason is FinishReason.CANCELLED:
                     raise Refused(503, "the server cancelled the request", code="cancelled", retry_after_s=1.0)

@@ -34,7 +34,7 @@ async def test_a_whole_answer() -> None:
     (call,) = backend.calls
     assert call.messages == [ChatMessage("user", (TextPart("hello"),))]
     assert call.sampling == SamplingParams(max_tokens=128)
-    assert completion.id == call.request_id
+    assert completion.id.startswith("chatcmpl-")
 
 
 async def test_a_streamed_answer_in_openai_s_order_of_chunks() -> None:
@@ -42,9 +42,9 @@ async def test_a_streamed_answer_in_openai_s_order_of_chunks() -> None:
     async with serving(backend) as served:
         stream = await served.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
         chunks = [chunk async for chunk in stream]
-    assert {(c.object, c.model, c.id) for c in chunks} == {
-        ("chat.completion.chunk", MODEL, backend.calls[0].request_id)
-    }
+    assert {(c.object, c.model) for c in chunks} == {("chat.completion.chunk", MODEL)}
+    (completion_id,) = {c.id for c in chunks}
+    assert completion_id.startswith("chatcmpl-")
     deltas = [(c.choices[0].delta.role, c.choices[0].delta.content, c.choices[0].finish_reason) for c in chunks]
     assert deltas == [("assistant", "", None), (None, "Hel", None), (None, "lo", None), (None, None, "length")]
     assert all(c.usage is None for c in chunks)
@@ -169,7 +169,7 @@ async def test_models() -> None:
         assert (await served.client.models.retrieve(MODEL)).id == MODEL
 
 
-async def test_request_ids_go_in_and_out_and_the_backend_s_are_unique(caplog: pytest.LogCaptureFixture) -> None:
+async def test_request_ids_go_in_and_out_and_reach_the_backend(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "aiodisagg.api")
     backend = ScriptedBackend()
     body = {"model": MODEL, "messages": HELLO}
@@ -181,6 +181,21 @@ async def test_request_ids_go_in_and_out_and_the_backend_s_are_unique(caplog: py
         assert response.headers["x-request-id"].startswith("req-")
         async with served.session.post("/v1/chat/completions", json={**body, "stream": True}) as response:
             assert response.headers["x-request-id"].startswith("req-")
-    assert len({call.request_id for call in backend.calls}) == 4
+    assert [call.request_id for call in backend.calls[:2]] == ["mine-1", "mine-1"]
+    assert len({call.request_id for call in backend.calls[1:]}) == 3
     assert sum("mine-1 POST '/v1/chat/completions': 200" in line for line in caplog.messages) == 2
-    assert f"mine-1 is {backend.calls[0].request_id}" in caplog.text
+    assert "mine-1 is chatcmpl-" in caplog.text
+
+
+async def test_a_request_id_that_is_in_use_gets_a_number() -> None:
+    gate = asyncio.Event()
+    backend = ScriptedBackend([gate, *answer("Hello")])
+    body = {"model": MODEL, "messages": HELLO}
+    async with serving(backend) as served:
+        posts = [asyncio.ensure_future(served.post(body, x_request_id="mine")) for _ in range(3)]
+        for _ in posts:
+            await backend.started.get()
+        gate.set()
+        for _, _, response in await asyncio.gather(*posts):
+            assert response.headers["x-request-id"] == "mine"
+    assert sorted(call.request_id for call in backend.calls) == ["mine", "mine-2", "mine-3"]
