@@ -36,6 +36,8 @@ class EncodePeer:
     rows: int = 0
     """Rows asked of it and not yet here: what placement balances."""
     wanted: bool = True
+    refused: str = ""
+    """Why who answered there last is of no use."""
     moved: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -86,7 +88,10 @@ class EncodePeers:
                 await self._changed.wait_for(lambda: bool(self._linked))
         except TimeoutError:
             known = ", ".join(self._by_address) or "none known"
-            raise NoEncodePeer(f"no encode peer could be linked within {timeout_s:g} s (addresses: {known})") from None
+            why = "".join(f"; {peer.refused}" for peer in self._by_address.values() if peer.refused)
+            raise NoEncodePeer(
+                f"no encode peer could be linked within {timeout_s:g} s (addresses: {known}){why}"
+            ) from None
 
     def choose(self, avoid: frozenset[str]) -> EncodePeer | None:
         """The linked peer that placement picks for the next item, None if none is linked."""
@@ -143,18 +148,21 @@ class EncodePeers:
     async def _use(self, peer: EncodePeer, link: Link) -> None:
         remote = link.remote
         if remote.model != self._model or not remote.role.encodes:
-            logger.error(
-                "encode peer %s at %s is not usable: it runs %s as %s, this peer needs %s",
-                remote.name, peer.address, remote.model, remote.role, self._model,
-            )  # fmt: skip
+            said = f"{remote.name} ({remote.incarnation}) runs {remote.model} as {remote.role}, not {self._model}"
+            if said != peer.refused:  # once for each life of a process, not at every attempt
+                logger.error("encode peer at %s is not usable: %s", peer.address, said)
+            peer.refused = said
+            await link.aclose()
+            await self._pause(peer, LAST_RETRY_S)
+            return
+        if remote.incarnation in self._linked:
+            logger.info("%s is linked already, by another address than %s", remote.name, peer.address)
             await link.aclose()
             await asyncio.sleep(LAST_RETRY_S)
             return
-        if remote.incarnation in self._linked:
-            await link.aclose()
-            return
         if remote.incarnation != peer.incarnation:
             self._gone(peer)
+        peer.refused = ""
         peer.incarnation, peer.name, peer.link = remote.incarnation, remote.name, link
         self._linked[remote.incarnation] = peer
         logger.info("linked to encode peer %s at %s", peer.name, peer.address)
@@ -168,6 +176,8 @@ class EncodePeers:
             logger.warning("%s", error)
         except RemoteProtocolError as error:
             logger.error("closing the link: %s", error)
+        except Exception:  # a bug; the other peers, and this one's next link, must not suffer from it
+            logger.exception("closing the link to %s", peer.name)
         finally:
             del self._linked[remote.incarnation]
             peer.link = None
