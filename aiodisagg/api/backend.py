@@ -30,8 +30,8 @@ class ChatBackend(Protocol):
     ) -> AsyncGenerator[Delta, None]:
         """Streams an answer; the last delta carries ``finish_reason`` and ``usage``.
 
-        ``request_id`` is unique among unfinished calls. The caller closes the generator; ``aclose`` (and cancellation inside
-        ``anext``) stops the work everywhere before it returns.
+        ``request_id`` is unique among unfinished calls. The caller closes the generator; ``aclose`` (and cancellation
+        inside ``anext``) stops the work everywhere before it returns.
 
         Raises InvalidRequest (MediaError, PromptTooLong), Overloaded, DeadlineExceeded after ``timeout_s``,
         EncodeFailed, NoEncodePeer, EngineError.

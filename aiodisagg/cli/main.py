@@ -30,7 +30,7 @@ def process_options(command: Command) -> Command:
     for option in (
         click.option("-v", "--verbose", count=True, help="Log more; -vv logs every chunk."),
         click.option("--ready-fd", type=int, hidden=True),
-        click.option("--with-parent", is_flag=True, hidden=True),
+        click.option("--parent", type=int, hidden=True),
     ):
         command = option(command)
     return command
@@ -77,10 +77,10 @@ def _peer_settings(
     return settings
 
 
-def _begin(name: str, verbose: int, with_parent: bool) -> None:
+def _begin(name: str, verbose: int, parent: int | None) -> None:
     setup_logging(verbose, name)
-    if with_parent:
-        die_with_parent()
+    if parent is not None:
+        die_with_parent(parent)
 
 
 @main.command()
@@ -88,9 +88,9 @@ def _begin(name: str, verbose: int, with_parent: bool) -> None:
 @click.option("--port", default=8500, help="0 takes a free one.")
 @click.option("--token", envvar="AIODISAGG_BOOTSTRAP_TOKEN", help="Bearer token that peers must send.")
 @process_options
-def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: int | None, with_parent: bool) -> None:
+def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: int | None, parent: int | None) -> None:
     """Run a bootstrap server: peers register there and learn of each other."""
-    _begin("bootstrap", verbose, with_parent)
+    _begin("bootstrap", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
@@ -118,11 +118,11 @@ def encode(
     zero_deepstack: bool,
     verbose: int,
     ready_fd: int | None,
-    with_parent: bool,
+    parent: int | None,
     **peer: Any,
 ) -> None:
     """Run an encode peer: it runs the vision tower for language peers."""
-    _begin(peer["name"] or "encode", verbose, with_parent)
+    _begin(peer["name"] or "encode", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
@@ -173,11 +173,11 @@ def language(
     max_pixels: int | None,
     verbose: int,
     ready_fd: int | None,
-    with_parent: bool,
+    parent: int | None,
     **peer: Any,
 ) -> None:
     """Run a language peer with an OpenAI-compatible HTTP API."""
-    _begin(peer["name"] or "language", verbose, with_parent)
+    _begin(peer["name"] or "language", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:

@@ -31,11 +31,10 @@ def setup_logging(verbose: int, name: str) -> None:
     )
 
 
-def die_with_parent() -> None:
-    """Has the kernel send SIGTERM when the parent ends, however it ends."""
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """Has the kernel send SIGTERM when process ``parent`` ends, however it ends; exits if it has ended already."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # also if it ended before this process had begun to look
         raise SystemExit("the parent ended before this process began")
 
 

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
+KEPT_BYTES = 4096
+"""Of what a process says on stderr, for the error that tells why it ended."""
 
 
 class ProcessEnded(AiodisaggError):
@@ -32,8 +34,27 @@ class Member:
     """One process; ``facts`` is what it announced when it was ready."""
 
     name: str
-    process: asyncio.subprocess.Process
+    process: _Process
     facts: Mapping[str, str]
+
+
+class _Process:
+    """A child, and the end of its stderr: read all the time, or a child that warns a lot would block on the pipe."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process, self._said = process, b""
+        self._reading = asyncio.get_running_loop().create_task(self._read())
+
+    async def _read(self) -> None:
+        stderr = self.process.stderr
+        while stderr is not None and (piece := await stderr.read(KEPT_BYTES)):
+            self._said = (self._said + piece)[-KEPT_BYTES:]
+
+    async def wait(self) -> tuple[int, str]:
+        """Its exit code and what it said last."""
+        code = await self.process.wait()
+        await asyncio.shield(self._reading)
+        return code, self._said.decode(errors="replace").strip()[-2000:]
 
 
 class Cluster:
@@ -44,7 +65,7 @@ class Cluster:
 
     def __init__(self, *, verbose: int = 0) -> None:
         self.members: dict[str, Member] = {}
-        self._starting: list[asyncio.subprocess.Process] = []
+        self._started: list[_Process] = []
         self._verbose = verbose
 
     async def __aenter__(self) -> Cluster:
@@ -53,7 +74,8 @@ class Cluster:
     async def start(self, name: str, *arguments: str) -> Member:
         """Runs ``aiodisagg ARGUMENTS`` and waits until it is ready. Raises ProcessEnded if it does not get there."""
         read, write = os.pipe()
-        command = [sys.executable, "-m", "aiodisagg", *arguments, "--with-parent", "--ready-fd", str(write)]
+        command = [sys.executable, "-m", "aiodisagg", *arguments, "--ready-fd", str(write)]
+        command += ["--parent", str(os.getpid())]
         command += ["-v"] * self._verbose
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         try:
@@ -70,12 +92,12 @@ class Cluster:
             raise
         finally:
             os.close(write)
-        self._starting.append(process)
-        facts = await self._wait_ready(name, process, read)
-        member = self.members[name] = Member(name, process, facts)
+        self._started.append(child := _Process(process))
+        facts = await self._wait_ready(name, child, read)
+        member = self.members[name] = Member(name, child, facts)
         return member
 
-    async def _wait_ready(self, name: str, process: asyncio.subprocess.Process, read: int) -> Mapping[str, str]:
+    async def _wait_ready(self, name: str, process: _Process, read: int) -> Mapping[str, str]:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader()
         pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb"))
@@ -91,17 +113,13 @@ class Cluster:
         facts: Mapping[str, str] = json.loads(said)
         return facts
 
-    async def _why(self, name: str, process: asyncio.subprocess.Process) -> ProcessEnded:
-        said = b""
-        if process.stderr is not None:
-            said = await process.stderr.read()
-        code = await process.wait()
-        return ProcessEnded(name, code, said.decode(errors="replace").strip()[-2000:])
+    async def _why(self, name: str, process: _Process) -> ProcessEnded:
+        return ProcessEnded(name, *await process.wait())
 
     async def watch(self) -> None:
         """Raises ProcessEnded as soon as a member ends; returns never. Members removed on purpose do not count."""
         while True:
-            waits = {asyncio.ensure_future(m.process.wait()): m for m in self.members.values()}
+            waits = {asyncio.ensure_future(m.process.process.wait()): m for m in self.members.values()}
             try:
                 done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -115,7 +133,7 @@ class Cluster:
     def kill(self, name: str) -> Member:
         """kill -9. The member is expected to be gone from then on."""
         member = self.members.pop(name)
-        member.process.kill()
+        member.process.process.kill()
         return member
 
     async def __aexit__(
@@ -124,19 +142,19 @@ class Cluster:
         await asyncio.shield(self._stop_all())
 
     async def _stop_all(self) -> None:
-        running = [process for process in self._starting if process.returncode is None]
-        for process in running:
-            process.terminate()
-        await asyncio.gather(*(self._stop(process) for process in running))
+        for child in self._started:
+            if child.process.returncode is None:
+                child.process.terminate()
+        await asyncio.gather(*(self._stop(child) for child in self._started))
 
-    async def _stop(self, process: asyncio.subprocess.Process) -> None:
+    async def _stop(self, child: _Process) -> None:
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await process.communicate()
+                await child.wait()
         except TimeoutError:
-            logger.warning("process %d did not stop in %g s and is killed", process.pid, STOP_TIMEOUT_S)
-            process.kill()
-            await process.communicate()
+            logger.warning("process %d did not stop in %g s and is killed", child.process.pid, STOP_TIMEOUT_S)
+            child.process.kill()
+            await child.wait()
 
 
 async def start_system(
@@ -151,12 +169,13 @@ async def start_system(
     """A bootstrap server, encode peers and one language peer; returns the URL of the HTTP API."""
     bootstrap = await cluster.start("bootstrap", "bootstrap", "--port", "0")
     common = ("--model", model, "--bootstrap", bootstrap.facts["url"], "--transports", transports)
-    starts = [
-        cluster.start(f"encode-{i + 1}", "encode", *common, "--name", f"encode-{i + 1}", *encode_options)
-        for i in range(encoders)
+    commands = [
+        (f"encode-{i + 1}", "encode", *common, "--name", f"encode-{i + 1}", *encode_options) for i in range(encoders)
     ]
-    starts.append(
-        cluster.start("language-1", "language", *common, "--name", "language-1", "--port", "0", *language_options)
-    )
-    members = await asyncio.gather(*starts)
-    return members[-1].facts["url"]
+    commands.append(("language-1", "language", *common, "--name", "language-1", "--port", "0", *language_options))
+    try:
+        async with asyncio.TaskGroup() as group:  # one that fails ends the starting of the others
+            starts = [group.create_task(cluster.start(*command)) for command in commands]
+    except* AiodisaggError as errors:
+        raise errors.exceptions[0] from None
+    return starts[-1].result().facts["url"]

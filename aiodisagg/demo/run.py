@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 0.1
 CONCURRENCY = 16
 TABLE_ROWS = 40
+ENDED_S = 2.0
+"""How long after an error the end of a process may become known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +98,11 @@ class Demo:
             work = asyncio.ensure_future(self._work(cluster, url))
             try:
                 await asyncio.wait([watch, work], return_when=asyncio.FIRST_COMPLETED)
-                if watch.done():
-                    watch.result()
+                if not work.done() or work.exception() is not None:
+                    # A process that ended fails the work as well, perhaps before its end is known: it is the cause.
+                    await asyncio.wait([watch], timeout=ENDED_S)
+                    if watch.done():
+                        watch.result()
                 traces = await work
             finally:
                 for task in (watch, work):
@@ -124,11 +129,13 @@ class Demo:
             with Live(console=self.console, refresh_per_second=10, transient=True) as live:
                 async with asyncio.TaskGroup() as group:
                     show = group.create_task(self._show(cluster, session, live))
+                    helpers = [show]
                     if self.options.kill_encoder:
-                        group.create_task(self._kill_encoder(cluster, session))
+                        helpers.append(group.create_task(self._kill_encoder(cluster, session)))
                     sends = [group.create_task(self._send(session, slots, i)) for i in range(len(self.asks))]
                     await asyncio.wait(sends)
-                    show.cancel()
+                    for helper in helpers:
+                        helper.cancel()
             traces = await self._traces(session)
         return {trace["request_id"]: trace for trace in traces}
 

@@ -9,6 +9,7 @@ item, so that one bad item fails alone.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import Counter, deque
@@ -37,6 +38,8 @@ class _Job:
     since: float
     patches: Patches | None = None
     cancelled: bool = False
+    waiting: asyncio.Task[None] | None = None
+    """Its preparing, until that runs on a thread: so far it may simply be cancelled."""
 
 
 class EncodePipeline:
@@ -85,18 +88,23 @@ class EncodePipeline:
 
     def start(self, job: StartEncode) -> None:
         self._jobs[job.digest] = entry = _Job(job, time.monotonic())
-        self._tasks.start(self._prepare(entry), f"prepare {job.digest}")
+        entry.waiting = self._tasks.start(self._prepare(entry), f"prepare {job.digest}")
 
     def cancel(self, digest: str) -> None:
-        """Stops a job as early as possible; one that is in the tower finishes there."""
+        """Stops a job at once while it waits; one that is on a thread when that is done with it."""
         entry = self._jobs.get(digest)
-        if entry is not None:
-            entry.cancelled = True
-            if entry in self._prepared:
-                self._prepared.remove(entry)
-                assert entry.patches is not None
-                self._prepared_patches -= entry.patches.count
-                self._stop(entry, "cancelled", "nobody wants it any more", retryable=True)
+        if entry is None:
+            return
+        entry.cancelled = True
+        if entry.waiting is not None:
+            entry.waiting.cancel()
+            self._still_wanted(entry)
+        elif entry in self._prepared:
+            self._prepared.remove(entry)
+            assert entry.patches is not None
+            self._prepared_patches -= entry.patches.count
+            self._still_wanted(entry)
+            self._tasks.start(self._wake(), "room")
 
     def rows(self, digest: str, start: int, stop: int) -> memoryview:
         """Bytes of packed rows ``[start, stop)``. Valid until ``drop``. Raises KeyError before they are ready."""
@@ -109,29 +117,41 @@ class EncodePipeline:
         self._rows.pop(digest, None)
 
     async def _prepare(self, entry: _Job) -> None:
-        loop, job = asyncio.get_running_loop(), entry.start
         async with self._slots:
-            if not self._still_wanted(entry):
-                return
-            self._enter(entry, "preparing")
             async with self._room:
                 await self._room.wait_for(lambda: self._prepared_patches < 2 * self._budget)
+            entry.waiting = None
+            self._enter(entry, "preparing")
             try:
-                entry.patches = await loop.run_in_executor(
-                    self._prepare_pool, self.encoder.prepare, ItemKind(job.kind), job.media, job.grid_thw, job.fps
-                )
+                patches = await self._call_prepare(entry.start)
             except MediaError as error:
                 self._stop(entry, "invalid_media", str(error), retryable=False)
                 return
             except Exception as error:
-                logger.exception("item %s: preparing failed", job.digest)
+                logger.exception("item %s: preparing failed", entry.start.digest)
                 self._stop(entry, "prepare_failed", f"{type(error).__name__}: {error}", retryable=True)
                 return
         if self._still_wanted(entry):
+            entry.patches = patches
             self._prepared.append(entry)
-            self._prepared_patches += entry.patches.count
-            async with self._room:
-                self._room.notify_all()
+            self._prepared_patches += patches.count
+        await self._wake()
+
+    async def _call_prepare(self, job: StartEncode) -> Patches:
+        call = functools.partial(self.encoder.prepare, ItemKind(job.kind), job.media, job.grid_thw, job.fps)
+        return await asyncio.get_running_loop().run_in_executor(self._prepare_pool, call)
+
+    async def _wake(self) -> None:
+        """There are prepared patches, or there is room for more."""
+        async with self._room:
+            self._room.notify_all()
+
+    def _tell_of(self, event: PipelineEvent) -> None:
+        """A job that the listener has no place for must not stop the others."""
+        try:
+            self._tell(event)
+        except Exception:
+            logger.exception("%r was refused", event)
 
     def _still_wanted(self, entry: _Job) -> bool:
         if entry.cancelled:
@@ -140,12 +160,12 @@ class EncodePipeline:
 
     def _enter(self, entry: _Job, stage: str) -> None:
         now = time.monotonic()
-        self._tell(StageEntered(entry.start.digest, stage, now - entry.since))
+        self._tell_of(StageEntered(entry.start.digest, stage, now - entry.since))
         entry.since = now
 
     def _stop(self, entry: _Job, code: str, message: str, *, retryable: bool) -> None:
         del self._jobs[entry.start.digest]
-        self._tell(EncodeStopped(entry.start.digest, code, message, retryable))
+        self._tell_of(EncodeStopped(entry.start.digest, code, message, retryable))
 
     async def _run_tower(self) -> None:
         while True:
@@ -154,9 +174,8 @@ class EncodePipeline:
             batch = self._next_batch()
             for entry in batch:
                 self._enter(entry, "encoding")
+            await self._wake()
             await self._encode(batch)
-            async with self._room:
-                self._room.notify_all()
 
     def _next_batch(self) -> list[_Job]:
         batch: list[_Job] = []
@@ -175,6 +194,8 @@ class EncodePipeline:
         began = time.monotonic()
         try:
             results = await self._call_tower([entry.patches for entry in batch if entry.patches is not None])
+            if len(results) != len(batch):
+                raise RuntimeError(f"the encoder made {len(results)} tensors of {len(batch)} items")
         except Exception as error:
             if len(batch) > 1:
                 for entry in batch:
@@ -194,16 +215,22 @@ class EncodePipeline:
         return await asyncio.get_running_loop().run_in_executor(self._tower_pool, self._encode_to_host, patches)
 
     def _encode_to_host(self, patches: list[Patches]) -> list[torch.Tensor]:
-        return [rows.to("cpu").contiguous() for rows in self.encoder.encode(patches)]
+        return [_alone(rows.to("cpu")) for rows in self.encoder.encode(patches)]
 
     def _finish(self, entry: _Job, rows: torch.Tensor) -> None:
-        job, width = entry.start, self.encoder.layout.width
+        job, layout = entry.start, self.encoder.layout
         entry.patches = None
-        if tuple(rows.shape) != (job.rows, width):
-            said = f"the encoder made {tuple(rows.shape)}, the plan says ({job.rows}, {width})"
-            self._stop(entry, "wrong_shape", said, retryable=False)
+        found, planned = (*rows.shape, str(rows.dtype).removeprefix("torch.")), (job.rows, layout.width, layout.dtype)
+        if found != planned:
+            self._stop(entry, "wrong_shape", f"the encoder made {found}, the plan says {planned}", retryable=False)
             return
         del self._jobs[job.digest]
         self._rows[job.digest] = rows
-        self._tell(StageEntered(job.digest, "encoded", time.monotonic() - entry.since))
-        self._tell(RowsReady(job.digest, job.rows))
+        self._tell_of(StageEntered(job.digest, "encoded", time.monotonic() - entry.since))
+        self._tell_of(RowsReady(job.digest, job.rows))
+
+
+def _alone(rows: torch.Tensor) -> torch.Tensor:
+    """Contiguous rows in memory of their own: a piece of a batch would keep all of the batch's rows alive."""
+    own = rows.contiguous()
+    return own.clone() if own.untyped_storage().nbytes() > own.nbytes else own

@@ -83,6 +83,7 @@ class EncodeService:
         sender_config = SenderConfig(retain_s=config.retain_s, capacity_bytes=config.source_bytes)
         self.sender = Sender(encoder.fingerprint, sender_config)
         self.driver: Driver[SenderEvent, SenderAction] = Driver(self.sender, self._act, TimerFired)
+        self._stack.callback(self.driver.close)
         self.pipeline = await self._stack.enter_async_context(
             EncodePipeline(
                 encoder, self._feed, batch_patches=config.batch_patches, prepare_threads=config.prepare_threads
@@ -117,7 +118,6 @@ class EncodeService:
     ) -> None:
         self._stopped.set()
         await self._stack.aclose()
-        self.driver.close()
 
     @property
     def address(self) -> str:
@@ -136,8 +136,9 @@ class EncodeService:
 
     async def _serve_link(self, link: Link) -> None:
         peer = link.remote.incarnation
-        before = self._sessions.get(peer)
-        if before is not None:
+        while (
+            before := self._sessions.get(peer)
+        ) is not None:  # the peer gave that link up
             await before.link.aclose()
             self._end_session(before)
         session = Session(link, self._planes, self._answer, checksum=self.config.checksum)

@@ -9,7 +9,7 @@ from functools import partial
 
 import xxhash
 
-from aiodisagg.errors import AiodisaggError, TransportError
+from aiodisagg.errors import AiodisaggError, TransportError, WriteRefused
 from aiodisagg.link.link import Link
 from aiodisagg.peer.driver import Tasks
 from aiodisagg.peer.planes import Plane, Planes
@@ -74,6 +74,8 @@ class Session:
         try:
             writing = plane.transport.write(plane.remote, slices)
             checksum, _ = await asyncio.gather(self._sum(data), writing)
+        except WriteRefused:  # a lease was taken back meanwhile; the plane is as good as before
+            raise
         except TransportError:
             if plane is self._plane:
                 self._failed |= {self.plane_name}

@@ -17,8 +17,8 @@ from aiodisagg.bootstrap.registry import Load, PeerRecord
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.stream import RequestHandle
-from aiodisagg.engine.types import Delta, SamplingParams
-from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, MediaError
+from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
+from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, InvalidRequest, MediaError
 from aiodisagg.language.peers import EncodePeers, LinkEvent
 from aiodisagg.language.take import Taker
 from aiodisagg.language.trace import RequestTrace, Traces
@@ -44,6 +44,8 @@ from aiodisagg.protocol.events import (
     ReceiverAction,
     ReceiverEvent,
     Revoke,
+    RowsRefused,
+    RowsTaken,
     Send,
     Take,
     TimerFired,
@@ -132,8 +134,9 @@ class LanguageService:
         )
         self.receiver = Receiver(model, self.pool, receiver_config)
         self.driver: Driver[ReceiverEvent, ReceiverAction] = Driver(self.receiver, self._act, TimerFired)
+        self._stack.callback(self.driver.close)
         self._taker = await self._stack.enter_async_context(
-            Taker(self._arena, self._deliver, self.driver.feed, checksum=config.checksum)
+            Taker(self._arena, self._deliver, self._taken, checksum=config.checksum)
         )
         self._planes = Planes(config.transports, config.data_host)
         self._stack.push_async_callback(self._planes.aclose)
@@ -162,7 +165,6 @@ class LanguageService:
         for key in list(self._items):
             self.driver.feed(ItemCancelled(key))
         await self._stack.aclose()
-        self.driver.close()
 
     # -- membership ----------------------------------------------------------------------------------------------
 
@@ -179,16 +181,21 @@ class LanguageService:
             self.config.bootstrap, record, load=self.load, token=self.config.bootstrap_token
         )  # fmt: skip
         await self._stack.enter_async_context(client)
-        self._tasks.start(self._follow(client), "membership")
+        self._tasks.start(self._follow(client, model), "membership")
 
-    async def _follow(self, client: BootstrapClient) -> None:
+    async def _follow(self, client: BootstrapClient, model: ModelFingerprint) -> None:
+        strangers: set[str] = set()
         async for change in client.watch():
             for record in change.gone:
                 for address in record.addresses:
                     self.peers.remove(address)
             for record in change.present:
-                if record.role.encodes and record.model == self.receiver.model:
+                if record.role.encodes and record.model == model:
                     self.add_peer(record.addresses[0])
+                elif record.role.encodes and record.incarnation not in strangers:
+                    strangers.add(record.incarnation)
+                    logger.error("encode peer %s is not usable: it runs %s, not %s", record.name, record.model, model)
+            strangers.difference_update(record.incarnation for record in change.gone)
 
     def add_peer(self, address: str) -> None:
         """Keeps a link to the encode peer at ``address``; what the bootstrap server's membership does by itself."""
@@ -211,7 +218,7 @@ class LanguageService:
         """Streams the answer to a chat. Closing the generator stops the work everywhere.
 
         Args:
-            request_id: for logs and traces; must not be in use. timeout_s: deadline of the request's items.
+            request_id: for logs and traces; must not be in use. timeout_s: until the request's last row is here.
 
         Raises:
             InvalidRequest: also MediaError and PromptTooLong: the request cannot be served as written.
@@ -220,6 +227,8 @@ class LanguageService:
             DeadlineExceeded, EncodeFailed: an item did not arrive. EngineError: the engine failed this request.
         """
         request_id = request_id or secrets.token_hex(8)
+        if request_id in self.traces.open:
+            raise InvalidRequest("request_id", f"{request_id!r} is in use")
         trace = self.traces.begin(request_id)
         request = _Request()
         try:
@@ -232,9 +241,14 @@ class LanguageService:
             try:
                 async with aclosing(aiter(handle)) as deltas:
                     async for delta in deltas:
-                        if trace.first_token_s < 0:
+                        if trace.first_token_s < 0 and delta.token_ids:
                             trace.first_token_s, trace.state = trace.since(), "decoding"
                         trace.output_tokens += len(delta.token_ids)
+                        # Before the last delta is out: its reader rarely comes back, but closes the generator.
+                        if delta.finish_reason is FinishReason.CANCELLED:
+                            self._end(trace, request, "cancelled")
+                        elif delta.finish_reason is not None:
+                            self._end(trace, request, "done")
                         yield delta
             finally:
                 fetching.cancel()
@@ -242,10 +256,10 @@ class LanguageService:
             logger.warning("request %s failed: %s", request_id, error)
             self._end(trace, request, "failed", str(error))
             raise
-        except BaseException:
-            self._end(trace, request, "cancelled")
+        except BaseException as error:
+            stopped = isinstance(error, asyncio.CancelledError | GeneratorExit)
+            self._end(trace, request, "cancelled" if stopped else "failed", "" if stopped else repr(error))
             raise
-        self._end(trace, request, "done")
 
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None
@@ -255,6 +269,13 @@ class LanguageService:
             await handle.admitted
         except AiodisaggError:
             return  # the reader of the handle gets it
+        try:
+            self._ask(plan, request, trace, timeout_s)
+        except Exception as error:  # a bug; but nobody may wait for ever for rows that were never asked for
+            logger.exception("request %s: its items could not be asked for", trace.request_id)
+            self.engine.fail(trace.request_id, EncodeFailed("0", f"not asked for: {error!r}"))
+
+    def _ask(self, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None) -> None:
         trace.admitted_s = trace.since()
         room = secrets.randbits(62)
         for index, item in enumerate(plan.items):
@@ -262,11 +283,16 @@ class LanguageService:
             request.keys.append(key)
             self._items[key] = _Item(trace.request_id, index, item.rows)
             self.traces.item(trace, key, item)
+        if timeout_s is not None:  # of the whole request
+            timeout_s = max(0.001, timeout_s - trace.since())
         for key, item in zip(request.keys, plan.items, strict=True):
             spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
             self.driver.feed(ItemRequested(key, spec, timeout_s or self.config.request_timeout_s))
 
     def _end(self, trace: RequestTrace, request: _Request, state: str, error: str = "") -> None:
+        """The first call says how the request ended; later ones do nothing."""
+        if trace.ended:
+            return
         for key in request.keys:
             if key in self._items:
                 self.driver.feed(ItemCancelled(key))
@@ -356,7 +382,12 @@ class LanguageService:
         if item is not None:
             start = take.chunk.start
             self.engine.deliver_bytes(item.request_id, item.index, start, data, layout=self._layout)
-            self.traces.arrived(take.key, take.chunk.stop - start, take.size_bytes)
+
+    def _taken(self, event: RowsTaken | RowsRefused) -> None:
+        if isinstance(event, RowsTaken):
+            rows = event.chunk.stop - event.chunk.start
+            self.traces.arrived(event.key, rows, rows * self._layout.row_bytes)
+        self.driver.feed(event)
 
     async def _revoke(self, peer: str, leases: tuple[int, ...]) -> None:
         await self._planes.revoke(peer, leases)

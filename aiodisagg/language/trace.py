@@ -47,6 +47,10 @@ class RequestTrace(msgspec.Struct):
     first_token_s: float = -1.0
     total_s: float = -1.0
 
+    @property
+    def ended(self) -> bool:
+        return self.total_s >= 0
+
     def since(self) -> float:
         return time.monotonic() - self.born
 
