@@ -2,7 +2,8 @@
 
 Images give the same float32 values, bit for bit, as transformers' ``Qwen2VLImageProcessorPil``. Videos given as frames
 follow ``Qwen3VLVideoProcessor`` with sampling switched off, resized by Pillow instead of torchvision (the two bicubic
-filters differ by up to 0.016 of a unit range).
+filters differ by up to 0.016 of a unit range). Both follow transformers 5.23 whatever version is installed, so peers
+with different versions make equal pixels (older ones, for instance, drop transparency instead of flattening it).
 
 Whatever a client sends ends up here, so: only common formats are tried, pixels are counted before any is decoded, and
 every error of Pillow becomes a :class:`~aiodisagg.errors.MediaError`. A size taken from a header (planning) and the

@@ -85,6 +85,12 @@ def test_a_folder_that_transformers_saved_loads(tiny: Tiny, tmp_path: Path) -> N
     assert fingerprint(folder) == fingerprint(source)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["as stored", "cast"])
+def test_a_tied_head_is_the_embedding_table_itself(tiny: Tiny, dtype: torch.dtype) -> None:
+    half = load_language(tiny(moe=True, levels=2, tied=True), dtype=dtype)
+    assert half.lm_head.weight is half.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("intermediate", [32, 64], ids=["2I == H", "I == H"])
 @pytest.mark.parametrize("layout", ["hub", "transformers"])
 def test_square_experts_are_told_apart(tmp_path: Path, intermediate: int, layout: Any) -> None:

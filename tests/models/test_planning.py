@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Qwen3VLMoeModel
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLMoeModel
 from transformers.image_processing_backends import TorchvisionBackend
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
@@ -56,7 +57,7 @@ def processor(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Qwen3VLProcessor:
     settings.pop("video_processor_type")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return _Processor(
-        image_processor=AutoImageProcessor.from_pretrained(folder),
+        image_processor=Qwen2VLImageProcessorPil.from_pretrained(folder),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(**settings, cap_pixels_per_frame=False, do_convert_rgb=False),
         chat_template=tokenizer.chat_template,

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
-from transformers import AutoImageProcessor
 from transformers.image_utils import load_image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from aiodisagg.errors import MediaError
 from aiodisagg.models.base import ItemKind
@@ -53,8 +54,14 @@ PICTURES: dict[str, Callable[[], bytes]] = {
 }
 
 
+def _old_transformers() -> bool:
+    return tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 23)
+
+
 @pytest.mark.parametrize("picture", PICTURES)
 def test_pixels_are_transformers_bit_for_bit(tiny: Tiny, picture: str) -> None:
+    if picture == "alpha" and _old_transformers():
+        pytest.skip("older transformers drop transparency instead of laying the picture on white")
     folder = tiny(moe=True, levels=3)
     data = PICTURES[picture]()
     grid = image_grid(*header_size(data, "image"), load_settings(folder)[0])
@@ -62,7 +69,7 @@ def test_pixels_are_transformers_bit_for_bit(tiny: Tiny, picture: str) -> None:
     # As transformers loads a file: turned by EXIF, and flattened by the processor.
     image = Image.open(io.BytesIO(data))
     transposed = load_image(image) if image.mode == "RGB" else image
-    expected = AutoImageProcessor.from_pretrained(folder)(transposed, return_tensors="pt")
+    expected = Qwen2VLImageProcessorPil.from_pretrained(folder)(transposed, return_tensors="pt")
     assert expected["image_grid_thw"].tolist() == [list(grid)]
     assert torch.equal(mine.pixel_values, expected["pixel_values"])
 
