@@ -1,0 +1,66 @@
+"""The other process of a two-process test: a receiver or a writer that reports on stdout what it does, line by line.
+
+Run as ``python -m tests.transport.child ROLE TRANSPORT``; the first line on stdin is JSON with what the role needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import sys
+
+from aiodisagg.transport.arena import Arena
+from aiodisagg.transport.base import Slice, Transport
+from aiodisagg.transport.ipc import IpcTransport
+from aiodisagg.transport.zmq import ZmqTransport
+
+
+def make(name: str) -> Transport:
+    if name == "ipc":
+        return IpcTransport()
+    return ZmqTransport(heartbeat_s=0.1, connect_timeout_s=10)
+
+
+def say(**words: object) -> None:
+    print(json.dumps(words), flush=True)
+
+
+async def line() -> dict[str, object]:
+    text = await asyncio.to_thread(sys.stdin.readline)
+    return json.loads(text) if text else {"do": "end"}
+
+
+async def receiver(transport: Transport, asked: dict[str, object]) -> None:
+    arena = Arena(int(str(asked["size_bytes"])))
+    await transport.open(arena, lambda offset, size, lease: True, incarnation="child-receiver")
+    say(description=base64.b64encode(transport.describe()).decode())
+    await line()
+    await transport.aclose()
+
+
+async def writer(transport: Transport, asked: dict[str, object]) -> None:
+    await transport.open(None, lambda offset, size, lease: False, incarnation="child-writer")
+    description = base64.b64decode(str(asked["description"]))
+    remote = await transport.connect(description, peer=str(asked["peer"]))
+    size, lease = int(str(asked["size_bytes"])), int(str(asked["lease"]))
+    source = memoryview(bytes([0xAA])) if size == 0 else memoryview(bytes([0xAA]) * size)
+    if asked["forever"]:
+        say(writing=True)
+        while True:
+            await transport.write(remote, [Slice(source, 0, lease)])
+    await transport.write(remote, [Slice(source, 0, lease)])
+    say(written=True)
+    await line()
+    await transport.disconnect(remote)
+    await transport.aclose()
+    say(closed=True)
+
+
+async def main() -> None:
+    role, name = sys.argv[1:]
+    await {"receiver": receiver, "writer": writer}[role](make(name), await line())
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
