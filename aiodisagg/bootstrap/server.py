@@ -80,9 +80,9 @@ class BootstrapServer:
         app.router.add_get("/v1/watch", self._watch)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self._port, reuse_address=True, shutdown_timeout=1.0)
+        site = web.TCPSite(self._runner, self._host, self._port, reuse_address=True)
         try:
             await site.start()
         except OSError as error:

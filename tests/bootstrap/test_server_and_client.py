@@ -1,0 +1,199 @@
+"""The bootstrap server and the client that peers keep open, over real HTTP on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+
+from aiodisagg.bootstrap.client import BootstrapClient, MembershipChange
+from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
+from aiodisagg.errors import ConfigError
+from aiodisagg.link.hello import PeerRole
+from tests.bootstrap.test_registry import record
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+QUICK = BootstrapConfig(lease_s=0.3)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@asynccontextmanager
+async def watching(client: BootstrapClient) -> AsyncIterator[asyncio.Queue[MembershipChange]]:
+    """The client's changes in a queue."""
+    queue: asyncio.Queue[MembershipChange] = asyncio.Queue()
+
+    async def follow() -> None:
+        async for change in client.watch():
+            queue.put_nowait(change)
+
+    task = asyncio.create_task(follow())
+    try:
+        yield queue
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(queue: asyncio.Queue[MembershipChange], name: str, *, gone: bool = False) -> PeerRecord:
+    """The record of ``name`` as soon as a change has it."""
+    async with asyncio.timeout(20):
+        while True:
+            change = await queue.get()
+            for found in change.gone if gone else change.present:
+                if found.name == name:
+                    return found
+
+
+async def names(url: str, path: str = "/v1/peers") -> list[str]:
+    async with aiohttp.ClientSession() as session, session.get(url + path) as response:
+        return [entry["record"]["name"] for entry in await response.json()]
+
+
+async def test_peers_register_before_the_server_is_up_and_see_each_other() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    async with BootstrapClient(url, record("l", PeerRole.LANGUAGE)) as language, watching(language) as changes:
+        async with BootstrapClient(url, record("e"), load=lambda: Load(queued=3)) as encode:
+            assert not encode.registered.is_set()
+            async with BootstrapServer(port=port, config=QUICK):
+                found = await until(changes, "e")
+                assert found == record("e")
+                await language.registered.wait()
+                assert await names(url, "/v1/match/l-life") == ["e"]
+
+
+async def test_a_peer_that_leaves_is_gone_at_once() -> None:
+    async with BootstrapServer(port=0) as server:
+        language = BootstrapClient(server.url, record("l", PeerRole.LANGUAGE))
+        async with language, watching(language) as changes:
+            async with BootstrapClient(server.url, record("e")):
+                await until(changes, "e")
+            await until(changes, "e", gone=True)
+            assert await names(server.url) == ["l"]
+
+
+async def test_a_restarted_server_relearns_everyone_and_nobody_is_declared_gone() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    language = BootstrapClient(url, record("l", PeerRole.LANGUAGE))
+    async with language, watching(language) as changes, BootstrapClient(url, record("e")):
+        async with BootstrapServer(port=port, config=QUICK):
+            await until(changes, "e")
+        async with BootstrapServer(port=port, config=QUICK):
+            async with BootstrapClient(url, record("new")):
+                await until(changes, "new")
+                async with asyncio.timeout(20):
+                    while await names(url) != ["e", "l", "new"]:
+                        await changes.get()
+        left = [change for change in iter_now(changes) if any(r.name in ("e", "l") for r in change.gone)]
+        assert left == []
+
+
+def iter_now(queue: asyncio.Queue[MembershipChange]) -> list[MembershipChange]:
+    found = []
+    while not queue.empty():
+        found.append(queue.get_nowait())
+    return found
+
+
+async def test_a_peer_that_vanished_during_a_restart_is_gone_after_two_leases() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    language = BootstrapClient(url, record("l", PeerRole.LANGUAGE))
+    async with language, watching(language) as changes:
+        async with BootstrapServer(port=port, config=QUICK), BootstrapClient(url, record("e")):
+            await until(changes, "e")
+        async with BootstrapServer(port=port, config=QUICK):
+            assert (await until(changes, "e", gone=True)).name == "e"
+
+
+async def test_a_silent_peer_expires_by_itself() -> None:
+    async with BootstrapServer(port=0, config=QUICK) as server:
+        async with BootstrapClient(server.url, record("l", PeerRole.LANGUAGE)) as client, watching(client) as changes:
+            async with aiohttp.ClientSession() as session:
+                body = {"name": "e", "incarnation": "e-life", "role": "encode", "addresses": ["unix:@e"]}
+                async with session.put(f"{server.url}/v1/peers/e-life", json=body) as response:
+                    assert response.status == 200 and (await response.json())["lease_s"] == 0.3
+                await until(changes, "e")
+                await until(changes, "e", gone=True)
+
+
+async def test_two_servers_side_by_side_are_one_membership() -> None:
+    async with BootstrapServer(port=0, config=QUICK) as one, BootstrapServer(port=0, config=QUICK) as two:
+        language = BootstrapClient((one.url, two.url), record("l", PeerRole.LANGUAGE))
+        async with language, watching(language) as changes:
+            async with BootstrapClient(two.url, record("e")):
+                await until(changes, "e")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"{", 400, "JSON"),
+        (b"[]", 422, "object"),
+        (b'{"name": "e"}', 422, "incarnation"),
+        (b'{"name": "e", "incarnation": "e-life", "role": "king"}', 422, "role"),
+        (b'{"name": "", "incarnation": "e-life", "role": "encode"}', 422, "name"),
+        (b'{"name": "e", "incarnation": "e-life", "role": "encode"}', 422, "addresses"),
+        (b'{"name": "e", "incarnation": "other", "role": "language"}', 422, "incarnation"),
+        (b'{"name": "e", "incarnation": "e-life", "role": "language", "king": 1}', 422, "unknown"),
+        (
+            b'{"name": "e", "incarnation": "e-life", "role": "encode", "addresses": ["tcp:0.0.0.0:7"]}',
+            422,
+            "wildcard",
+        ),
+    ],
+)
+async def test_bad_registrations_say_what_is_wrong(body: bytes, status: int, said: str) -> None:
+    async with BootstrapServer(port=0) as server, aiohttp.ClientSession() as session:
+        async with session.put(f"{server.url}/v1/peers/e-life", data=body) as response:
+            assert response.status == status
+            assert said in (await response.json())["error"]
+        assert await names(server.url) == []
+
+
+async def test_heartbeats_of_strangers_and_unknown_roles_are_told_apart_from_success() -> None:
+    async with BootstrapServer(port=0) as server, aiohttp.ClientSession() as session:
+        async with session.post(f"{server.url}/v1/peers/x/heartbeat", json={}) as response:
+            assert response.status == 404
+        async with session.get(f"{server.url}/v1/peers?role=king") as response:
+            assert response.status == 422
+        async with session.get(f"{server.url}/v1/match/x") as response:
+            assert response.status == 404
+        async with session.get(f"{server.url}/health") as response:
+            assert response.status == 200 and (await response.json())["status"] == "ok"
+        async with session.get(f"{server.url}/metrics") as response:
+            assert "aiodisagg_bootstrap_watchers 0.0" in await response.text()
+
+
+async def test_a_token_keeps_strangers_out() -> None:
+    config = BootstrapConfig(token="let me in")
+    async with BootstrapServer(port=0, config=config) as server:
+        async with BootstrapClient(server.url, record("e"), token="let me in") as client:
+            await client.registered.wait()
+            async with aiohttp.ClientSession() as session, session.get(f"{server.url}/v1/peers") as response:
+                assert response.status == 401
+
+
+async def test_a_port_in_use_and_an_open_host_without_a_token_are_refused_by_name() -> None:
+    async with BootstrapServer(port=0) as server:
+        port = int(server.url.rpartition(":")[2])
+        with pytest.raises(ConfigError, match=f"port: {port} .* in use"):
+            async with BootstrapServer(port=port):
+                pass
+    with pytest.raises(ConfigError, match="token"):
+        async with BootstrapServer("0.0.0.0", 0):
+            pass
+    with pytest.raises(ConfigError, match="bootstrap"):
+        BootstrapClient("127.0.0.1:1", record("e"))
