@@ -59,6 +59,7 @@ class EncodePeers:
         self._linked: dict[str, EncodePeer] = {}
         self._tasks = Tasks("links")
         self._changed = asyncio.Condition()
+        self._ended_bytes = [0, 0]
 
     def add(self, address: str) -> None:
         """Keeps a link to whoever encodes at ``address``. Idempotent; wakes a dialler that is backing off."""
@@ -80,6 +81,13 @@ class EncodePeers:
     @property
     def linked(self) -> list[EncodePeer]:
         return list(self._linked.values())
+
+    @property
+    def link_bytes(self) -> tuple[int, int]:
+        """(sent, received) through all links so far, framing included."""
+        links = [peer.link for peer in self._linked.values() if peer.link is not None]
+        sent, received = self._ended_bytes
+        return sent + sum(link.bytes_sent for link in links), received + sum(link.bytes_received for link in links)
 
     async def wait_any(self, timeout_s: float) -> None:
         """Returns when at least one encode peer is linked. Raises NoEncodePeer after ``timeout_s``."""
@@ -183,6 +191,8 @@ class EncodePeers:
             peer.link = None
             peer.items.clear()
             peer.rows = 0
+            self._ended_bytes[0] += link.bytes_sent
+            self._ended_bytes[1] += link.bytes_received
             self._tell(LinkLost(remote.incarnation))
             await link.aclose()
 

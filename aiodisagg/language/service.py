@@ -19,41 +19,16 @@ from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
 from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, InvalidRequest, MediaError
-from aiodisagg.language.peers import EncodePeers, LinkEvent
-from aiodisagg.language.take import Taker
+from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import RequestTrace, Traces
-from aiodisagg.link.hello import Hello, PeerRole
+from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
-from aiodisagg.peer.driver import Driver, Tasks
-from aiodisagg.peer.planes import Planes
-from aiodisagg.protocol.blocks import BlockPool
-from aiodisagg.protocol.events import (
-    Fail,
-    Finish,
-    ItemCancelled,
-    ItemRequested,
-    ItemSpec,
-    LeasesRevoked,
-    LinkLost,
-    LinkUp,
-    MessageReceived,
-    Place,
-    Placed,
-    ReceiverAction,
-    ReceiverEvent,
-    Revoke,
-    RowsRefused,
-    RowsTaken,
-    Send,
-    Take,
-    TimerFired,
-)
+from aiodisagg.peer.driver import Tasks
+from aiodisagg.protocol.events import Fail, ItemSpec
 from aiodisagg.protocol.messages import ItemKey
-from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
-from aiodisagg.transport.arena import Arena
 
 if TYPE_CHECKING:
     from aiodisagg.models.language import LanguageHalf
@@ -63,12 +38,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Item:
-    """An item under way: whose it is, and where it was placed."""
+    """An item under way: whose it is, and which one of its prompt."""
 
     request_id: str
     index: int
-    rows: int
-    peer: str = ""
 
 
 @dataclass(slots=True)
@@ -103,8 +76,6 @@ class LanguageService:
         self.created = int(time.time())
         self.traces = Traces()
         self._items: dict[ItemKey, _Item] = {}
-        self._unplaced: dict[ItemKey, frozenset[str]] = {}
-        self._revoking: dict[asyncio.Task[None], tuple[int, ...]] = {}
         self._stack = AsyncExitStack()
         self._stopped = asyncio.Event()
 
@@ -125,35 +96,14 @@ class LanguageService:
         self.engine = await self._stack.enter_async_context(
             Engine(half.causal, planner.decode, planner.eos_ids, engine_config, layout=engine_layout)
         )
-        blocks = max(1, config.pool_bytes // (config.block_rows * layout.row_bytes))
-        self.pool = BlockPool(blocks, config.block_rows, layout.row_bytes)
-        self._arena = await asyncio.to_thread(Arena, self.pool.size_bytes)
-        self._stack.callback(self._arena.close)
-        receiver_config = ReceiverConfig(
-            failover_s=config.failover_s, stall_s=config.stall_s, window_blocks=config.window_blocks
+        self.rows = await self._stack.enter_async_context(
+            RowReceiver(
+                config, model, name=self.name, deliver=self._deliver, ended=self._item_ended, traces=self.traces
+            )
         )
-        self.receiver = Receiver(model, self.pool, receiver_config)
-        self.driver: Driver[ReceiverEvent, ReceiverAction] = Driver(self.receiver, self._act, TimerFired)
-        self._stack.callback(self.driver.close)
-        self._taker = await self._stack.enter_async_context(
-            Taker(self._arena, self._deliver, self._taken, checksum=config.checksum)
-        )
-        self._planes = Planes(config.transports, config.data_host)
-        self._stack.push_async_callback(self._planes.aclose)
-        await self._planes.open(self._arena, self.pool.admits, incarnation=config.incarnation)
+        self.pool, self.receiver, self.peers = self.rows.pool, self.rows.receiver, self.rows.peers
         self._tasks = Tasks(self.name)
         self._stack.push_async_callback(self._tasks.aclose)
-        self._hello = Hello.here(
-            name=self.name,
-            incarnation=config.incarnation,
-            role=PeerRole.LANGUAGE,
-            model=model,
-            transports=self._planes.describe(),
-        )
-        self.peers = EncodePeers(
-            lambda: self._hello, self._heard, model=model, secret=config.secret, config=config.link
-        )
-        self._stack.push_async_callback(self.peers.aclose)
         if config.bootstrap:
             await self._join(model)
         return self
@@ -162,8 +112,6 @@ class LanguageService:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stopped.set()
-        for key in list(self._items):
-            self.driver.feed(ItemCancelled(key))
         await self._stack.aclose()
 
     # -- membership ----------------------------------------------------------------------------------------------
@@ -174,7 +122,7 @@ class LanguageService:
             incarnation=self.config.incarnation,
             role=PeerRole.LANGUAGE,
             addresses=(),
-            transports=tuple(self._planes.open_transports),
+            transports=tuple(self.rows.planes.open_transports),
             model=model,
         )
         client = BootstrapClient(
@@ -203,7 +151,7 @@ class LanguageService:
 
     def load(self) -> Load:
         """How busy this peer is, for the bootstrap server."""
-        return Load(queued=len(self._unplaced), active=len(self.traces.open))
+        return Load(queued=len(self.rows.unplaced), active=len(self.traces.open))
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -281,123 +229,44 @@ class LanguageService:
         for index, item in enumerate(plan.items):
             key = ItemKey(room, index)
             request.keys.append(key)
-            self._items[key] = _Item(trace.request_id, index, item.rows)
+            self._items[key] = _Item(trace.request_id, index)
             self.traces.item(trace, key, item)
         if timeout_s is not None:  # of the whole request
             timeout_s = max(0.001, timeout_s - trace.since())
         for key, item in zip(request.keys, plan.items, strict=True):
             spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
-            self.driver.feed(ItemRequested(key, spec, timeout_s or self.config.request_timeout_s))
+            self.rows.request(key, spec, timeout_s or self.config.request_timeout_s)
 
     def _end(self, trace: RequestTrace, request: _Request, state: str, error: str = "") -> None:
         """The first call says how the request ended; later ones do nothing."""
         if trace.ended:
             return
         for key in request.keys:
-            if key in self._items:
-                self.driver.feed(ItemCancelled(key))
-                self._forget(key)
+            self.rows.cancel(key)
+            self._items.pop(key, None)
         self.traces.end(trace, request.keys, state, error)
 
-    # -- the machine's world -------------------------------------------------------------------------------------
+    # -- what becomes of items -----------------------------------------------------------------------------------
 
-    def _heard(self, event: LinkEvent) -> None:
-        if isinstance(event, MessageReceived):
-            self.traces.heard(event.message)
-        self.driver.feed(event)
-        if isinstance(event, LinkUp):
-            for key, avoid in list(self._unplaced.items()):
-                self._place(Place(key, avoid))
-        elif isinstance(event, LinkLost):
-            self._prune()
-
-    def _act(self, action: ReceiverAction) -> None:
-        match action:
-            case Send(peer, message):
-                self.peers.send(peer, message)
-            case Place():
-                self._place(action)
-            case Take():
-                self._taker.take(action)
-            case Revoke(peer, leases):
-                task = self._tasks.start(self._revoke(peer, leases), f"revoke {peer}")
-                self._revoking[task] = leases
-                task.add_done_callback(lambda done: self._revoking.pop(done, None))
-            case Finish(key):
-                self._forget(key)
-            case Fail():
-                self._fail(action)
-
-    def _place(self, action: Place) -> None:
-        item = self._items.get(action.key)
-        if item is None:
-            self._unplaced.pop(action.key, None)
-            return
-        if item.peer:
-            self._leave(action.key, item)
-        peer = self.peers.choose(action.avoid)
-        if peer is None:
-            self._unplaced[action.key] = action.avoid
-            return
-        self._unplaced.pop(action.key, None)
-        item.peer = peer.incarnation
-        peer.items.add(action.key)
-        peer.rows += item.rows
-        self.traces.placed(action.key, peer.name)
-        self.driver.feed(Placed(action.key, peer.incarnation))
-
-    def _leave(self, key: ItemKey, item: _Item) -> None:
-        for peer in self.peers.linked:
-            if peer.incarnation == item.peer and key in peer.items:
-                peer.items.discard(key)
-                peer.rows -= item.rows
-        item.peer = ""
-
-    def _forget(self, key: ItemKey) -> None:
-        item = self._items.pop(key, None)
-        self._unplaced.pop(key, None)
+    def _deliver(self, key: ItemKey, start: int, data: memoryview) -> None:
+        """On any thread."""
+        item = self._items.get(key)
         if item is not None:
-            self._leave(key, item)
-        self._prune()
-
-    def _fail(self, action: Fail) -> None:
-        item = self._items.get(action.key)
-        self._forget(action.key)
-        if item is None or action.code == "cancelled":
-            return
-        error: AiodisaggError
-        what = f"item {action.key}"
-        match action.code:
-            case "deadline":
-                error = DeadlineExceeded(what, self.config.request_timeout_s, action.story)
-            case "invalid_media":
-                error = MediaError(f"media[{item.index}]", action.message)
-            case _:
-                error = EncodeFailed(str(action.key), f"{action.code}: {action.message}", action.story)
-        self.engine.fail(item.request_id, error)
-
-    def _deliver(self, take: Take, data: memoryview) -> None:
-        """On a taker's thread, or on the loop for small chunks."""
-        item = self._items.get(take.key)
-        if item is not None:
-            start = take.chunk.start
             self.engine.deliver_bytes(item.request_id, item.index, start, data, layout=self._layout)
 
-    def _taken(self, event: RowsTaken | RowsRefused) -> None:
-        if isinstance(event, RowsTaken):
-            rows = event.chunk.stop - event.chunk.start
-            self.traces.arrived(event.key, rows, rows * self._layout.row_bytes)
-        self.driver.feed(event)
-
-    async def _revoke(self, peer: str, leases: tuple[int, ...]) -> None:
-        await self._planes.revoke(peer, leases)
-        self.driver.feed(LeasesRevoked(leases))
-
-    def _prune(self) -> None:
-        """The writer's own word came first: nobody has to wait for its end any more."""
-        for task, leases in list(self._revoking.items()):
-            if all(self.pool.get(lease) is None for lease in leases):
-                task.cancel()
+    def _item_ended(self, key: ItemKey, failed: Fail | None) -> None:
+        item = self._items.pop(key, None)
+        if item is None or failed is None:
+            return
+        error: AiodisaggError
+        match failed.code:
+            case "deadline":
+                error = DeadlineExceeded(f"item {key}", self.config.request_timeout_s, failed.story)
+            case "invalid_media":
+                error = MediaError(f"media[{item.index}]", failed.message)
+            case _:
+                error = EncodeFailed(str(key), f"{failed.code}: {failed.message}", failed.story)
+        self.engine.fail(item.request_id, error)
 
     def ready(self) -> tuple[bool, str]:
         """Can requests with images be served now, and if not, why."""
@@ -405,16 +274,10 @@ class LanguageService:
 
     def metrics(self) -> str:
         """Everything this peer counts, in Prometheus' text format."""
-        stats, pool = self.engine.stats(), self.pool
+        stats = self.engine.stats()
         return metrics.render(
             [
-                metrics.byte_counters(self.receiver.counters),
-                metrics.gauge("items_open", "Items asked for and not complete.", len(self.receiver.items)),
-                metrics.gauge("items_unplaced", "Items that wait for an encode peer.", len(self._unplaced)),
-                metrics.gauge("encode_peers_linked", "Encode peers with a link.", len(self.peers.linked)),
-                metrics.gauge("pool_blocks", "Blocks of the receive pool.", pool.blocks),
-                metrics.gauge("pool_blocks_free", "Blocks that can be lent.", pool.free),
-                metrics.gauge("pool_blocks_quarantined", "Blocks of unfenced writers.", pool.quarantined),
+                *self.rows.metrics(),
                 metrics.gauge("requests_waiting", "Requests without KV pages.", stats.waiting),
                 metrics.gauge("requests_running", "Requests with KV pages.", stats.running),
                 metrics.gauge("kv_pages_free", "Free KV pages.", stats.pages_free),
