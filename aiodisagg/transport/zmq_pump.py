@@ -154,14 +154,13 @@ class Pump:
     def _bind(self) -> int:
         if self._landing is None:
             return 0
-        router = self._socket(zmq.ROUTER)
+        self._router = router = self._socket(zmq.ROUTER)
         router.setsockopt(zmq.RCVHWM, 2 * (self._options.window + 4))  # header and payload count one each
         router.setsockopt(zmq.MAXMSGSIZE, self._options.chunk_bytes + chunks.MAX_HEADER)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if self._options.encrypt:
             router.curve_server, router.curve_secretkey = True, self._secret_key
         router.bind(endpoint(self._options.host, self._options.port or "*"))
-        self._router = router
         self._poller.register(router, zmq.POLLIN)
         return int(router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 

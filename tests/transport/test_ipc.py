@@ -1,0 +1,190 @@
+"""What is particular to shared memory: views without a copy, who may attach, and what a descriptor may be."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aiodisagg.errors import PeerGone, TransportClosed, TransportUnavailable, WriteRefused
+from aiodisagg.transport import attach
+from aiodisagg.transport import ipc as module
+from aiodisagg.transport.arena import Arena, is_sealed
+from aiodisagg.transport.description import pack, unpack
+from aiodisagg.transport.ipc import IpcTransport
+from aiodisagg.transport.mapping import IpcRemote
+from aiodisagg.transport.testing import Kit, Receiver
+from tests.conftest import LOOPS
+
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)]
+
+
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[Receiver, IpcTransport, IpcRemote, str]]:
+    async with Kit(IpcTransport).pair() as (receiver, writer, remote, name):
+        assert isinstance(writer, IpcTransport)
+        assert isinstance(remote, IpcRemote)
+        yield receiver, writer, remote, name
+
+
+async def still_waits(task: asyncio.Future[None]) -> bool:
+    done, _ = await asyncio.wait([task], timeout=0.05)
+    return not done
+
+
+async def test_a_producer_writes_into_the_pool_itself(no_leaks: None) -> None:
+    async with pair() as (receiver, _, remote, _name):
+        lease = receiver.lender.lend(4096, 800)
+        rows = np.frombuffer(remote.view(4096, 800, lease), np.float32)
+        rows[:] = 1.5
+        assert (np.frombuffer(receiver.arena.view[4096:4896], np.float32) == 1.5).all()
+        assert receiver.untouched(0, 4096)
+        assert receiver.untouched(4896)
+
+
+@pytest.mark.parametrize("what", ["revoke", "fence"])
+async def test_a_view_is_waited_for(what: str, no_leaks: None) -> None:
+    async with pair() as (receiver, writer, remote, name):
+        lease = receiver.lender.lend(0, 100)
+        rows = np.frombuffer(remote.view(0, 100, lease), np.uint8)[10:]  # something made from something made from it
+        waiting = asyncio.ensure_future(
+            receiver.transport.revoke(name, [lease]) if what == "revoke" else writer.fence(remote)
+        )
+        assert await still_waits(waiting)
+        rows[:] = 1
+        del rows
+        await asyncio.wait_for(waiting, 10)
+        if what == "revoke":
+            with pytest.raises(WriteRefused):
+                remote.view(0, 100, lease)
+
+
+async def test_the_goodbye_waits_for_the_last_view(no_leaks: None) -> None:
+    async with pair() as (receiver, writer, remote, name):
+        view = remote.view(0, 100, receiver.lender.lend(0, 100))
+        await writer.disconnect(remote)
+        revoke = asyncio.ensure_future(receiver.transport.revoke(name, [1]))
+        assert await still_waits(revoke)
+        view[:] = b"y" * 100  # no crash: the mapping is still there
+        assert receiver.holds(b"y" * 100, 0)
+        del view
+        await asyncio.wait_for(revoke, 10)
+
+
+async def test_views_are_checked(no_leaks: None) -> None:
+    async with pair() as (_receiver, writer, remote, _):
+        for offset, size in ((-1, 5), (0, 0), (0, -1), (remote.size_bytes, 1), (remote.size_bytes - 4, 5)):
+            with pytest.raises(WriteRefused):
+                remote.view(offset, size, 1)
+        await writer.disconnect(remote)
+        with pytest.raises(TransportClosed):
+            remote.view(0, 5, 1)
+
+
+async def test_close_of_the_receiver_ends_a_revoke_without_a_lie(no_leaks: None) -> None:
+    async with pair() as (receiver, _, remote, name):
+        view = remote.view(0, 100, receiver.lender.lend(0, 100))
+        revoke = asyncio.ensure_future(receiver.transport.revoke(name, [1]))
+        assert await still_waits(revoke)
+        await receiver.transport.aclose()
+        with pytest.raises(TransportClosed):
+            await revoke
+        del view
+
+
+async def test_another_user_may_not_attach(monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
+    kit = Kit(IpcTransport)
+    async with kit.receiver() as receiver, kit.writer() as (writer, _):
+        monkeypatch.setattr(attach, "same_user", lambda sock: False)
+        with pytest.raises(TransportUnavailable, match="another user"):
+            await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        answers = iter([True, False])  # the writer's look at the receiver, the receiver's look at the writer
+        monkeypatch.setattr(attach, "same_user", lambda sock: next(answers))
+        with pytest.raises(PeerGone):
+            await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+
+
+def test_the_kernel_names_the_user_and_the_process(anyio_backend: object) -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        assert attach.same_user(one)
+        pidfd = attach.open_pidfd(one)
+        try:
+            assert f"Pid:\t{os.getpid()}\n" in Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+        finally:
+            os.close(pidfd)
+
+
+@pytest.mark.parametrize(("field", "value"), [("boot_id", "another"), ("net_namespace", 1)])
+async def test_another_machine_or_namespace_is_unavailable(field: str, value: object, no_leaks: None) -> None:
+    kit = Kit(IpcTransport)
+    async with kit.receiver() as receiver, kit.writer() as (writer, _):
+        pool = unpack("ipc", module._Pool, receiver.transport.describe())
+        fields = {name: getattr(pool, name) for name in pool.__struct_fields__} | {field: value}
+        with pytest.raises(TransportUnavailable):
+            await writer.connect(pack("ipc", module._Pool(**fields)), peer=receiver.incarnation)
+
+
+async def test_strangers_on_the_socket_hurt_nobody(no_leaks: None) -> None:
+    kit = Kit(lambda: IpcTransport(handshake_timeout_s=0.2))
+    async with kit.receiver() as receiver, kit.writer() as (writer, _):
+        address = "\0" + unpack("ipc", module._Pool, receiver.transport.describe()).address
+        strangers = []
+        for words in (b"", b"hello?", attach.encode(attach.Goodbye()), None):
+            stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stranger.setblocking(False)
+            stranger.connect(address)
+            if words is not None:
+                stranger.send(words)
+            strangers.append(stranger)
+        remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        await writer.write(remote, [receiver.slice(b"fine", 0)])
+        assert receiver.holds(b"fine", 0)
+        for stranger in strangers:  # even the silent one is sent away
+            assert await asyncio.wait_for(asyncio.to_thread(_read_end, stranger), 10) == b""
+            stranger.close()
+
+
+def _read_end(sock: socket.socket) -> bytes:
+    sock.settimeout(10)
+    try:
+        return sock.recv(100)
+    except ConnectionResetError:  # it left with our words unread
+        return b""
+
+
+async def test_what_is_not_a_sealed_pool_of_that_size_is_not_mapped(no_leaks: None) -> None:
+    kit = Kit(IpcTransport)
+    async with kit.receiver() as receiver, kit.writer() as (writer, _):
+        arena = receiver.arena
+        assert is_sealed(arena.fd)
+        with pytest.raises(OSError):
+            os.ftruncate(arena.fd, 4096)
+        loose = os.memfd_create("loose")
+        os.ftruncate(loose, arena.size_bytes)
+        sealed, arena.fd = arena.fd, loose
+        try:
+            with pytest.raises(PeerGone, match="not a pool"):
+                await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        finally:
+            arena.fd = sealed
+            os.close(loose)
+
+
+def test_an_arena_outlives_its_close_for_those_who_look_at_it(anyio_backend: object, no_leaks: None) -> None:
+    arena = Arena(5000)
+    assert arena.size_bytes == 8192
+    held = arena.view[10:20]
+    arena.close()
+    held[:] = b"0123456789"  # no crash
+    assert held == b"0123456789"
+    held.release()
+    arena.close()
+    with pytest.raises(ValueError):
+        Arena(0)

@@ -1,0 +1,225 @@
+"""What is particular to ZMQ: strangers on the port, restarts behind one port, stalled peers, credit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import zmq
+
+from aiodisagg.errors import ConfigError, PeerGone, TransportUnavailable, WriteFailed, WriteRefused
+from aiodisagg.transport.base import Slice
+from aiodisagg.transport.chunks import Chunk, Hello, Placed, Rejected, Welcome, decode, encode
+from aiodisagg.transport.description import pack, unpack
+from aiodisagg.transport.testing import Kit, Receiver
+from aiodisagg.transport.zmq import ZmqTransport, _Pool
+from tests.conftest import LOOPS
+
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)]
+
+
+class Stranger:
+    """A bare ZMQ socket of some program; blocking calls run on a thread."""
+
+    def __init__(self, sock: zmq.Socket[bytes]) -> None:
+        self.sock = sock
+
+    async def say(self, *frames: bytes) -> None:
+        await asyncio.to_thread(self.sock.send_multipart, frames)
+
+    async def hear(self) -> object:
+        return decode((await asyncio.to_thread(self.sock.recv_multipart))[-1])
+
+
+@asynccontextmanager
+async def stranger(kind: zmq.SocketType, port: int | None) -> AsyncIterator[tuple[Stranger, int]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    sock = context.socket(kind)
+    sock.setsockopt(zmq.RCVTIMEO, 10_000)
+    sock.setsockopt(zmq.LINGER, 0)
+    if port is None:
+        port = sock.bind_to_random_port("tcp://127.0.0.1")
+    else:
+        sock.connect(f"tcp://127.0.0.1:{port}")
+    try:
+        yield Stranger(sock), port
+    finally:
+        context.destroy(linger=0)
+
+
+def unlent(data: bytes) -> Slice:
+    return Slice(memoryview(data), 0, 1)
+
+
+def port_of(receiver: Receiver) -> int:
+    return unpack("zmq", _Pool, receiver.transport.describe()).port
+
+
+async def test_bad_frames_are_answered_and_hurt_nobody(caplog: pytest.LogCaptureFixture, no_leaks: None) -> None:
+    caplog.set_level(logging.CRITICAL, "aiodisagg")
+    async with (
+        Kit(ZmqTransport).pair() as (receiver, writer, remote, _),
+        stranger(zmq.DEALER, port_of(receiver)) as (other, _port),
+    ):
+        for frames in ((b"",), (b"nonsense",), (b"x" * 100_000,), (encode(Placed(1)), b"more", b"and more")):
+            await other.say(*frames)
+            assert await other.hear() == Rejected(-1, False, "not understood")
+        await other.say(encode(Hello("me", receiver.incarnation)))
+        welcome = await other.hear()
+        assert isinstance(welcome, Welcome)
+        lease = receiver.lender.lend(0, 100)
+
+        async def refused(chunk: Chunk, *payload: bytes) -> bool:
+            await other.say(encode(chunk), *payload)
+            answer = await other.hear()
+            return isinstance(answer, Rejected) and answer.number == chunk.number
+
+        assert await refused(Chunk(welcome.session + 1, 1, 0, 4, lease), b"data"), "another session"
+        assert await refused(Chunk(welcome.session, 2, 0, 4, lease)), "no payload"
+        assert await refused(Chunk(welcome.session, 3, 0, 4, lease + 1), b"data"), "no such lease"
+        assert await refused(Chunk(welcome.session, 4, -4, 4, lease), b"data"), "before the pool"
+        assert await refused(Chunk(welcome.session, 5, 2**60, 4, lease), b"data"), "behind the pool"
+        assert await refused(Chunk(welcome.session, 6, 0, 101, lease), b"d" * 101), "wider than lent"
+        assert receiver.untouched()
+        assert await refused(Chunk(welcome.session, 7, 0, 4, lease), b"d" * 400), "more than announced"
+        assert receiver.untouched(4)
+        await other.say(encode(Chunk(welcome.session, 8, 0, 4, lease)), b"good", b"surplus")
+        assert await other.hear() == Placed(8)
+        await writer.write(remote, [receiver.slice(b"fine", 200)])
+        assert receiver.holds(b"good", 0)
+        assert receiver.holds(b"fine", 200)
+
+
+async def test_a_message_larger_than_a_chunk_ends_its_connection_only(no_leaks: None) -> None:
+    kit = Kit(lambda: ZmqTransport(chunk_bytes=1 << 16))
+    async with kit.pair() as (receiver, writer, remote, _), stranger(zmq.DEALER, port_of(receiver)) as (other, _port):
+        monitor = other.sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        await other.say(b"x" * (1 << 20))
+        assert await asyncio.to_thread(monitor.poll, 10_000)
+        other.sock.disable_monitor()
+        monitor.close()
+        await writer.write(remote, [receiver.slice(b"f" * 300_000, 0)])
+        assert receiver.holds(b"f" * 300_000, 0)
+
+
+async def test_another_incarnation_behind_the_same_port(no_leaks: None) -> None:
+    kit = Kit(ZmqTransport)
+    async with kit.writer() as (writer, _):
+        async with kit.receiver() as old:
+            port, description = port_of(old), old.transport.describe()
+            remote = await writer.connect(description, peer=old.incarnation)
+            late = old.slice(b"late", 0)
+        async with Kit(lambda: ZmqTransport(port=port)).receiver() as new:
+            assert port_of(new) == port
+            lease = new.lender.lend(0, 4)
+            assert lease == late.lease, "the new process numbers its leases like the old one"
+            with pytest.raises(PeerGone):
+                for _ in range(1000):
+                    await writer.write(remote, [late])
+            with pytest.raises(PeerGone, match="incarnation"):
+                await writer.connect(description, peer=old.incarnation)
+            assert new.untouched()
+
+
+async def test_a_peer_that_never_answers_is_given_up(no_leaks: None) -> None:
+    kit = Kit(lambda: ZmqTransport(connect_timeout_s=5, stall_s=0.2))
+    async with kit.writer() as (writer, _), stranger(zmq.ROUTER, None) as (other, port):
+        description = pack("zmq", _Pool("127.0.0.1", port, "p", b""))
+        connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
+        identity = (await asyncio.to_thread(other.sock.recv_multipart))[0]
+        await other.say(identity, encode(Welcome(1, 1 << 20)))
+        remote = await connecting
+        write = asyncio.ensure_future(writer.write(remote, [unlent(b"x" * 100_000)]))
+        with pytest.raises(WriteFailed, match="no answer"):
+            await asyncio.wait_for(write, 10)
+        await asyncio.wait_for(writer.fence(remote), 10)
+        with pytest.raises(PeerGone):
+            await writer.write(remote, [unlent(b"x")])
+
+
+async def test_no_more_than_the_window_is_under_way(no_leaks: None) -> None:
+    kit = Kit(lambda: ZmqTransport(chunk_bytes=1000, window=3))
+    async with kit.writer() as (writer, _), stranger(zmq.ROUTER, None) as (other, port):
+        description = pack("zmq", _Pool("127.0.0.1", port, "p", b""))
+        connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
+        identity = (await asyncio.to_thread(other.sock.recv_multipart))[0]
+        await other.say(identity, encode(Welcome(1, 1 << 20)))
+        remote = await connecting
+        write = asyncio.ensure_future(writer.write(remote, [unlent(b"x" * 10_000)]))
+        for number in range(10):
+            if number == 0:
+                for _ in range(3):
+                    await other.hear()
+                other.sock.setsockopt(zmq.RCVTIMEO, 100)
+                with pytest.raises(zmq.Again):
+                    await other.hear()
+                other.sock.setsockopt(zmq.RCVTIMEO, 10_000)
+            await other.say(identity, encode(Placed(number)))
+            if number < 7:
+                await other.hear()
+        await asyncio.wait_for(write, 10)
+
+
+async def test_a_peer_that_makes_up_answers_is_gone(no_leaks: None) -> None:
+    async with Kit(ZmqTransport).writer() as (writer, _), stranger(zmq.ROUTER, None) as (other, port):
+        description = pack("zmq", _Pool("127.0.0.1", port, "p", b""))
+        connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
+        identity = (await asyncio.to_thread(other.sock.recv_multipart))[0]
+        await other.say(identity, b"gibberish")
+        with pytest.raises(PeerGone, match="protocol"):
+            await connecting
+
+
+async def test_silence_on_connect_is_gone(no_leaks: None) -> None:
+    kit = Kit(lambda: ZmqTransport(connect_timeout_s=0.2))
+    async with kit.writer() as (writer, _), stranger(zmq.ROUTER, None) as (_other, port):
+        with pytest.raises(PeerGone, match=r"0\.2 s"):
+            await writer.connect(pack("zmq", _Pool("127.0.0.1", port, "p", b"")), peer="p")
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    async with server, Kit(ZmqTransport).writer() as (writer, _):
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(PeerGone):
+            await writer.connect(pack("zmq", _Pool("127.0.0.1", port, "p", b"")), peer="p")
+
+
+async def test_addresses_are_checked(no_leaks: None) -> None:
+    with pytest.raises(ConfigError, match="host"):
+        ZmqTransport(host="localhost")
+    with pytest.raises(ConfigError, match="advertise"):
+        ZmqTransport(advertise="example.org")
+    with pytest.raises(ConfigError, match="window"):
+        ZmqTransport(window=0)
+    kit = Kit(ZmqTransport)
+    async with kit.receiver() as receiver, kit.writer() as (writer, _):
+        with pytest.raises(TransportUnavailable, match="cannot listen"):
+            async with Kit(lambda: ZmqTransport(port=port_of(receiver))).receiver():
+                pass
+        with pytest.raises(TransportUnavailable, match="not an IP address"):
+            await writer.connect(pack("zmq", _Pool("example.org", 1, "p", b"")), peer="p")
+    with pytest.raises(ConfigError, match="advertise"):
+        async with Kit(lambda: ZmqTransport(host="0.0.0.0")).receiver():
+            pass
+    async with Kit(lambda: ZmqTransport(host="0.0.0.0", advertise="127.0.0.1")).pair() as (receiver, writer, remote, _):
+        await writer.write(remote, [receiver.slice(b"x", 0)])
+
+
+async def test_without_the_key_nobody_gets_in(no_leaks: None) -> None:
+    kit = Kit(lambda: ZmqTransport(encrypt=True, connect_timeout_s=1))
+    async with kit.receiver() as receiver, kit.writer() as (writer, _):
+        pool = unpack("zmq", _Pool, receiver.transport.describe())
+        assert len(pool.server_key) == 40
+        for key in (b"", zmq.curve_keypair()[0]):
+            with pytest.raises(PeerGone):
+                await writer.connect(
+                    pack("zmq", _Pool(pool.host, pool.port, pool.incarnation, key)), peer=receiver.incarnation
+                )
+        with pytest.raises(PeerGone, match="cannot connect"):
+            await writer.connect(
+                pack("zmq", _Pool(pool.host, pool.port, pool.incarnation, b"short")), peer=receiver.incarnation
+            )
+        remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        with pytest.raises(WriteRefused):
+            await writer.write(remote, [unlent(b"x")])
