@@ -1,7 +1,7 @@
 """Addresses: ``unix:@name`` (abstract), ``unix:/path``, ``tcp:host:port``; sockets that listen and connect there.
 
 ``unix:`` alone asks for a fresh abstract name. Abstract names need no file, no clean-up and no shared folder; they
-belong to a network namespace, and anybody inside it may connect, so who connects is checked (``peer_uid``).
+belong to a network namespace, and anybody inside it may connect, so who connects is checked (``check_user``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import stat
 import struct
 from dataclasses import dataclass
 
-from aiodisagg.errors import ConfigError, LinkError
+from aiodisagg.errors import AuthenticationFailed, ConfigError, LinkError
 
 BACKLOG = 1024
 _UNIX_PATH_BYTES = 107
@@ -150,12 +150,16 @@ def connect_unix(address: UnixAddress) -> socket.socket:
     return sock
 
 
-def peer_uid(sock: socket.socket) -> int | None:
-    """The user that the other end of a unix socket runs as; None for other sockets."""
+def check_user(sock: socket.socket, peer: str) -> None:
+    """Refuses a unix socket whose other end runs as another user than this process, or root.
+
+    Raises AuthenticationFailed. Sockets that are not unix sockets pass.
+    """
     if sock.family != socket.AF_UNIX:
-        return None
-    uid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-    return uid
+        return
+    uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+    if uid not in (0, os.getuid()):
+        raise AuthenticationFailed(peer, f"its process runs as another user ({uid}); configure a secret on both sides")
 
 
 def tune_tcp(sock: socket.socket, timeout_s: float) -> None:

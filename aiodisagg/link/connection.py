@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import OrderedDict, deque
 from typing import cast
 
 from aiodisagg.errors import AiodisaggError, AuthenticationFailed, LinkClosed, LinkError, RemoteProtocolError
 from aiodisagg.link import framing
-from aiodisagg.link.address import peer_uid, tune_tcp
+from aiodisagg.link.address import check_user, tune_tcp
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.hello import MAX_HANDSHAKE_FRAME_BYTES, Handshake, Hello, bye, decode_bye
 from aiodisagg.link.pulse import Beat, Pulse
@@ -38,19 +37,21 @@ class Connection(asyncio.BufferedProtocol):
     Args:
         handshake: not started.
         peer: the address, until the peer has said its name.
-        check_user: refuse other users' processes at the other end of a unix socket.
+        same_user: refuse other users' processes at the other end of a unix socket.
     """
 
-    def __init__(self, handshake: Handshake, config: LinkConfig, *, peer: str, check_user: bool) -> None:
+    def __init__(self, handshake: Handshake, config: LinkConfig, *, peer: str, same_user: bool = False) -> None:
         self.peer = peer
         self.handshake = handshake
         self._config = config
-        self._check_user = check_user
+        self._same_user = same_user
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self._loop.create_future()
         """Done when messages may be exchanged; else LinkError, AuthenticationFailed or RemoteProtocolError."""
         self.lost = asyncio.Event()
         """The socket is gone."""
+        self.bytes_sent = self.bytes_received = 0
+        """Through the socket: handshake, headers and heartbeats included. With TLS, before encryption."""
         self.reason: str | None = None
         """Why this connection ends; None while it lives."""
         self._cause: BaseException | None = None
@@ -72,20 +73,26 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports have the methods of asyncio.Transport, not its type.
         self._transport = transport = cast(asyncio.Transport, transport)
+        if self.reason is not None:  # given up before it began: the server closed, or TLS took too long
+            transport.abort()
+            return
         transport.set_write_buffer_limits(high=self._config.high_water_bytes)
         sock = transport.get_extra_info("socket")
-        if self._check_user and (uid := peer_uid(sock)) not in (None, 0, os.getuid()):
-            message = f"its process runs as another user ({uid}); configure a secret on both sides"
-            self.fail("auth", message, AuthenticationFailed(self.peer, message))
-            return
+        if self._same_user:
+            try:
+                check_user(sock, self.peer)
+            except AuthenticationFailed as error:
+                self.fail("auth", "runs as another user; configure a secret on both sides", error)
+                return
         tune_tcp(sock, self._config.timeout_s)
-        transport.write(self.handshake.greeting)
+        self._put(self.handshake.greeting)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._reader.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
         self._heard = True
+        self.bytes_received += nbytes
         self._reader.advance(nbytes)
         try:
             while self.reason is None and (frame := self._reader.next()) is not None:
@@ -120,6 +127,8 @@ class Connection(asyncio.BufferedProtocol):
                 self._write(item)
                 continue
             assert isinstance(key, asyncio.Future)
+            if key.done():  # cancelled, and its task has not run since
+                continue
             try:
                 self._write(self._encode(item))
             except Exception as error:  # it belongs to the caller of that send, not to the loop
@@ -181,7 +190,7 @@ class Connection(asyncio.BufferedProtocol):
     def fail(self, code: str, reason: str, cause: BaseException | None = None) -> None:
         """Ends the connection and tells the peer why. The first call wins."""
         if self.reason is None and self._transport is not None:
-            self._transport.write(bye(code, reason))
+            self._put(bye(code, reason))
         self._close(reason, cause)
 
     def abort(self, reason: str = "closed here") -> None:
@@ -236,13 +245,13 @@ class Connection(asyncio.BufferedProtocol):
             self._bye(payload)
         elif not self.handshake.done:
             if (reply := self.handshake.receive(kind, payload)) is not None:
-                self._transport.write(reply)
+                self._put(reply)
             if self.handshake.remote is not None:
                 self._open(self.handshake.remote)
         elif kind == framing.PING:
             # A peer that pings and does not read gets no pile of answers: bytes are on their way to it anyway.
             if self._writing:
-                self._transport.write(framing.frame(framing.PONG))
+                self._put(framing.frame(framing.PONG))
         elif kind != framing.PONG:
             raise RemoteProtocolError(self.peer, f"frame of kind {kind} after the handshake")
 
@@ -260,7 +269,7 @@ class Connection(asyncio.BufferedProtocol):
         elif said.code == "protocol":
             self._close(said.reason, RemoteProtocolError(self.peer, f"refused by the peer: {said.reason}"))
         else:
-            self._close(f"the peer closed it: {said.reason}")
+            self._close("closed by the peer" if said.code == "closed" else f"closed by the peer: {said.reason}")
 
     def _deliver(self, message: Message, size_bytes: int) -> None:
         self._inbox.append((message, size_bytes))
@@ -286,14 +295,19 @@ class Connection(asyncio.BufferedProtocol):
             raise LinkError(self.peer, f"a message of {len(payload)} bytes does not fit a frame of {limit}")
         return payload
 
+    def _put(self, data: bytes) -> None:
+        assert self._transport is not None
+        self.bytes_sent += len(data)
+        self._transport.write(data)
+
     def _write(self, payload: bytes) -> None:
         assert self._transport is not None
         self._said = True
         if len(payload) < _COPY_BELOW:
-            self._transport.write(framing.frame(framing.MESSAGE, payload))
+            self._put(framing.frame(framing.MESSAGE, payload))
         else:
-            self._transport.write(framing.header(framing.MESSAGE, len(payload)))
-            self._transport.write(payload)
+            self._put(framing.header(framing.MESSAGE, len(payload)))
+            self._put(payload)
 
     def _tick(self) -> None:
         """Once a heartbeat."""
@@ -306,5 +320,5 @@ class Connection(asyncio.BufferedProtocol):
             self.fail("timeout", reason)
             return
         if beat is Beat.PING and self._transport.get_write_buffer_size() == 0:
-            self._transport.write(framing.frame(framing.PING))
+            self._put(framing.frame(framing.PING))
         self._timer = self._loop.call_later(self._config.heartbeat_s, self._tick)

@@ -7,8 +7,8 @@ import secrets
 import ssl as tls
 from collections.abc import Callable
 
-from aiodisagg.errors import ConfigError, LinkError
-from aiodisagg.link.address import TcpAddress, UnixAddress, connect_unix, is_loopback, parse, resolve
+from aiodisagg.errors import AuthenticationFailed, ConfigError, LinkError
+from aiodisagg.link.address import TcpAddress, UnixAddress, check_user, connect_unix, is_loopback, parse, resolve
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.connection import Connection
 from aiodisagg.link.hello import NONCE_BYTES, Handshake, Hello, check_secret
@@ -61,6 +61,16 @@ class Link:
     def closed(self) -> bool:
         """Nothing more can be sent. Messages that already came may still be taken."""
         return self._connection.reason is not None
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes written to the socket so far, framing included."""
+        return self._connection.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes read from the socket so far, framing included."""
+        return self._connection.bytes_received
 
     async def wait_closed(self) -> None:
         """Returns when the link is closed, by whomever, and its socket is gone."""
@@ -116,19 +126,13 @@ async def dial(
         handshake = Handshake(
             dialling=True, hello=hello, secret=secret, nonce=secrets.token_bytes(NONCE_BYTES), peer=address
         )
-        connection = Connection(handshake, config, peer=address, check_user=secret is None)
+        connection = Connection(handshake, config, peer=address)
         return connection
 
-    loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(config.handshake_timeout_s):
             if isinstance(target, UnixAddress):
-                sock = connect_unix(target)
-                try:
-                    await loop.create_unix_connection(protocol, sock=sock)
-                except BaseException:
-                    sock.close()
-                    raise
+                await _connect_unix(protocol, target, same_user=secret is None)
             else:
                 await _connect_tcp(protocol, target, await _resolve_trusted(target, secret), ssl)
             assert connection is not None
@@ -137,10 +141,30 @@ async def dial(
     except BaseException as error:
         if connection is not None:
             connection.abort()
+            await connection.lost.wait()  # the loop's next turn: the caller gets an error and no open socket
         if isinstance(error, TimeoutError):
             raise LinkError(address, f"no handshake within {config.handshake_timeout_s:g} s") from error
         if isinstance(error, OSError):
             raise LinkError(address, f"cannot connect: {error.strerror or error}") from error
+        raise
+
+
+async def _connect_unix(protocol: Callable[[], Connection], target: UnixAddress, *, same_user: bool) -> None:
+    sock = connect_unix(target)
+    if same_user:
+        try:
+            check_user(sock, str(target))
+        except AuthenticationFailed:
+            sock.close()
+            raise
+    loop = asyncio.get_running_loop()
+    opening = loop.create_task(loop.create_unix_connection(protocol, sock=sock))
+    try:
+        # Two turns of the loop, no I/O. Not to be cancelled: uvloop would close the descriptor and leave it to be
+        # closed once more by the socket object, when it may belong to somebody else.
+        await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        await asyncio.wait({opening})
         raise
 
 

@@ -67,7 +67,8 @@ class LinkServer:
         self._actual: UnixAddress | TcpAddress | None = None
         self._inode: int | None = None
         self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Connection] = {}
+        self._closing = False
         self._unproved: dict[Connection, None] = {}
 
     @property
@@ -108,14 +109,18 @@ class LinkServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._server is not None
+        self._closing = True
         self._server.close()
         if isinstance(self._actual, UnixAddress):
             remove_unix(self._actual, self._inode)
-        # A connection that was accepted before `close` may still add its task while we wait.
-        while self._tasks:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.wait(set(self._tasks))
+        serving = dict(self._tasks)
+        for task in serving:
+            task.cancel()
+        if serving:
+            await asyncio.wait(serving)
+        for connection in serving.values():
+            connection.abort()  # a task that was cancelled before its first step has not done it
+            await connection.lost.wait()
         await self._server.wait_closed()
 
     def _accept(self) -> Connection:
@@ -127,16 +132,19 @@ class LinkServer:
             peer=f"a client of {self._actual}",
         )
         connection = Connection(
-            handshake, self._config, peer=f"a client of {self._actual}", check_user=self._secret is None
+            handshake, self._config, peer=f"a client of {self._actual}", same_user=self._secret is None
         )
+        if self._closing:  # accepted by the loop before, handed over after the end
+            connection.abort()
+            return connection
         if len(self._unproved) >= self._config.max_handshakes:
             oldest = next(iter(self._unproved))
             del self._unproved[oldest]
             oldest.abort("too many clients that do not finish their handshake")
         self._unproved[connection] = None
         task = asyncio.get_running_loop().create_task(self._serve(connection), name="link")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = connection
+        task.add_done_callback(self._tasks.pop)
         return connection
 
     async def _serve(self, connection: Connection) -> None:
