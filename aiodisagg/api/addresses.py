@@ -39,7 +39,7 @@ class AddressGuard:
             parsed = _reached(ipaddress.ip_address(address))
         except ValueError:
             return False
-        return is_public(parsed) or any(parsed in network for network in self._exceptions)
+        return _is_public(parsed) or any(parsed in network for network in self._exceptions)
 
     def open_socket(self, addr_info: tuple[Any, ...]) -> socket.socket:
         """A socket for an entry of ``getaddrinfo``, to be connected to its address. Raises AddressRefused."""
@@ -49,9 +49,8 @@ class AddressGuard:
         return socket.socket(family, kind, proto)
 
 
-def is_public(address: Address) -> bool:
+def _is_public(address: Address) -> bool:
     """Whether ``address`` is one single host of the open internet."""
-    address = _reached(address)
     special = address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False)
     return address.is_global and not special
 

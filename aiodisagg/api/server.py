@@ -233,8 +233,8 @@ class HttpServer:
                 raise ConnectionResetError("the client is gone, there is nobody to tell") from error
             failure = failure_of(error, running.request_id)
             if running.has_begun:  # no room for a second response behind the first
-                request.transport.abort()
-                raise ConnectionResetError("cut in the middle of a response") from error
+                request.transport.close()
+                raise ConnectionResetError("a response that had begun failed") from error
             if failure.status < 500:
                 logger.info("%s refused: %s", running.request_id, ascii(failure.message))
             response = failure.as_response()

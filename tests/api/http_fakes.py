@@ -141,6 +141,15 @@ class Served:
         async with self.session.post("/v1/chat/completions", data=data, headers=sent) as response:
             return response.status, await response.json(), response
 
+    async def connect(self, **fields: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection on which a chat request has been sent; reads little ahead."""
+        host, port = self.server.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
+        body = json.dumps({"model": MODEL, "messages": HELLO, **fields}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        return reader, writer
+
     async def refused(self, **fields: Any) -> tuple[int, Any]:
         """Status and error of a chat request with ``fields`` over those of a good one."""
         status, body, _ = await self.post({"model": MODEL, "messages": HELLO, **fields})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import Any
 
 import openai
@@ -108,7 +109,7 @@ async def test_an_answer_that_is_cut_short_is_an_error(stream: bool) -> None:
             assert caught.value.code == code
 
 
-async def test_a_backend_that_fails_while_it_closes_cuts_the_stream_and_no_more() -> None:
+async def test_a_backend_that_fails_while_it_closes_ends_the_connection_and_no_more() -> None:
     async def run(call: Any) -> Any:
         try:
             for delta in answer("x", "y"):
@@ -120,6 +121,13 @@ async def test_a_backend_that_fails_while_it_closes_cuts_the_stream_and_no_more(
     async with serving(backend) as served:
         stream = await served.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
         assert [c.choices[0].delta.content async for c in stream][:3] == ["", "x", "y"]
+        reader, writer = await served.connect(stream=True)
+        async with asyncio.timeout(10):
+            sent = b"".join([piece async for piece in reader])
+        assert sent.count(b"HTTP/1.1 ") == 1 and sent.endswith(b"[DONE]\n\n\r\n0\r\n\r\n")
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
         backend.script = answer("next")
         completion = await served.client.chat.completions.create(model=MODEL, messages=HELLO)
         assert completion.choices[0].message.content == "next"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -111,11 +110,7 @@ async def test_leaving_while_media_are_fetched_stops_the_fetch() -> None:
 async def test_a_client_that_does_not_read_holds_the_backend_back_and_is_cut() -> None:
     backend = ScriptedBackend(forever("x" * 10_000))
     async with serving(backend, write_timeout_s=0.2) as served:
-        host, port = served.server.url.removeprefix("http://").split(":")
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1)
-        body = json.dumps({**BODY, "stream": True}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-        writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        _reader, writer = await served.connect(stream=True)
         call = await backend.started.get()
         await closed(call)
         # Socket buffers take a few megabytes; a server that does not wait would take all there is.
@@ -123,7 +118,6 @@ async def test_a_client_that_does_not_read_holds_the_backend_back_and_is_cut() -
         writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
-        del reader
 
 
 # -- many ---------------------------------------------------------------------------------------------------------
