@@ -22,7 +22,7 @@ class WithoutDeepStack:
         return self._encoder.prepare(kind, media, grid_thw, fps)
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
-        found = self._encoder.encode(batch)
+        found = [rows.clone() for rows in self._encoder.encode(batch)]  # a tower's own may be read-only
         for rows in found:
             rows[:, self.layout.hidden_size :] = 0
         return found

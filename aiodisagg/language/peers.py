@@ -117,7 +117,7 @@ class EncodePeers:
             logger.debug("not sent to %s: %s", peer.name, error)
 
     async def _keep(self, peer: EncodePeer) -> None:
-        retry_s = FIRST_RETRY_S
+        retry_s, loop = FIRST_RETRY_S, asyncio.get_running_loop()
         try:
             while peer.wanted:
                 try:
@@ -125,8 +125,11 @@ class EncodePeers:
                 except AiodisaggError as error:
                     self._not_reached(peer, error)
                 else:
-                    retry_s = FIRST_RETRY_S
+                    began = loop.time()
                     await self._use(peer, link)
+                    if loop.time() - began > LAST_RETRY_S:  # it was of use: first see whether somebody is still there
+                        retry_s = FIRST_RETRY_S
+                        continue
                 if peer.wanted:
                     await self._pause(peer, retry_s)
                 retry_s = min(2 * retry_s, LAST_RETRY_S)

@@ -232,8 +232,11 @@ class RowReceiver:
 
     def metrics(self) -> list[Metric]:
         pool = self.pool
+        sent, received = self.peers.link_bytes
         return [
             metrics.byte_counters(self.receiver.counters),
+            metrics.counter("link_sent_bytes", "Bytes of control links to encode peers.", sent),
+            metrics.counter("link_received_bytes", "Bytes of control links from encode peers.", received),
             metrics.gauge("items_open", "Items asked for and not complete.", len(self.receiver.items)),
             metrics.gauge("items_unplaced", "Items that wait for an encode peer.", len(self.unplaced)),
             metrics.gauge("encode_peers_linked", "Encode peers with a link.", len(self.peers.linked)),

@@ -42,6 +42,7 @@ class _Item:
 
     request_id: str
     index: int
+    timeout_s: float
 
 
 @dataclass(slots=True)
@@ -226,16 +227,17 @@ class LanguageService:
     def _ask(self, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None) -> None:
         trace.admitted_s = trace.since()
         room = secrets.randbits(62)
+        left_s = self.config.request_timeout_s
+        if timeout_s is not None:  # of the whole request
+            left_s = max(0.001, timeout_s - trace.since())
         for index, item in enumerate(plan.items):
             key = ItemKey(room, index)
             request.keys.append(key)
-            self._items[key] = _Item(trace.request_id, index)
+            self._items[key] = _Item(trace.request_id, index, left_s)
             self.traces.item(trace, key, item)
-        if timeout_s is not None:  # of the whole request
-            timeout_s = max(0.001, timeout_s - trace.since())
         for key, item in zip(request.keys, plan.items, strict=True):
             spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
-            self.rows.request(key, spec, timeout_s or self.config.request_timeout_s)
+            self.rows.request(key, spec, left_s)
 
     def _end(self, trace: RequestTrace, request: _Request, state: str, error: str = "") -> None:
         """The first call says how the request ended; later ones do nothing."""
@@ -261,7 +263,7 @@ class LanguageService:
         error: AiodisaggError
         match failed.code:
             case "deadline":
-                error = DeadlineExceeded(f"item {key}", self.config.request_timeout_s, failed.story)
+                error = DeadlineExceeded(f"item {key}", item.timeout_s, failed.story)
             case "invalid_media":
                 error = MediaError(f"media[{item.index}]", failed.message)
             case _:

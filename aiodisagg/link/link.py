@@ -89,6 +89,10 @@ class Link:
             self._connection.abort()
             raise
 
+    def abort(self) -> None:
+        """Cuts the connection now, without a word to the peer; for a link that is known to be useless."""
+        self._connection.abort()
+
     def __repr__(self) -> str:
         reason = self._connection.reason
         return f"<Link {self.local.name} - {self._connection.peer} {'open' if reason is None else reason}>"
