@@ -50,6 +50,8 @@ class ItemSpec:
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
+    """Arrived over the link to ``peer``: after its LinkUp and never between its LinkLost and the next LinkUp."""
+
     peer: str
     message: Message
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiodisagg.protocol import events as ev
 from aiodisagg.protocol.messages import Fenced, Grant, ItemKey, Message, Offer, Refuse, Want
 from aiodisagg.protocol.ranges import RangeSet
+from aiodisagg.protocol.receiving import Receiver
 from aiodisagg.protocol.rows import Region
 
 from . import truth
@@ -59,9 +60,32 @@ def receiver(world: World) -> None:
             if owner_key == key:
                 taking.add(take.chunk.start, take.chunk.stop)
         _demand(item.pending == taking, f"{key}: pending {item.pending}, taking {taking}")
+        claimed = RangeSet((*item.held.spans(), *taking.spans()))
+        for block in item.lends.values():
+            for span in () if block.revoked else block.spent.gaps(block.lend.start, block.lend.stop):
+                claimed.add(*span)
+        _demand(item.claimed == claimed, f"{key}: claims {item.claimed}, for which there is only {claimed}")
     _demand(len(machine._armed) == len(machine.items), "an item without a timer, or a timer without an item")
     if machine.pool.free:
         _demand(not machine._eager, "a block is free and nobody lends it to an item whose rows are ready")
+
+
+def stale(machine: Any, event: object) -> tuple[Any, ...] | None:
+    """What an item consists of, if the event is a word of an epoch that is over: it must stay as it is."""
+    if not isinstance(event, ev.MessageReceived):
+        return None
+    key, epoch = event.message.key, event.message.epoch
+    if isinstance(machine, Receiver):
+        item = machine.items.get(key)
+        if item is None or (item.peer == event.peer and item.epoch == epoch):
+            return None
+        # a fence of whatever epoch may free blocks, which are lent again at once
+        claimed = () if isinstance(event.message, Fenced | Refuse) else item.claimed.spans()
+        return item.state, item.peer, item.epoch, item.held.spans(), claimed, item.ready, item.timer
+    item = machine.items.get((event.peer, key))
+    if item is None or item.epoch <= epoch:
+        return None
+    return item.state, item.epoch, tuple(item.lends), item.writing, item.fencing, tuple(item.written)
 
 
 def ledger(
@@ -100,7 +124,11 @@ def sender(world: World, process: Process) -> None:
         epoch = world.history.get((process.name, user), 0)
         _demand(item.epoch >= epoch, f"{user}: epoch fell from {epoch} to {item.epoch}")
         world.history[process.name, user] = item.epoch
-    for gone in [who for who in world.history if isinstance(who, tuple) and who[0] == process.name and who[1] not in machine.items]:
+    for gone in [
+        who
+        for who in world.history
+        if isinstance(who, tuple) and who[0] == process.name and who[1] not in machine.items
+    ]:
         del world.history[gone]  # a record may begin anew, e.g. by a repeated word
     counters = machine.counters
     _demand(counters.total("resent") <= counters.total("sent"), "more was resent than sent")
@@ -166,7 +194,9 @@ def at_the_end(world: World) -> None:
         _demand(how in allowed, f"{key} ended as {how} (deadline {deadline})")
     _demand(not world.owed, f"items {world.owed} were never served")
     machine = process.machine
-    _demand(machine.pool.free == machine.pool.blocks, f"blocks are left: {machine.pool} {list(machine.pool._lent.values())}")
+    _demand(
+        machine.pool.free == machine.pool.blocks, f"blocks are left: {machine.pool} {list(machine.pool._lent.values())}"
+    )
     _demand(not machine.items and machine.next_timer() is None, f"left at the receiver: {machine}")
     _demand(not machine._taking and not machine._eager and not machine._early, "left in the receiver's lines")
     received = machine.counters.total("received", region=Region.INPUT)

@@ -46,7 +46,9 @@ class Receiving:
     def says(self, message: Any, peer: str = "A", after_s: float = 0.0) -> list[Any]:
         return self.do(ev.MessageReceived(peer, message), after_s)
 
-    def request(self, key: ms.ItemKey = KEY, number: int = SIX, timeout_s: float = 60.0, meta: Any = frozenset()) -> None:
+    def request(
+        self, key: ms.ItemKey = KEY, number: int = SIX, timeout_s: float = 60.0, meta: Any = frozenset()
+    ) -> None:
         only(self.do(ev.ItemRequested(key, truth.spec(number, meta), timeout_s)), ev.Place)
 
     def place(self, key: ms.ItemKey = KEY, peer: str = "A") -> ms.Want:
@@ -99,7 +101,9 @@ class Sending:
     def says(self, message: Any, peer: str = "L") -> list[Any]:
         return self.do(ev.MessageReceived(peer, message))
 
-    def want(self, key: ms.ItemKey = KEY, epoch: int = 1, number: int = SIX, peer: str = "L", **other: Any) -> list[Any]:
+    def want(
+        self, key: ms.ItemKey = KEY, epoch: int = 1, number: int = SIX, peer: str = "L", **other: Any
+    ) -> list[Any]:
         return self.says(want(key, epoch, number, **other), peer)
 
     def ready(self, number: int = SIX, stop: int | None = None) -> list[Any]:

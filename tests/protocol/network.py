@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aiodisagg.protocol import events as ev
-from aiodisagg.protocol.messages import Message
+from aiodisagg.protocol.messages import Cancel, Commit, Fenced, Grant, Message, Offer, Want
 
 if TYPE_CHECKING:
     from .world import World
@@ -44,7 +44,7 @@ class Link:
     """When the newest message to each side arrives: they do not overtake each other."""
     drain: dict[str, float] = field(default_factory=dict)
     """After a cut: until when what was under way still arrives."""
-    odd: list[str] = field(default_factory=list)
+    odd: list[tuple[str, type]] = field(default_factory=list)
 
 
 class Network:
@@ -134,10 +134,19 @@ class Network:
                 link.open = False
 
     def disturb(self, receiver: Process, sender: Process, how: str) -> None:
-        """The next message on this link is lost, repeated or late, although the connection holds."""
+        """The next message (of some kind) on this link is lost, repeated or late, although the connection holds."""
         link = self.links.get(frozenset((receiver.name, sender.name)))
         if link is not None:
-            link.odd.append(how)
+            link.odd.append(
+                (how, self.world.random.choice((object, Want, Grant, Grant, Offer, Commit, Cancel, Fenced)))
+            )
+
+    def _oddity(self, link: Link, message: Message) -> str:
+        for odd in link.odd:
+            if isinstance(message, odd[1]):
+                link.odd.remove(odd)
+                return odd[0]
+        return ""
 
     def send(self, source: Process, peer: str, message: Message) -> None:
         link = self.links.get(frozenset((source.name, peer)))
@@ -148,11 +157,11 @@ class Network:
         if world.cut_at == world.messages:
             self.cut(*link.ends, world.pause_s)
             return
-        how = link.odd.pop(0) if link.odd else ""
+        how = self._oddity(link, message)
         if how == "drop":
             return
         if how:
-            world.soon(3.0, lambda: world.feed(target, ev.MessageReceived(source.name, message)))
+            world.soon(3.0, lambda: self._again(link, source, target, message))
             if how == "late":
                 return
         connection = link.connection
@@ -169,3 +178,12 @@ class Network:
                 world.feed(target, ev.MessageReceived(source.name, message))
 
         world.at(when, arrive)
+
+    def _again(self, link: Link, source: Process, target: Process, message: Message) -> None:
+        """A message out of turn, on whatever connection is open now; without one there is nothing it could come by."""
+
+        def arrived() -> None:
+            if link.view.get(target.name, 0):
+                self.world.feed(target, ev.MessageReceived(source.name, message))
+
+        self._on(target, arrived)

@@ -47,6 +47,8 @@ class Plan:
     window_blocks: int
     capacity_rows: int
     encode_row_s: float
+    slow: float
+    """Share of writes that take seconds, so that the receiver loses patience."""
     asked: tuple[Asked, ...]
     faults: tuple[Fault, ...]
 
@@ -66,7 +68,7 @@ def draw(random: Random, *, strict: bool | None = None) -> Plan:
     strict = random.randrange(3) == 0 if strict is None else strict
     kinds = FAULTS + STRICT * 3 if strict else FAULTS
     horizon = random.choice((0.1, 1.0, FAULT_TIME_S))
-    faults = tuple(
+    faults: tuple[Fault, ...] = tuple(
         Fault(
             at=random.uniform(0.0, horizon),
             kind=random.choice((*kinds, "cut", "cut", "crash")),
@@ -74,6 +76,12 @@ def draw(random: Random, *, strict: bool | None = None) -> Plan:
             lasts_s=random.choice((0.0, 0.02, 0.5, 3.0, 9.0)),
         )
         for _ in range(random.choice((0, 1, 2, 4, 8)))
+    )
+    # a repeated or late message does most harm right after the connection it belonged to
+    faults += tuple(
+        Fault(fault.at + random.uniform(0.0, 0.2), "cut", fault.who, 0.02)
+        for fault in faults
+        if fault.kind in STRICT and random.randrange(2)
     )
     return Plan(
         seed=random.randrange(2**31),
@@ -84,6 +92,7 @@ def draw(random: Random, *, strict: bool | None = None) -> Plan:
         window_blocks=random.choice((1, 2, 4)),
         capacity_rows=random.choice((4, 24, 1000)),
         encode_row_s=random.choice((0.0, 0.001, 0.05, 0.6)),
+        slow=random.choice((0.0, 0.04, 0.3)),
         asked=asked,
         faults=faults,
     )

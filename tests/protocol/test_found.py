@@ -170,7 +170,12 @@ def test_a_time_that_is_none_stops_no_timers(timeout_s: float) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"grid_thw": (2**40, 1, 1)}, {"grid_thw": (1, 6, 4)}, {"kind": "video"}, {"rows": 2**61, "grid_thw": (2**61, 1, 1)}],
+    [
+        {"grid_thw": (2**40, 1, 1)},
+        {"grid_thw": (1, 6, 4)},
+        {"kind": "video"},
+        {"rows": 2**61, "grid_thw": (2**61, 1, 1)},
+    ],
 )
 def test_a_want_that_lies_about_a_known_item_is_a_protocol_error(other: dict[str, Any]) -> None:
     """A cached digest with another grid gave the positions of that grid, or an overflow in the middle of a write."""

@@ -85,8 +85,9 @@ class Arrived:
     def wrong_meta(self, region: Region, spans: tuple[tuple[int, int], ...]) -> str | None:
         size = {Region.FILL_IDS: 4, Region.MROPE: 12, Region.AUX: 64}[region]
         for start, stop in spans:
-            if self.meta[region][start * size : stop * size] != meta(self.spec.digest)[region][
-                start * size : stop * size
-            ]:
+            if (
+                self.meta[region][start * size : stop * size]
+                != meta(self.spec.digest)[region][start * size : stop * size]
+            ):
                 return f"{region.name} [{start},{stop}) of {self.spec.digest} is wrong"
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -66,8 +66,9 @@ class World:
         self.refusals: dict[ItemKey, int] = {}
         self.struck: set[str] = set()
         self.corrupt_next = 0
-        self.corrupted = self.written_rows = 0
+        self.corrupted = 0
         self.quarantined = self.windows = 0
+        self.writes: Counter[tuple[ItemKey, int]] = Counter()
         self.history: dict[Any, Any] = {}
         self._revokes: dict[str, list[tuple[int, ...]]] = {}
         self._places: list[ev.Place] = []
@@ -132,7 +133,11 @@ class World:
             process.backlog.append(event)
             return
         self.log.append((self.now, process.name, "<", event))
-        for action in process.machine.handle(event, self.now):
+        before = checks.stale(process.machine, event)
+        actions = process.machine.handle(event, self.now)
+        if before is not None and checks.stale(process.machine, event) != before:
+            raise Violation(f"a word of an epoch that is over changed something: {event}")
+        for action in actions:
             self.log.append((self.now, process.name, ">", action))
             self._carry_out(process, action)
         if process is self.receiver:
@@ -291,7 +296,7 @@ class World:
         if self.moving(process, write.peer, write.key):
             raise Violation(f"{process.name} writes while an older write may move: {write}")
         a, b = write.start * truth.ROW_BYTES, write.stop * truth.ROW_BYTES
-        slow = self.random.random() < 0.04
+        slow = self.random.random() < self.plan.slow
         answer_at = self.now + (self.random.uniform(1.0, 12.0) if slow else self.random.uniform(0.0002, 0.02))
         fails = process.fail_next > 0
         process.fail_next -= fails
@@ -300,7 +305,7 @@ class World:
         middle = self.random.randrange(rows + 1)
         landing.parts = [part for part in ((0, middle), (middle, rows)) if part[0] < part[1]]
         self.landings.append(landing)
-        self.written_rows += rows
+        self.writes.update((write.key, row) for row in range(write.start, write.stop))
         for part in list(landing.parts):
             late = self.random.uniform(0.0, 3.0) if fails and self.random.randrange(2) else 0.0
             self.at(self.random.uniform(self.now, answer_at) + late, lambda part=part: self._land(landing, part))
