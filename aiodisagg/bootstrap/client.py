@@ -14,6 +14,7 @@ import msgspec
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
 from aiodisagg.bootstrap.wire import Heartbeat, Lease, Watched
 from aiodisagg.errors import BootstrapError, ConfigError
+from aiodisagg.link.hello import host_identity
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +53,18 @@ class BootstrapClient:
         load: Callable[[], Load] = Load,
         token: str | None = None,
     ) -> None:
-        self.urls = (urls,) if isinstance(urls, str) else tuple(urls)
+        self.urls = tuple(url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls))
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError("bootstrap", f"{url!r} is not an http(s) URL")
-        self.record, self._load, self._token = record, load, token
+        self.record = record if record.host else msgspec.structs.replace(record, host=host_identity()[0])
+        self._load, self._token = load, token
         self.registered = asyncio.Event()
         """Set once any server has this peer."""
         self._tasks: list[asyncio.Task[None]] = []
         self._there: dict[str, dict[str, PeerEntry]] = {url: {} for url in self.urls}
+        self._reached: set[str] = set()
+        """Servers whose membership stream is open."""
 
     async def __aenter__(self) -> BootstrapClient:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
@@ -125,10 +129,12 @@ class BootstrapClient:
     async def watch(self) -> AsyncIterator[MembershipChange]:
         """Changes of membership over all servers, for ever. A peer is gone when the last server that had it says so.
 
-        A server that just started knows nobody yet; what it does not list counts as gone only after two leases.
+        A server that just started knows nobody yet; what it does not list counts as gone only after two leases. What
+        a server said that cannot be reached any more stands until a reachable one that had the peer says otherwise.
 
-        One consumer at a time. The queue between servers and consumer is bounded by one pending state per server.
+        One consumer at a time, which is first told everybody. What it has not taken yet is one state per peer.
         """
+        self._there = {url: {} for url in self.urls}
         changed = asyncio.Event()
         news: dict[str, Watched] = {}
         followers = [asyncio.create_task(self._follow(url, news, changed), name=f"watch {url}") for url in self.urls]
@@ -136,8 +142,8 @@ class BootstrapClient:
             while True:
                 await changed.wait()
                 changed.clear()
-                pending, news_now = dict(news), news
-                news_now.clear()
+                pending = dict(news)
+                news.clear()
                 for url, told in pending.items():
                     change = self._apply(url, told)
                     if change.present or change.gone:
@@ -159,9 +165,16 @@ class BootstrapClient:
                 there[entry.record.incarnation] = entry
         usable = (PeerState.READY, PeerState.SUSPECT)
         present = tuple(e.record for who, e in there.items() if before.get(who) != e and e.state in usable)
-        elsewhere = {who for other, entries in self._there.items() if other != url for who in entries}
-        gone = tuple(e.record for who, e in before.items() if who not in there and who not in elsewhere)
+        left = [entry.record for who, entry in before.items() if who not in there]
+        gone = tuple(record for record in left if not self._listed(record.incarnation))
+        for record in gone:
+            for entries in self._there.values():
+                entries.pop(record.incarnation, None)
         return MembershipChange(present, gone)
+
+    def _listed(self, incarnation: str) -> bool:
+        """Whether a server that can be reached has the peer."""
+        return any(incarnation in self._there[url] for url in self._reached)
 
     async def _follow(self, url: str, news: dict[str, Watched], changed: asyncio.Event) -> None:
         retry_s = FIRST_RETRY_S
@@ -171,6 +184,7 @@ class BootstrapClient:
                 async with self._session.get(f"{url}/v1/watch", timeout=timeout, read_bufsize=MAX_LINE_BYTES) as stream:
                     if stream.status != 200:
                         raise BootstrapError(url, f"{stream.status}")
+                    self._reached.add(url)
                     async for line in stream.content:
                         told = msgspec.json.decode(line, type=Watched)
                         retry_s = FIRST_RETRY_S
@@ -186,6 +200,8 @@ class BootstrapClient:
                 ValueError,
             ) as error:
                 logger.debug("membership of %s: %s", url, error)
+            finally:
+                self._reached.discard(url)
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
@@ -194,5 +210,5 @@ def _merge(first: Watched | None, second: Watched) -> Watched:
     """Two lines that nobody read yet, as one."""
     if first is None or second.snapshot:
         return second
-    entries = (*first.entries, *second.entries)
-    return Watched(second.server, second.revision, first.snapshot, second.settled, entries)
+    latest = {entry.record.incarnation: entry for entry in (*first.entries, *second.entries)}
+    return Watched(second.server, second.revision, first.snapshot, second.settled, tuple(latest.values()))

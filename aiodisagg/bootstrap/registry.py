@@ -58,6 +58,8 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     capacity: Count = 0
     """Items or requests it can work on at once; 0: not said."""
     http_url: str | None = None
+    host: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """Boot id of its kernel; the client fills it in."""
     state: PeerState = PeerState.READY
 
 
@@ -84,10 +86,22 @@ class Registry:
         self._expires: dict[str, float] = {}
         self._changes: deque[PeerEntry] = deque(maxlen=HISTORY)
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, incarnation: object) -> bool:
+        return incarnation in self._entries
+
     def register(self, record: PeerRecord, now: float) -> PeerEntry:
-        """Adds or replaces a peer. Another incarnation at one of its addresses is gone: a process has one life."""
+        """Adds or replaces a peer. Another incarnation at one of its addresses is gone: a process has one life.
+
+        Unix sockets and loopback belong to a host: two hosts may use the same ones, and would push each other out
+        for ever.
+        """
         for other in list(self._entries.values()):
-            shares = set(other.record.addresses) & set(record.addresses)
+            shares = [a for a in other.record.addresses if a in record.addresses]
+            if other.record.host != record.host:
+                shares = [a for a in shares if not _is_local(a)]
             if shares and other.record.incarnation != record.incarnation:
                 self.remove(other.record.incarnation)
         self._expires[record.incarnation] = now + self.lease_s
@@ -169,3 +183,7 @@ class Registry:
         entry = PeerEntry(record=record, state=state, load=load, revision=self.revision)
         self._changes.append(entry)
         return entry
+
+
+def _is_local(address: str) -> bool:
+    return address.startswith(("unix:", "tcp:127.", "tcp:localhost:", "tcp:[::1]:"))

@@ -28,14 +28,16 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from aiodisagg.bootstrap.registry import PeerRecord, Registry
 from aiodisagg.bootstrap.wire import Failure, Heartbeat, Lease, Watched
-from aiodisagg.errors import ConfigError
-from aiodisagg.link.address import is_loopback
+from aiodisagg.errors import ConfigError, LinkError
+from aiodisagg.link.address import TcpAddress, is_loopback, reachable_host, resolve
 from aiodisagg.link.hello import PeerRole
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_PEERS = 10_000
+STUCK_S = 10.0
+"""A watcher that takes no line for this long is dropped; it comes back for a snapshot."""
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -69,8 +71,10 @@ class BootstrapServer:
         self._told = 0
 
     async def __aenter__(self) -> BootstrapServer:
-        if self._config.token is None and not is_loopback(self._host):
+        literal = await self._literal_host()
+        if self._config.token is None and not is_loopback(literal):
             raise ConfigError("host", f"{self._host} can be reached by other hosts; that needs a token")
+        self._reachable = reachable_host(literal)
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
         app.router.add_put("/v1/peers/{incarnation}", self._register)
         app.router.add_post("/v1/peers/{incarnation}/heartbeat", self._heartbeat)
@@ -82,7 +86,7 @@ class BootstrapServer:
         app.router.add_get("/metrics", self._metrics)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self._port, reuse_address=True)
+        site = web.TCPSite(self._runner, literal, self._port, reuse_address=True)
         try:
             await site.start()
         except OSError as error:
@@ -104,8 +108,15 @@ class BootstrapServer:
 
     @property
     def url(self) -> str:
-        """Base URL, with the real port."""
-        return f"http://{self._host}:{self._port}"
+        """Base URL as peers use it: with the real port, never with a wildcard host. Valid once entered."""
+        host = f"[{self._reachable}]" if ":" in self._reachable else self._reachable
+        return f"http://{host}:{self._port}"
+
+    async def _literal_host(self) -> str:
+        try:
+            return (await resolve(TcpAddress(self._host, self._port)))[0]
+        except LinkError as error:
+            raise ConfigError("host", f"{self._host!r} cannot be resolved") from error
 
     # -- handlers ------------------------------------------------------------------------------------------------
 
@@ -118,6 +129,8 @@ class BootstrapServer:
                 return _json(Failure("the bearer token is missing or wrong"), 401)
         try:
             return await handler(request)
+        except web.HTTPException as error:  # no such path, no such method, body too large
+            return _json(Failure(error.reason), error.status)
         except msgspec.ValidationError as error:
             return _json(Failure(f"the body is not valid: {error}"), 422)
         except msgspec.DecodeError as error:
@@ -131,7 +144,7 @@ class BootstrapServer:
             return _json(Failure("addresses: a peer that encodes needs one"), 422)
         if any("0.0.0.0" in address or "[::]" in address for address in record.addresses):
             return _json(Failure("addresses: a wildcard address cannot be dialled by others"), 422)
-        if len(self.registry.peers()) >= MAX_PEERS:
+        if len(self.registry) >= MAX_PEERS and record.incarnation not in self.registry:
             return _json(Failure(f"{MAX_PEERS} peers are registered already"), 429)
         self.registry.register(record, self._now())
         await self._publish()
@@ -175,10 +188,11 @@ class BootstrapServer:
                 now = self.registry.revision
                 entries = self.registry.peers() if changes is None else changes
                 line = Watched(self._life, now, changes is None, settled, tuple(entries))
-                await response.write(msgspec.json.encode(line) + b"\n")
+                async with asyncio.timeout(STUCK_S):
+                    await response.write(msgspec.json.encode(line) + b"\n")
                 revision = now
                 await self._next_change(revision)
-        except (ConnectionResetError, asyncio.CancelledError):
+        except (ConnectionResetError, TimeoutError, asyncio.CancelledError):
             return response
         finally:
             self._watchers.discard(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,16 @@ def test_a_restarted_process_replaces_its_earlier_life_at_the_same_address() -> 
         ("old", PeerState.GONE),
         ("new", PeerState.READY),
     ]
+
+
+def test_the_same_socket_path_on_two_hosts_is_two_peers() -> None:
+    registry = Registry(5.0)
+    for address in ("unix:/run/encode.sock", "tcp:127.0.0.1:7000"):
+        for host in ("here", "there"):
+            registry.register(msgspec.structs.replace(record(host, address=address), host=host), 0.0)
+        assert states(registry) == {"here": PeerState.READY, "there": PeerState.READY}
+    registry.register(msgspec.structs.replace(record("again", address="tcp:127.0.0.1:7000"), host="here"), 0.0)
+    assert states(registry) == {"again": PeerState.READY, "there": PeerState.READY}
 
 
 def test_match_gives_ready_peers_of_the_same_model_least_busy_first() -> None:

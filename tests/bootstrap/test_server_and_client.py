@@ -68,7 +68,8 @@ async def test_peers_register_before_the_server_is_up_and_see_each_other() -> No
             assert not encode.registered.is_set()
             async with BootstrapServer(port=port, config=QUICK):
                 found = await until(changes, "e")
-                assert found == record("e")
+                assert found == encode.record
+                assert found.host == language.record.host != ""
                 await language.registered.wait()
                 assert await names(url, "/v1/match/l-life") == ["e"]
 
@@ -144,6 +145,42 @@ async def test_two_servers_side_by_side_are_one_membership() -> None:
                 await until(changes, "e")
 
 
+async def test_a_server_that_died_does_not_keep_a_peer_that_another_says_is_gone() -> None:
+    async with BootstrapServer(port=0) as one:
+        language = BootstrapClient((one.url, f"http://127.0.0.1:{free_port()}/"), record("l", PeerRole.LANGUAGE))
+        two = BootstrapServer(port=int(language.urls[1].rpartition(":")[2]))
+        async with language, watching(language) as changes:
+            async with two, BootstrapClient(language.urls, record("e")):
+                async with asyncio.timeout(20):
+                    while not all("e-life" in language._there[url] for url in language.urls):
+                        await changes.get()
+                await two._runner.cleanup()  # without a word: the streams end, the peer is not deregistered
+                async with asyncio.timeout(20):
+                    while language._reached != {one.url}:  # noqa: ASYNC110  (nothing tells of a lost server)
+                        await asyncio.sleep(0)
+            await until(changes, "e", gone=True)
+
+
+async def test_a_second_watch_is_told_everybody_again() -> None:
+    async with BootstrapServer(port=0) as server:
+        language = BootstrapClient(server.url, record("l", PeerRole.LANGUAGE))
+        async with language, BootstrapClient(server.url + "/", record("e")):
+            for _ in range(2):
+                async with watching(language) as changes:
+                    await until(changes, "e")
+
+
+async def test_names_and_literals_of_this_host_give_a_url_that_works() -> None:
+    for host in ("localhost", "::1"):
+        async with BootstrapServer(host, 0) as server:
+            assert await names(server.url) == []
+    async with BootstrapServer("0.0.0.0", 0, BootstrapConfig(token="let me in")) as server:
+        assert "0.0.0.0" not in server.url
+    with pytest.raises(ConfigError, match="cannot be resolved"):
+        async with BootstrapServer("no-such-host.invalid", 0):
+            pass
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
@@ -178,6 +215,10 @@ async def test_heartbeats_of_strangers_and_unknown_roles_are_told_apart_from_suc
             assert response.status == 422
         async with session.get(f"{server.url}/v1/match/x") as response:
             assert response.status == 404
+        async with session.get(f"{server.url}/v1/nothing") as response:
+            assert response.status == 404 and (await response.json())["error"] == "Not Found"
+        async with session.put(f"{server.url}/v1/peers/x", data=b" " * 300_000) as response:
+            assert response.status == 413 and "Large" in (await response.json())["error"]
         async with session.get(f"{server.url}/health") as response:
             assert response.status == 200 and (await response.json())["status"] == "ok"
         async with session.get(f"{server.url}/metrics") as response:
