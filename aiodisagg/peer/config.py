@@ -8,12 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiodisagg.errors import ConfigError
+from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
+from aiodisagg.protocol.rows import DTYPE_BYTES
 
 MiB = 1 << 20
 
-TRANSPORTS = ("memory", "ipc", "stream", "zmq")
-"""Names of the transports, best first."""
+TRANSPORTS = ("memory", "ipc", "mooncake", "stream", "zmq")
+"""Names of the transports that are used unless told otherwise, best first. ``mooncake`` is RDMA: it opens only where
+an RDMA device is found, so that two peers use it only if both have one."""
+ON_REQUEST = ("mooncake-tcp",)
+"""Transports that are used only where they are named."""
 
 
 def check(key: str, value: float, *, low: float = 0.0, high: float = math.inf, exclusive: bool = True) -> None:
@@ -40,7 +45,7 @@ class PeerConfig:
     transports: tuple[str, ...] = TRANSPORTS
     """Data planes that may be used, best first."""
     data_host: str = "127.0.0.1"
-    """Interface on which zmq and stream receive."""
+    """Interface on which mooncake, zmq and stream receive; an address."""
     device: str = "cpu"
     row_dtype: str = "bfloat16"
     """Element type of rows on the wire, and of the vision tower."""
@@ -50,14 +55,16 @@ class PeerConfig:
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.transports if name not in TRANSPORTS]:
-            raise ConfigError("transports", f"unknown: {', '.join(unknown)}; there are {', '.join(TRANSPORTS)}")
+        known = TRANSPORTS + ON_REQUEST
+        if unknown := [name for name in self.transports if name not in known]:
+            raise ConfigError("transports", f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
         if not self.transports:
             raise ConfigError("transports", "at least one is needed")
         if not self.model.is_dir():
             raise ConfigError("model", f"no such folder: {self.model}")
-        if self.row_dtype not in ("bfloat16", "float16", "float32"):
-            raise ConfigError("row_dtype", f"must be bfloat16, float16 or float32, not {self.row_dtype}")
+        if self.row_dtype not in DTYPE_BYTES:
+            raise ConfigError("row_dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.row_dtype}")
+        address.parse(self.listen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +114,8 @@ class LanguageConfig(PeerConfig):
 
     def __post_init__(self) -> None:
         PeerConfig.__post_init__(self)
+        if self.dtype is not None and self.dtype not in DTYPE_BYTES:
+            raise ConfigError("dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}")
         keys = ("pool_bytes", "block_rows", "window_blocks", "kv_bytes", "token_budget", "request_timeout_s", "stall_s")
         for key in keys:
             check(key, getattr(self, key))

@@ -27,6 +27,8 @@ def make_transport(name: str, host: str) -> Transport:
     factories: dict[str, tuple[str, str, dict[str, str]]] = {
         "memory": ("aiodisagg.transport.memory", "MemoryTransport", {}),
         "ipc": ("aiodisagg.transport.ipc", "IpcTransport", {}),
+        "mooncake": ("aiodisagg.transport.mooncake", "MooncakeTransport", {"host": host}),
+        "mooncake-tcp": ("aiodisagg.transport.mooncake", "MooncakeTcpTransport", {"host": host}),
         "stream": ("aiodisagg.transport.stream", "StreamTransport", {"host": host}),
         "zmq": ("aiodisagg.transport.zmq", "ZmqTransport", {"host": host}),
     }

@@ -1,0 +1,389 @@
+"""Mooncake's transfer engine: one-sided writes over RDMA, or over TCP where that is asked for by name.
+
+``mooncake`` is RDMA and nothing else: a machine without it raises TransportUnavailable, never runs TCP in silence.
+``mooncake-tcp`` is the engine's TCP. The engine listens on all interfaces without authentication, and who reaches its
+data port can write into every registered range: keep that network to yourselves.
+
+What an engine does not tell comes over a small connection of its own (:mod:`aiodisagg.transport.mooncake_side`):
+liveness, incarnations, and the writer's word that it stopped. Transfers run on a thread
+(:mod:`aiodisagg.transport.mooncake_pump`), everything that opens, registers or closes on others; nothing of the
+engine is called on the loop's thread.
+
+When memory is free again
+-------------------------
+* **Sources** after ``fence``: the engine ended every piece. On TCP the progress time-out bounds that. On RDMA pieces
+  are staged, so a transfer that never ends (its target was killed) keeps a staging slot, not the caller's memory.
+* **Destinations** after ``revoke`` (``FenceKind.WRITER``): the writer said so; or said goodbye; or its connection
+  ended twice the progress time-out ago. A writer that is stopped or cut off but not dead holds ``revoke`` up.
+* ``leased_bytes`` and ``revoking`` say how much waits for that.
+* ``aclose`` destroys the engine, the one hard fence there is, before it says goodbye to anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import itertools
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+
+from aiodisagg.errors import (
+    ConfigError,
+    PeerGone,
+    TransportClosed,
+    TransportError,
+    TransportUnavailable,
+    WriteFailed,
+    WriteRefused,
+)
+from aiodisagg.transport.arena import Arena
+from aiodisagg.transport.attach import BarList
+from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
+from aiodisagg.transport.description import pack, unpack
+from aiodisagg.transport.mooncake_open import MAX_PLACES, Opened, Openers, open_engine, reach
+from aiodisagg.transport.mooncake_pump import Job, Lane
+from aiodisagg.transport.mooncake_remote import BARRED_PER_PEER, MooncakeRemote
+from aiodisagg.transport.mooncake_side import (
+    PLACE_BYTES,
+    Attach,
+    Attached,
+    Attachment,
+    Check,
+    Checked,
+    Goodbye,
+    Refused,
+    Side,
+    Wire,
+)
+
+log = logging.getLogger(__name__)
+
+_BARRED_PEERS = 1024
+_MAX_LEASE = 2**62
+
+
+class _Pool(msgspec.Struct, frozen=True, array_like=True):
+    host: str
+    port: int
+    """Of the side connection."""
+    incarnation: str
+    token: bytes
+
+
+class MooncakeTransport(Transport):
+    """RDMA; see the module's text.
+
+    Args:
+        host: IPv4 address under which others reach this host, and on which the side connection listens.
+        devices: RDMA devices to use, with commas; empty: all.
+        progress_timeout_s: a TCP transfer without progress for so long has failed; one value per process.
+        heartbeat_s: a receiver that misses five answers is lost to its writers.
+        connect_timeout_s: for the connection, the engine's handshake and the check of the data plane.
+        overdue_s: an RDMA transfer that is pending for so long has failed.
+        chunk_bytes: largest transfer, and size of a staging slot. staging_slots: of them, for RDMA.
+    """
+
+    name: ClassVar[str] = "mooncake"
+    protocol: ClassVar[str] = "rdma"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        one_sided=True, fence=FenceKind.WRITER, device_memory=False, integrity=True
+    )
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        devices: str = "",
+        progress_timeout_s: int = 5,
+        heartbeat_s: float = 1.0,
+        connect_timeout_s: float = 10.0,
+        overdue_s: float = 10.0,
+        chunk_bytes: int | None = None,
+        staging_slots: int = 16,
+    ) -> None:
+        self._host = host
+        if progress_timeout_s < 1 or heartbeat_s <= 0:
+            raise ConfigError("progress_timeout_s" if progress_timeout_s < 1 else "heartbeat_s", "must be positive")
+        self._devices, self._progress_timeout_s = devices, progress_timeout_s
+        self._heartbeat_s, self._connect_timeout_s, self._overdue_s = heartbeat_s, connect_timeout_s, overdue_s
+        self._chunk_bytes = chunk_bytes or ((4 if self.protocol == "rdma" else 16) << 20)
+        self._staging_slots = staging_slots if self.protocol == "rdma" else 0
+        self._state = "new"
+        self._incarnation = ""
+        self._token = secrets.token_bytes(16)
+        self._arena: Arena | None = None
+        self._opened: Opened | None = None
+        self._opening: asyncio.Future[Opened] | None = None
+        self._openers = Openers(self.name)
+        self._server: asyncio.Server | None = None
+        self._serving: set[asyncio.Task[object]] = set()
+        self._attachments: set[Attachment] = set()
+        self._barred: OrderedDict[str, BarList] = OrderedDict()
+        self._remotes: set[MooncakeRemote] = set()
+        self._places = itertools.count()
+
+    async def open(self, arena: Arena | None, admit: Admit, *, incarnation: str) -> None:
+        if self._state != "new":
+            raise TransportClosed(self.name, f"opened when {self._state}")
+        self._host = _ipv4(self.name, self._host)
+        self._state, self._incarnation, self._arena = "opening", incarnation, arena
+        make = open_engine(
+            self.name,
+            self.protocol,
+            self._host,
+            self._devices,
+            self._progress_timeout_s,
+            arena=arena,
+            slot_bytes=self._chunk_bytes,
+            slots=self._staging_slots,
+            overdue_s=self._overdue_s,
+        )
+        self._opening = asyncio.ensure_future(self._openers.run(make))
+        try:
+            self._opened = await asyncio.shield(self._opening)
+            if arena is not None:
+                self._server = await asyncio.start_server(self._serve, self._host, 0, backlog=128)
+        except OSError as error:
+            await self.aclose()
+            raise TransportUnavailable(self.name, f"cannot listen on {self._host}: {error}") from error
+        except BaseException:
+            await self.aclose()
+            raise
+        self._state = "open"
+
+    def describe(self) -> bytes:
+        self._engaged()
+        if self._server is None:
+            raise TransportUnavailable(self.name, "opened without a pool")
+        port = self._server.sockets[0].getsockname()[1]
+        return pack(self.name, _Pool(self._host, port, self._incarnation, self._token))
+
+    @property
+    def leased_bytes(self) -> int:
+        """Bytes of writes that are over for their callers and still with the engine."""
+        return self._opened.pump.leased_bytes if self._opened is not None else 0
+
+    @property
+    def revoking(self) -> int:
+        """Leases of this pool whose revocation waits for a writer."""
+        return sum(one.held for one in self._attachments)
+
+    # -- the receiver's side --------------------------------------------------------------------------------------
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        wire = Wire(reader, writer)
+        try:
+            await self._greet(wire)
+        except asyncio.CancelledError:
+            pass  # closed; asyncio's own server would report this as an error
+        finally:
+            self._serving.discard(task)
+            await wire.close()
+
+    async def _greet(self, wire: Wire) -> None:
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                asked = await wire.hear()
+        except TimeoutError:
+            return
+        opened, arena = self._opened, self._arena
+        if not isinstance(asked, Attach) or not hmac.compare_digest(asked.token, self._token):
+            return
+        if self._state != "open" or opened is None or arena is None or asked.expected != self._incarnation:
+            wire.say(Refused(f"incarnation {self._incarnation} answers there, {self._state}"))
+            await wire.drain()
+            return
+        place = opened.place(next(self._places) % MAX_PLACES)
+        opened.fill(place, bytes(PLACE_BYTES))
+        barred = self._barred.get(asked.writer)
+        known = barred.newest(BARRED_PER_PEER) if barred else []
+        quarantine_s = 2.0 * self._progress_timeout_s
+        attachment = Attachment(wire, asked.writer, quarantine_s, self._attachments.discard)
+        self._attachments.add(attachment)  # from here on, its leases need its word
+        wire.say(Attached(arena.size_bytes, arena.address, opened.engine.port, opened.address(place), known))
+        await attachment.serve(lambda nonce: hmac.compare_digest(opened.read(place), nonce))
+
+    async def revoke(self, peer: str, leases: Sequence[int]) -> None:
+        self._engaged()
+        wanted = [lease for lease in leases if 0 <= lease < _MAX_LEASE]
+        barred = self._barred.setdefault(peer, BarList(BARRED_PER_PEER))
+        self._barred.move_to_end(peer)
+        if len(self._barred) > _BARRED_PEERS:
+            self._barred.popitem(last=False)
+        barred.add(wanted)
+        if words := [word for one in self._attachments if one.peer == peer for word in one.bar(wanted)]:
+            await asyncio.wait(words)
+
+    # -- the writer's side ----------------------------------------------------------------------------------------
+
+    async def connect(self, description: bytes, *, peer: str) -> MooncakeRemote:
+        self._engaged()
+        pool = unpack(self.name, _Pool, description)
+        host = _ipv4(self.name, pool.host)
+        wire: Wire | None = None
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                wire = Wire(*await asyncio.open_connection(host, pool.port))
+                return await self._attach(wire, host, pool, peer)
+        except BaseException as error:
+            if wire is not None:
+                wire.say(Goodbye())  # the check's bytes have a place of their own: nothing else was ever sent
+                await wire.close()
+            if isinstance(error, TimeoutError):
+                raise PeerGone(self.name, f"no answer in {self._connect_timeout_s:g} s", peer=peer) from error
+            if isinstance(error, OSError | OverflowError):
+                raise PeerGone(self.name, f"cannot connect: {error}", peer=peer) from error
+            raise
+
+    async def _attach(self, wire: Wire, host: str, pool: _Pool, peer: str) -> MooncakeRemote:
+        wire.say(Attach(pool.token, self._incarnation, peer))
+        words = await wire.hear()
+        if isinstance(words, Refused):
+            raise PeerGone(self.name, words.message, peer=peer)
+        if not isinstance(words, Attached):
+            raise PeerGone(self.name, "something else answers there", peer=peer)
+        segment = f"{host}:{words.engine_port}"
+        nonce = secrets.token_bytes(PLACE_BYTES)
+        opened = self._engaged()
+        place = next(self._places) % MAX_PLACES
+        limit_s = self._connect_timeout_s
+        await self._openers.run(lambda: reach(self.name, peer, opened, segment, words.place, place, nonce, limit_s))
+        wire.say(Check(nonce))
+        if await wire.hear() != Checked(True):
+            raise TransportUnavailable(self.name, "the engine leads to another process", peer=peer)
+        self._engaged()
+        remote = MooncakeRemote(self.name, peer, words.size_bytes, Lane(peer, segment, words.address), words.barred)
+        remote.side = Side(
+            self.name,
+            peer,
+            wire,
+            self._heartbeat_s,
+            on_bar=lambda leases: self._bar(remote, leases),
+            on_lost=lambda error: self._lost(remote, error),
+        )
+        self._remotes.add(remote)
+        return remote
+
+    async def write(self, remote: Remote, slices: Sequence[Slice]) -> None:
+        pool, opened = self._mine(remote), self._engaged()
+        total = check_slices(self.name, remote, slices)
+        pool.check(frozenset(one.lease for one in slices))
+        if not total:
+            return
+        job = Job(pool.lane, slices, self._chunk_bytes)
+        pool.jobs.add(job)
+        job.end.add_done_callback(lambda _: pool.jobs.discard(job))
+        opened.pump.send(job)
+        try:
+            await asyncio.shield(job.outcome)
+        except asyncio.CancelledError:
+            self._stop(job, WriteFailed(self.name, "cancelled", peer=pool.peer))
+            raise
+        except WriteFailed as error:  # the engine does not say why; a dead peer is the usual reason
+            if not await pool.side.alive():
+                raise PeerGone(self.name, f"ended in mid-write ({pool.side.lost})", peer=pool.peer) from error
+            raise
+
+    async def fence(self, remote: Remote) -> None:
+        """A piece under way is waited for: on TCP at most the progress time-out."""
+        await self._mine(remote).settled()
+
+    async def disconnect(self, remote: Remote) -> None:
+        pool = self._mine(remote)
+        pool.closed = True
+        await pool.settled()
+        self._remotes.discard(pool)
+        await pool.side.close(goodbye=True)
+
+    def _stop(self, job: Job, error: TransportError) -> None:
+        job.fail(error)
+        if self._opened is not None:
+            self._opened.pump.stop(job, error)
+
+    async def _bar(self, remote: MooncakeRemote, leases: frozenset[int]) -> None:
+        jobs = remote.bar(leases)
+        for job in jobs:
+            self._stop(job, WriteRefused(self.name, "its lease was revoked in mid-write", peer=remote.peer))
+        for job in jobs:
+            await job.end
+
+    def _lost(self, remote: MooncakeRemote, error: PeerGone) -> None:
+        log.info("%s: writer side: %s", self.name, error)
+        for job in remote.jobs:
+            self._stop(job, error)
+        if remote.side.gone and not remote.closed:
+            self._openers.after(self._take_leave(remote))
+
+    async def _take_leave(self, remote: MooncakeRemote) -> None:
+        """A receiver that closes waits for the promise that nothing of us moves any more."""
+        for job in list(remote.jobs):
+            await job.end
+        await remote.side.close(goodbye=True)
+
+    async def aclose(self) -> None:
+        if self._state in ("new", "closed"):
+            self._state = "closed"
+            return
+        self._state = "closed"
+        for remote in self._remotes:
+            for job in remote.jobs:
+                self._stop(job, TransportClosed(self.name, "closed in mid-write", peer=remote.peer))
+        if self._server is not None:
+            self._server.close()
+        if waiting := [one.ended for one in self._attachments]:
+            for attachment in self._attachments:
+                attachment.closing()
+            await asyncio.wait(waiting, timeout=2 * self._heartbeat_s)
+        if self._opened is None and self._opening is not None:  # cancelled while it opened
+            await asyncio.wait([self._opening])
+            if self._opening.exception() is None:
+                self._opened = self._opening.result()
+        if self._opened is not None:
+            await self._openers.run(self._opened.close(self._progress_timeout_s * 2.0))
+        for attachment in list(self._attachments):
+            attachment.end()  # its bytes have nowhere to land
+        for remote in list(self._remotes):
+            await self.disconnect(remote)
+        await self._openers.aclose()
+        for task in list(self._serving):
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    def _engaged(self) -> Opened:
+        if self._state != "open" or self._opened is None:
+            raise TransportClosed(self.name, f"used when {self._state}")
+        return self._opened
+
+    def _mine(self, remote: Remote) -> MooncakeRemote:
+        if not isinstance(remote, MooncakeRemote):
+            raise TypeError(f"{remote!r} was not made by this transport")
+        return remote
+
+
+class MooncakeTcpTransport(MooncakeTransport):
+    """The engine's TCP, where it is asked for by name; ``stream`` is faster."""
+
+    name: ClassVar[str] = "mooncake-tcp"
+    protocol: ClassVar[str] = "tcp"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        one_sided=True, fence=FenceKind.WRITER, device_memory=False, integrity=False
+    )
+
+
+def _ipv4(name: str, text: str) -> str:
+    """An address and never a name: a look-up would block the engine, and names in descriptions are untrusted."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.IPv4Address(text)
+        if not address.is_unspecified:
+            return str(address)
+    raise TransportUnavailable(name, f"{text!r} is not the IPv4 address of a host")

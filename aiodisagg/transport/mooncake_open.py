@@ -1,0 +1,186 @@
+"""What happens before and after transfers, on threads: an engine with its memory, the way to a peer, the end.
+
+``Openers`` runs each such step on a daemon thread of its own: a peer that accepts a connection and stays silent can
+hold one for a minute, and neither the loop nor the program's exit may wait for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import TypeVar
+
+from aiodisagg.errors import PeerGone, TransportUnavailable
+from aiodisagg.transport.arena import Arena
+from aiodisagg.transport.mooncake_engine import DONE, FAILED, Engine
+from aiodisagg.transport.mooncake_pump import Pump, Staging
+from aiodisagg.transport.mooncake_side import PLACE_BYTES
+
+T = TypeVar("T")
+
+MAX_PLACES = 256
+"""Places of eight bytes that peers write to, and as many that our own checks are sent from."""
+_LOST_SLOTS = 256
+_TICK_S = 200e-6
+
+
+@dataclass(slots=True)
+class Opened:
+    """An engine and what is registered with it."""
+
+    engine: Engine
+    pump: Pump
+    staging: Staging | None
+    scratch: Arena
+    arena: Arena | None
+
+    def place(self, number: int, *, outgoing: bool = False) -> int:
+        return PLACE_BYTES * (number + MAX_PLACES * outgoing)
+
+    def address(self, place: int) -> int:
+        return self.scratch.address + place
+
+    def fill(self, place: int, data: bytes) -> None:
+        self.scratch.view[place : place + PLACE_BYTES] = data
+
+    def read(self, place: int) -> bytes:
+        return bytes(self.scratch.view[place : place + PLACE_BYTES])
+
+    def close(self, grace_s: float) -> Callable[[], None]:
+        """A step for a thread: waits for transfers under way, then ends the engine. Afterwards nothing moves."""
+
+        def step() -> None:
+            self.pump.finish(grace_s)
+            self.pump.join()
+            for arena in (self.arena, self.scratch):
+                if arena is not None:
+                    self.engine.unregister(arena.address)
+            if self.staging is not None:
+                self.staging.unregister()
+            if self.pump.abandoned:
+                self.engine.park()  # and its staging memory with it
+                return
+            self.engine.close()
+            self.scratch.close()
+            if self.staging is not None:
+                self.staging.close()
+
+        return step
+
+
+def open_engine(
+    name: str,
+    protocol: str,
+    host: str,
+    devices: str,
+    progress_timeout_s: int,
+    *,
+    arena: Arena | None,
+    slot_bytes: int,
+    slots: int,
+    overdue_s: float,
+) -> Callable[[], Opened]:
+    """A step for a thread: an engine, with its pool and its staging slots registered. Raises TransportUnavailable."""
+
+    def step() -> Opened:
+        engine = Engine(name, protocol, host, devices, progress_timeout_s)
+        scratch = Arena(2 * MAX_PLACES * PLACE_BYTES)
+        staging = Staging(engine, slot_bytes, _LOST_SLOTS) if slots else None
+        direct = [(one.address, one.address + one.size_bytes) for one in (scratch, arena) if one is not None]
+        try:
+            for start, stop in direct:
+                engine.register(start, stop - start)
+            if staging is not None:
+                for _ in range(slots):
+                    staging.add()
+        except TransportUnavailable:
+            engine.close()
+            scratch.close()
+            if staging is not None:
+                staging.close()
+            raise
+        return Opened(engine, Pump(name, engine, staging, direct, overdue_s), staging, scratch, arena)
+
+    return step
+
+
+def reach(
+    name: str, peer: str, opened: Opened, segment: str, target: int, number: int, nonce: bytes, limit_s: float
+) -> None:
+    """On a thread: opens the engine's way to a peer by writing ``nonce`` to ``target`` in its memory.
+
+    The probe comes first because it takes no lock of the engine: a silent peer then costs this thread and nobody else.
+    A first failure may come from what the engine remembers of an earlier life at that port; it looks again after 1 s.
+
+    Raises:
+        PeerGone: no engine answers there.
+        TransportUnavailable: one answers, but a write does not arrive.
+    """
+    until = time.monotonic() + limit_s
+    if not opened.engine.probe(segment):
+        raise PeerGone(name, f"no engine answers at {segment}", peer=peer)
+    place = opened.place(number, outgoing=True)
+    opened.fill(place, nonce)
+    while time.monotonic() < until:
+        transfer = opened.engine.submit(segment, opened.address(place), target, len(nonce))
+        status = FAILED
+        while transfer and (status := opened.engine.status(transfer)) not in (DONE, FAILED):
+            if time.monotonic() > until:
+                break
+            time.sleep(_TICK_S)
+        if status == DONE:
+            return
+        time.sleep(max(0.0, min(1.1, until - time.monotonic())))
+    raise TransportUnavailable(name, f"{segment} answers, but a write to it fails", peer=peer)
+
+
+class Openers:
+    """Runs steps on daemon threads, and tasks that nobody awaits, until ``aclose``."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._threads: set[threading.Thread] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, step: Callable[[], T]) -> T:
+        """The result of ``step`` on a thread. If this wait is cancelled, the step goes on and its result is dropped."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def work() -> None:
+            try:
+                result = step()
+            except Exception as error:
+                tell(future.set_exception, error)
+            else:
+                tell(future.set_result, result)
+
+        def tell(how: Callable[..., None], what: object) -> None:
+            def finish() -> None:
+                if not future.done():
+                    how(what)
+
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(finish)
+
+        thread = threading.Thread(target=work, name=f"aiodisagg-{self._name}-open", daemon=True)
+        self._threads = {one for one in self._threads if one.is_alive()} | {thread}
+        thread.start()
+        return await future
+
+    def after(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def aclose(self) -> None:
+        """Ends the tasks. Threads that are done are joined, others are left to their peer's time-out."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for thread in self._threads:
+            thread.join(0.01)
