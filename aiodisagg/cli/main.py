@@ -126,7 +126,6 @@ def encode(
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
-        from aiodisagg.encode.service import EncodeService, load_encoder
         from aiodisagg.peer.config import EncodeConfig, MiB
 
         config = EncodeConfig(
@@ -136,6 +135,8 @@ def encode(
             batch_patches=batch_patches,
             prepare_threads=prepare_threads,
         )
+        from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
+
         encoder = None
         if zero_deepstack:
             from aiodisagg.encode.ablation import WithoutDeepStack
@@ -181,8 +182,6 @@ def language(
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
-        from aiodisagg.api import HttpConfig, HttpServer
-        from aiodisagg.language.service import LanguageService
         from aiodisagg.peer.config import LanguageConfig, MiB
 
         config = LanguageConfig(
@@ -194,6 +193,9 @@ def language(
             dtype=dtype,
             max_pixels=max_pixels,
         )
+        from aiodisagg.api import HttpConfig, HttpServer  # after the checks: torch takes seconds
+        from aiodisagg.language.service import LanguageService
+
         http = HttpConfig(api_key=api_key)
         async with LanguageService(config) as service:
             for address in peers:

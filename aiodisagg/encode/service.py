@@ -42,9 +42,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_encoder(config: EncodeConfig) -> VisionEncoder:
-    """The encode half of the configured folder. Blocking; raises CheckpointError."""
+    """The encode half of the configured folder. Blocking; raises CheckpointError, and ConfigError for the device."""
+    from aiodisagg.models.loading import check_device
     from aiodisagg.models.vision import Qwen3VLVisionEncoder
 
+    check_device(config.device)
     return Qwen3VLVisionEncoder(config.model, dtype=config.row_dtype, device=config.device)
 
 

@@ -51,10 +51,11 @@ class _Request:
 
 
 def load_language_half(config: LanguageConfig) -> tuple[Planner, LanguageHalf, ModelFingerprint]:
-    """Planner, language half and row fingerprint of the configured folder. Blocking; raises CheckpointError."""
-    from aiodisagg.models.loading import fingerprint, load_language
+    """Planner, language half and row fingerprint of the configured folder. Blocking; raises CheckpointError, ConfigError."""
+    from aiodisagg.models.loading import check_device, fingerprint, load_language
     from aiodisagg.models.plan import Qwen3VLPlanner
 
+    check_device(config.device)
     half = load_language(config.model, dtype=config.dtype, device=config.device, row_dtype=config.row_dtype)
     planner = Qwen3VLPlanner(config.model, max_pixels=config.max_pixels)
     return planner, half, fingerprint(config.model, config.row_dtype)

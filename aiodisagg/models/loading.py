@@ -28,7 +28,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
 from transformers.utils import logging as transformers_logging
 
-from aiodisagg.errors import CheckpointError
+from aiodisagg.errors import CheckpointError, ConfigError
 from aiodisagg.models.checkpoint import HEAD, TEXT_PREFIX, VISION_PREFIX, ModelInfo, Weights, read_info
 from aiodisagg.models.folder import fail, read_json
 from aiodisagg.models.language import LanguageHalf, PlainTextModel
@@ -60,6 +60,14 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
     return found
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError unless this torch, on this machine, can put a tensor on ``device``."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not there, not built in
+        raise ConfigError("device", f"{device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _name(dtype: str | torch.dtype) -> str:

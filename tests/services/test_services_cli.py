@@ -1,0 +1,83 @@
+"""What the command line says when it cannot start: one clear line and an exit code."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from aiodisagg.cli import main
+
+
+@dataclass
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str) -> Ended:
+    """In this process: a fresh one takes seconds to import torch."""
+    with torch.random.fork_rng(devices=[]):
+        found = CliRunner().invoke(main, arguments)
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    return Ended(found.exit_code, found.stdout, found.stderr)
+
+
+def test_a_mistake_costs_a_process_one_line_and_no_import_of_torch(tmp_path: Path) -> None:
+    for role in ("encode", "language"):
+        command = [sys.executable, "-X", "importtime", "-m", "aiodisagg", role, "--model", str(tmp_path / "nowhere")]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 1
+        said = [line for line in ended.stderr.splitlines() if not line.startswith("import time:")]
+        assert said == [f"Error: model: no such folder: {tmp_path / 'nowhere'}"]
+        assert " torch" not in ended.stderr
+
+
+@pytest.mark.parametrize("role", ["encode", "language", "demo"])
+def test_a_missing_model_folder(role: str, tmp_path: Path) -> None:
+    ended = run(role, "--model", str(tmp_path / "nowhere"))
+    assert ended.returncode == 1 and not ended.stdout
+    assert ended.stderr == f"Error: model: no such folder: {tmp_path / 'nowhere'}\n"
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    ended = run("encode", "--model", str(tmp_path))
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: ") and "config.json" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_ports_in_use(moe: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for command in (["bootstrap"], ["language", "--model", str(moe)]):
+            ended = run(*command, "--port", port)
+            assert ended.returncode == 1
+            assert ended.stderr.startswith("Error: port") and "in use" in ended.stderr
+            assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--listen", "tcp:0.0.0.0:0"], "secret"),
+        (["--listen", "carrier-pigeon:7"], "address"),
+        (["--transports", "ipc,smoke"], "transports: unknown: smoke"),
+        (["--row-dtype", "int3"], "row_dtype"),
+        (["--source-mib", "0"], "source_bytes"),
+        (["--device", "abacus"], "device"),
+        (["--device", "cuda:99"], "device"),
+    ],
+)
+def test_options_that_cannot_be_meant(moe: Path, options: list[str], words: str) -> None:
+    ended = run("encode", "--model", str(moe), *options)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: ") and words in ended.stderr and ended.stderr.count("\n") == 1
