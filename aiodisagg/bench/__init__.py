@@ -1,0 +1,1 @@
+"""``aiodisagg bench``: measurements on real processes, each against an undisturbed run beside it."""

@@ -1,0 +1,58 @@
+"""Items without a model: rows whose bytes follow from a seed, so that every one of them can be checked on arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from aiodisagg.models.base import ItemKind, Patches
+from aiodisagg.protocol.events import ItemSpec
+from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
+
+_PERIOD = 1024
+"""Rows after which the random part repeats; the stamp never does."""
+
+
+def synthetic_model(hidden_size: int, levels: int, dtype: str = "bfloat16") -> ModelFingerprint:
+    return ModelFingerprint("Synthetic", hidden_size, levels, dtype, "synthetic-1")
+
+
+def item_of(seed: int, rows: int) -> ItemSpec:
+    """What a receiver asks for; equal seeds and rows are the same item."""
+    return ItemSpec(f"seed-{seed}-{rows}", "image", (1, 2, 2 * rows), rows, 0.0, (b"%d" % seed,))
+
+
+def stamps(seed: int, start: int, stop: int) -> np.ndarray:
+    """The first eight bytes of each row, int64 [stop - start]: its index and the item's seed."""
+    return np.arange(start, stop, dtype=np.int64) + (seed << 32)
+
+
+def fill(out: np.ndarray, seed: int) -> None:
+    """Writes an item's packed rows into uint8 [rows, row_bytes]; a row has at least eight bytes."""
+    rows, row_bytes = out.shape
+    period = min(rows, _PERIOD)
+    out[:period] = np.random.default_rng(seed).integers(0, 256, (period, row_bytes), np.uint8)
+    for start in range(period, rows, period):
+        stop = min(start + period, rows)
+        out[start:stop] = out[: stop - start]
+    out[:, :8] = stamps(seed, 0, rows)[:, None].view(np.uint8)
+
+
+class SyntheticEncoder:
+    """A ``VisionEncoder`` whose media is a seed and whose tower is :func:`fill`."""
+
+    def __init__(self, model: ModelFingerprint) -> None:
+        self.fingerprint, self.layout = model, RowLayout.of(model)
+
+    def prepare(self, kind: ItemKind, media: Sequence[bytes], grid_thw: tuple[int, int, int], fps: float) -> Patches:
+        return Patches(torch.tensor([int(media[0])]), grid_thw)
+
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        found = []
+        for patches in batch:
+            rows = torch.empty(patches.count // 4, self.layout.row_bytes, dtype=torch.uint8)
+            fill(rows.numpy(), int(patches.pixel_values[0]))
+            found.append(rows.view(getattr(torch, self.layout.dtype)))
+        return found
