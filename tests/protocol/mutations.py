@@ -58,8 +58,7 @@ MUTATIONS = (
     Mutation("aux goes with the first rows only", ItemMeta, "cut",
              "Region.AUX in regions", "Region.AUX in regions and start == 0"),
     Mutation("a commit is taken twice", IncomingItem, "_take",
-             "if block is None or any(s.overlaps(chunk.start, chunk.stop) for s in (self.held, self.pending, block.spent)):",
-             "if block is None:"),
+             " or any(s.overlaps(chunk.start, chunk.stop) for s in (self.held, self.pending, block.spent))", ""),
     Mutation("a quarantined block is lent before the fence", BlockPool, "settle",
              "lent.revoked and lent.fenced and", "lent.revoked and"),
     Mutation("a block is freed under its reader", BlockPool, "settle", "if lent.pins or", "if"),
@@ -120,7 +119,7 @@ def planted(mutation: Mutation) -> Iterator[None]:
 
 
 def hunt(mutation: Mutation, first: int = 1) -> tuple[str, str] | None:
-    """(the world or cut that noticed, how it showed); None if nothing did. World ``first`` is tried before the others."""
+    """(the world or cut that noticed, how it showed); None if nothing did. World ``first`` is tried first."""
     with planted(mutation):
         for k in range(1, 40):
             world = World(reference(one_sided=True), cut_at=k)
@@ -150,10 +149,10 @@ def known() -> dict[str, int]:
 def document() -> str:
     lines = [
         "# Planted bugs\n",
-        "Written by `python -m tests.protocol.mutations > docs/mutations.md`. Each line of code below was changed alone; the",
-        "reference transfer of `tests/protocol/test_cut.py` was cut at its first messages, and the worlds of",
-        "`tests/protocol/world.py` (1, 2, 3 ...) ran until one noticed. `tests/protocol/test_mutations.py` plants every one",
-        "again in each test run.\n",
+        "Written by `python -m tests.protocol.mutations > docs/mutations.md`. Each line of code below was changed",
+        "alone; the reference transfer of `tests/protocol/test_cut.py` was cut at its first messages, and the worlds",
+        "of `tests/protocol/world.py` (1, 2, 3 ...) ran until one noticed. `tests/protocol/test_mutations.py` plants",
+        "every one again in each test run.\n",
         "| planted bug | where | noticed by world | how it showed |",
         "|---|---|---:|---|",
     ]

@@ -138,7 +138,7 @@ class Network:
         link = self.links.get(frozenset((receiver.name, sender.name)))
         if link is not None:
             link.odd.append(
-                (how, self.world.random.choice((object, Want, Grant, Grant, Offer, Commit, Cancel, Fenced)))
+                (how, self.world.random.choice((object, Want, Grant, Grant, Offer, Commit, Commit, Cancel, Fenced)))
             )
 
     def _oddity(self, link: Link, message: Message) -> str:
@@ -161,7 +161,7 @@ class Network:
         if how == "drop":
             return
         if how:
-            world.soon(3.0, lambda: self._again(link, source, target, message))
+            world.soon(world.random.choice((0.02, 3.0)), lambda: self._again(link, source, target, message))
             if how == "late":
                 return
         connection = link.connection

@@ -91,7 +91,7 @@ def test_other_misfortunes_do_not_make_a_chunk_corrupt() -> None:
 
 
 def test_a_peer_that_wants_media_for_ever_is_left() -> None:
-    """Every answer "send the media" was answered at once: two machines talking as fast as they can until the deadline."""
+    """Every "send the media" was answered at once: two machines talking as fast as they can until the deadline."""
     r = Receiving()
     r.request()
     r.place()

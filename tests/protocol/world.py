@@ -328,10 +328,9 @@ class World:
             return
         a, b = (n * truth.ROW_BYTES for n in part)
         offset = landing.write.offset + a
-        if not self.plan.one_sided:
-            if not home.machine.pool.admits(offset, b - a, landing.write.lease):
-                landing.fails = True
-                return
+        if not self.plan.one_sided and not home.machine.pool.admits(offset, b - a, landing.write.lease):
+            landing.fails = True
+            return
         checks.landed(self, home, landing.write, part, offset)
         data = bytearray(landing.data[a:b])
         if self.corrupt_next:
@@ -424,8 +423,8 @@ class World:
             self.at(self.now + self.random.uniform(0.0, LINGER_S), lambda landing=landing: self._forget(landing))
         self.network.died(process)
         for leases in self._revokes.pop(process.name, []):
-            home = self.receiver
-            self.at(self.now + LINGER_S + 0.01, lambda leases=leases: self.feed(home, ev.LeasesRevoked(leases)))
+            event, home = ev.LeasesRevoked(leases), self.receiver
+            self.at(self.now + LINGER_S + 0.01, lambda home=home, event=event: self.feed(home, event))
         self.at(self.now + lasts_s + 0.05, lambda: self._revive_sender(index, process.life + 1))
 
     def _forget(self, landing: Landing) -> None:
