@@ -77,6 +77,23 @@ async def test_the_goodbye_waits_for_the_last_view(no_leaks: None) -> None:
         await asyncio.wait_for(revoke, 10)
 
 
+async def test_a_writer_that_leaves_without_a_goodbye_is_not_trusted(no_leaks: None) -> None:
+    """Its socket is closed, its process lives: it may still write."""
+    async with Kit(IpcTransport).receiver() as receiver:
+        address = "\0" + unpack("ipc", module._Pool, receiver.transport.describe()).address
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(address)
+            sock.send(attach.encode(attach.Attach("rude", receiver.incarnation)))
+            words, fds, _, _ = await asyncio.to_thread(socket.recv_fds, sock, 65536, 4)
+            os.close(fds[0])
+            assert isinstance(attach.decode(words), attach.Attached)
+        revoke = asyncio.ensure_future(receiver.transport.revoke("rude", [1]))
+        assert await still_waits(revoke)
+        await receiver.transport.aclose()
+        with pytest.raises(TransportClosed):
+            await revoke
+
+
 async def test_views_are_checked(no_leaks: None) -> None:
     async with pair() as (_receiver, writer, remote, _):
         for offset, size in ((-1, 5), (0, 0), (0, -1), (remote.size_bytes, 1), (remote.size_bytes - 4, 5)):
