@@ -118,9 +118,11 @@ def planted(mutation: Mutation) -> Iterator[None]:
             cls.TABLE.update(table)
 
 
-def hunt(mutation: Mutation, first: int = 1) -> tuple[str, str] | None:
-    """(the world or cut that noticed, how it showed); None if nothing did. World ``first`` is tried first."""
+def hunt(mutation: Mutation, first: int = 0) -> tuple[str, str] | None:
+    """(the world or cut that noticed, how it showed); None if nothing did. World ``first``, if any, is tried first."""
     with planted(mutation):
+        if first and (found := _world(first)):
+            return found
         for k in range(1, 40):
             world = World(reference(one_sided=True), cut_at=k)
             try:
@@ -129,11 +131,14 @@ def hunt(mutation: Mutation, first: int = 1) -> tuple[str, str] | None:
                 break  # the worlds will tell it better
             if any(rows > ROWS_PER_BLOCK for rows in sent_twice(world).values()):
                 return f"cut {k}", f"{max(sent_twice(world).values())} rows are sent twice"
-        for number in (first, *range(1, WORLDS + 1)):
-            try:
-                World(draw(Random(number))).run(limit=6000)
-            except Violation as violation:
-                return str(number), str(violation.__cause__ or violation).split("\n")[0]
+        return next(filter(None, map(_world, range(1, WORLDS + 1))), None)
+
+
+def _world(number: int) -> tuple[str, str] | None:
+    try:
+        World(draw(Random(number))).run(limit=6000)
+    except Violation as violation:
+        return str(number), str(violation.__cause__ or violation).split("\n")[0]
     return None
 
 
