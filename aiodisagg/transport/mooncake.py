@@ -38,7 +38,6 @@ from aiodisagg.errors import (
     ConfigError,
     PeerGone,
     TransportClosed,
-    TransportError,
     TransportUnavailable,
     WriteFailed,
     WriteRefused,
@@ -88,6 +87,7 @@ class MooncakeTransport(Transport):
         connect_timeout_s: for the connection, the engine's handshake and the check of the data plane.
         overdue_s: an RDMA transfer that is pending for so long has failed.
         chunk_bytes: largest transfer, and size of a staging slot. staging_slots: of them, for RDMA.
+        quarantine_s: how long after a writer's death its leases are held; None: twice ``progress_timeout_s``.
     """
 
     name: ClassVar[str] = "mooncake"
@@ -107,20 +107,22 @@ class MooncakeTransport(Transport):
         overdue_s: float = 10.0,
         chunk_bytes: int | None = None,
         staging_slots: int = 16,
+        quarantine_s: float | None = None,
     ) -> None:
         self._host = host
         if progress_timeout_s < 1 or heartbeat_s <= 0:
             raise ConfigError("progress_timeout_s" if progress_timeout_s < 1 else "heartbeat_s", "must be positive")
         self._devices, self._progress_timeout_s = devices, progress_timeout_s
         self._heartbeat_s, self._connect_timeout_s, self._overdue_s = heartbeat_s, connect_timeout_s, overdue_s
+        self._quarantine_s = 2.0 * progress_timeout_s if quarantine_s is None else quarantine_s
         self._chunk_bytes = chunk_bytes or ((4 if self.protocol == "rdma" else 16) << 20)
         self._staging_slots = staging_slots if self.protocol == "rdma" else 0
         self._state = "new"
         self._incarnation = ""
         self._token = secrets.token_bytes(16)
         self._arena: Arena | None = None
-        self._opened: Opened | None = None
-        self._opening: asyncio.Future[Opened] | None = None
+        self._engines: list[Opened] = []
+        self._opening: set[asyncio.Future[Opened]] = set()
         self._openers = Openers(self.name)
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[object]] = set()
@@ -134,6 +136,20 @@ class MooncakeTransport(Transport):
             raise TransportClosed(self.name, f"opened when {self._state}")
         self._host = _ipv4(self.name, self._host)
         self._state, self._incarnation, self._arena = "opening", incarnation, arena
+        try:
+            await self._open_engine(arena)
+            if arena is not None:
+                self._server = await asyncio.start_server(self._serve, self._host, 0, backlog=128)
+        except OSError as error:
+            await self.aclose()
+            raise TransportUnavailable(self.name, f"cannot listen on {self._host}: {error}") from error
+        except BaseException:
+            await self.aclose()
+            raise
+        self._state = "open"
+
+    async def _open_engine(self, arena: Arena | None) -> Opened:
+        """The first is the receiver's and sends, too; for others see :class:`Opened`."""
         make = open_engine(
             self.name,
             self.protocol,
@@ -145,18 +161,15 @@ class MooncakeTransport(Transport):
             slots=self._staging_slots,
             overdue_s=self._overdue_s,
         )
-        self._opening = asyncio.ensure_future(self._openers.run(make))
-        try:
-            self._opened = await asyncio.shield(self._opening)
-            if arena is not None:
-                self._server = await asyncio.start_server(self._serve, self._host, 0, backlog=128)
-        except OSError as error:
-            await self.aclose()
-            raise TransportUnavailable(self.name, f"cannot listen on {self._host}: {error}") from error
-        except BaseException:
-            await self.aclose()
-            raise
-        self._state = "open"
+        opening = asyncio.ensure_future(self._openers.run(make))
+        self._opening.add(opening)
+        opening.add_done_callback(self._engine_opened)
+        return await asyncio.shield(opening)
+
+    def _engine_opened(self, opening: asyncio.Future[Opened]) -> None:
+        self._opening.discard(opening)
+        if opening.exception() is None:
+            self._engines.append(opening.result())
 
     def describe(self) -> bytes:
         self._engaged()
@@ -168,7 +181,7 @@ class MooncakeTransport(Transport):
     @property
     def leased_bytes(self) -> int:
         """Bytes of writes that are over for their callers and still with the engine."""
-        return self._opened.pump.leased_bytes if self._opened is not None else 0
+        return sum(one.pump.leased_bytes for one in self._engines)
 
     @property
     def revoking(self) -> int:
@@ -196,19 +209,19 @@ class MooncakeTransport(Transport):
                 asked = await wire.hear()
         except TimeoutError:
             return
-        opened, arena = self._opened, self._arena
+        arena = self._arena
         if not isinstance(asked, Attach) or not hmac.compare_digest(asked.token, self._token):
             return
-        if self._state != "open" or opened is None or arena is None or asked.expected != self._incarnation:
+        if self._state != "open" or arena is None or asked.expected != self._incarnation:
             wire.say(Refused(f"incarnation {self._incarnation} answers there, {self._state}"))
             await wire.drain()
             return
+        opened = self._engines[0]
         place = opened.place(next(self._places) % MAX_PLACES)
         opened.fill(place, bytes(PLACE_BYTES))
         barred = self._barred.get(asked.writer)
         known = barred.newest(BARRED_PER_PEER) if barred else []
-        quarantine_s = 2.0 * self._progress_timeout_s
-        attachment = Attachment(wire, asked.writer, quarantine_s, self._attachments.discard)
+        attachment = Attachment(wire, asked.writer, self._quarantine_s, self._attachments.discard)
         self._attachments.add(attachment)  # from here on, its leases need its word
         wire.say(Attached(arena.size_bytes, arena.address, opened.engine.port, opened.address(place), known))
         await attachment.serve(lambda nonce: hmac.compare_digest(opened.read(place), nonce))
@@ -254,7 +267,10 @@ class MooncakeTransport(Transport):
             raise PeerGone(self.name, "something else answers there", peer=peer)
         segment = f"{host}:{words.engine_port}"
         nonce = secrets.token_bytes(PLACE_BYTES)
-        opened = self._engaged()
+        opened = next((one for one in self._engines if one.knows_only(segment, peer)), None)
+        if opened is None:
+            opened = await self._open_engine(None)
+            opened.knows_only(segment, peer)
         place = next(self._places) % MAX_PLACES
         limit_s = self._connect_timeout_s
         await self._openers.run(lambda: reach(self.name, peer, opened, segment, words.place, place, nonce, limit_s))
@@ -262,7 +278,8 @@ class MooncakeTransport(Transport):
         if await wire.hear() != Checked(True):
             raise TransportUnavailable(self.name, "the engine leads to another process", peer=peer)
         self._engaged()
-        remote = MooncakeRemote(self.name, peer, words.size_bytes, Lane(peer, segment, words.address), words.barred)
+        lane = Lane(peer, segment, words.address)
+        remote = MooncakeRemote(self.name, peer, words.size_bytes, opened.pump, lane, words.barred)
         remote.side = Side(
             self.name,
             peer,
@@ -275,7 +292,8 @@ class MooncakeTransport(Transport):
         return remote
 
     async def write(self, remote: Remote, slices: Sequence[Slice]) -> None:
-        pool, opened = self._mine(remote), self._engaged()
+        pool = self._mine(remote)
+        self._engaged()
         total = check_slices(self.name, remote, slices)
         pool.check(frozenset(one.lease for one in slices))
         if not total:
@@ -283,11 +301,11 @@ class MooncakeTransport(Transport):
         job = Job(pool.lane, slices, self._chunk_bytes)
         pool.jobs.add(job)
         job.end.add_done_callback(lambda _: pool.jobs.discard(job))
-        opened.pump.send(job)
+        pool.pump.send(job)
         try:
             await asyncio.shield(job.outcome)
         except asyncio.CancelledError:
-            self._stop(job, WriteFailed(self.name, "cancelled", peer=pool.peer))
+            pool.stop(job, WriteFailed(self.name, "cancelled", peer=pool.peer))
             raise
         except WriteFailed as error:  # the engine does not say why; a dead peer is the usual reason
             if not await pool.side.alive():
@@ -305,22 +323,17 @@ class MooncakeTransport(Transport):
         self._remotes.discard(pool)
         await pool.side.close(goodbye=True)
 
-    def _stop(self, job: Job, error: TransportError) -> None:
-        job.fail(error)
-        if self._opened is not None:
-            self._opened.pump.stop(job, error)
-
     async def _bar(self, remote: MooncakeRemote, leases: frozenset[int]) -> None:
         jobs = remote.bar(leases)
         for job in jobs:
-            self._stop(job, WriteRefused(self.name, "its lease was revoked in mid-write", peer=remote.peer))
+            remote.stop(job, WriteRefused(self.name, "its lease was revoked in mid-write", peer=remote.peer))
         for job in jobs:
             await job.end
 
     def _lost(self, remote: MooncakeRemote, error: PeerGone) -> None:
         log.info("%s: writer side: %s", self.name, error)
         for job in remote.jobs:
-            self._stop(job, error)
+            remote.stop(job, error)
         if remote.side.gone and not remote.closed:
             self._openers.after(self._take_leave(remote))
 
@@ -337,19 +350,17 @@ class MooncakeTransport(Transport):
         self._state = "closed"
         for remote in self._remotes:
             for job in remote.jobs:
-                self._stop(job, TransportClosed(self.name, "closed in mid-write", peer=remote.peer))
+                remote.stop(job, TransportClosed(self.name, "closed in mid-write", peer=remote.peer))
         if self._server is not None:
             self._server.close()
         if waiting := [one.ended for one in self._attachments]:
             for attachment in self._attachments:
                 attachment.closing()
             await asyncio.wait(waiting, timeout=2 * self._heartbeat_s)
-        if self._opened is None and self._opening is not None:  # cancelled while it opened
-            await asyncio.wait([self._opening])
-            if self._opening.exception() is None:
-                self._opened = self._opening.result()
-        if self._opened is not None:
-            await self._openers.run(self._opened.close(self._progress_timeout_s * 2.0))
+        if self._opening:  # cancelled while they opened
+            await asyncio.wait(self._opening)
+        for opened in self._engines:
+            await self._openers.run(opened.close(self._progress_timeout_s * 2.0))
         for attachment in list(self._attachments):
             attachment.end()  # its bytes have nowhere to land
         for remote in list(self._remotes):
@@ -359,10 +370,9 @@ class MooncakeTransport(Transport):
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
 
-    def _engaged(self) -> Opened:
-        if self._state != "open" or self._opened is None:
+    def _engaged(self) -> None:
+        if self._state != "open":
             raise TransportClosed(self.name, f"used when {self._state}")
-        return self._opened
 
     def _mine(self, remote: Remote) -> MooncakeRemote:
         if not isinstance(remote, MooncakeRemote):

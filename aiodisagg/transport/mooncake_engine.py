@@ -51,12 +51,8 @@ def _import(name: str, progress_timeout_s: int) -> Any:  # Any: mooncake has no 
     # A failure must be the session's own end, after which the source is at rest: the outer deadline stays far away.
     os.environ["MC_TRANSFER_TIMEOUT"] = "600"
     os.environ["MC_TCP_PROGRESS_TIMEOUT_SEC"] = os.environ["MC_TCP_STATUS_TIMEOUT_SEC"] = str(progress_timeout_s)
-    for key, value in (
-        ("MC_LOG_LEVEL", "ERROR"),
-        ("MC_TCP_SLICE_SIZE", str(1 << 20)),
-        ("MC_TE_METADATA_REFRESH_INTERVAL_SECONDS", "1"),  # a peer's next life may get its old port
-    ):
-        os.environ.setdefault(key, value)
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("MC_TCP_SLICE_SIZE", str(1 << 20))
     try:
         from mooncake import engine
     except ImportError as error:

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from aiodisagg.errors import PeerGone, TransportUnavailable
@@ -37,6 +37,12 @@ class Opened:
     staging: Staging | None
     scratch: Arena
     arena: Arena | None
+    lives: dict[str, str] = field(default_factory=dict)
+    """Incarnation by segment. An engine keeps what it once learned of an address; a peer's next life at the same one
+    would fail for ever (looking again is no way out: that blocks every submit for a minute if a peer is stopped)."""
+
+    def knows_only(self, segment: str, peer: str) -> bool:
+        return self.lives.setdefault(segment, peer) == peer
 
     def place(self, number: int, *, outgoing: bool = False) -> int:
         return PLACE_BYTES * (number + MAX_PLACES * outgoing)
@@ -114,7 +120,6 @@ def reach(
     """On a thread: opens the engine's way to a peer by writing ``nonce`` to ``target`` in its memory.
 
     The probe comes first because it takes no lock of the engine: a silent peer then costs this thread and nobody else.
-    A first failure may come from what the engine remembers of an earlier life at that port; it looks again after 1 s.
 
     Raises:
         PeerGone: no engine answers there.
@@ -134,7 +139,7 @@ def reach(
             time.sleep(_TICK_S)
         if status == DONE:
             return
-        time.sleep(max(0.0, min(1.1, until - time.monotonic())))
+        time.sleep(max(0.0, min(0.5, until - time.monotonic())))
     raise TransportUnavailable(name, f"{segment} answers, but a write to it fails", peer=peer)
 
 

@@ -271,16 +271,22 @@ class Pump:
     def _poll(self) -> None:
         now = time.monotonic()
         left: list[_Flight] = []
+        landed: list[tuple[_Flight, bool]] = []
+        late: list[_Flight] = []
         for flight in self._flights:
             status = self._engine.status(flight.transfer)
             if status in (DONE, FAILED):
-                self._landed(flight, status == DONE)
+                landed.append((flight, status == DONE))
                 continue
             left.append(flight)
-            late = self._staging is not None and now - flight.since_s > self._overdue_s
-            if not flight.overdue and (late or status != PENDING):
-                self._give_up(flight)
-        self._flights = left
+            overdue = self._staging is not None and now - flight.since_s > self._overdue_s
+            if not flight.overdue and (overdue or status != PENDING):
+                late.append(flight)
+        self._flights = left  # before anybody is told
+        for flight, done in landed:
+            self._landed(flight, done)
+        for flight in late:
+            self._give_up(flight)
 
     def _landed(self, flight: _Flight, done: bool) -> None:
         job = flight.job

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aiodisagg.errors import PeerGone, TransportClosed, WriteRefused
+from aiodisagg.errors import PeerGone, TransportClosed, TransportError, WriteRefused
 from aiodisagg.transport.attach import BarList
 from aiodisagg.transport.base import Remote
-from aiodisagg.transport.mooncake_pump import Job, Lane
+from aiodisagg.transport.mooncake_pump import Job, Lane, Pump
 from aiodisagg.transport.mooncake_side import Side
 
 BARRED_PER_PEER = 4096
@@ -16,10 +16,10 @@ BARRED_PER_PEER = 4096
 class MooncakeRemote(Remote):
     """A pool behind an engine."""
 
-    def __init__(self, name: str, peer: str, size_bytes: int, lane: Lane, barred: Sequence[int]) -> None:
+    def __init__(self, name: str, peer: str, size_bytes: int, pump: Pump, lane: Lane, barred: Sequence[int]) -> None:
         self.peer, self.size_bytes = peer, size_bytes
         self.closed = False
-        self.lane = lane
+        self.pump, self.lane = pump, lane
         self.jobs: set[Job] = set()
         self.side: Side
         self._name = name
@@ -35,6 +35,11 @@ class MooncakeRemote(Remote):
         for lease in leases:
             if lease in self._barred:
                 raise WriteRefused(self._name, f"lease {lease} was revoked", peer=self.peer)
+
+    def stop(self, job: Job, error: TransportError) -> None:
+        """Tells the write's caller now; what is under way goes on to its end."""
+        job.fail(error)
+        self.pump.stop(job, error)
 
     def bar(self, leases: frozenset[int]) -> list[Job]:
         """Jobs under these leases that have not ended."""

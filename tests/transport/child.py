@@ -13,12 +13,16 @@ import sys
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Slice, Transport
 from aiodisagg.transport.ipc import IpcTransport
+from aiodisagg.transport.mooncake import MooncakeTcpTransport, MooncakeTransport
 from aiodisagg.transport.zmq import ZmqTransport
 
 
 def make(name: str) -> Transport:
     if name == "ipc":
         return IpcTransport()
+    if name.startswith("mooncake"):
+        kind = MooncakeTcpTransport if name == "mooncake-tcp" else MooncakeTransport
+        return kind(heartbeat_s=0.2, connect_timeout_s=60, quarantine_s=1.0)
     return ZmqTransport(heartbeat_s=0.1, connect_timeout_s=10)
 
 
@@ -35,7 +39,8 @@ async def receiver(transport: Transport, asked: dict[str, object]) -> None:
     arena = Arena(int(str(asked["size_bytes"])))
     await transport.open(arena, lambda offset, size, lease: True, incarnation="child-receiver")
     say(description=base64.b64encode(transport.describe()).decode())
-    await line()
+    while (words := await line())["do"] == "count":
+        say(count=bytes(arena.view).count(bytes([int(str(words["byte"]))])))
     await transport.aclose()
 
 
