@@ -85,6 +85,8 @@ class Demo:
         """Raises ProcessEnded if a process of the system ends by itself."""
         options = self.options
         compare = options.compare if options.compare is not None else options.model is None
+        # Loading takes longest of all; it goes on while the peers start.
+        reference = asyncio.ensure_future(asyncio.to_thread(Monolith, self.folder)) if compare else None
         async with Cluster(verbose=options.verbose) as cluster:
             with self.console.status("starting bootstrap, encode and language peers"):
                 url = await start_system(
@@ -109,17 +111,16 @@ class Demo:
                     task.cancel()
                 await asyncio.gather(watch, work, return_exceptions=True)
         monolith: list[str | None] = [None] * len(self.asks)
-        if compare:
+        if reference is not None:
             with self.console.status("asking the monolith the same"):
-                monolith = list(await asyncio.to_thread(self._ask_monolith))
+                monolith = list(await asyncio.to_thread(self._ask, await reference))
         return [
             row_of(i, ask, answer.text, answer.error, traces.get(f"demo-{i}"), truth)
             for i, (ask, answer, truth) in enumerate(zip(self.asks, self.answers, monolith, strict=True))
         ]
 
-    def _ask_monolith(self) -> list[str]:
-        model = Monolith(self.folder)
-        return [model.answer(ask) for ask in self.asks]
+    def _ask(self, monolith: Monolith) -> list[str]:
+        return [monolith.answer(ask) for ask in self.asks]
 
     async def _work(self, cluster: Cluster, url: str) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=600)
