@@ -152,7 +152,7 @@ def sent(world: World, process: Process, peer: str, message: Message) -> None:
                 _demand(not item.held.overlaps(lend.start, lend.stop), f"held already: {lend}")
         return
     _demand(message.key in world.asked and peer.startswith("L"), f"{process.name} speaks of {message.key} to {peer}")
-    moving = world.moving(process, peer, message.key)
+    moving = world.landings.moving(process, peer, message.key)
     if isinstance(message, Offer):
         _demand(not [m for m in moving if m.write.epoch < message.epoch], f"an offer while older writes move: {moving}")
     if isinstance(message, Fenced | Refuse):
@@ -207,4 +207,4 @@ def at_the_end(world: World) -> None:
         for digest, source in peer.machine.sources._sources.items():
             _demand(source.complete and not source.users, f"{digest} is left at {peer.name}: {source}")
         _demand(not peer.machine.sources._queue, f"jobs left in the queue of {peer.name}")
-    _demand(not world.landings, f"writes never ended: {world.landings}")
+    _demand(not world.landings.under_way, f"writes never ended: {world.landings.under_way}")

@@ -8,17 +8,15 @@ after it failed, and only a fence, the writer's death or (where the receiver pla
 from __future__ import annotations
 
 import heapq
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from aiodisagg.errors import InvalidTransition, RemoteProtocolError
 from aiodisagg.protocol import events as ev
 from aiodisagg.protocol.blocks import BlockPool
-from aiodisagg.protocol.messages import Chunk, ItemKey, decode, encode
+from aiodisagg.protocol.messages import ItemKey, decode, encode
 from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
 from aiodisagg.protocol.rows import Region
 from aiodisagg.protocol.sending import Sender, SenderConfig
@@ -27,24 +25,10 @@ from . import checks, truth
 from .checks import Violation
 from .network import Network, Process
 from .plans import FAULT_TIME_S, PATIENT_S, STRICT, Fault, Plan
+from .writes import Writes, checksum
 
 LINGER_S = 0.4
 """How long writes of a dead process may still land."""
-
-
-@dataclass(eq=False, slots=True)
-class Landing:
-    """One write under way: ``parts`` of it are still to land."""
-
-    sender: Process
-    write: ev.Write
-    data: bytes
-    answer_at: float
-    fails: bool
-    parts: list[tuple[int, int]] = field(default_factory=list)
-    answered: bool = False
-    over: bool = False
-    """Fenced, or its writer is dead for long: nothing of it lands any more."""
 
 
 class World:
@@ -62,7 +46,7 @@ class World:
         self.arrived: dict[ItemKey, truth.Arrived] = {}
         self.ended: dict[ItemKey, str] = {}
         self.owed: set[int] = set(range(len(plan.asked)))
-        self.landings: list[Landing] = []
+        self.landings = Writes(self)
         self.refusals: dict[ItemKey, int] = {}
         self.struck: set[str] = set()
         self.corrupt_next = 0
@@ -179,14 +163,12 @@ class World:
             case ev.CancelEncode(digest):
                 self._stop_encode(process, digest, "cancelled", True)
             case ev.Write():
-                self._write(process, action)
+                self.landings.begin(process, action)
             case ev.Fence():
-                self._fence(process, action)
+                self.landings.fence(process, action)
             case ev.DropSource(digest):
                 process.store.pop(digest)
-                for landing in self.landings:
-                    if landing.sender is process and landing.write.digest == digest and not landing.answered:
-                        landing.data = b"\xee" * len(landing.data)  # its memory is somebody else's now
+                self.landings.dropped(process, digest)
             case _:
                 raise Violation(f"unknown action {action}")
 
@@ -288,101 +270,6 @@ class World:
         if token is not None:
             self.soon(0.2, stop)
 
-    # -- writes --------------------------------------------------------------------------------------------------
-
-    def _write(self, process: Process, write: ev.Write) -> None:
-        if process.store.get(write.digest, 0) < write.stop:
-            raise Violation(f"{process.name} writes rows that do not exist: {write}")
-        if self.moving(process, write.peer, write.key):
-            raise Violation(f"{process.name} writes while an older write may move: {write}")
-        a, b = write.start * truth.ROW_BYTES, write.stop * truth.ROW_BYTES
-        slow = self.random.random() < self.plan.slow
-        answer_at = self.now + (self.random.uniform(1.0, 12.0) if slow else self.random.uniform(0.0002, 0.02))
-        fails = process.fail_next > 0
-        process.fail_next -= fails
-        landing = Landing(process, write, truth.packed(write.digest)[a:b], answer_at, fails)
-        rows = write.stop - write.start
-        middle = self.random.randrange(rows + 1)
-        landing.parts = [part for part in ((0, middle), (middle, rows)) if part[0] < part[1]]
-        self.landings.append(landing)
-        self.writes.update((write.key, row) for row in range(write.start, write.stop))
-        for part in list(landing.parts):
-            late = self.random.uniform(0.0, 3.0) if fails and self.random.randrange(2) else 0.0
-            self.at(self.random.uniform(self.now, answer_at) + late, lambda part=part: self._land(landing, part))
-        self.at(answer_at, lambda: self._answer(landing, answer_at))
-
-    def moving(self, process: Process, peer: str, key: ItemKey) -> list[Landing]:
-        """Writes of this item that may still move."""
-        return [
-            landing
-            for landing in self.landings
-            if landing.sender is process and landing.write.peer == peer and landing.write.key == key
-        ]
-
-    def _land(self, landing: Landing, part: tuple[int, int]) -> None:
-        if landing.over or part not in landing.parts:
-            return
-        landing.parts.remove(part)
-        home = self.network.processes[landing.write.peer]
-        if not home.alive:
-            return
-        a, b = (n * truth.ROW_BYTES for n in part)
-        offset = landing.write.offset + a
-        if not self.plan.one_sided and not home.machine.pool.admits(offset, b - a, landing.write.lease):
-            landing.fails = True
-            return
-        checks.landed(self, home, landing.write, part, offset)
-        data = bytearray(landing.data[a:b])
-        if self.corrupt_next:
-            self.corrupt_next -= 1
-            self.corrupted += 1
-            data[self.random.randrange(len(data))] ^= 0x10
-        home.memory[offset : offset + len(data)] = data
-
-    def _answer(self, landing: Landing, when: float) -> None:
-        if landing.answered or landing.answer_at != when or not landing.sender.alive:
-            return
-        if landing.sender.frozen:  # the process learns it when it runs again
-            landing.answer_at = landing.sender.thaws_at + 1e-6
-            self.at(landing.answer_at, lambda: self._answer(landing, landing.answer_at))
-            return
-        landing.answered = True
-        write = landing.write
-        if landing.fails:
-            self.feed(landing.sender, ev.WriteFailed(write.peer, write.key, write.epoch, "planned"))
-            return
-        while landing.parts:
-            self._land(landing, landing.parts[0])
-        if landing.fails:
-            self.feed(landing.sender, ev.WriteFailed(write.peer, write.key, write.epoch, "refused"))
-            return
-        self.landings.remove(landing)
-        chunk = Chunk(write.lease, write.start, write.stop, checksum(landing.data))
-        self.feed(landing.sender, ev.ChunkWritten(write.peer, write.key, write.epoch, chunk))
-
-    def _fence(self, process: Process, fence: ev.Fence) -> None:
-        open_ = self.moving(process, fence.peer, fence.key)
-        when = self.now + self.random.uniform(0.0, 0.05)
-        for landing in open_:
-            if not landing.answered and landing.answer_at > when:
-                landing.fails = landing.fails or bool(self.random.randrange(2))
-                landing.answer_at = when
-                self.at(when, lambda landing=landing: self._answer(landing, when))
-
-        def fenced() -> None:
-            if not process.alive:
-                return
-            if process.frozen or any(not landing.answered for landing in open_):
-                self.at(self.now + 0.05, fenced)
-                return
-            for landing in open_:
-                landing.over = True
-                if landing in self.landings:
-                    self.landings.remove(landing)
-            self.feed(process, ev.WritesFenced(fence.peer, fence.key))
-
-        self.at(when + self.random.choice((0.0, 0.01, 0.5)) + 1e-6, fenced)
-
     # -- faults --------------------------------------------------------------------------------------------------
 
     def _strike(self, fault: Fault) -> None:
@@ -419,18 +306,12 @@ class World:
         if not process.alive:
             return
         process.alive, process.died_at = False, self.now
-        for landing in [landing for landing in self.landings if landing.sender is process]:
-            self.at(self.now + self.random.uniform(0.0, LINGER_S), lambda landing=landing: self._forget(landing))
+        self.landings.died(process, LINGER_S)
         self.network.died(process)
         for leases in self._revokes.pop(process.name, []):
             event, home = ev.LeasesRevoked(leases), self.receiver
             self.at(self.now + LINGER_S + 0.01, lambda home=home, event=event: self.feed(home, event))
         self.at(self.now + lasts_s + 0.05, lambda: self._revive_sender(index, process.life + 1))
-
-    def _forget(self, landing: Landing) -> None:
-        landing.over = True
-        if landing in self.landings:
-            self.landings.remove(landing)
 
     def _revive_sender(self, index: int, life: int) -> None:
         self.senders[index] = self._new_sender(index, life)
@@ -475,10 +356,3 @@ class World:
 
     def patient(self, key: ItemKey) -> bool:
         return self.plan.asked[self.asked[key][0]].timeout_s >= PATIENT_S
-
-
-def checksum(data: bytes) -> int:
-    return zlib.crc32(data)
-
-
-__all__ = ["Landing", "Violation", "World", "checksum"]
