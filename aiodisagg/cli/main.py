@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
 import aiodisagg
-from aiodisagg.cli.process import announcer, die_with_parent, run, setup_logging
+from aiodisagg.cli.bench import bench
+from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
 from aiodisagg.errors import AiodisaggError
 
 Command = Callable[..., None]
@@ -23,17 +25,6 @@ def main() -> None:
     """Encode/language disaggregation for vision-language models on asyncio."""
     # A torch process with as many threads as cores collapses when the cores are busy elsewhere. Before torch is loaded.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def process_options(command: Command) -> Command:
-    """Options of every long-running process."""
-    for option in (
-        click.option("-v", "--verbose", count=True, help="Log more; -vv logs every chunk."),
-        click.option("--ready-fd", type=int, hidden=True),
-        click.option("--parent", type=int, hidden=True),
-    ):
-        command = option(command)
-    return command
 
 
 def peer_options(command: Command) -> Command:
@@ -77,12 +68,6 @@ def _peer_settings(
     return settings
 
 
-def _begin(name: str, verbose: int, parent: int | None) -> None:
-    setup_logging(verbose, name)
-    if parent is not None:
-        die_with_parent(parent)
-
-
 @main.command()
 @click.option("--host", default="127.0.0.1")
 @click.option("--port", default=8500, help="0 takes a free one.")
@@ -90,7 +75,7 @@ def _begin(name: str, verbose: int, parent: int | None) -> None:
 @process_options
 def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: int | None, parent: int | None) -> None:
     """Run a bootstrap server: peers register there and learn of each other."""
-    _begin("bootstrap", verbose, parent)
+    begin("bootstrap", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
@@ -109,6 +94,9 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @click.option("--batch-patches", default=16384, help="Patches of one tower batch.")
 @click.option("--prepare-threads", default=2)
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
+@click.option("--http-port", type=int, help="Serve /health and /metrics there; 0 takes a free port.")
+@click.option("--http-host", default="127.0.0.1")
+@click.option("--retain-s", default=30.0, help="How long rows are kept for a receiver whose link is lost.")
 @peer_options
 def encode(
     listen: str,
@@ -116,13 +104,16 @@ def encode(
     batch_patches: int,
     prepare_threads: int,
     zero_deepstack: bool,
+    http_port: int | None,
+    http_host: str,
+    retain_s: float,
     verbose: int,
     ready_fd: int | None,
     parent: int | None,
     **peer: Any,
 ) -> None:
     """Run an encode peer: it runs the vision tower for language peers."""
-    _begin(peer["name"] or "encode", verbose, parent)
+    begin(peer["name"] or "encode", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
@@ -134,6 +125,7 @@ def encode(
             source_bytes=source_mib * MiB,
             batch_patches=batch_patches,
             prepare_threads=prepare_threads,
+            retain_s=retain_s,
         )
         from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
 
@@ -142,8 +134,15 @@ def encode(
             from aiodisagg.encode.ablation import WithoutDeepStack
 
             encoder = WithoutDeepStack(await asyncio.to_thread(load_encoder, config))
-        async with EncodeService(config, encoder=encoder) as service:
-            announce({"name": service.name, "address": service.address, "incarnation": config.incarnation})
+        async with AsyncExitStack() as stack:
+            service = await stack.enter_async_context(EncodeService(config, encoder=encoder))
+            facts = {"name": service.name, "address": service.address, "incarnation": config.incarnation}
+            if http_port is not None:
+                from aiodisagg.peer.http import MetricsServer
+
+                server = MetricsServer(service.metrics, http_host, http_port)
+                facts["url"] = (await stack.enter_async_context(server)).url
+            announce(facts)
             await stop.wait()
 
     run(serve)
@@ -156,6 +155,10 @@ def encode(
 @click.option("--peer", "peers", multiple=True, help="Address of an encode peer, besides those of the bootstrap.")
 @click.option("--pool-mib", default=64, help="Memory that encode peers write into.")
 @click.option("--block-rows", default=256, help="Rows of a block.")
+@click.option("--window-blocks", default=4, help="Blocks lent to one item at a time.")
+@click.option("--failover-s", default=1.0, help="How long a lost link may take to come back.")
+@click.option("--stall-s", default=5.0, help="Silence after which an encode peer is asked again.")
+@click.option("--max-requests", default=256, help="Chat requests at once.")
 @click.option("--kv-mib", default=256, help="Memory of the paged KV pool.")
 @click.option("--token-budget", default=2048, help="Tokens of one engine step.")
 @click.option("--dtype", help="Of the language half; float32 on a CPU, bfloat16 elsewhere.")
@@ -168,6 +171,10 @@ def language(
     peers: tuple[str, ...],
     pool_mib: int,
     block_rows: int,
+    window_blocks: int,
+    failover_s: float,
+    stall_s: float,
+    max_requests: int,
     kv_mib: int,
     token_budget: int,
     dtype: str | None,
@@ -178,7 +185,7 @@ def language(
     **peer: Any,
 ) -> None:
     """Run a language peer with an OpenAI-compatible HTTP API."""
-    _begin(peer["name"] or "language", verbose, parent)
+    begin(peer["name"] or "language", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
@@ -188,6 +195,9 @@ def language(
             **_peer_settings(**peer),
             pool_bytes=pool_mib * MiB,
             block_rows=block_rows,
+            window_blocks=window_blocks,
+            failover_s=failover_s,
+            stall_s=stall_s,
             kv_bytes=kv_mib * MiB,
             token_budget=token_budget,
             dtype=dtype,
@@ -196,7 +206,7 @@ def language(
         from aiodisagg.api import HttpConfig, HttpServer  # after the checks: torch takes seconds
         from aiodisagg.language.service import LanguageService
 
-        http = HttpConfig(api_key=api_key)
+        http = HttpConfig(api_key=api_key, max_requests=max_requests)
         async with LanguageService(config) as service:
             for address in peers:
                 service.add_peer(address)
@@ -232,29 +242,7 @@ def demo(**options: Any) -> None:
         raise click.ClickException(str(error)) from error
 
 
-@main.group()
-def bench() -> None:
-    """Measure on this machine."""
-
-
-@bench.command("load")
-@click.option("--model", type=click.Path(path_type=Path), help="A Qwen3-VL(-MoE) folder; a synthetic one if left out.")
-@click.option("--dtype", default="bfloat16", help="Of all weights.")
-@click.option("--repeats", default=5, type=click.IntRange(min=1), help="Fresh processes for each of the three.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run and the medians as JSON.")
-def bench_load_command(model: Path | None, dtype: str, repeats: int, json_file: Path | None) -> None:
-    """Peak memory and load time of each half against the monolith."""
-    import msgspec
-
-    from aiodisagg.bench.load import bench_load, table
-
-    try:
-        report = bench_load(model, dtype=dtype, repeats=repeats)
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(table(report))
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+main.add_command(bench)
 
 
 if __name__ == "__main__":

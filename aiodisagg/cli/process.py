@@ -17,6 +17,7 @@ from aiodisagg.errors import AiodisaggError
 
 _PR_SET_PDEATHSIG = 1
 
+Command = Callable[..., None]
 Announce = Callable[[Mapping[str, str]], None]
 
 
@@ -71,3 +72,21 @@ def run(service: Callable[[asyncio.Event], Awaitable[None]]) -> None:
         uvloop.run(body())
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
+
+
+def process_options(command: Command) -> Command:
+    """Options of every long-running process."""
+    for option in (
+        click.option("-v", "--verbose", count=True, help="Log more; -vv logs every chunk."),
+        click.option("--ready-fd", type=int, hidden=True),
+        click.option("--parent", type=int, hidden=True),
+    ):
+        command = option(command)
+    return command
+
+
+def begin(name: str, verbose: int, parent: int | None) -> None:
+    """The first thing a long-running process does."""
+    setup_logging(verbose, name)
+    if parent is not None:
+        die_with_parent(parent)

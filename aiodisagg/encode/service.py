@@ -16,6 +16,7 @@ from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.link.link import Link
 from aiodisagg.link.server import LinkServer
 from aiodisagg.models.base import VisionEncoder
+from aiodisagg.peer import metrics
 from aiodisagg.peer.config import EncodeConfig
 from aiodisagg.peer.driver import Driver
 from aiodisagg.peer.planes import Planes
@@ -134,14 +135,31 @@ class EncodeService:
         """How busy this peer is, for the bootstrap server."""
         return Load(queued=self.pipeline.waiting, active=len(self.sender.items))
 
+    def metrics(self) -> str:
+        """Everything this peer counts, in Prometheus' text format."""
+        pipeline, sources = self.pipeline, self.sender.sources
+        return metrics.render(
+            [
+                metrics.byte_counters(self.sender.counters),
+                metrics.gauge("items_open", "Items of receivers that may still ask for rows.", len(self.sender.items)),
+                metrics.gauge("links", "Language peers with a link.", len(self._sessions)),
+                metrics.gauge("encode_jobs_waiting", "Jobs that have no rows yet.", pipeline.waiting),
+                metrics.gauge("source_bytes", "Rows kept, in use or cached.", sources.used_bytes),
+                metrics.counter("sources_started", "Items whose encoding was begun.", sources.started),
+                metrics.counter("source_hits", "Items whose rows were there or in the making.", sources.hits),
+                metrics.counter("items_encoded", "Items that left the tower.", pipeline.items_encoded),
+                metrics.counter("tower_seconds", "Time that the tower worked.", pipeline.tower_s),
+                metrics.counter("tower_batches", "Batches of the tower.", pipeline.batch_sizes.total()),
+            ]
+        )
+
     # -- links ---------------------------------------------------------------------------------------------------
 
     async def _serve_link(self, link: Link) -> None:
         peer = link.remote.incarnation
-        while (
-            before := self._sessions.get(peer)
-        ) is not None:  # the peer gave that link up
-            await before.link.aclose()
+        while (before := self._sessions.get(peer)) is not None:  # the peer gave that link up
+            before.link.abort()  # not closed: a goodbye into a dead network takes a second
+            await before.link.wait_closed()
             self._end_session(before)
         session = Session(link, self._planes, self._answer, checksum=self.config.checksum)
         self._sessions[peer] = session

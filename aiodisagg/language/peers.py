@@ -127,7 +127,7 @@ class EncodePeers:
                 else:
                     began = loop.time()
                     await self._use(peer, link)
-                    if loop.time() - began > LAST_RETRY_S:  # it was of use: first see whether somebody is still there
+                    if loop.time() - began > FIRST_RETRY_S:  # it was of use: first see whether somebody is still there
                         retry_s = FIRST_RETRY_S
                         continue
                 if peer.wanted:

@@ -1,0 +1,55 @@
+"""A small HTTP server for peers without an API of their own: ``/health`` and ``/metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from aiohttp import web
+
+from aiodisagg.errors import ConfigError
+
+
+class MetricsServer:
+    """An async context manager.
+
+    Args:
+        metrics: the text of one scrape.
+        port: 0 takes a free one.
+
+    Raises:
+        ConfigError: on entering, the address is in use or not ours.
+    """
+
+    def __init__(self, metrics: Callable[[], str], host: str, port: int) -> None:
+        self._metrics, self._host, self._port = metrics, host, port
+
+    @property
+    def url(self) -> str:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    async def __aenter__(self) -> MetricsServer:
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._scrape)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self._host, self._port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise ConfigError("http_port", f"cannot listen on {self.url}: {error.strerror or error}") from error
+        self._port = int(self._runner.addresses[0][1])
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._runner.cleanup()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _scrape(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._metrics(), content_type="text/plain", charset="utf-8")
