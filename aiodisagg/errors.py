@@ -92,6 +92,10 @@ class EngineError(AiodisaggError):
         super().__init__(f"request {request_id}: {message}")
 
 
+class DeviceError(AiodisaggError):
+    """An accelerator is missing, or it, its driver or its memory refused what was asked."""
+
+
 # -- protocol and peers -----------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from aiodisagg.device.copies import DeviceBytes
 from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import ItemKind, Patches, VisionEncoder
 from aiodisagg.peer.driver import Tasks
@@ -49,11 +50,14 @@ class EncodePipeline:
         encoder: the encode half; ``encode`` is called on one thread only.
         tell: gets StageEntered (``preparing``, ``encoding``), then RowsReady with all rows, or EncodeStopped.
         batch_patches: patch budget of a tower batch.
+        keep_on_device: leave the rows where the tower made them; else they are brought to the host at once.
     """
 
     def __init__(
-        self, encoder: VisionEncoder, tell: Callable[[PipelineEvent], None], *, batch_patches: int, prepare_threads: int
-    ) -> None:
+        self, encoder: VisionEncoder, tell: Callable[[PipelineEvent], None], *, batch_patches: int,
+        prepare_threads: int, keep_on_device: bool = False,
+    ) -> None:  # fmt: skip
+        self._keep_on_device = keep_on_device
         self.encoder, self._tell, self._budget = encoder, tell, batch_patches
         self.batch_sizes: Counter[int] = Counter()
         """Tower batches by how many items were in them."""
@@ -106,11 +110,13 @@ class EncodePipeline:
             self._still_wanted(entry)
             self._tasks.start(self._wake(), "room")
 
-    def rows(self, digest: str, start: int, stop: int) -> memoryview:
+    def rows(self, digest: str, start: int, stop: int) -> memoryview | DeviceBytes:
         """Bytes of packed rows ``[start, stop)``. Valid until ``drop``. Raises KeyError before they are ready."""
         import torch
 
         rows = self._rows[digest][start:stop]
+        if self._keep_on_device:
+            return DeviceBytes(rows.data_ptr(), rows.nbytes, rows)
         return rows.view(torch.uint8).numpy().data.cast("B")
 
     def drop(self, digest: str) -> None:
@@ -212,10 +218,18 @@ class EncodePipeline:
             self._finish(entry, rows)
 
     async def _call_tower(self, patches: list[Patches]) -> list[torch.Tensor]:
-        return await asyncio.get_running_loop().run_in_executor(self._tower_pool, self._encode_to_host, patches)
+        return await asyncio.get_running_loop().run_in_executor(self._tower_pool, self._encode_rows, patches)
 
-    def _encode_to_host(self, patches: list[Patches]) -> list[torch.Tensor]:
-        return [_alone(rows.to("cpu")) for rows in self.encoder.encode(patches)]
+    def _encode_rows(self, patches: list[Patches]) -> list[torch.Tensor]:
+        """On the tower's thread. The rows exist when this returns: copies on other streams need not wait for them."""
+        import torch
+
+        if not self._keep_on_device:
+            return [_alone(rows.to("cpu")) for rows in self.encoder.encode(patches)]
+        made = [_alone(rows) for rows in self.encoder.encode(patches)]
+        if made and made[0].is_cuda:
+            torch.cuda.current_stream(made[0].device).synchronize()
+        return made
 
     def _finish(self, entry: _Job, rows: torch.Tensor) -> None:
         job, layout = entry.start, self.encoder.layout

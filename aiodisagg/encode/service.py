@@ -9,6 +9,8 @@ from types import TracebackType
 
 from aiodisagg.bootstrap.client import BootstrapClient
 from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.device.copies import open_accelerator
+from aiodisagg.encode.handoff import HandOff
 from aiodisagg.encode.pipeline import EncodePipeline
 from aiodisagg.encode.session import Session, WriterEvent
 from aiodisagg.errors import LinkClosed, LinkError, RemoteProtocolError
@@ -87,11 +89,20 @@ class EncodeService:
         self.sender = Sender(encoder.fingerprint, sender_config)
         self.driver: Driver[SenderEvent, SenderAction] = Driver(self.sender, self._act, TimerFired)
         self._stack.callback(self.driver.close)
-        self.pipeline = await self._stack.enter_async_context(
-            EncodePipeline(
-                encoder, self._feed, batch_patches=config.batch_patches, prepare_threads=config.prepare_threads
-            )
+        accelerator = await asyncio.to_thread(open_accelerator, config.device)
+        self._handoff: HandOff | None = None
+        if accelerator is not None:
+            self._stack.callback(accelerator.close)
+            self._handoff = HandOff(accelerator, checksum=config.checksum)
+            self._stack.push_async_callback(self._handoff.aclose)
+        pipeline = EncodePipeline(
+            encoder,
+            self._feed,
+            batch_patches=config.batch_patches,
+            prepare_threads=config.prepare_threads,
+            keep_on_device=accelerator is not None,
         )
+        self.pipeline = await self._stack.enter_async_context(pipeline)
         self._planes = Planes(config.transports, config.data_host)
         self._stack.push_async_callback(self._planes.aclose)
         await self._planes.open(None, lambda *_: False, incarnation=config.incarnation)
@@ -161,7 +172,7 @@ class EncodeService:
             before.link.abort()  # not closed: a goodbye into a dead network takes a second
             await before.link.wait_closed()
             self._end_session(before)
-        session = Session(link, self._planes, self._answer, checksum=self.config.checksum)
+        session = Session(link, self._planes, self._answer, checksum=self.config.checksum, handoff=self._handoff)
         self._sessions[peer] = session
         logger.info("%s: %s linked", self.name, link.remote.name)
         try:

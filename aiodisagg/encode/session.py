@@ -9,6 +9,8 @@ from functools import partial
 
 import xxhash
 
+from aiodisagg.device.copies import DeviceBytes
+from aiodisagg.encode.handoff import HandOff
 from aiodisagg.errors import AiodisaggError, TransportError, WriteRefused
 from aiodisagg.link.link import Link
 from aiodisagg.peer.driver import Tasks
@@ -37,9 +39,16 @@ class Session:
 
     The data plane is connected by the first write and replaced after a write failed while the link lived: the next
     write uses the best plane that has not just failed.
+
+    Args:
+        handoff: for rows that lie in an accelerator's memory; None: they all lie in the host's.
     """
 
-    def __init__(self, link: Link, planes: Planes, tell: Callable[[WriterEvent], None], *, checksum: bool) -> None:
+    def __init__(
+        self, link: Link, planes: Planes, tell: Callable[[WriterEvent], None], *, checksum: bool,
+        handoff: HandOff | None = None,
+    ) -> None:  # fmt: skip
+        self._handoff = handoff
         self.link, self.peer = link, link.remote.incarnation
         self.plane_name = ""
         self._planes, self._tell, self._checksum = planes, tell, checksum
@@ -59,21 +68,21 @@ class Session:
                     self.link.local, self.link.remote, self._failed
                 )
                 self._all.append(self._plane)
+                if self._handoff is not None:
+                    self._handoff.attach(self._plane, self.link.remote)
             return self._plane
 
-    def write(self, action: Write, data: memoryview) -> None:
+    def write(self, action: Write, data: memoryview | DeviceBytes) -> None:
         """Starts the write; ends in ChunkWritten or WriteFailed."""
         task = asyncio.get_running_loop().create_task(self._write(action, data), name=f"write {action.key}")
         self._writes[action.key] = task
         # A callback, not the task's own code, reports the end: a task cancelled before it began runs no code.
         task.add_done_callback(partial(self._written, action))
 
-    async def _write(self, action: Write, data: memoryview) -> Chunk:
+    async def _write(self, action: Write, data: memoryview | DeviceBytes) -> Chunk:
         plane = self._used[action.key] = await self.connect()
-        slices = [Slice(data, action.offset, action.lease)]
         try:
-            writing = plane.transport.write(plane.remote, slices)
-            checksum, _ = await asyncio.gather(self._sum(data), writing)
+            checksum, on_device = await self._move(plane, action, data)
         except WriteRefused:  # a lease was taken back meanwhile; the plane is as good as before
             raise
         except TransportError:
@@ -81,7 +90,15 @@ class Session:
                 self._failed |= {self.plane_name}
                 self._plane = None
             raise
-        return Chunk(action.lease, action.start, action.stop, checksum)
+        return Chunk(action.lease, action.start, action.stop, checksum, on_device)
+
+    async def _move(self, plane: Plane, action: Write, data: memoryview | DeviceBytes) -> tuple[int, bool]:
+        if isinstance(data, DeviceBytes):
+            assert self._handoff is not None
+            return await self._handoff.write(plane, data, action.offset, action.lease)
+        writing = plane.transport.write(plane.remote, [Slice(data, action.offset, action.lease)])
+        checksum, _ = await asyncio.gather(self._sum(data), writing)
+        return checksum, False
 
     async def _sum(self, data: memoryview) -> int:
         return await checksum_of(data) if self._checksum else 0
@@ -120,6 +137,8 @@ class Session:
         for write in writes:
             write.cancel()
         for plane in self._all:
+            if self._handoff is not None:
+                await self._handoff.detach(plane)
             await plane.transport.disconnect(plane.remote)
         if writes:
             await asyncio.wait(writes)

@@ -28,6 +28,8 @@ from aiodisagg.protocol.rows import RowLayout
 if TYPE_CHECKING:
     import torch
 
+    from aiodisagg.device.copies import DeviceBytes, SideStream
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -47,6 +49,7 @@ class Engine:
         eos_ids: tokens that end an answer.
         config: sizes and budgets.
         layout: what rows must be; None takes any whole number of DeepStack levels that a request's rows agree on.
+        stream: carries delivered bytes to the model's device, beside its computing; for a model on an accelerator.
 
     ``submit`` belongs to the loop; ``deliver``, ``deliver_bytes``, ``fail``, ``cancel`` and ``stats`` may be called on
     any thread. Raises ConfigError if the model or the pool cannot work as configured.
@@ -60,7 +63,9 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         layout: RowLayout | None = None,
+        stream: SideStream | None = None,
     ) -> None:
+        self._stream = stream
         self.config = config or EngineConfig()
         self._decode, self._eos_ids = decode, eos_ids
         self._runner = Runner(model, self.config)
@@ -145,6 +150,7 @@ class Engine:
             width=self._row_width,
             dtype=self._runner.dtype,
             device=self._runner.device,
+            stream=self._stream,
         )
         sequence = EngineSequence(RequestHandle(request_id, self.cancel), plan, sampling, rows, self._decode)
         with self._lock:
@@ -171,11 +177,14 @@ class Engine:
         request_id: str,
         item_index: int,
         start_row: int,
-        data: bytes | bytearray | memoryview,
+        data: bytes | bytearray | memoryview | DeviceBytes,
         *,
         layout: RowLayout,
     ) -> None:
-        """As :meth:`deliver`, from the bytes of packed rows as a transport leaves them in a block: one copy."""
+        """As :meth:`deliver`, from the bytes of packed rows as a transport leaves them in a block: one copy.
+
+        With a ``stream`` it waits for the device: call it on a thread.
+        """
         self._write(
             request_id,
             lambda held: held.write_bytes(item_index, start_row, data, width=layout.width, dtype=layout.dtype),

@@ -10,11 +10,14 @@ already is not written again.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 
+from aiodisagg.device.copies import DeviceBytes, SideStream, address_of
 from aiodisagg.errors import EngineError
 from aiodisagg.models.base import PromptPlan
 
@@ -28,6 +31,8 @@ class RequestRows:
         plan: says which prompt tokens are rows of which item.
         width: elements of a row; None: the first delivery decides, any multiple of ``hidden_size``.
         dtype, device: of the tensor that keeps them, the model's.
+        stream: copies to ``device``, beside what it computes. The tensor is allocated for this stream, so a copy needs
+            not wait for computing that used its memory before; None: copies are ordinary ones.
 
     Raises EngineError if the plan contradicts itself (spans that do not hold the items' rows, placeholders outside of
     every span): such a prompt would get answers to something else.
@@ -42,8 +47,9 @@ class RequestRows:
         width: int | None,
         dtype: torch.dtype,
         device: torch.device,
+        stream: SideStream | None = None,
     ) -> None:
-        self.request_id = request_id
+        self.request_id, self._stream = request_id, stream
         self._tokens = plan.tokens
         self._hidden_size, self._width, self._dtype, self._device = hidden_size, width, dtype, device
         self._items = tuple(item.rows for item in plan.items)
@@ -97,29 +103,57 @@ class RequestRows:
             self._mark(at, at + rows.shape[0])
 
     def write_bytes(
-        self, item: int, start: int, data: bytes | bytearray | memoryview, *, width: int, dtype: str
+        self, item: int, start: int, data: bytes | bytearray | memoryview | DeviceBytes, *, width: int, dtype: str
     ) -> None:
         """As :meth:`write`, from the raw little-endian bytes of packed rows, ``dtype`` named as in a RowLayout.
 
-        Rows of another dtype than the model's are cast: a bfloat16 tower may feed a float32 language half.
+        Rows of another dtype than the model's are cast: a bfloat16 tower may feed a float32 language half. With a
+        ``stream`` this blocks its thread until the copy's event has come; DeviceBytes need one.
         """
         kind = _DTYPES.get(dtype)
         row_bytes = width * kind.itemsize if kind is not None else 0
-        size = memoryview(data).nbytes
+        size = data.size_bytes if isinstance(data, DeviceBytes) else memoryview(data).nbytes
         if kind is None or not row_bytes or size % row_bytes:
             raise self._error(item, f"{size} bytes of {dtype} are not rows of {width} elements")
         count = size // row_bytes
         packed, at = self._reserve(item, start, count, width)
         if not self._arrived[at : at + count].all():
             target = packed[at : at + count]
-            cast = kind is not self._dtype or self._device.type != "cpu"
-            raw = torch.empty((count, row_bytes), dtype=torch.uint8) if cast else target.view(torch.uint8)
-            # Not torch.frombuffer: it warns of read-only bytes, and filtering warnings is not for threads.
-            np.copyto(raw.numpy().reshape(-1), np.frombuffer(data, dtype=np.uint8))
-            if cast:
-                with torch.no_grad():
-                    target.copy_(raw.view(kind))
+            if self._stream is not None:
+                self._upload(self._stream, target, data, kind)
+            elif isinstance(data, DeviceBytes):
+                raise self._error(item, "device memory cannot be read without a stream")
+            else:
+                self._copy_in(target, data, kind)
             self._mark(at, at + count)
+
+    def _copy_in(self, target: torch.Tensor, data: bytes | bytearray | memoryview, kind: torch.dtype) -> None:
+        cast = kind is not self._dtype or self._device.type != "cpu"
+        raw = torch.empty(target.shape, dtype=kind) if cast else target
+        # Not torch.frombuffer: it warns of read-only bytes, and filtering warnings is not for threads.
+        np.copyto(raw.view(torch.uint8).numpy().reshape(-1), np.frombuffer(data, dtype=np.uint8))
+        if cast:
+            with torch.no_grad():
+                target.copy_(raw)
+
+    def _upload(
+        self, stream: SideStream, target: torch.Tensor, data: bytes | bytearray | memoryview | DeviceBytes,
+        kind: torch.dtype,
+    ) -> None:  # fmt: skip
+        with self._on(stream), torch.no_grad():
+            landed = target if kind is self._dtype else torch.empty_like(target, dtype=kind)
+            source = data.address if isinstance(data, DeviceBytes) else address_of(memoryview(data))
+            stream.copy(landed.data_ptr(), source, landed.nbytes)
+            if landed is not target:
+                target.copy_(landed)
+                stream.wait()
+
+    def _on(self, stream: SideStream) -> AbstractContextManager[object]:
+        """Makes torch allocate and compute on the stream, in this thread."""
+        if self._device.type != "cuda":
+            return contextlib.nullcontext()
+        # torch declares no types for ExternalStream
+        return torch.cuda.stream(torch.cuda.ExternalStream(stream.handle, self._device))  # type: ignore[no-untyped-call]
 
     def take(self, start: int, stop: int) -> tuple[np.ndarray, torch.Tensor | None]:
         """Rows among the prompt tokens ``[start, stop)``, which must lie before ``front``.
@@ -131,6 +165,8 @@ class RequestRows:
             return self.visual[:0], None
         if last > self._complete or self._packed is None:
             raise EngineError(self.request_id, f"rows [{first}, {last}) are wanted, {self._complete} are here")
+        if self._stream is not None and self._packed.is_cuda:  # its memory is the side stream's, but used here too
+            self._packed.record_stream(torch.cuda.current_stream(self._device))
         return self.visual[first:last] - start, self._packed[first:last]
 
     def _error(self, item: int, message: str) -> EngineError:
@@ -148,7 +184,8 @@ class RequestRows:
                 raise self._error(item, f"rows of {width} elements, wanted {wanted or f'n * {self._hidden_size}'}")
             if self._packed is None:
                 self._width = width
-                with torch.inference_mode(False):  # another thread, in another mode, may write the next rows
+                place = contextlib.nullcontext() if self._stream is None else self._on(self._stream)
+                with torch.inference_mode(False), place:  # another thread, in another mode, may write the next rows
                     self._packed = torch.empty((len(self.visual), width), dtype=self._dtype, device=self._device)
             return self._packed, self._first[item] + start
 

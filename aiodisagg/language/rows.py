@@ -11,6 +11,8 @@ from types import TracebackType
 
 from prometheus_client.core import Metric
 
+from aiodisagg.device.copies import Accelerator, DeviceBytes
+from aiodisagg.language.memory import RowMemory
 from aiodisagg.language.peers import EncodePeers, LinkEvent
 from aiodisagg.language.take import Taker
 from aiodisagg.language.trace import Traces
@@ -44,11 +46,10 @@ from aiodisagg.protocol.events import (
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
-from aiodisagg.transport.arena import Arena
 
 logger = logging.getLogger(__name__)
 
-Deliver = Callable[[ItemKey, int, memoryview], None]
+Deliver = Callable[[ItemKey, int, memoryview | DeviceBytes], None]
 
 
 @dataclass(slots=True)
@@ -68,12 +69,15 @@ class RowReceiver:
             on the loop or on a thread, at most once for each row of an item, and perhaps once more after ``cancel``.
         ended: ``ended(key, None)`` when every row of the item was delivered, else with why it failed.
         traces: told about items that it knows.
+        accelerator: where the rows are needed; ``deliver`` may get DeviceBytes, and is called on threads only.
     """
 
     def __init__(
         self, config: LanguageConfig, model: ModelFingerprint, *, name: str, deliver: Deliver,
         ended: Callable[[ItemKey, Fail | None], None], traces: Traces | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:  # fmt: skip
+        self._accelerator = accelerator
         self.config, self.model, self.name = config, model, name
         self.layout = RowLayout.of(model)
         self._deliver_rows, self._ended = deliver, ended
@@ -95,8 +99,8 @@ class RowReceiver:
         config, row_bytes = self.config, self.layout.row_bytes
         blocks = max(1, config.pool_bytes // (config.block_rows * row_bytes))
         self.pool = BlockPool(blocks, config.block_rows, row_bytes)
-        self._arena = await asyncio.to_thread(Arena, self.pool.size_bytes)
-        self._stack.callback(self._arena.close)
+        memory = await asyncio.to_thread(RowMemory, self.pool.size_bytes, self._accelerator)
+        self._stack.push_async_callback(asyncio.to_thread, memory.close)
         receiver_config = ReceiverConfig(
             failover_s=config.failover_s, stall_s=config.stall_s, window_blocks=config.window_blocks
         )
@@ -104,11 +108,11 @@ class RowReceiver:
         self.driver: Driver[ReceiverEvent, ReceiverAction] = Driver(self.receiver, self._act, TimerFired)
         self._stack.callback(self.driver.close)
         self._taker = await self._stack.enter_async_context(
-            Taker(self._arena, self._deliver, self._taken, checksum=config.checksum)
+            Taker(memory, self._deliver, self._taken, checksum=config.checksum)
         )
         self.planes = Planes(config.transports, config.data_host)
         self._stack.push_async_callback(self.planes.aclose)
-        await self.planes.open(self._arena, self.pool.admits, incarnation=config.incarnation)
+        await self.planes.open(memory.arena, self.pool.admits, incarnation=config.incarnation)
         self._tasks = Tasks(f"{self.name} rows")
         self._stack.push_async_callback(self._tasks.aclose)
         hello = Hello.here(
@@ -116,7 +120,7 @@ class RowReceiver:
             incarnation=config.incarnation,
             role=PeerRole.LANGUAGE,
             model=self.model,
-            transports=self.planes.describe(),
+            transports={**self.planes.describe(), **memory.describe()},
         )
         self.peers = EncodePeers(
             lambda: hello, self._heard, model=self.model, secret=config.secret, config=config.link
@@ -209,7 +213,7 @@ class RowReceiver:
             self._leave(key, item)
         self._prune()
 
-    def _deliver(self, take: Take, data: memoryview) -> None:
+    def _deliver(self, take: Take, data: memoryview | DeviceBytes) -> None:
         """On a taker's thread, or on the loop for small chunks."""
         if take.key in self._items:
             self._deliver_rows(take.key, take.chunk.start, data)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from aiodisagg.bootstrap.client import BootstrapClient
 from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.device.copies import DeviceBytes, open_accelerator
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.stream import RequestHandle
@@ -95,12 +96,22 @@ class LanguageService:
         engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
         engine_config = EngineConfig(pool_bytes=config.kv_bytes, token_budget=config.token_budget)
         planner = self._planner
+        accelerator = await asyncio.to_thread(open_accelerator, config.device)
+        if accelerator is not None:
+            self._stack.callback(accelerator.close)
+        stream = None if accelerator is None else accelerator.inward
         self.engine = await self._stack.enter_async_context(
-            Engine(half.causal, planner.decode, planner.eos_ids, engine_config, layout=engine_layout)
+            Engine(half.causal, planner.decode, planner.eos_ids, engine_config, layout=engine_layout, stream=stream)
         )
         self.rows = await self._stack.enter_async_context(
             RowReceiver(
-                config, model, name=self.name, deliver=self._deliver, ended=self._item_ended, traces=self.traces
+                config,
+                model,
+                name=self.name,
+                deliver=self._deliver,
+                ended=self._item_ended,
+                traces=self.traces,
+                accelerator=accelerator,
             )
         )
         self.pool, self.receiver, self.peers = self.rows.pool, self.rows.receiver, self.rows.peers
@@ -251,7 +262,7 @@ class LanguageService:
 
     # -- what becomes of items -----------------------------------------------------------------------------------
 
-    def _deliver(self, key: ItemKey, start: int, data: memoryview) -> None:
+    def _deliver(self, key: ItemKey, start: int, data: memoryview | DeviceBytes) -> None:
         """On any thread."""
         item = self._items.get(key)
         if item is not None:

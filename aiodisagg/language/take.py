@@ -10,8 +10,9 @@ from types import TracebackType
 
 import xxhash
 
+from aiodisagg.device.copies import DeviceBytes
+from aiodisagg.language.memory import RowMemory
 from aiodisagg.protocol.events import RowsRefused, RowsTaken, Take
-from aiodisagg.transport.arena import Arena
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ class Taker:
     """An async context manager; leaving it waits for the copies in progress.
 
     Args:
+        memory: where the chunks landed.
         deliver: ``deliver(take, data)`` copies the chunk's bytes to where they belong; called on any thread.
         tell: gets RowsTaken or RowsRefused, on the loop.
         checksum: compare xxh3-64; if off, chunks are taken as they are.
@@ -30,14 +32,15 @@ class Taker:
 
     def __init__(
         self,
-        arena: Arena,
-        deliver: Callable[[Take, memoryview], None],
+        memory: RowMemory,
+        deliver: Callable[[Take, memoryview | DeviceBytes], None],
         tell: Callable[[RowsTaken | RowsRefused], None],
         *,
         checksum: bool,
         threads: int = 2,
     ) -> None:
-        self._arena, self._deliver, self._tell, self._checksum = arena, deliver, tell, checksum
+        self._memory, self._deliver, self._tell, self._checksum = memory, deliver, tell, checksum
+        self._inline_bytes = INLINE_BYTES if memory.accelerator is None else 0  # a device is waited for, on a thread
         self._pool = ThreadPoolExecutor(threads, "aiodisagg-take")
         self._loop = asyncio.get_running_loop()
 
@@ -51,7 +54,7 @@ class Taker:
 
     def take(self, action: Take) -> None:
         """Ends in RowsTaken or RowsRefused."""
-        if action.size_bytes <= INLINE_BYTES:
+        if action.size_bytes <= self._inline_bytes:
             self._tell(self._work(action))
             return
         future = self._loop.run_in_executor(self._pool, self._work, action)
@@ -59,13 +62,17 @@ class Taker:
 
     def _work(self, action: Take) -> RowsTaken | RowsRefused:
         """Never raises: whatever is wrong with the bytes, the block must be given back."""
-        with self._arena.view[action.offset : action.offset + action.size_bytes] as data:
-            if self._checksum and xxhash.xxh3_64_intdigest(data) != action.chunk.checksum:
-                logger.error("item %s: wrong checksum of rows %d-%d", action.key, action.chunk.start, action.chunk.stop)
-                return RowsRefused(action.key, action.chunk)
-            try:
+        key, chunk = action.key, action.chunk
+        try:
+            if chunk.on_device:
+                self._deliver(action, self._memory.on_device(action.offset, action.size_bytes))
+                return RowsTaken(key, chunk)
+            with self._memory.arena.view[action.offset : action.offset + action.size_bytes] as data:
+                if self._checksum and xxhash.xxh3_64_intdigest(data) != chunk.checksum:
+                    logger.error("item %s: wrong checksum of rows %d-%d", key, chunk.start, chunk.stop)
+                    return RowsRefused(key, chunk)
                 self._deliver(action, data)
-            except Exception:
-                logger.exception("item %s: rows could not be delivered", action.key)
-                return RowsRefused(action.key, action.chunk)
-        return RowsTaken(action.key, action.chunk)
+        except Exception:
+            logger.exception("item %s: rows could not be delivered", key)
+            return RowsRefused(key, chunk)
+        return RowsTaken(key, chunk)

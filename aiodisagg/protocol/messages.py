@@ -49,6 +49,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     start: Count
     stop: Count
     checksum: Annotated[int, msgspec.Meta(ge=0)]
+    on_device: bool = False
+    """They lie in the pool's twin in device memory. There is no checksum: no host has seen the bytes."""
 
 
 class Meta(msgspec.Struct, frozen=True, array_like=True):
