@@ -1,20 +1,24 @@
 """Copies on threads: bounded in number, fair among each other, and stopped between two pieces.
 
-A large copy is cut into pieces and every piece goes back to the end of the queue, so a small write beside a huge one
-waits for one piece per thread and not for all of it. numpy's copy releases the GIL. Nothing here starts a copy on the
-loop's thread; the transports do that themselves for writes that take less time than a hand-over (:data:`INLINE_BYTES`).
+A large copy is cut into pieces. All threads work on it while it is alone, which is faster than one memcpy; beside
+others it takes turns, so a small write waits for one piece of each and never for all of a huge one. numpy's copy
+releases the GIL. Nothing here starts a copy on the loop's thread; the transports do that themselves for writes that
+take less time than a hand-over (:data:`INLINE_BYTES`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from aiodisagg.transport.base import Slice
+
+P = TypeVar("P")
 
 INLINE_BYTES = 256 << 10
 """Up to here a write is copied on the loop's thread: 25 us at memory speed, less than waking a thread."""
@@ -35,34 +39,57 @@ def pieces_of(slices: Iterable[Slice], piece_bytes: int = PIECE_BYTES) -> Iterat
             yield Slice(one.source[start : start + piece_bytes], one.offset + start, one.lease)
 
 
-class Copying:
-    """One copy under way. ``done`` ends once no thread will touch its memory again, and never before."""
+class Copying(Generic[P]):
+    """One copy under way. ``done`` ends once no thread will touch its memory again, and never before.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, steps: Iterator[None], leases: frozenset[int]) -> None:
+    Several threads may place pieces of it at the same time, in any order.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, pieces: Iterator[P], place: Callable[[P], None], leases: frozenset[int]
+    ) -> None:
         self.done: asyncio.Future[None] = loop.create_future()
         self.done.add_done_callback(lambda done: done.exception())  # a stopped copy may have nobody left to ask
         self.leases = leases
         self._loop = loop
-        self._steps = steps
-        self._stopped_by: Exception | None = None
+        self._lock = threading.Lock()
+        self._pieces, self._place = pieces, place
+        self._ahead = next(pieces, None)
+        self._busy = 0
+        self._ended = False
+        self._error: Exception | None = None
 
     def stop(self, error: Exception) -> None:
-        """No further piece is started; ``done`` gets ``error`` unless the last piece is already being copied."""
-        self._stopped_by = self._stopped_by or error
+        """No further piece is started; ``done`` gets ``error``, once the pieces that threads work on are placed."""
+        with self._lock:
+            self._error = self._error or error
 
     def step(self) -> bool:
         """On a thread: one piece. True if there is more to do."""
-        error = self._stopped_by
-        if error is None:
-            try:
-                next(self._steps)
-                return True
-            except StopIteration:
-                pass
-            except Exception as failure:
-                error = failure
-        del self._steps
-        self._loop.call_soon_threadsafe(self._finish, error)
+        with self._lock:
+            piece = None if self._error is not None else self._ahead
+            if piece is None:
+                return self._more()
+            self._ahead = next(self._pieces, None)
+            self._busy += 1
+        failure: Exception | None = None
+        try:
+            self._place(piece)
+        except Exception as error:
+            failure = error
+        del piece
+        with self._lock:
+            self._busy -= 1
+            self._error = self._error or failure
+            return self._more()
+
+    def _more(self) -> bool:
+        if self._error is None and self._ahead is not None:
+            return True
+        if not self._busy and not self._ended:
+            self._ended = True
+            self._pieces, self._ahead = iter(()), None  # what is ended refers to no source
+            self._loop.call_soon_threadsafe(self._finish, self._error)
         return False
 
     def _finish(self, error: Exception | None) -> None:
@@ -75,27 +102,28 @@ class Copying:
 class CopyThreads:
     """``count`` threads that start with the first large copy and end with ``aclose``.
 
-    The queue has no bound of its own: it holds one entry per unfinished write, and those are the callers'.
-    The threads are daemons: a program that forgets ``aclose`` still exits.
+    The queue has no bound of its own: it holds at most ``count`` entries per unfinished write, and those are the
+    callers'. The threads are daemons: a program that forgets ``aclose`` still exits.
     """
 
     def __init__(self, name: str, count: int = 2) -> None:
         self._name, self._count = name, count
-        self._queue: SimpleQueue[Copying | None] = SimpleQueue()
+        self._queue: SimpleQueue[Copying[Any] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._running: set[Copying] = set()
+        self._running: set[Copying[Any]] = set()
 
-    def start(self, steps: Iterator[None], leases: Iterable[int] = ()) -> Copying:
-        """Runs ``steps`` to its end on the threads, one step at a time. Called on the loop's thread."""
+    def start(self, pieces: Iterator[P], place: Callable[[P], None], leases: Iterable[int] = ()) -> Copying[P]:
+        """Places every piece, on all threads that are free. Called on the loop's thread."""
         if not self._threads:
             for index in range(self._count):
                 thread = threading.Thread(target=self._work, name=f"aiodisagg-{self._name}-{index}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        copying = Copying(asyncio.get_running_loop(), steps, frozenset(leases))
+        copying = Copying(asyncio.get_running_loop(), pieces, place, frozenset(leases))
         self._running.add(copying)
         copying.done.add_done_callback(lambda _: self._running.discard(copying))
-        self._queue.put(copying)
+        for _ in range(self._count):
+            self._queue.put(copying)  # a turn for each thread; turns that come after the end are nothing
         return copying
 
     def _work(self) -> None:
@@ -118,13 +146,13 @@ class CopyThreads:
         self._threads.clear()
 
 
-async def settle(copies: Iterable[Copying]) -> None:
+async def settle(copies: Iterable[Copying[Any]]) -> None:
     """Returns when all of them are done, however they end."""
     if waiting := {copying.done for copying in copies if not copying.done.done()}:
         await asyncio.wait(waiting)
 
 
-async def result_of(copying: Copying, stopped: Exception) -> None:
+async def result_of(copying: Copying[Any], stopped: Exception) -> None:
     """Waits for a copy; if this wait is cancelled, the copy is stopped and goes on for at most one piece."""
     try:
         await asyncio.shield(copying.done)

@@ -18,7 +18,7 @@ import os
 import secrets
 import socket
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import msgspec
@@ -28,7 +28,7 @@ from aiodisagg.transport import attach
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.attach import MAX_MESSAGE, Attach, Attached, Attachment, BarList, Refused
 from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
-from aiodisagg.transport.copying import INLINE_BYTES, CopyThreads, copy_into, pieces_of, result_of
+from aiodisagg.transport.copying import INLINE_BYTES, CopyThreads, pieces_of, result_of
 from aiodisagg.transport.description import boot_id, pack, unpack
 from aiodisagg.transport.mapping import IpcRemote, map_pool
 
@@ -207,11 +207,11 @@ class IpcTransport(Transport):
         total = check_slices(self.name, remote, slices)
         pool.check({one.lease for one in slices})
         if total <= INLINE_BYTES:
-            for _ in _copy(pool.bytes, slices):
-                pass
+            for one in slices:
+                pool.place(one)
             await asyncio.sleep(0)  # many small writes in a row still let the loop turn
         else:
-            copying = self._threads.start(_copy(pool.bytes, slices), (one.lease for one in slices))
+            copying = self._threads.start(pieces_of(slices), pool.place, (one.lease for one in slices))
             pool.track(copying)
             await result_of(copying, WriteFailed(self.name, "cancelled", peer=remote.peer))
         if pool.gone:
@@ -250,12 +250,6 @@ class IpcTransport(Transport):
         if not isinstance(remote, IpcRemote):
             raise TypeError(f"{remote!r} was not made by this transport")
         return remote
-
-
-def _copy(target: memoryview, slices: Sequence[Slice]) -> Iterator[None]:
-    for piece in pieces_of(slices):
-        copy_into(target[piece.offset : piece.offset + piece.source.nbytes], piece.source)
-        yield
 
 
 async def _connect(sock: socket.socket, address: str) -> None:

@@ -9,7 +9,8 @@ import mmap
 import os
 import socket
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from aiodisagg.errors import PeerGone, TransportClosed, WriteRefused
 from aiodisagg.transport import attach
 from aiodisagg.transport.arena import is_sealed, populate
 from aiodisagg.transport.attach import Bar, BarList, Barred, Goodbye
-from aiodisagg.transport.base import Remote
-from aiodisagg.transport.copying import Copying, CopyThreads, settle
+from aiodisagg.transport.base import Remote, Slice
+from aiodisagg.transport.copying import Copying, CopyThreads, copy_into, settle
 
 
 async def map_pool(fd: int, size_bytes: int, threads: CopyThreads) -> mmap.mmap:
@@ -31,11 +32,10 @@ async def map_pool(fd: int, size_bytes: int, threads: CopyThreads) -> mmap.mmap:
     mapping = mmap.mmap(fd, size_bytes)
     mapping.madvise(mmap.MADV_DONTFORK)
 
-    def steps() -> Iterator[None]:
-        populate(np.frombuffer(mapping, np.uint8).ctypes.data, size_bytes)
-        yield
+    def touch(whole: mmap.mmap) -> None:
+        populate(np.frombuffer(whole, np.uint8).ctypes.data, size_bytes)
 
-    await asyncio.shield(threads.start(steps()).done)
+    await asyncio.shield(threads.start(iter((mapping,)), touch).done)
     return mapping
 
 
@@ -46,7 +46,7 @@ class IpcRemote(Remote):
         self, transport: str, peer: str, sock: socket.socket, mapping: mmap.mmap, barred: Iterable[int]
     ) -> None:
         self.peer, self.size_bytes = peer, len(mapping)
-        self.bytes = memoryview(mapping)
+        self._bytes = memoryview(mapping)
         self.gone = False
         self.closed = False
         self._transport = transport
@@ -55,7 +55,7 @@ class IpcRemote(Remote):
         self._barred = BarList(1 << 16)
         self._barred.add(barred)
         self._bar: Bar | None = None
-        self._running: set[Copying] = set()
+        self._running: set[Copying[Any]] = set()
         self._views: dict[int, tuple[int, asyncio.Future[None]]] = {}
         self._view_numbers = itertools.count()
         self._loop = asyncio.get_running_loop()
@@ -91,7 +91,11 @@ class IpcRemote(Remote):
         weakref.finalize(base, self._view_dropped, number).atexit = False
         return memoryview(base)  # type: ignore[arg-type]  # numpy's stubs do not say that arrays are buffers
 
-    def track(self, copying: Copying) -> None:
+    def place(self, piece: Slice) -> None:
+        """One copy, here and now. On any thread, unless the remote is closed."""
+        copy_into(self._bytes[piece.offset : piece.offset + piece.source.nbytes], piece.source)
+
+    def track(self, copying: Copying[Any]) -> None:
         self._running.add(copying)
         copying.done.add_done_callback(lambda _: self._copy_ended(copying))
 
@@ -121,7 +125,7 @@ class IpcRemote(Remote):
         if self.closed:
             self._say_goodbye()
 
-    def _copy_ended(self, copying: Copying) -> None:
+    def _copy_ended(self, copying: Copying[Any]) -> None:
         self._running.discard(copying)
         self._answer()
 
@@ -179,6 +183,6 @@ class IpcRemote(Remote):
             with contextlib.suppress(OSError):  # the receiver is gone; nobody needs the promise
                 self._sock.send(attach.encode(Goodbye()))
             self._close_socket()
-        self.bytes.release()
+        self._bytes.release()
         with contextlib.suppress(BufferError):  # a failed copy's traceback still refers to a piece: goes with it
             self._mapping.close()

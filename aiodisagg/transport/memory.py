@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -41,7 +42,7 @@ class MemoryRemote(Remote):
     def __init__(self, peer: str, landing: Landing) -> None:
         self.peer, self.size_bytes = peer, landing.size_bytes
         self.landing = landing
-        self.running: set[Copying] = set()
+        self.running: set[Copying[Any]] = set()
         self.closed = False
 
 
@@ -95,26 +96,24 @@ class MemoryTransport(Transport):
             if not pool.landing.admits(one.offset, one.source.nbytes, one.lease):
                 raise self._refusal(pool, one)
         if total <= INLINE_BYTES:
-            for _ in self._place(pool, slices):
-                pass
+            for one in slices:
+                self._place(pool, one)
             await asyncio.sleep(0)  # many small writes in a row still let the loop turn
             return
-        copying = self._threads.start(self._place(pool, slices))
+        copying = self._threads.start(pieces_of(slices), partial(self._place, pool))
         pool.running.add(copying)
         copying.done.add_done_callback(lambda _: pool.running.discard(copying))
         await result_of(copying, WriteFailed(self.name, "cancelled", peer=remote.peer))
 
-    def _place(self, pool: MemoryRemote, slices: Sequence[Slice]) -> Iterator[None]:
-        for piece in pieces_of(slices):
-            target = pool.landing.enter(piece.offset, piece.source.nbytes, piece.lease)
-            if target is None:
-                raise self._refusal(pool, piece)
-            try:
-                copy_into(target, piece.source)
-            finally:
-                del target
-                pool.landing.leave(piece.lease)
-            yield
+    def _place(self, pool: MemoryRemote, piece: Slice) -> None:
+        target = pool.landing.enter(piece.offset, piece.source.nbytes, piece.lease)
+        if target is None:
+            raise self._refusal(pool, piece)
+        try:
+            copy_into(target, piece.source)
+        finally:
+            del target
+            pool.landing.leave(piece.lease)
 
     def _refusal(self, pool: MemoryRemote, one: Slice) -> PeerGone | WriteRefused:
         if pool.landing.closed:
