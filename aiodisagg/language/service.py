@@ -52,7 +52,7 @@ class _Request:
 
 
 def load_language_half(config: LanguageConfig) -> tuple[Planner, LanguageHalf, ModelFingerprint]:
-    """Planner, language half and row fingerprint of the configured folder. Blocking; raises CheckpointError, ConfigError."""
+    """Planner, language half and row fingerprint of the folder. Blocking; raises CheckpointError, ConfigError."""
     from aiodisagg.models.loading import check_device, fingerprint, load_language
     from aiodisagg.models.plan import Qwen3VLPlanner
 
