@@ -47,6 +47,8 @@ class IpcRemote(Remote):
     ) -> None:
         self.peer, self.size_bytes = peer, len(mapping)
         self._bytes = memoryview(mapping)
+        self.address = int(np.frombuffer(mapping, np.uint8).ctypes.data)
+        """Where the pool is mapped: devices are told, and must have forgotten it before ``close``."""
         self.gone = False
         self.closed = False
         self._transport = transport
