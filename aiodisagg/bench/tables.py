@@ -1,0 +1,41 @@
+"""What the measurements show, as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+
+from aiodisagg.bench.resume import ResumeReport
+
+
+def size(value: float | None) -> str:
+    """Bytes for people."""
+    if value is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def resume_tables(report: ResumeReport) -> Group:
+    title = f"Transfers over {report.transport}, rows of {report.row_bytes // 1024} KiB, medians of {report.repeats}"
+    times = Table(title=title, title_justify="left")
+    for column in ("rows", "bytes", "cuts", "cut", "not cut", "overhead", "", "resent", "bare copy", "rate"):
+        times.add_column(column, justify="right")
+    for one in report.resumed:
+        times.add_row(
+            f"{one.rows:,}", size(one.size_bytes), str(one.interruptions), f"{one.seconds:.3f} s",
+            f"{one.undisturbed_s:.3f} s", f"{one.overhead_s * 1000:+.0f} ms", f"{one.overhead_percent:+.1f} %",
+            size(one.resent_bytes), f"{one.bare_copy_s:.3f} s", f"{one.size_bytes / one.undisturbed_s / 1e9:.2f} GB/s",
+        )  # fmt: skip
+    memory = Table(title="Memory for rows on their way", title_justify="left")
+    for column in ("", "requests", "rows of each", "registered", "resident", "lent at most", "time"):
+        memory.add_column(column, justify="right")
+    for kind in report.memory:
+        memory.add_row(
+            kind.kind, str(kind.requests), f"{kind.rows:,}", size(kind.pool_bytes), size(kind.resident_bytes),
+            size(kind.peak_bytes), "computed" if kind.seconds is None else f"{kind.seconds:.3f} s",
+        )  # fmt: skip
+    return Group(times, memory)
