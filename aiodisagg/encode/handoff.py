@@ -44,7 +44,7 @@ T = TypeVar("T")
 class _Mapped(Protocol):
     """What a ``zero_copy`` transport's remote is."""
 
-    bytes: memoryview
+    address: int
     size_bytes: int
 
     def view(self, offset: int, size_bytes: int, lease: int) -> memoryview: ...
@@ -119,7 +119,7 @@ class HandOff:
             except DeviceError as error:
                 logger.warning("the device pool of %s cannot be used: %s", name, error)
         try:
-            return _Way(pinned=self._accelerator.pin(address_of(mapped.bytes), mapped.size_bytes))
+            return _Way(pinned=self._accelerator.pin(mapped.address, mapped.size_bytes))
         except DeviceError as error:
             logger.warning("the pool of %s cannot be pinned: %s", name, error)
             return _Way()

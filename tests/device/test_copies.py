@@ -1,0 +1,85 @@
+"""Copies end with their events; memory is registered and opened as long as it is used, and no longer."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import pytest
+import torch
+
+from aiodisagg.device.copies import Accelerator, SideStream, open_accelerator
+from aiodisagg.device.pool import DevicePool, RemotePool
+from aiodisagg.errors import DeviceError
+from tests.device.fake_cuda import FakeCuda
+
+
+def test_a_copy_returns_after_its_event_and_not_before(cuda: FakeCuda) -> None:
+    source, target = ctypes.create_string_buffer(b"rows"), ctypes.create_string_buffer(5)
+    stream = SideStream(cuda, 0)
+    cuda.gate.clear()
+    ended = threading.Event()
+
+    def copy() -> None:
+        stream.copy(ctypes.addressof(target), ctypes.addressof(source), 5)
+        ended.set()
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    assert cuda.waiting.wait(30)
+    assert not ended.is_set() and target.value == b""
+    cuda.gate.set()
+    thread.join()
+    assert ended.is_set() and target.value == b"rows"
+    assert cuda.names() == ["copy", "record", "event"]
+    stream.close()
+
+
+def test_a_copy_that_cannot_start_raises_and_leaves_nothing_on_the_stream(cuda: FakeCuda) -> None:
+    stream = SideStream(cuda, 0)
+    cuda.fails = True
+    with pytest.raises(DeviceError, match="out of order"):
+        stream.copy(1, 2, 3)
+    stream.close()
+
+
+def test_memory_is_let_go_once(accelerator: Accelerator, cuda: FakeCuda) -> None:
+    pinned = accelerator.pin(4096, 100)
+    with pytest.raises(DeviceError):
+        accelerator.pin(4096, 100)
+    pinned.close()
+    pinned.close()
+    assert cuda.names() == ["register", "unregister"]
+
+
+def test_a_pool_is_opened_on_the_device_that_writes_with_peer_access(cuda: FakeCuda) -> None:
+    owner, writer = Accelerator(cuda, 1), Accelerator(cuda, 0)
+    pool = DevicePool(owner, 64)
+    opened = RemotePool(writer, pool.description, 64)
+    assert cuda.names() == ["enable_peer", "open"]
+    assert cuda.log[0] == ("enable_peer", "0", "1")
+    assert opened.address == pool.at(0, 1).address
+    opened.close()
+    opened.close()
+    pool.close()
+    pool.close()
+
+
+def test_words_that_are_no_pool_are_refused(accelerator: Accelerator) -> None:
+    pool = DevicePool(accelerator, 64)
+    for words, size in ((pool.description, 65), (b"", 64), (pool.description[:-1], 64), (b"\x93\xc4\x01a\x40\xa0", 64)):
+        with pytest.raises(DeviceError):
+            RemotePool(accelerator, words, size)
+    pool.close()
+
+
+def test_only_a_gpu_is_an_accelerator() -> None:
+    assert open_accelerator("cpu") is None
+    with pytest.raises(DeviceError):
+        open_accelerator("cuda:x")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_an_error_that_says_so() -> None:
+    with pytest.raises(DeviceError, match="CUDA"):
+        open_accelerator("cuda")

@@ -1,0 +1,225 @@
+"""Rows of a device on their way into a block: nothing is told, fenced, reused or let go before the copy's event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+import xxhash
+
+from aiodisagg.device.copies import Accelerator, DeviceBytes
+from aiodisagg.device.pool import NAME, DevicePool
+from aiodisagg.encode.handoff import HandOff
+from aiodisagg.errors import DeviceError, WriteFailed, WriteRefused
+from aiodisagg.link.hello import Hello, PeerRole
+from aiodisagg.peer.planes import Plane
+from aiodisagg.transport.base import Remote, Slice
+from aiodisagg.transport.ipc import IpcTransport
+from aiodisagg.transport.memory import MemoryTransport
+from aiodisagg.transport.testing import GUARD, Kit, Receiver
+from tests.conftest import LOOPS
+from tests.device.fake_cuda import FakeCuda
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.usefixtures("no_leaks"),
+    pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True),
+]
+ROWS = bytes(range(200)) * 10
+
+
+def on_device(cuda: FakeCuda, data: bytes = ROWS) -> DeviceBytes:
+    address = cuda.malloc(len(data))
+    cuda.allocated[address][:] = data
+    return DeviceBytes(address, len(data))
+
+
+@dataclass
+class Way:
+    receiver: Receiver
+    plane: Plane
+    handoff: HandOff
+    writer: str
+
+
+@asynccontextmanager
+async def way(
+    accelerator: Accelerator, kind: type[IpcTransport] | type[MemoryTransport] = IpcTransport, *,
+    words: dict[str, bytes] | None = None, checksum: bool = True,
+) -> AsyncIterator[Way]:  # fmt: skip
+    """A hand-off attached to a receiver's pool of 64 KiB."""
+    async with Kit(kind).pair(1 << 16) as (receiver, transport, remote, name):
+        handoff, plane = HandOff(accelerator, checksum=checksum), Plane(transport, remote)
+        handoff.attach(plane, Hello(name="r", incarnation=receiver.incarnation, role=PeerRole.LANGUAGE,
+                                    transports=words or {}))  # fmt: skip
+        try:
+            yield Way(receiver, plane, handoff, name)
+        finally:
+            await handoff.detach(plane)
+            await handoff.aclose()
+
+
+async def waited(cuda: FakeCuda) -> None:
+    assert await asyncio.to_thread(cuda.waiting.wait, 30)
+
+
+async def test_rows_go_straight_into_the_block(accelerator: Accelerator, cuda: FakeCuda) -> None:
+    rows = on_device(cuda)
+    async with way(accelerator) as one:
+        lease = one.receiver.lender.lend(512, rows.size_bytes)
+        assert await one.handoff.write(one.plane, rows, 512, lease) == (xxhash.xxh3_64_intdigest(ROWS), False)
+        assert bytes(one.receiver.arena.view[512 : 512 + len(ROWS)]) == ROWS
+        assert one.receiver.arena.view[511] == one.receiver.arena.view[512 + len(ROWS)] == GUARD
+        assert ("copy", "device", "pinned") in cuda.log
+    assert cuda.names() == ["register", "copy", "record", "event", "unregister"]
+    cuda.free(rows.address)
+
+
+async def test_the_lease_is_held_until_the_event(accelerator: Accelerator, cuda: FakeCuda) -> None:
+    rows = on_device(cuda)
+    async with way(accelerator) as one:
+        lease = one.receiver.lender.lend(0, rows.size_bytes)
+        cuda.gate.clear()
+        write = asyncio.create_task(one.handoff.write(one.plane, rows, 0, lease))
+        await waited(cuda)
+        revoke = asyncio.create_task(one.receiver.transport.revoke(one.writer, [lease]))
+        fence = asyncio.create_task(one.plane.transport.fence(one.plane.remote))
+        write.cancel()
+        await asyncio.wait([write])
+        assert write.cancelled()
+        other = one.receiver.lender.lend(8192, 1)
+        await one.plane.transport.write(one.plane.remote, [Slice(memoryview(b"x"), 8192, other)])  # the loop is free
+        assert not revoke.done() and not fence.done(), "the device still writes there"
+        cuda.gate.set()
+        async with asyncio.timeout(30):
+            await revoke
+            await fence
+        with pytest.raises(WriteRefused):
+            await one.handoff.write(one.plane, rows, 0, lease)
+    cuda.free(rows.address)
+
+
+async def test_detaching_waits_for_the_copies_and_then_lets_go(accelerator: Accelerator, cuda: FakeCuda) -> None:
+    rows = on_device(cuda)
+    async with way(accelerator) as one:
+        lease = one.receiver.lender.lend(0, rows.size_bytes)
+        cuda.gate.clear()
+        write = asyncio.create_task(one.handoff.write(one.plane, rows, 0, lease))
+        await waited(cuda)
+        write.cancel()
+        detach = asyncio.create_task(one.handoff.detach(one.plane))
+        await asyncio.wait([write])
+        assert not detach.done() and "unregister" not in cuda.names()
+        cuda.gate.set()
+        await detach
+        assert cuda.names()[-2:] == ["event", "unregister"]
+    cuda.free(rows.address)
+
+
+async def test_a_failed_copy_is_an_error_and_holds_no_lease(accelerator: Accelerator, cuda: FakeCuda) -> None:
+    rows = on_device(cuda)
+    async with way(accelerator) as one:
+        lease = one.receiver.lender.lend(0, rows.size_bytes)
+        cuda.fails = True
+        with pytest.raises(DeviceError) as caught:
+            await one.handoff.write(one.plane, rows, 0, lease)
+        async with asyncio.timeout(30):  # while the error is still referred to
+            await one.plane.transport.fence(one.plane.remote)
+        assert "out of order" in str(caught.value)
+    cuda.free(rows.address)
+
+
+async def test_with_a_device_pool_no_byte_passes_the_host(accelerator: Accelerator, cuda: FakeCuda) -> None:
+    rows, pool = on_device(cuda), DevicePool(accelerator, 1 << 16)
+    async with way(accelerator, words={NAME: pool.description}) as one:
+        lease = one.receiver.lender.lend(1024, rows.size_bytes)
+        cuda.gate.clear()
+        write = asyncio.create_task(one.handoff.write(one.plane, rows, 1024, lease))
+        await waited(cuda)
+        revoke = asyncio.create_task(one.receiver.transport.revoke(one.writer, [lease]))
+        await one.plane.transport.write(
+            one.plane.remote, [Slice(memoryview(b"x"), 8192, one.receiver.lender.lend(8192, 1))]
+        )
+        assert not revoke.done() and not write.done()
+        cuda.gate.set()
+        assert await write == (0, True)
+        async with asyncio.timeout(30):
+            await revoke
+        landed = pool.at(1024, len(ROWS)).address - pool.at(0, 0).address
+        assert cuda.allocated[pool.at(0, 0).address].raw[landed : landed + len(ROWS)] == ROWS
+        assert set(one.receiver.arena.view[:4096]) == {GUARD}
+        assert ("copy", "device", "device") in cuda.log
+    assert "register" not in cuda.names() and cuda.names()[-1] == "close"
+    pool.close()
+    cuda.free(rows.address)
+
+
+@pytest.mark.parametrize("fault", ["cannot open", "another size", "nonsense"])
+async def test_without_its_device_pool_a_receiver_gets_rows_by_the_host(
+    accelerator: Accelerator, cuda: FakeCuda, fault: str
+) -> None:
+    rows, pool = on_device(cuda), DevicePool(accelerator, 1 << 15 if fault == "another size" else 1 << 16)
+    cuda.can_open = fault != "cannot open"
+    async with way(accelerator, words={NAME: b"?" if fault == "nonsense" else pool.description}) as one:
+        lease = one.receiver.lender.lend(0, rows.size_bytes)
+        _, device = await one.handoff.write(one.plane, rows, 0, lease)
+        assert not device and bytes(one.receiver.arena.view[: len(ROWS)]) == ROWS
+    pool.close()
+    cuda.free(rows.address)
+
+
+async def test_other_planes_send_a_pinned_copy(accelerator: Accelerator, cuda: FakeCuda) -> None:
+    small, rows = on_device(cuda, b"small"), on_device(cuda)
+    async with way(accelerator, MemoryTransport) as one:
+        for data in (small, rows, small):
+            lease = one.receiver.lender.lend(64, data.size_bytes)
+            checksum, device = await one.handoff.write(one.plane, data, 64, lease)
+            sent = bytes(cuda.allocated[data.address].raw)
+            assert bytes(one.receiver.arena.view[64 : 64 + len(sent)]) == sent
+            assert (checksum, device) == (xxhash.xxh3_64_intdigest(sent), False)
+        assert cuda.names().count("register") == 1, "one buffer serves writes that follow each other"
+    for data in (small, rows):
+        cuda.free(data.address)
+
+
+class _Stuck(MemoryTransport):
+    """Its writes fail, and may still read their source until ``fenced``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fenced = asyncio.Event()
+        self.sources: list[memoryview] = []
+        self.fails = True
+
+    async def write(self, remote: Remote, slices: Sequence[Slice]) -> None:
+        self.sources.append(slices[0].source)
+        if self.fails:
+            raise WriteFailed(self.name, "who knows", peer=remote.peer)
+
+    async def fence(self, remote: Remote) -> None:
+        await self.fenced.wait()
+
+
+async def test_the_source_of_a_failed_write_is_not_reused_before_the_fence(
+    accelerator: Accelerator, cuda: FakeCuda
+) -> None:
+    first, second = on_device(cuda, b"first"), on_device(cuda, b"other")
+    async with way(accelerator, _Stuck) as one:
+        stuck = one.plane.transport
+        assert isinstance(stuck, _Stuck)
+        with pytest.raises(WriteFailed):
+            await one.handoff.write(one.plane, first, 0, 1)
+        stuck.fails = False
+        await one.handoff.write(one.plane, second, 0, 2)
+        assert [bytes(source) for source in stuck.sources] == [b"first", b"other"]
+        stuck.fenced.set()
+        await one.handoff._tasks.join()
+        for _ in range(3):
+            await one.handoff.write(one.plane, first, 0, 3)
+        assert cuda.names().count("register") == 2
+        stuck.sources.clear()
+    cuda.free(first.address)
+    cuda.free(second.address)
