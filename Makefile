@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test stress check install clean
+.PHONY: demo test stress bench-faults check install clean
 install: $(STAMP)
 
 # torch first and alone: the pinned release is taken wherever pip is told to look for it.
@@ -25,6 +25,13 @@ test: $(STAMP)
 # 50,000 (and 25,000 stricter) worlds; prints how far it is.
 stress: $(STAMP)
 	$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/protocol/test_world.py --hypothesis-profile long
+
+# Real processes under load while one is killed, stopped, or cut off; the last needs root and iproute2.
+bench-faults: $(STAMP)
+	$(BIN)/aiodisagg bench faults --scenario kill --rounds 20 --json docs/faults-kill.json
+	$(BIN)/aiodisagg bench faults --scenario bootstrap --rounds 3 --json docs/faults-bootstrap.json
+	$(BIN)/aiodisagg bench faults --scenario stop --rounds 5 --json docs/faults-stop.json
+	$(BIN)/aiodisagg bench faults --scenario netcut --rounds 5 --json docs/faults-netcut.json
 
 check: $(STAMP)
 	$(BIN)/ruff check .

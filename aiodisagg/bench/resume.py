@@ -20,6 +20,7 @@ import psutil
 
 from aiodisagg.bench.transfer import Timed, Transfers, transfers
 from aiodisagg.demo.cluster import Cluster
+from aiodisagg.transport.arena import POOL_NAME
 
 MiB = 1 << 20
 INTERRUPTED = (20_000, 50_000, 100_000)
@@ -76,7 +77,7 @@ class Memory(msgspec.Struct, frozen=True):
     rows: int
     pool_bytes: int
     resident_bytes: int | None
-    """Growth of the receiving process; None: computed, not run."""
+    """Of the pool; None: computed, not run."""
     peak_bytes: int | None
     """Most that was lent at one moment."""
     seconds: float | None
@@ -157,14 +158,13 @@ async def _memory(options: ResumeOptions, cluster: Cluster, block_rows: int, poo
         ("blocks", pool_rows, block_rows, options.window_blocks),
     )
     for kind, rows_of_pool, rows_of_block, window in kinds:
-        before = psutil.Process().memory_info().rss
         async with transfers(
             options.transport, max_rows=requests * rows, hidden=options.hidden, levels=options.levels,
             pool_rows=rows_of_pool, block_rows=rows_of_block, window_blocks=window, cluster=cluster, name=kind,
         ) as made:  # fmt: skip
             await made.fetch(rows, items=requests, whole=True)
             runs = [await made.fetch(rows, items=requests) for _ in range(options.repeats)]
-            grown = psutil.Process().memory_info().rss - before - made.found.nbytes
+            grown = sum(m.rss for m in psutil.Process().memory_maps() if POOL_NAME in m.path)
             seconds = statistics.median(run.seconds for run in runs)
             peak = made.peak_blocks * rows_of_block * row_bytes
             found.append(Memory(kind, requests, rows, rows_of_pool * row_bytes, grown, peak, seconds))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Group
 from rich.table import Table
 
+from aiodisagg.bench.faults import FaultReport
 from aiodisagg.bench.resume import ResumeReport
 
 
@@ -39,3 +40,28 @@ def resume_tables(report: ResumeReport) -> Group:
             size(kind.peak_bytes), "computed" if kind.seconds is None else f"{kind.seconds:.3f} s",
         )  # fmt: skip
     return Group(times, memory)
+
+
+def fault_table(report: FaultReport) -> Table:
+    title = (
+        f"{report.scenario}, {report.transports}: {report.requests} requests with {report.images} images at once; "
+        f"undisturbed p50 {report.calm_p50_ms:.0f} ms, p99 {report.calm_p99_ms:.0f} ms"
+    )
+    found = Table(title=title, title_justify="left")
+    for column in ("", "requests", "failed", "wrong", "items there", "moved", "rows kept", "twice", "resent"):
+        found.add_column(column, justify="right")
+    for column in ("added p50", "added p99"):
+        found.add_column(column, justify="right")
+    for one in report.rounds:
+        found.add_row(
+            str(one.number + 1), str(one.requests), str(one.failed), str(one.wrong),
+            f"{one.items_of_victim}/{one.items_open}",
+            str(one.moved), str(one.rows_kept), size(one.received_twice_bytes), size(one.resent_bytes),
+            f"{one.added_p50_ms:.0f} ms", f"{one.added_p99_ms:.0f} ms",
+        )  # fmt: skip
+    found.add_row(
+        "all", str(sum(one.requests for one in report.rounds)), str(report.failed), str(report.wrong), "",
+        str(report.moved), str(report.rows_kept), size(report.received_twice_bytes), size(report.resent_bytes),
+        f"{report.added_p50_ms:.0f} ms", f"{report.added_p99_ms:.0f} ms",
+    )  # fmt: skip
+    return found

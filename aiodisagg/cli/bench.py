@@ -101,3 +101,34 @@ def bench_resume_command(json_file: Path | None, plot_file: Path | None, **optio
     except ImportError as error:
         raise click.ClickException(f"{error}; pip install 'aiodisagg[bench]'") from error
     console.print(resume_tables(report))
+
+
+@bench.command("faults")
+@click.option("--scenario", type=click.Choice(["kill", "bootstrap", "stop", "netcut"]), default="kill")
+@click.option("--rounds", default=20, type=click.IntRange(min=1), help="Faults, each in a load of its own.")
+@click.option("--requests", default=200, type=click.IntRange(min=1), help="At once, each with three to six images.")
+@click.option("--transports", help="Data planes, best first; ipc, and zmq for netcut, if left out.")
+@click.option("--seed", default=0, help="Of the moments of the faults.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every round as JSON.")
+def bench_faults_command(json_file: Path | None, transports: str | None, **options: Any) -> None:
+    """Real processes under load while one is killed (kill), stopped for 5 s (stop), the bootstrap server is away for
+    10 s (bootstrap), or the network to the encode peers is cut for 5 s (netcut: needs root and iproute2)."""
+    import msgspec
+    import uvloop
+    from rich.console import Console
+
+    from aiodisagg.bench.faults import FaultOptions, bench_faults
+    from aiodisagg.bench.tables import fault_table
+
+    setup_logging(0, "bench")
+    chosen = transports or ("zmq" if options["scenario"] == "netcut" else "ipc")
+    try:
+        report = uvloop.run(
+            bench_faults(FaultOptions(transports=chosen, **options), lambda text: click.echo(text, err=True))
+        )
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error
+    Console(width=None if sys.stdout.isatty() else 120).print(fault_table(report))
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    raise SystemExit(1 if report.failed or report.wrong else 0)

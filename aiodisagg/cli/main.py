@@ -161,6 +161,7 @@ def encode(
 @click.option("--max-requests", default=256, help="Chat requests at once.")
 @click.option("--kv-mib", default=256, help="Memory of the paged KV pool.")
 @click.option("--token-budget", default=2048, help="Tokens of one engine step.")
+@click.option("--max-running", default=64, help="Requests that hold KV pages at once.")
 @click.option("--dtype", help="Of the language half; float32 on a CPU, bfloat16 elsewhere.")
 @click.option("--max-pixels", type=int, help="Of an image after resizing; the checkpoint's limit if less.")
 @peer_options
@@ -177,6 +178,7 @@ def language(
     max_requests: int,
     kv_mib: int,
     token_budget: int,
+    max_running: int,
     dtype: str | None,
     max_pixels: int | None,
     verbose: int,
@@ -200,6 +202,7 @@ def language(
             stall_s=stall_s,
             kv_bytes=kv_mib * MiB,
             token_budget=token_budget,
+            max_running=max_running,
             dtype=dtype,
             max_pixels=max_pixels,
         )

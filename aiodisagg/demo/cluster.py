@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,10 +72,13 @@ class Cluster:
     async def __aenter__(self) -> Cluster:
         return self
 
-    async def start(self, name: str, *arguments: str) -> Member:
-        """Runs ``aiodisagg ARGUMENTS`` and waits until it is ready. Raises ProcessEnded if it does not get there."""
+    async def start(self, name: str, *arguments: str, prefix: Sequence[str] = ()) -> Member:
+        """Runs ``aiodisagg ARGUMENTS`` and waits until it is ready. Raises ProcessEnded if it does not get there.
+
+        ``prefix``: a command that runs another in its own process, such as ``ip netns exec NAME``.
+        """
         read, write = os.pipe()
-        command = [sys.executable, "-m", "aiodisagg", *arguments, "--ready-fd", str(write)]
+        command = [*prefix, sys.executable, "-m", "aiodisagg", *arguments, "--ready-fd", str(write)]
         command += ["--parent", str(os.getpid())]
         command += ["-v"] * self._verbose
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -136,6 +140,10 @@ class Cluster:
         member.process.process.kill()
         return member
 
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Sends a signal that does not end the member, such as SIGSTOP."""
+        self.members[name].process.process.send_signal(number)
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -145,6 +153,7 @@ class Cluster:
         for child in self._started:
             if child.process.returncode is None:
                 child.process.terminate()
+                child.process.send_signal(signal.SIGCONT)  # a stopped one would not hear of its end
         await asyncio.gather(*(self._stop(child) for child in self._started))
 
     async def _stop(self, child: _Process) -> None:

@@ -94,7 +94,9 @@ class LanguageService:
         self._planner, half, model = await asyncio.to_thread(load_language_half, config)
         self._layout = layout = half.layout
         engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
-        engine_config = EngineConfig(pool_bytes=config.kv_bytes, token_budget=config.token_budget)
+        engine_config = EngineConfig(
+            pool_bytes=config.kv_bytes, token_budget=config.token_budget, max_running=config.max_running
+        )
         planner = self._planner
         accelerator = await asyncio.to_thread(open_accelerator, config.device)
         if accelerator is not None:

@@ -103,6 +103,8 @@ class LanguageConfig(PeerConfig):
     """Memory of the paged KV pool."""
     token_budget: int = 2048
     """Tokens of one engine step."""
+    max_running: int = 64
+    """Requests that hold KV pages at once; the items of others are not asked for yet."""
     max_pixels: int | None = None
     """Pixels of an image after resizing; None: what the checkpoint says."""
     request_timeout_s: float = 300.0
@@ -116,8 +118,8 @@ class LanguageConfig(PeerConfig):
         PeerConfig.__post_init__(self)
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}")
-        keys = ("pool_bytes", "block_rows", "window_blocks", "kv_bytes", "token_budget", "request_timeout_s", "stall_s")
-        for key in keys:
+        keys = ("pool_bytes", "block_rows", "window_blocks", "kv_bytes", "token_budget", "stall_s")
+        for key in (*keys, "max_running", "request_timeout_s"):
             check(key, getattr(self, key))
         check("peer_wait_s", self.peer_wait_s, exclusive=False)
         check("failover_s", self.failover_s, exclusive=False)

@@ -15,6 +15,9 @@ import fcntl
 import mmap
 import os
 
+POOL_NAME = "aiodisagg-pool"
+"""What the kernel calls the mapping in ``/proc/PID/maps``."""
+
 _POPULATE_WRITE = 23
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -40,7 +43,7 @@ class Arena:
         if size_bytes <= 0:
             raise ValueError(f"size_bytes must be positive, not {size_bytes}")
         self.size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fd = os.memfd_create("aiodisagg-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = os.memfd_create(POOL_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, self.size_bytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
