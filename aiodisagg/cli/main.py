@@ -153,7 +153,7 @@ def encode(
 @click.option("--port", default=8000, help="Of the HTTP API; 0 takes a free one.")
 @click.option("--api-key", envvar="AIODISAGG_API_KEY", help="Clients must send it as a bearer token.")
 @click.option("--peer", "peers", multiple=True, help="Address of an encode peer, besides those of the bootstrap.")
-@click.option("--pool-mib", default=64, help="Memory that encode peers write into.")
+@click.option("--pool-mib", default=64.0, help="Memory that encode peers write into.")
 @click.option("--block-rows", default=256, help="Rows of a block.")
 @click.option("--window-blocks", default=4, help="Blocks lent to one item at a time.")
 @click.option("--failover-s", default=1.0, help="How long a lost link may take to come back.")
@@ -170,7 +170,7 @@ def language(
     port: int,
     api_key: str | None,
     peers: tuple[str, ...],
-    pool_mib: int,
+    pool_mib: float,
     block_rows: int,
     window_blocks: int,
     failover_s: float,
@@ -195,7 +195,7 @@ def language(
 
         config = LanguageConfig(
             **_peer_settings(**peer),
-            pool_bytes=pool_mib * MiB,
+            pool_bytes=int(pool_mib * MiB),
             block_rows=block_rows,
             window_blocks=window_blocks,
             failover_s=failover_s,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.live import Live
 from aiodisagg.data import digits_model
 from aiodisagg.demo.cluster import Cluster, start_system
 from aiodisagg.demo.tasks import Ask, Monolith, all_digit_asks, digit_asks
-from aiodisagg.demo.view import Row, progress, row_of, table
+from aiodisagg.demo.view import Moved, Row, moved_items, progress, row_of, table, what_moved
 from aiodisagg.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 0.1
 CONCURRENCY = 16
 TABLE_ROWS = 40
+KILL_CONCURRENCY = 64
+KILL_OPTIONS = ("--block-rows", "1", "--pool-mib", "0.03125")
+"""A pool of a few rows: many items are half here at any moment, so that one of them can be seen to move."""
 ENDED_S = 2.0
 """How long after an error the end of a process may become known."""
 
@@ -80,6 +83,7 @@ class Demo:
         self.answers = [_Answer() for _ in self.asks]
         self.done = 0
         self.killed = ""
+        self.moved: list[Moved] = []
 
     async def run(self) -> list[Row]:
         """Raises ProcessEnded if a process of the system ends by itself."""
@@ -95,6 +99,7 @@ class Demo:
                     encoders=options.encoders,
                     transports=options.transports,
                     encode_options=("--zero-deepstack",) if options.zero_deepstack else (),
+                    language_options=KILL_OPTIONS if options.kill_encoder else (),
                 )
             watch = asyncio.ensure_future(cluster.watch())
             work = asyncio.ensure_future(self._work(cluster, url))
@@ -126,7 +131,7 @@ class Demo:
         timeout = aiohttp.ClientTimeout(total=600)
         async with aiohttp.ClientSession(url, timeout=timeout) as session:
             await self._wait_linked(session)
-            slots = asyncio.Semaphore(CONCURRENCY)
+            slots = asyncio.Semaphore(KILL_CONCURRENCY if self.options.kill_encoder else CONCURRENCY)
             with Live(console=self.console, refresh_per_second=10, transient=True) as live:
                 async with asyncio.TaskGroup() as group:
                     show = group.create_task(self._show(cluster, session, live))
@@ -138,6 +143,7 @@ class Demo:
                     for helper in helpers:
                         helper.cancel()
             traces = await self._traces(session)
+        self.moved = moved_items(traces)
         return {trace["request_id"]: trace for trace in traces}
 
     async def _wait_linked(self, session: aiohttp.ClientSession) -> None:
@@ -163,14 +169,18 @@ class Demo:
             await asyncio.sleep(REFRESH_S)
 
     async def _kill_encoder(self, cluster: Cluster, session: aiohttp.ClientSession) -> None:
-        """Waits until an encode peer has delivered something and owes something, then kills it."""
+        """Waits until items are half here, then kills the encode peer that owes most of them the rest."""
         while not self.killed:
-            for trace in await self._traces(session):
-                for item in trace["items"]:
-                    if item["peers"] and item["stage"] in ("encoding", "encoded", "transferring") and not self.killed:
-                        self.killed = item["peers"][-1]
-                        cluster.kill(self.killed)
-            await asyncio.sleep(0.005)
+            owed = Counter(
+                item["peers"][-1]
+                for trace in await self._traces(session)
+                for item in trace["items"]
+                if trace["total_s"] < 0 and item["rows"] <= 2 * item["rows_arrived"] < 2 * item["rows"]
+            )
+            if owed:
+                self.killed = owed.most_common(1)[0][0]
+                cluster.kill(self.killed)
+            await asyncio.sleep(0.001)  # between two looks at another process, which announces nothing
 
     async def _send(self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, number: int) -> None:
         answer = self.answers[number]
@@ -234,9 +244,8 @@ def run_demo(options: DemoOptions) -> int:
     console.print(table(rows if len(rows) <= TABLE_ROWS else [row for row in rows if row.right is False or row.error]))
     summary = totals(rows)
     if demo.killed:
-        console.print(
-            f"{demo.killed} was killed: {summary['items_moved']} items moved, {summary['rows_kept']} rows kept"
-        )
+        for line in what_moved(demo.killed, demo.moved):
+            console.print(line)
     for group, share in summary["right_by_group"].items():
         console.print(f"{group}: {share:.1%} right")
     equal, compared = summary["equal_to_monolith"], summary["compared_with_monolith"]

@@ -108,3 +108,38 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row.encode_ms:.0f}", f"{row.transfer_ms:.1f}", f"{row.first_token_ms:.0f}", f"{row.total_ms:.0f}",
         )  # fmt: skip
     return found
+
+
+class Moved(msgspec.Struct):
+    """An item that went from one encode peer to another in mid-transfer."""
+
+    request_id: str
+    item: int
+    peers: list[str]
+    rows: int
+    rows_kept: int
+    complete: bool
+
+
+def moved_items(traces: Sequence[dict[str, Any]]) -> list[Moved]:
+    """Those with the most rows kept first."""
+    found = [
+        Moved(trace["request_id"], i, item["peers"], item["rows"], item["rows_kept"], item["complete_s"] >= 0)
+        for trace in traces
+        for i, item in enumerate(trace["items"])
+        if item["moves"]
+    ]
+    return sorted(found, key=lambda moved: -moved.rows_kept)
+
+
+def what_moved(killed: str, moved: Sequence[Moved], shown: int = 5) -> list[str]:
+    """Lines for a person: some items that moved, then all of them in one sentence."""
+    lines = [
+        f"{one.request_id} image {one.item + 1}: stopped at {one.rows_kept} of {one.rows} rows on {one.peers[0]}, "
+        f"went on with {one.rows - one.rows_kept} on {one.peers[-1]}" + ("" if one.complete else ", not complete")
+        for one in moved[:shown]
+        if one.rows_kept
+    ]
+    to = ", ".join(sorted({one.peers[-1] for one in moved})) or "nobody"
+    kept, rows = sum(one.rows_kept for one in moved), sum(one.rows for one in moved)
+    return [*lines, f"{killed} was killed: {len(moved)} items moved to {to}; {kept} of their {rows} rows were kept"]
