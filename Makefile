@@ -13,7 +13,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,mooncake-cpu]'
 	touch $@
 
 demo: $(STAMP)
@@ -32,6 +32,10 @@ bench-faults: $(STAMP)
 	$(BIN)/aiodisagg bench faults --scenario bootstrap --rounds 3 --json docs/faults-bootstrap.json
 	$(BIN)/aiodisagg bench faults --scenario stop --rounds 5 --json docs/faults-stop.json
 	$(BIN)/aiodisagg bench faults --scenario netcut --rounds 5 --json docs/faults-netcut.json
+
+# mooncake over verbs in an emulated machine with soft-RoCE; see tests/rdma/run.sh.
+test-rdma: $(STAMP)
+	bash tests/rdma/run.sh
 
 check: $(STAMP)
 	$(BIN)/ruff check .

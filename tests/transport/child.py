@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import sys
 
 from aiodisagg.transport.arena import Arena
@@ -16,13 +17,17 @@ from aiodisagg.transport.ipc import IpcTransport
 from aiodisagg.transport.mooncake import MooncakeTcpTransport, MooncakeTransport
 from aiodisagg.transport.zmq import ZmqTransport
 
+SLOWNESS = int(os.environ.get("AIODISAGG_TEST_SLOWNESS", "1"))
+"""How much longer than usual everything may take: in an emulated machine, ten times."""
+SIZE = (16 << 20) // SLOWNESS // 4096 * 4096
+
 
 def make(name: str) -> Transport:
     if name == "ipc":
         return IpcTransport()
     if name.startswith("mooncake"):
         kind = MooncakeTcpTransport if name == "mooncake-tcp" else MooncakeTransport
-        return kind(heartbeat_s=0.2, connect_timeout_s=60, quarantine_s=1.0)
+        return kind(heartbeat_s=0.2 * SLOWNESS, connect_timeout_s=60, quarantine_s=1.0, chunk_bytes=SIZE // 4)
     return ZmqTransport(heartbeat_s=0.1, connect_timeout_s=10)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import importlib.util
 import os
 import signal
 
@@ -16,22 +15,18 @@ from aiodisagg.transport.base import Slice
 from aiodisagg.transport.mooncake import MooncakeTransport
 from aiodisagg.transport.testing import Kit
 from tests.conftest import LOOPS
-from tests.transport.child import make
+from tests.transport.child import SIZE, SLOWNESS, make
 from tests.transport.test_mooncake import engine_imported
-from tests.transport.test_two_processes import SIZE, child, writing_to_child, written_by_child
+from tests.transport.test_two_processes import child, writing_to_child, written_by_child
 
 __all__ = ["engine_imported"]
 
 NAME = os.environ.get("AIODISAGG_MOONCAKE", "mooncake-tcp")
 RDMA = NAME == "mooncake"
-PATIENCE_S = 90 if RDMA else 20
-"""Deadline of everything here; RDMA without a device runs in an emulated machine."""
+PATIENCE_S = 20 * SLOWNESS
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.skipif(
-        importlib.util.find_spec("mooncake") is None, reason="needs the extra: pip install 'aiodisagg[mooncake-cpu]'"
-    ),
     pytest.mark.parametrize("anyio_backend", LOOPS[1:] if RDMA else LOOPS, indirect=True),
 ]
 
@@ -115,7 +110,7 @@ async def test_a_cancelled_write_to_a_stopped_receiver_keeps_its_source_leased(n
         task.cancel()
         with pytest.raises((asyncio.CancelledError, PeerGone)):
             await task
-        assert RDMA or mine(writer).leased_bytes == SIZE  # an RDMA write into a stopped process just ends
+        assert RDMA or 0 < mine(writer).leased_bytes <= SIZE  # an RDMA write into a stopped process just ends
         one.signal(signal.SIGCONT)
         async with asyncio.timeout(PATIENCE_S):
             await writer.fence(remote)

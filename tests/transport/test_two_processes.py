@@ -17,9 +17,8 @@ from aiodisagg.errors import PeerGone, WriteFailed
 from aiodisagg.transport.base import Slice, Transport
 from aiodisagg.transport.testing import Kit, Receiver
 from tests.conftest import LOOPS
-from tests.transport.child import make
+from tests.transport.child import SIZE, SLOWNESS, make
 
-SIZE = 16 << 20
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)]
@@ -37,7 +36,7 @@ class Child:
 
     async def hear(self) -> dict[str, object]:
         assert self.process.stdout is not None
-        heard = await asyncio.wait_for(self.process.stdout.readline(), 30)
+        heard = await asyncio.wait_for(self.process.stdout.readline(), 30 * SLOWNESS)
         assert heard, "the child ended"
         return json.loads(heard)
 
@@ -162,13 +161,13 @@ async def writing_to_child(name: str) -> AsyncIterator[tuple[Transport, asyncio.
                 started.set()
 
         task = asyncio.ensure_future(write())
-        await asyncio.wait_for(started.wait(), 10)
+        await asyncio.wait_for(started.wait(), 10 * SLOWNESS)
         try:
             yield writer, task, one
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(10 * SLOWNESS):
                 await writer.fence(remote)
 
 
