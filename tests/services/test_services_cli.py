@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -81,3 +82,16 @@ def test_options_that_cannot_be_meant(moe: Path, options: list[str], words: str)
     ended = run("encode", "--model", str(moe), *options)
     assert ended.returncode == 1
     assert ended.stderr.startswith("Error: ") and words in ended.stderr and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_bench_load_measures_each_part_in_processes_of_its_own(moe: Path, tmp_path: Path) -> None:
+    ended = run("bench", "load", "--model", str(moe), "--repeats", "1", "--json", str(tmp_path / "load.json"))
+    assert ended.returncode == 0
+    found = json.loads((tmp_path / "load.json").read_text())
+    whole, encode, language = found["medians"]
+    assert [part["part"] for part in found["medians"]] == ["monolith", "encode", "language"]
+    assert whole["weight_bytes"] == encode["weight_bytes"] + language["weight_bytes"]
+    assert all(part["peak_bytes"] > 0 and part["seconds"] > 0 for part in found["medians"])
+    assert all(part in ended.stdout for part in ("monolith", "encode", "language"))
+    assert run("bench", "load", "--model", str(tmp_path), "--repeats", "1").returncode == 1
