@@ -36,6 +36,7 @@ class FaultOptions:
     seed: int = 0
     block_rows: int = 4
     pool_mib: int = 1
+    verbose: int = 0
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -92,7 +93,7 @@ async def bench_faults(options: FaultOptions, say: Callable[[str], None] = lambd
     network = options.scenario == "netcut"
     async with system(
         asks, transports=options.transports, encoders=2, network=network, block_rows=options.block_rows,
-        pool_mib=options.pool_mib,
+        pool_mib=options.pool_mib, verbose=options.verbose,
     ) as made:  # fmt: skip
         bench = _Bench(options, made)
         await bench.calm()

@@ -115,6 +115,7 @@ class System:
 @asynccontextmanager
 async def system(
     asks: Sequence[Ask], *, transports: str, encoders: int, network: bool, block_rows: int, pool_mib: int,
+    verbose: int = 0,
 ) -> AsyncIterator[System]:  # fmt: skip
     """Bootstrap, encode peers and one language peer with the digit reader, all linked.
 
@@ -123,7 +124,7 @@ async def system(
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiodisagg-bench-")))
         net = await stack.enter_async_context(Namespace()) if network else None
-        cluster = await stack.enter_async_context(Cluster())
+        cluster = await stack.enter_async_context(Cluster(verbose=verbose))
         here, there = (net.here, net.there) if net is not None else ("127.0.0.1", "127.0.0.1")
         bootstrap = await cluster.start("bootstrap", "bootstrap", "--port", "0", "--host", here)
         common = ["--model", str(digits_model()), "--bootstrap", bootstrap.facts["url"], "--transports", transports]

@@ -109,6 +109,7 @@ def bench_resume_command(json_file: Path | None, plot_file: Path | None, **optio
 @click.option("--requests", default=200, type=click.IntRange(min=1), help="At once, each with three to six images.")
 @click.option("--transports", help="Data planes, best first; ipc, and zmq for netcut, if left out.")
 @click.option("--seed", default=0, help="Of the moments of the faults.")
+@click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every round as JSON.")
 def bench_faults_command(json_file: Path | None, transports: str | None, **options: Any) -> None:
     """Real processes under load while one is killed (kill), stopped for 5 s (stop), the bootstrap server is away for

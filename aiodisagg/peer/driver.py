@@ -39,7 +39,8 @@ class Driver(Generic[E, A]):
         self._loop = asyncio.get_running_loop()
         self._events: deque[E] = deque()
         self._busy = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due = 0.0
         self._closed = False
 
     def feed(self, event: E) -> None:
@@ -71,12 +72,13 @@ class Driver(Generic[E, A]):
     def _arm(self) -> None:
         due = self._machine.next_timer()
         if self._timer is not None:
-            if due is not None and self._timer.when() == due and not self._timer.cancelled():
+            if self._due == due:
                 return
             self._timer.cancel()
             self._timer = None
         if due is not None and not self._closed:
-            self._timer = self._loop.call_at(due, self._fire)
+            # uvloop's handle of a time that has passed has no ``when``: the time is kept here.
+            self._timer, self._due = self._loop.call_at(due, self._fire), due
 
     def _fire(self) -> None:
         self._timer = None
