@@ -196,7 +196,10 @@ class EncodePeers:
             peer.rows = 0
             self._ended_bytes[0] += link.bytes_sent
             self._ended_bytes[1] += link.bytes_received
-            self._tell(LinkLost(remote.incarnation))
+            try:
+                self._tell(LinkLost(remote.incarnation))
+            except Exception:  # as above: an address that is not dialled any more is a peer lost for ever
+                logger.exception("the loss of the link to %s", peer.name)
             await link.aclose()
 
     async def aclose(self) -> None:
