@@ -104,9 +104,9 @@ class MooncakeTransport(Transport):
         progress_timeout_s: int = 5,
         heartbeat_s: float = 1.0,
         connect_timeout_s: float = 10.0,
-        overdue_s: float = 10.0,
+        overdue_s: float = 30.0,
         chunk_bytes: int | None = None,
-        staging_slots: int = 16,
+        staging_slots: int = 32,
         quarantine_s: float | None = None,
     ) -> None:
         self._host = host
@@ -116,7 +116,7 @@ class MooncakeTransport(Transport):
         self._heartbeat_s, self._connect_timeout_s, self._overdue_s = heartbeat_s, connect_timeout_s, overdue_s
         self._quarantine_s = 2.0 * progress_timeout_s if quarantine_s is None else quarantine_s
         self._chunk_bytes = chunk_bytes or ((4 if self.protocol == "rdma" else 16) << 20)
-        self._staging_slots = staging_slots if self.protocol == "rdma" else 0
+        self._depth, self._staging_slots = (16, staging_slots) if self.protocol == "rdma" else (4, 0)
         self._state = "new"
         self._incarnation = ""
         self._token = secrets.token_bytes(16)
@@ -157,6 +157,7 @@ class MooncakeTransport(Transport):
             self._devices,
             self._progress_timeout_s,
             arena=arena,
+            depth=self._depth,
             slot_bytes=self._chunk_bytes,
             slots=self._staging_slots,
             overdue_s=self._overdue_s,

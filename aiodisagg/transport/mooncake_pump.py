@@ -11,8 +11,8 @@ A TCP transfer always ends (the engine's progress time-out sees to it). An RDMA 
 pending for ever; so RDMA reads from staging slots that belong to the pump, and a slot that never comes back costs
 memory (a metric) and not the caller's source. Sources inside memory that is registered anyway are read in place.
 
-Fairness: a peer has ``DEPTH`` pieces under way (the engine has four lanes per peer on TCP), one write at most
-``DEPTH - 1`` of them, and writes take turns.
+Fairness: a peer has at most ``depth`` pieces under way (the engine has four lanes per peer on TCP), one write half of
+them, and writes take turns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Slice
 from aiodisagg.transport.mooncake_engine import DONE, FAILED, PENDING, Engine
 
-DEPTH = 4
 _TICK_S = 50e-6
 _SLOW_TICK_S = 0.05
 
@@ -153,16 +152,23 @@ class Pump:
     """See the module's text.
 
     Args:
+        depth: pieces under way per peer; even.
         staging: None: sources are read in place (TCP).
         direct: ranges ``(start, stop)`` that are registered and need no staging.
         overdue_s: a staged piece that is pending for longer fails its write; it stays leased.
     """
 
     def __init__(
-        self, name: str, engine: Engine, staging: Staging | None, direct: Iterable[tuple[int, int]], overdue_s: float
+        self,
+        name: str,
+        engine: Engine,
+        depth: int,
+        staging: Staging | None,
+        direct: Iterable[tuple[int, int]],
+        overdue_s: float,
     ) -> None:
         self._name, self._engine, self._staging = name, engine, staging
-        self._direct = tuple(direct)
+        self._depth, self._direct = depth, tuple(direct)
         self._overdue_s = overdue_s
         self._lanes: list[Lane] = []
         self._flights: list[_Flight] = []
@@ -216,8 +222,8 @@ class Pump:
             for lane in self._lanes:
                 self._fill(lane)
             self._lanes = [lane for lane in self._lanes if lane.jobs]
-            if self._flights:
-                self._poll()
+            if self._flights and self._poll():
+                continue  # there is room now
             if self._finish_at is not None and time.monotonic() > self._finish_at:
                 break
             if all(flight.overdue for flight in self._flights):
@@ -231,12 +237,12 @@ class Pump:
 
     def _fill(self, lane: Lane) -> None:
         waiting = len(lane.jobs)
-        while lane.under_way < DEPTH and waiting:
+        while lane.under_way < self._depth and waiting:
             job = lane.jobs.popleft()
             if not job.pieces:
                 self._end_if_over(job)
                 waiting -= 1
-            elif job.under_way >= DEPTH - 1 or not self._submit(job):
+            elif 2 * job.under_way >= self._depth or not self._submit(job):
                 lane.jobs.append(job)
                 waiting -= 1
             elif job.pieces:
@@ -268,7 +274,8 @@ class Pump:
         self._flights.append(_Flight(transfer, job, size, slot))
         return True
 
-    def _poll(self) -> None:
+    def _poll(self) -> bool:
+        """True if any piece ended."""
         now = time.monotonic()
         left: list[_Flight] = []
         landed: list[tuple[_Flight, bool]] = []
@@ -287,6 +294,7 @@ class Pump:
             self._landed(flight, done)
         for flight in late:
             self._give_up(flight)
+        return bool(landed)
 
     def _landed(self, flight: _Flight, done: bool) -> None:
         job = flight.job
