@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs inside the guest: a soft-RoCE device, then the tests with the host's own virtual environment.
 set -uo pipefail
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp PYTHONPATH=$(cd "$(dirname "$0")/../.." && pwd)
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 AIODISAGG_MOONCAKE=mooncake AIODISAGG_TEST_SLOWNESS=10
 cd "$(dirname "$0")/../.."
 ip link set lo up
@@ -18,7 +18,7 @@ step() {
     "$@" || failed=1
     echo "guest: $((SECONDS - began)) s, failed=$failed: ${*: -2}"
 }
-pytest() { .venv/bin/python -m pytest -q -rA -p no:cacheprovider --color=no --tb=short --timeout 400 --durations=5 "$@"; }
+pytest() { .venv/bin/python -m pytest -q -p no:cacheprovider --color=no --tb=short --timeout 400 --durations=5 "$@"; }
 case "${what:-all}" in
     shell) exec setsid bash -i </dev/ttyS0 >/dev/ttyS0 2>&1 ;;
     conformance) step pytest tests/transport/test_mooncake.py -k uvloop ;;

@@ -50,8 +50,8 @@ async def test_bytes_of_another_process_arrive_and_a_clean_end_fences(no_leaks: 
 async def test_a_writer_killed_in_mid_write_is_fenced_after_the_quarantine(no_leaks: None) -> None:
     async with written_by_child(NAME, forever=True) as (receiver, one, lease):
         assert await one.hear() == {"writing": True}
-        await one.die()
         began_s = asyncio.get_running_loop().time()
+        await one.die()
         revoke = asyncio.ensure_future(receiver.transport.revoke("child-writer", [lease]))
         await asyncio.sleep(0)
         assert mine(receiver.transport).revoking == 1
@@ -84,7 +84,9 @@ async def test_a_stopped_writer_holds_its_leases(then: signal.Signals, no_leaks:
         assert receiver.arena.view == b"\x33" * receiver.arena.size_bytes
 
 
-async def test_a_receiver_killed_in_mid_write_is_gone(no_leaks: None) -> None:
+async def test_a_receiver_killed_in_mid_write_is_gone(request: pytest.FixtureRequest) -> None:
+    if not RDMA:  # there a transfer to a dead process never ends, and its engine is kept until this one ends
+        request.getfixturevalue("no_leaks")
     async with writing_to_child(NAME) as (_, task, one):
         await one.die()
         with pytest.raises(PeerGone):
