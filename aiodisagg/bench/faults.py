@@ -34,8 +34,9 @@ class FaultOptions:
     requests: int = 200
     transports: str = "ipc"
     seed: int = 0
-    block_rows: int = 4
-    pool_mib: int = 1
+    block_rows: int = 2
+    pool_mib: float = 1 / 16
+    """For all requests at once: many items are half here at any moment."""
     verbose: int = 0
 
 

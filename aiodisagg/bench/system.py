@@ -114,7 +114,7 @@ class System:
 
 @asynccontextmanager
 async def system(
-    asks: Sequence[Ask], *, transports: str, encoders: int, network: bool, block_rows: int, pool_mib: int,
+    asks: Sequence[Ask], *, transports: str, encoders: int, network: bool, block_rows: int, pool_mib: float,
     verbose: int = 0,
 ) -> AsyncIterator[System]:  # fmt: skip
     """Bootstrap, encode peers and one language peer with the digit reader, all linked.

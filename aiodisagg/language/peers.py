@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from aiodisagg.link.hello import Hello
 from aiodisagg.link.link import Link, dial
 from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
-from aiodisagg.protocol.messages import ItemKey, Message
+from aiodisagg.protocol.messages import ItemKey, Message, Want
 from aiodisagg.protocol.rows import ModelFingerprint
 from aiodisagg.scheduler.placement import Candidate, place
 
@@ -39,6 +40,9 @@ class EncodePeer:
     refused: str = ""
     """Why who answered there last is of no use."""
     moved: asyncio.Event = field(default_factory=asyncio.Event)
+    outbox: deque[Message] = field(default_factory=deque)
+    """Media that wait for the link, and whatever was said after them. Bounded by the items under way: only refers."""
+    filled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class EncodePeers:
@@ -107,14 +111,35 @@ class EncodePeers:
         return None if chosen is None else self._linked[chosen]
 
     def send(self, incarnation: str, message: Message) -> None:
-        """Sends if the link is up; what does not get out is asked for again by the protocol."""
+        """Sends if the link is up; what does not get out is asked for again by the protocol.
+
+        Media wait until the link has room, since all items of a lost link ask again at once; nothing overtakes them.
+        """
         peer = self._linked.get(incarnation)
         if peer is None or peer.link is None:
+            return
+        if peer.outbox or (isinstance(message, Want) and message.media is not None):
+            peer.outbox.append(message)
+            peer.filled.set()
             return
         try:
             peer.link.send_nowait(message)
         except LinkError as error:
             logger.debug("not sent to %s: %s", peer.name, error)
+
+    async def _drain(self, peer: EncodePeer, link: Link) -> None:
+        """Sends what is in the outbox for as long as the link lives."""
+        while True:
+            await peer.filled.wait()
+            peer.filled.clear()
+            while peer.outbox:
+                try:
+                    await link.send(peer.outbox[0])
+                except LinkClosed:
+                    return
+                except LinkError as error:
+                    logger.error("not sent to %s: %s", peer.name, error)
+                peer.outbox.popleft()
 
     async def _keep(self, peer: EncodePeer) -> None:
         retry_s, loop = FIRST_RETRY_S, asyncio.get_running_loop()
@@ -177,6 +202,7 @@ class EncodePeers:
         peer.incarnation, peer.name, peer.link = remote.incarnation, remote.name, link
         self._linked[remote.incarnation] = peer
         logger.info("linked to encode peer %s at %s", peer.name, peer.address)
+        sending = self._tasks.start(self._drain(peer, link), f"send to {peer.name}")
         try:
             self._tell(LinkUp(remote.incarnation))
             async with self._changed:
@@ -191,7 +217,9 @@ class EncodePeers:
             logger.exception("closing the link to %s", peer.name)
         finally:
             del self._linked[remote.incarnation]
+            sending.cancel()
             peer.link = None
+            peer.outbox.clear()
             peer.items.clear()
             peer.rows = 0
             self._ended_bytes[0] += link.bytes_sent

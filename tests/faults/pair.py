@@ -14,6 +14,7 @@ import numpy as np
 from aiodisagg.bench.synthetic import SyntheticEncoder, fill, item_of, synthetic_model
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.language.rows import RowReceiver
+from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.link import Link
 from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 from aiodisagg.protocol.events import Fail, LinkLost, Write
@@ -36,12 +37,17 @@ class Scissors:
 
     def __init__(self, monkeypatch: Any, *, delivered: bool) -> None:
         self.messages, self.at = 0, -1
-        send, recv = Link.send_nowait, Link.recv
+        send_nowait, send, recv = Link.send_nowait, Link.send, Link.recv
 
         def send_or_cut(link: Link, message: Message) -> None:
             if not delivered and self._now():
                 link.abort()
-            send(link, message)
+            send_nowait(link, message)
+
+        async def wait_or_cut(link: Link, message: Message) -> None:
+            if not delivered and self._now():
+                link.abort()
+            await send(link, message)
 
         async def recv_and_cut(link: Link) -> Message:
             message = await recv(link)
@@ -50,6 +56,7 @@ class Scissors:
             return message
 
         monkeypatch.setattr(Link, "send_nowait", send_or_cut)
+        monkeypatch.setattr(Link, "send", wait_or_cut)
         monkeypatch.setattr(Link, "recv", recv_and_cut)
 
     def _now(self) -> bool:
@@ -149,7 +156,14 @@ class Pair:
 
 @asynccontextmanager
 async def pair(
-    folder: Path, transport: str, *, encoders: int = 1, blocks: int = 3, block_rows: int = 2, **encode: Any
+    folder: Path,
+    transport: str,
+    *,
+    encoders: int = 1,
+    blocks: int = 3,
+    block_rows: int = 2,
+    link: LinkConfig | None = None,
+    **encode: Any,
 ) -> AsyncIterator[Pair]:
     made = Pair()
     async with AsyncExitStack() as stack:
@@ -160,6 +174,7 @@ async def pair(
             block_rows=block_rows,
             window_blocks=2,
             failover_s=PATIENCE_S if encoders == 1 else 0.0,
+            link=link or LinkConfig(),
         )
         receiver = RowReceiver(config, MODEL, name="language", deliver=made.deliver, ended=made.ended)
         made.receiver = await stack.enter_async_context(receiver)
