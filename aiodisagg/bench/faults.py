@@ -230,8 +230,7 @@ class _Bench:
             case "bootstrap":
                 cluster.kill("bootstrap")
                 await asyncio.sleep(AWAY_S["bootstrap"])
-                port = made.bootstrap.facts["url"].rpartition(":")[2]
-                made.bootstrap = await cluster.start("bootstrap", "bootstrap", "--port", port)
+                await made.restart_bootstrap()
             case "netcut":
                 assert made.network is not None
                 await made.network.cut()

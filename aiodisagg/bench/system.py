@@ -47,9 +47,15 @@ class System:
     bootstrap: Member
     language: Member
     network: Namespace | None
+    bootstrap_options: tuple[str, ...]
     encode_options: tuple[str, ...]
     session: aiohttp.ClientSession = field(repr=False)
     _round: int = 0
+
+    async def restart_bootstrap(self) -> None:
+        """On the port it had."""
+        port = self.bootstrap.facts["url"].rpartition(":")[2]
+        self.bootstrap = await self.cluster.start("bootstrap", "bootstrap", *self.bootstrap_options, "--port", port)
 
     async def start_encoder(self, name: str) -> Member:
         prefix = self.network.exec if self.network is not None else ()
@@ -72,7 +78,8 @@ class System:
                 await asyncio.sleep(0.05)
 
     async def _known(self) -> int:
-        async with self.session.get(f"{self.bootstrap.facts['url']}/v1/peers") as response:
+        headers = {"Authorization": f"Bearer {self.bootstrap_options[-1]}"}
+        async with self.session.get(f"{self.bootstrap.facts['url']}/v1/peers", headers=headers) as response:
             return sum(1 for entry in await response.json() if entry["state"] == "ready")
 
     async def debug(self, what: str) -> list[dict[str, Any]]:
@@ -126,9 +133,11 @@ async def system(
         net = await stack.enter_async_context(Namespace()) if network else None
         cluster = await stack.enter_async_context(Cluster(verbose=verbose))
         here, there = (net.here, net.there) if net is not None else ("127.0.0.1", "127.0.0.1")
-        bootstrap = await cluster.start("bootstrap", "bootstrap", "--port", "0", "--host", here)
+        token = secrets.token_hex(16)
+        bootstrap_options = ("--host", here, "--token", token)
+        bootstrap = await cluster.start("bootstrap", "bootstrap", *bootstrap_options, "--port", "0")
         common = ["--model", str(digits_model()), "--bootstrap", bootstrap.facts["url"], "--transports", transports]
-        common += ["--data-host", here]
+        common += ["--data-host", here, "--bootstrap-token", token]
         encode_options = [*common, "--http-port", "0", "--http-host", there, "--source-mib", "1"]
         if net is not None:
             secret = folder / "secret"
@@ -142,7 +151,17 @@ async def system(
         connector = aiohttp.TCPConnector(limit=0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=timeout))
         language = await cluster.start("language-1", "language", *language_options)
-        made = System(cluster, asks, digits_model().name, bootstrap, language, net, tuple(encode_options), session)
+        made = System(
+            cluster,
+            asks,
+            digits_model().name,
+            bootstrap,
+            language,
+            net,
+            bootstrap_options,
+            tuple(encode_options),
+            session,
+        )
         await asyncio.gather(*(made.start_encoder(f"encode-{i + 1}") for i in range(encoders)))
         await made.linked(encoders)
         yield made

@@ -32,6 +32,7 @@ def peer_options(command: Command) -> Command:
     for option in (
         click.option("--model", type=click.Path(path_type=Path), required=True, help="Checkpoint folder."),
         click.option("--bootstrap", multiple=True, help="URL of a bootstrap server; may be given several times."),
+        click.option("--bootstrap-token", envvar="AIODISAGG_BOOTSTRAP_TOKEN", help="Token of the bootstrap servers."),
         click.option("--name", default="", help="For people."),
         click.option("--secret-file", type=click.Path(path_type=Path, exists=True), help="Shared by all peers."),
         click.option("--transports", help="Data planes that may be used, best first, with commas."),
@@ -46,6 +47,7 @@ def peer_options(command: Command) -> Command:
 def _peer_settings(
     model: Path,
     bootstrap: tuple[str, ...],
+    bootstrap_token: str | None,
     name: str,
     secret_file: Path | None,
     transports: str | None,
@@ -56,6 +58,7 @@ def _peer_settings(
     settings: dict[str, Any] = {
         "model": model,
         "bootstrap": bootstrap,
+        "bootstrap_token": bootstrap_token,
         "name": name,
         "data_host": data_host,
         "device": device,
