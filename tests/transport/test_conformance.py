@@ -11,6 +11,7 @@ from aiodisagg.transport.base import Transport
 from aiodisagg.transport.conformance import CHECKS
 from aiodisagg.transport.ipc import IpcTransport
 from aiodisagg.transport.memory import MemoryTransport
+from aiodisagg.transport.stream import StreamTransport
 from aiodisagg.transport.testing import ConformanceError, Kit, check_transport
 from aiodisagg.transport.zmq import ZmqTransport
 from tests.conftest import LOOPS
@@ -18,6 +19,7 @@ from tests.conftest import LOOPS
 MAKERS: dict[str, Callable[[], Transport]] = {
     "memory": MemoryTransport,
     "ipc": lambda: IpcTransport(handshake_timeout_s=10),
+    "stream": lambda: StreamTransport(connect_timeout_s=10),
     "zmq": lambda: ZmqTransport(connect_timeout_s=10),
 }
 

@@ -22,7 +22,8 @@ from tests.transport.child import SIZE, SLOWNESS, make
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)]
-both = pytest.mark.parametrize("name", ["ipc", "zmq"])
+every = pytest.mark.parametrize("name", ["ipc", "zmq", "stream"])
+placed = pytest.mark.parametrize("name", ["zmq", "stream"])
 
 
 class Child:
@@ -78,7 +79,7 @@ async def written_by_child(name: str, *, forever: bool) -> AsyncIterator[tuple[R
             yield receiver, one, lease
 
 
-@both
+@every
 async def test_bytes_of_another_process_arrive_and_a_clean_end_fences(name: str, no_leaks: None) -> None:
     async with written_by_child(name, forever=False) as (receiver, one, lease):
         assert await one.hear() == {"written": True}
@@ -90,7 +91,7 @@ async def test_bytes_of_another_process_arrive_and_a_clean_end_fences(name: str,
             await receiver.transport.revoke("child-writer", [lease])
 
 
-@both
+@every
 async def test_a_writer_killed_in_mid_write_is_fenced(name: str, no_leaks: None) -> None:
     async with written_by_child(name, forever=True) as (receiver, one, lease):
         assert await one.hear() == {"writing": True}
@@ -133,8 +134,9 @@ async def test_a_stopped_ipc_writer_holds_its_leases(then: signal.Signals, no_le
         assert receiver.arena.view == b"\x33" * receiver.arena.size_bytes
 
 
-async def test_a_stopped_zmq_writer_cannot_hold_a_lease(no_leaks: None) -> None:
-    async with written_by_child("zmq", forever=True) as (receiver, one, lease):
+@placed
+async def test_a_stopped_writer_cannot_hold_a_lease_where_the_receiver_places(name: str, no_leaks: None) -> None:
+    async with written_by_child(name, forever=True) as (receiver, one, lease):
         assert await one.hear() == {"writing": True}
         one.signal(signal.SIGSTOP)
         receiver.lender.withdraw(lease)
@@ -171,7 +173,7 @@ async def writing_to_child(name: str) -> AsyncIterator[tuple[Transport, asyncio.
                 await writer.fence(remote)
 
 
-@both
+@every
 async def test_a_receiver_killed_in_mid_write_is_gone(name: str, no_leaks: None) -> None:
     async with writing_to_child(name) as (_, task, one):
         await one.die()
@@ -179,8 +181,9 @@ async def test_a_receiver_killed_in_mid_write_is_gone(name: str, no_leaks: None)
             await asyncio.wait_for(task, 10)
 
 
-async def test_a_stopped_zmq_receiver_is_given_up(no_leaks: None) -> None:
-    async with writing_to_child("zmq") as (_, task, one):
+@placed
+async def test_a_stopped_receiver_is_given_up(name: str, no_leaks: None) -> None:
+    async with writing_to_child(name) as (_, task, one):
         one.signal(signal.SIGSTOP)
         with pytest.raises((PeerGone, WriteFailed)):
             await asyncio.wait_for(task, 10)

@@ -1,0 +1,392 @@
+"""Plain TCP: bytes go from the source into the socket and from the socket into the lent range, on the loop's thread.
+
+The fast path between hosts without RDMA, on asyncio and uvloop alike. The receiver asks ``admit`` before each
+``recv`` of at most 1 MiB; a lease that is withdrawn ends a chunk in its middle, the rest is read and dropped. Since
+all of this happens in single turns of one loop, ``revoke`` has nothing to wait for. The sender gives slices of the
+sources to ``send`` on a socket of its own beside the one that asyncio reads answers from: asyncio's transports
+would copy. What is sent when, and when a write has ended: :mod:`aiodisagg.transport.chunks`.
+
+Memory beyond the pools: nothing but kernel sockets, 4 KiB per connection, and 256 KiB where bytes were dropped.
+A lost connection is not made again: the remote is gone, and the caller connects anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+import socket
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+
+from aiodisagg.errors import (
+    ConfigError,
+    PeerGone,
+    TransportClosed,
+    TransportError,
+    TransportUnavailable,
+    WriteFailed,
+    WriteRefused,
+)
+from aiodisagg.transport.arena import Arena
+from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
+from aiodisagg.transport.chunks import Chunk, Gone, Hello, Lane, Outgoing, Placed, Rejected, Welcome, Word
+from aiodisagg.transport.description import pack, unpack
+from aiodisagg.transport.wire import Wire, frame
+
+log = logging.getLogger(__name__)
+
+NAME = "stream"
+_SEND_BYTES = 1 << 20
+
+
+class _Pool(msgspec.Struct, frozen=True, array_like=True):
+    host: str
+    port: int
+    incarnation: str
+
+
+class _Receiving:
+    """The receiver's side of all its connections."""
+
+    def __init__(self, arena: Arena, admit: Admit, incarnation: str) -> None:
+        self._arena, self._admit, self._incarnation = arena, admit, incarnation
+        self._session = secrets.randbits(62)
+        self.wires: set[Wire] = set()
+
+    def heard(self, wire: Wire, word: Word) -> None:
+        match word:
+            case Hello(_, expected) if expected == self._incarnation:
+                wire.say(Welcome(self._session, self._arena.size_bytes))
+            case Hello():
+                wire.say(Gone(f"incarnation {self._incarnation} answers there"))
+            case Chunk():
+                pass
+            case _:
+                wire.abort("not what a writer says")
+
+    def place(self, chunk: Chunk, start: int) -> memoryview | None:
+        offset, stop = chunk.offset + start, chunk.offset + chunk.size_bytes
+        if chunk.session != self._session or offset < 0 or stop > self._arena.size_bytes:
+            return None
+        try:
+            admitted = self._admit(offset, stop - offset, chunk.lease)
+        except Exception:
+            log.exception("admit failed for lease %d; refused", chunk.lease)
+            return None
+        return self._arena.view[offset:stop] if admitted else None
+
+    def landed(self, wire: Wire, chunk: Chunk, whole: bool) -> None:
+        if whole:
+            wire.say(Placed(chunk.number))
+        elif chunk.session != self._session:
+            wire.say(Rejected(chunk.number, True, "the session is another incarnation's"))
+        else:
+            wire.say(Rejected(chunk.number, False, f"lease {chunk.lease} does not cover offset {chunk.offset}"))
+
+    def made(self) -> Wire:
+        wire = Wire(self)
+        self.wires.add(wire)
+        return wire
+
+    def lost(self, wire: Wire) -> None:
+        self.wires.discard(wire)
+
+
+class StreamRemote(Remote):
+    """A pool behind one TCP connection. ``ends``: one future per write that has not ended."""
+
+    def __init__(self, peer: str, sock: socket.socket, window: int, stall_s: float) -> None:
+        self.peer, self.size_bytes = peer, 0
+        self.closed = False
+        self.gone: TransportError | None = None
+        self.ends: set[asyncio.Future[None]] = set()
+        self.wire = Wire(self)
+        self.welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+        self._sock = sock
+        self._session = 0
+        self._lane = Lane(window)
+        self._work = asyncio.Event()
+        self._pump: asyncio.Task[None] | None = None
+        self._stall_s = stall_s
+        self._stall: asyncio.TimerHandle | None = None
+
+    # -- what the wire reads --------------------------------------------------------------------------------------
+
+    def heard(self, wire: Wire, word: Word) -> None:
+        known = False
+        match word:
+            case Welcome() if not self.welcome.done():
+                self._session, self.size_bytes = word.session, word.size_bytes
+                self.welcome.set_result(word)
+                known = True
+            case Gone(message):
+                return self.lose(PeerGone(NAME, message, peer=self.peer))
+            case Placed(number):
+                known = self._lane.placed(number)
+            case Rejected(number, gone, message):
+                kind = PeerGone if gone else WriteRefused
+                known = self._lane.rejected(number, kind(NAME, message, peer=self.peer))
+        if not known:
+            return self.lose(PeerGone(NAME, "it does not speak this protocol", peer=self.peer))
+        self._work.set()
+        self._watch(again=True)
+        return None
+
+    def place(self, chunk: Chunk, start: int) -> memoryview | None:
+        return None
+
+    def landed(self, wire: Wire, chunk: Chunk, whole: bool) -> None:
+        pass  # heard() has ended the connection
+
+    def lost(self, wire: Wire) -> None:
+        self.lose(PeerGone(NAME, wire.broken or "the connection is lost", peer=self.peer))
+
+    # -- sending --------------------------------------------------------------------------------------------------
+
+    def start(self, incarnation: str) -> None:
+        """The connection is made. It may have been lost since."""
+        if self.gone is None:
+            self._pump = asyncio.ensure_future(self._send())
+            self._pump.add_done_callback(lambda _: self._sock.close())  # even if it is cancelled before its first step
+            self.wire.say(Hello(incarnation, self.peer))
+
+    def add(self, write: Outgoing) -> None:
+        self._lane.add(write)
+        self._work.set()
+
+    async def _send(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                await self._work.wait()
+                self._work.clear()
+                while (turn := self._lane.next()) is not None:
+                    number, piece, write = turn
+                    self._watch(again=False)
+                    write.hold()
+                    try:
+                        size = piece.source.nbytes
+                        head = Chunk(self._session, number, piece.offset, size, piece.lease)
+                        await loop.sock_sendall(self._sock, frame(head))
+                        for start in range(0, size, _SEND_BYTES):
+                            await loop.sock_sendall(self._sock, piece.source[start : start + _SEND_BYTES])
+                            await asyncio.sleep(0)  # sock_sendall does not turn the loop while there is room
+                    finally:
+                        del piece, turn
+                        write.drop()
+        except OSError as error:
+            self.lose(PeerGone(NAME, f"the connection is lost: {error}", peer=self.peer))
+
+    def _watch(self, *, again: bool) -> None:
+        """The peer owes an answer from when it has a chunk to answer, and from each answer on."""
+        if again and self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+        if self._stall is None and self._lane.waiting:
+            error = WriteFailed(NAME, f"no answer in {self._stall_s:g} s", peer=self.peer)
+            self._stall = asyncio.get_running_loop().call_later(self._stall_s, self.lose, error)
+
+    def lose(self, error: TransportError) -> None:
+        """Ends the connection; the first reason stays. A write ends when the pump has let go of its source."""
+        if self.gone is not None:
+            return
+        self.gone = error
+        if self._stall is not None:
+            self._stall.cancel()
+        if not self.welcome.done():
+            self.welcome.set_exception(error)
+        if self._pump is not None:
+            self._pump.cancel()
+        else:
+            self._sock.close()
+        self.wire.abort()
+        self._lane.fail(error)
+
+    async def end(self) -> None:
+        """After ``lose``: returns when nothing of the connection is left."""
+        if self._pump is not None:
+            await asyncio.gather(self._pump, return_exceptions=True)
+        await self.wire.end()
+
+
+class StreamTransport(Transport):
+    """See the module's text.
+
+    Args:
+        host: address (not a name) to listen on.
+        port: 0 takes a free one.
+        advertise: address under which others reach this host; needed when ``host`` is a wildcard.
+        chunk_bytes: largest piece of a write; how long a small write waits for a huge one.
+        window: unanswered chunks per connection.
+        connect_timeout_s: for the connection and the peer's answer.
+        stall_s: a peer that answers no chunk for so long is given up, though its connection lives.
+    """
+
+    name: ClassVar[str] = NAME
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        one_sided=False, fence=FenceKind.RECEIVER, device_memory=False, integrity=False
+    )
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        advertise: str | None = None,
+        chunk_bytes: int = 1 << 20,
+        window: int = 8,
+        connect_timeout_s: float = 5.0,
+        stall_s: float = 30.0,
+    ) -> None:
+        if chunk_bytes < 1 or window < 1:
+            raise ConfigError("chunk_bytes" if chunk_bytes < 1 else "window", "must be positive")
+        self._host, self._advertise = _address("host", host), _address("advertise", advertise or host)
+        self._port, self._chunk_bytes, self._window = port, chunk_bytes, window
+        self._connect_timeout_s, self._stall_s = connect_timeout_s, stall_s
+        self._state = "new"
+        self._incarnation = ""
+        self._receiving: _Receiving | None = None
+        self._server: asyncio.Server | None = None
+        self._remotes: set[StreamRemote] = set()
+
+    async def open(self, arena: Arena | None, admit: Admit, *, incarnation: str) -> None:
+        if self._state != "new":
+            raise TransportClosed(NAME, f"opened when {self._state}")
+        if arena is not None and ipaddress.ip_address(self._advertise).is_unspecified:
+            raise ConfigError("advertise", f"others cannot connect to {self._advertise}; name an address")
+        self._state, self._incarnation = "open", incarnation
+        if arena is None:
+            return
+        self._receiving = _Receiving(arena, admit, incarnation)
+        try:
+            self._server = await asyncio.get_running_loop().create_server(
+                self._receiving.made, self._host, self._port, reuse_address=True
+            )
+        except OSError as error:
+            self._state = "closed"
+            raise TransportUnavailable(NAME, f"cannot listen on {self._host}:{self._port}: {error}") from error
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    def describe(self) -> bytes:
+        self._check_open()
+        if self._receiving is None:
+            raise TransportUnavailable(NAME, "opened without a pool")
+        return pack(NAME, _Pool(self._advertise, self._port, self._incarnation))
+
+    async def connect(self, description: bytes, *, peer: str) -> StreamRemote:
+        self._check_open()
+        pool = unpack(NAME, _Pool, description)
+        try:
+            host = _address("host", pool.host)
+        except ConfigError as error:
+            raise TransportUnavailable(NAME, f"the peer's description: {error}", peer=peer) from error
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        remote: StreamRemote | None = None
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await loop.sock_connect(sock, (host, pool.port))
+                remote = StreamRemote(peer, sock.dup(), self._window, self._stall_s)
+                self._remotes.add(remote)
+                wire = remote.wire
+                await loop.create_connection(lambda: wire, sock=sock)
+                sock = None  # type: ignore[assignment]  # it is asyncio's now
+                remote.start(self._incarnation)
+                await remote.welcome
+            self._check_open()
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if remote is not None:
+                self._remotes.discard(remote)
+                remote.lose(PeerGone(NAME, "given up", peer=peer))
+                if remote.welcome.done() and not remote.welcome.cancelled():
+                    remote.welcome.exception()  # whatever it was, this error is the one to tell
+                await remote.end()
+            if isinstance(error, TimeoutError):
+                raise PeerGone(NAME, f"no answer in {self._connect_timeout_s:g} s", peer=peer) from error
+            if isinstance(error, (OSError, OverflowError)):
+                raise PeerGone(NAME, f"cannot connect to {host}:{pool.port}: {error}", peer=peer) from error
+            raise
+        return remote
+
+    async def write(self, remote: Remote, slices: Sequence[Slice]) -> None:
+        pool = self._mine(remote)
+        self._check_open()
+        if pool.closed:
+            raise TransportClosed(NAME, "disconnected", peer=remote.peer)
+        if pool.gone is not None:
+            raise PeerGone(NAME, "the connection is lost", peer=remote.peer) from pool.gone
+        if not check_slices(NAME, remote, slices):
+            return
+        end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        end.add_done_callback(lambda done: done.exception())  # a cancelled writer asks for no result
+        end.add_done_callback(pool.ends.discard)
+        pool.ends.add(end)
+
+        def ended(error: Exception | None) -> None:
+            if error is None:
+                end.set_result(None)
+            else:
+                end.set_exception(error)
+
+        write = Outgoing(slices, self._chunk_bytes, ended)
+        pool.add(write)
+        try:
+            await asyncio.shield(end)
+        except asyncio.CancelledError:
+            write.fail(WriteFailed(NAME, "cancelled", peer=remote.peer))
+            raise
+
+    async def fence(self, remote: Remote) -> None:
+        """A chunk in flight is waited for: until its answer, or until the connection counts as lost."""
+        if ends := self._mine(remote).ends:
+            await asyncio.wait(set(ends))
+
+    async def revoke(self, peer: str, leases: Sequence[int]) -> None:
+        self._check_open()
+
+    async def disconnect(self, remote: Remote) -> None:
+        pool = self._mine(remote)
+        pool.closed = True
+        await self.fence(pool)
+        self._remotes.discard(pool)
+        pool.lose(TransportClosed(NAME, "disconnected", peer=pool.peer))
+        await pool.end()
+
+    async def aclose(self) -> None:
+        self._state = "closed"
+        if self._server is not None:
+            self._server.close()
+        if self._receiving is not None:
+            for wire in list(self._receiving.wires):
+                await wire.end()
+        for remote in list(self._remotes):
+            remote.lose(TransportClosed(NAME, "closed in mid-write", peer=remote.peer))
+            await self.disconnect(remote)
+        if self._server is not None:
+            await self._server.wait_closed()
+            self._server = None
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise TransportClosed(NAME, f"used when {self._state}")
+
+    def _mine(self, remote: Remote) -> StreamRemote:
+        if not isinstance(remote, StreamRemote):
+            raise TypeError(f"{remote!r} was not made by this transport")
+        return remote
+
+
+def _address(key: str, text: str) -> str:
+    """An address and never a name: names in descriptions are untrusted, and a look-up takes as long as it likes."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise ConfigError(key, f"{text!r} is not an IP address") from error

@@ -1,0 +1,133 @@
+"""Words and bytes on a TCP stream, received without a copy: words into a small buffer, payloads where they belong.
+
+A frame is one word (:mod:`aiodisagg.transport.chunks`) behind its length, padded to at least 64 bytes, so that the
+usual header is read with one exact ``recv`` and the next one already lands in the pool. A ``Chunk`` is followed by
+its payload. A stream that breaks these rules is ended; there is no way to find the next frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol, cast
+
+from aiodisagg.transport import chunks
+from aiodisagg.transport.chunks import Chunk, Word
+
+FRAME_BYTES = 64
+_LENGTH_BYTES = 2
+_READ_BYTES = 1 << 20
+"""Most that one turn of the loop takes from a socket: about 0.2 ms of copying in the kernel."""
+
+
+def frame(word: Word) -> bytes:
+    body = chunks.encode(word)
+    return (len(body).to_bytes(_LENGTH_BYTES, "big") + body).ljust(FRAME_BYTES, b"\0")
+
+
+class Side(Protocol):
+    """Who is told what a wire reads. Nothing here may raise."""
+
+    def heard(self, wire: Wire, word: Word) -> None: ...
+
+    def place(self, chunk: Chunk, start: int) -> memoryview | None:
+        """Where the rest of a payload goes, from byte ``start`` of it; None: nowhere, it is read and dropped.
+        Asked before every read, so that a lease that ends in mid-chunk is respected."""
+
+    def landed(self, wire: Wire, chunk: Chunk, whole: bool) -> None:
+        """The payload has been read; ``whole``: none of it was dropped."""
+
+    def lost(self, wire: Wire) -> None:
+        """Exactly once, the last call."""
+
+
+class Wire(asyncio.BufferedProtocol):
+    """One connection, on either side."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+        self._transport: asyncio.Transport | None = None
+        self._head = bytearray(_LENGTH_BYTES + chunks.MAX_HEADER)
+        self._head_view = memoryview(self._head)
+        self._scrap: memoryview | None = None
+        self._need, self._got = FRAME_BYTES, 0
+        self._chunk: Chunk | None = None
+        self._whole = True
+        self._aborted = False
+        self.broken = ""
+        """Why this side ended the stream, if it did."""
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
+        if self._aborted:
+            self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._side.lost(self)
+        self._ended.set_result(None)
+
+    async def end(self) -> None:
+        """Aborts, and returns when the connection is no more. Of one that was never made nothing is left anyway."""
+        self.abort()
+        if self._transport is not None:
+            await asyncio.shield(self._ended)
+
+    def say(self, word: Word) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame(word))
+
+    def abort(self, why: str = "") -> None:
+        self.broken, self._aborted = self.broken or why, True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause_writing(self) -> None:
+        """A peer that does not read our answers is not read either."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._chunk is None:
+            return self._head_view[self._got : self._need]
+        left = min(self._chunk.size_bytes - self._got, _READ_BYTES)
+        target = self._side.place(self._chunk, self._got) if self._whole else None
+        if target is None:
+            self._whole = False
+            self._scrap = self._scrap or memoryview(bytearray(256 << 10))
+            target = self._scrap
+        return target[:left]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._got += nbytes
+        if self._chunk is not None:
+            if self._got == self._chunk.size_bytes:
+                self._end_payload()
+            return None
+        if self._got < self._need:
+            return None
+        length = _LENGTH_BYTES + int.from_bytes(self._head[:_LENGTH_BYTES], "big")
+        if length > len(self._head):
+            return self.abort("a word of more than 4 KiB")
+        if length > self._need:
+            self._need = length
+            return None
+        word = chunks.decode(self._head_view[_LENGTH_BYTES:length])
+        self._need, self._got = FRAME_BYTES, 0
+        if word is None or (isinstance(word, Chunk) and word.size_bytes < 0):
+            return self.abort("not this protocol")
+        self._side.heard(self, word)
+        if isinstance(word, Chunk):
+            self._chunk, self._whole = word, True
+            if not word.size_bytes:
+                self._end_payload()
+        return None
+
+    def _end_payload(self) -> None:
+        assert self._chunk is not None
+        chunk, self._chunk = self._chunk, None
+        self._need, self._got = FRAME_BYTES, 0
+        self._side.landed(self, chunk, self._whole)

@@ -1,0 +1,219 @@
+"""What is particular to plain TCP: broken frames, leases that end in mid-chunk, silent peers, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from aiodisagg.errors import ConfigError, PeerGone, TransportUnavailable, WriteFailed
+from aiodisagg.transport.base import Slice
+from aiodisagg.transport.chunks import Chunk, Hello, Placed, Rejected, Welcome, decode
+from aiodisagg.transport.description import pack, unpack
+from aiodisagg.transport.stream import StreamTransport, _Pool
+from aiodisagg.transport.testing import Kit, Receiver
+from aiodisagg.transport.wire import FRAME_BYTES, frame
+from tests.conftest import LOOPS
+
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)]
+
+
+class Stranger:
+    """Some program at the other end of a TCP connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def hear(self) -> object:
+        data = await asyncio.wait_for(self.reader.readexactly(FRAME_BYTES), 10)
+        end = 2 + int.from_bytes(data[:2], "big")
+        if end > FRAME_BYTES:
+            data += await asyncio.wait_for(self.reader.readexactly(end - FRAME_BYTES), 10)
+        return decode(data[2:end])
+
+    async def is_sent_away(self) -> bool:
+        try:
+            return await asyncio.wait_for(self.reader.read(), 10) == b""
+        except ConnectionError:
+            return True
+
+
+@asynccontextmanager
+async def stranger(receiver: Receiver) -> AsyncIterator[Stranger]:
+    port = unpack("stream", _Pool, receiver.transport.describe()).port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield Stranger(reader, writer)
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+@asynccontextmanager
+async def server() -> AsyncIterator[tuple[asyncio.Future[Stranger], bytes]]:
+    """A peer that does what the test says; its first connection, and a description of it."""
+    accepted: asyncio.Future[Stranger] = asyncio.get_running_loop().create_future()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.set_result(Stranger(reader, writer))
+
+    listening = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield accepted, pack("stream", _Pool("127.0.0.1", listening.sockets[0].getsockname()[1], "p"))
+    finally:
+        listening.close()
+        if accepted.done():
+            accepted.result().writer.close()
+            await asyncio.gather(accepted.result().writer.wait_closed(), return_exceptions=True)
+
+
+def unlent(data: bytes) -> Slice:
+    return Slice(memoryview(data), 0, 1)
+
+
+async def test_broken_streams_end_and_hurt_nobody(no_leaks: None) -> None:
+    async with Kit(StreamTransport).pair() as (receiver, writer, remote, _):
+        for data in (
+            b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n".ljust(FRAME_BYTES),
+            b"\0" * FRAME_BYTES,
+            b"\xff" * FRAME_BYTES,
+            frame(Placed(3)),
+            frame(Chunk(1, 1, 0, -5, 1)),
+        ):
+            async with stranger(receiver) as other:
+                other.writer.write(data)
+                assert await other.is_sent_away()
+        async with stranger(receiver) as other:
+            other.writer.write(frame(Hello("x", receiver.incarnation))[:10])  # and then nothing more
+        await writer.write(remote, [receiver.slice(b"fine", 0)])
+        assert receiver.holds(b"fine", 0)
+        assert receiver.untouched(4)
+
+
+async def test_refused_chunks_are_read_and_dropped(no_leaks: None) -> None:
+    async with Kit(StreamTransport).receiver() as receiver, stranger(receiver) as other:
+        other.writer.write(frame(Hello("x" * 300, receiver.incarnation)))  # longer than the usual frame
+        welcome = await other.hear()
+        assert isinstance(welcome, Welcome)
+        lease = receiver.lender.lend(0, 100)
+        for number, (session, offset, size, under) in enumerate(
+            [(1, 0, 4, lease), (0, 0, 4, lease + 1), (0, -4, 4, lease), (0, 2**60, 4, lease), (0, 0, 900_000, lease)]
+        ):
+            other.writer.write(frame(Chunk(welcome.session + session, number, offset, size, under)) + b"d" * size)
+            answer = await other.hear()
+            assert isinstance(answer, Rejected)
+            assert (answer.number, answer.gone) == (number, session == 1)
+        assert receiver.untouched()
+        other.writer.write(frame(Chunk(welcome.session, 9, 0, 4, lease)) + b"good")
+        assert await other.hear() == Placed(9)
+        other.writer.write(frame(Chunk(welcome.session, 10, 50, 0, lease)))
+        assert await other.hear() == Placed(10)
+        assert receiver.holds(b"good", 0)
+
+
+async def test_a_lease_that_ends_in_mid_chunk_is_respected(no_leaks: None) -> None:
+    async with Kit(StreamTransport).receiver() as receiver, stranger(receiver) as other:
+        other.writer.write(frame(Hello("x", receiver.incarnation)))
+        welcome = await other.hear()
+        assert isinstance(welcome, Welcome)
+        lease, mark = receiver.lender.lend(0, 1000), receiver.lender.lend(2000, 4)
+        async with stranger(receiver) as second:
+            other.writer.write(frame(Chunk(welcome.session, 1, 0, 1000, lease)) + b"d" * 500)
+            while not receiver.holds(b"d" * 500, 0):  # a round trip on another connection turns the receiver's loop
+                second.writer.write(frame(Chunk(welcome.session, 2, 2000, 4, mark)) + b"mark")
+                await second.hear()
+        receiver.lender.withdraw(lease)
+        await receiver.transport.revoke("x", [lease])
+        receiver.arena.view[:1000] = b"\x33" * 1000
+        other.writer.write(b"d" * 500)
+        assert isinstance(await other.hear(), Rejected)
+        assert receiver.holds(b"\x33" * 1000, 0)
+
+
+async def test_an_owner_whose_admit_fails_refuses(caplog: pytest.LogCaptureFixture, no_leaks: None) -> None:
+    async with Kit(StreamTransport).pair() as (receiver, writer, remote, _):
+        lent = receiver.slice(b"x", 0)
+        receiver.lender._lent = None  # type: ignore[assignment]  # the owner's bug
+        with pytest.raises(Exception, match="does not cover"):
+            await writer.write(remote, [lent])
+        assert "admit failed" in caplog.text
+
+
+async def test_a_peer_that_never_answers_is_given_up(no_leaks: None) -> None:
+    kit = Kit(lambda: StreamTransport(stall_s=0.2))
+    async with kit.writer() as (writer, _), server() as (accepted, description):
+        connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
+        other = await accepted
+        assert isinstance(await other.hear(), Hello)
+        other.writer.write(frame(Welcome(1, 1 << 24)))
+        remote = await connecting
+        with pytest.raises(WriteFailed, match="no answer"):
+            await asyncio.wait_for(writer.write(remote, [unlent(b"x" * (16 << 20))]), 10)
+        await asyncio.wait_for(writer.fence(remote), 10)
+        with pytest.raises(PeerGone):
+            await writer.write(remote, [unlent(b"x")])
+
+
+@pytest.mark.parametrize("answer", [b"\xff" * FRAME_BYTES, frame(Placed(0)), frame(Hello("a", "b"))], ids=range(3))
+async def test_a_peer_that_talks_nonsense_is_gone(answer: bytes, no_leaks: None) -> None:
+    async with Kit(StreamTransport).writer() as (writer, _), server() as (accepted, description):
+        connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
+        (await accepted).writer.write(answer)
+        with pytest.raises(PeerGone, match=r"protocol|4 KiB"):
+            await connecting
+
+
+async def test_silence_and_refusal_on_connect_are_gone(no_leaks: None) -> None:
+    kit = Kit(lambda: StreamTransport(connect_timeout_s=0.2))
+    async with kit.writer() as (writer, _):
+        async with server() as (accepted, description):
+            with pytest.raises(PeerGone, match=r"0\.2 s"):
+                await writer.connect(description, peer="p")
+            await accepted
+        for _ in range(2):
+            with pytest.raises(PeerGone, match="cannot connect"):
+                await writer.connect(description, peer="p")
+        with pytest.raises(PeerGone):
+            await writer.connect(pack("stream", _Pool("127.0.0.1", 70_000, "p")), peer="p")
+        with pytest.raises(TransportUnavailable, match="not an IP address"):
+            await writer.connect(pack("stream", _Pool("example.org", 1, "p")), peer="p")
+
+
+async def test_another_incarnation_behind_the_same_port(no_leaks: None) -> None:
+    kit = Kit(StreamTransport)
+    async with kit.writer() as (writer, _):
+        async with kit.receiver() as old:
+            description = old.transport.describe()
+            port = unpack("stream", _Pool, description).port
+            remote = await writer.connect(description, peer=old.incarnation)
+            late = old.slice(b"late", 0)
+        async with Kit(lambda: StreamTransport(port=port)).receiver() as new:
+            assert new.lender.lend(0, 4) == late.lease
+            with pytest.raises(PeerGone, match="lost"):
+                for _ in range(1000):
+                    await writer.write(remote, [late])
+            with pytest.raises(PeerGone, match="incarnation"):
+                await writer.connect(description, peer=old.incarnation)
+            assert new.untouched()
+            with pytest.raises(TransportUnavailable, match="cannot listen"):
+                async with Kit(lambda: StreamTransport(port=port)).receiver():
+                    pass
+
+
+async def test_options_are_checked(no_leaks: None) -> None:
+    for key, options in (
+        ("host", {"host": "localhost"}),
+        ("advertise", {"advertise": "example.org"}),
+        ("window", {"window": 0}),
+        ("chunk_bytes", {"chunk_bytes": 0}),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            StreamTransport(**options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="advertise"):
+        async with Kit(lambda: StreamTransport(host="0.0.0.0")).receiver():
+            pass
+    async with Kit(lambda: StreamTransport(host="::1")).pair() as (receiver, writer, remote, _):
+        await writer.write(remote, [receiver.slice(b"six", 0)])
+        assert receiver.holds(b"six", 0)
