@@ -136,7 +136,7 @@ async def test_who_waits_for_admission_learns_of_a_cancel() -> None:
         second = submit(engine, make_plan([20]))
         waiting = asyncio.create_task(second._wait_admitted())
         await first.admitted
-        assert engine.stats().waiting == 1 and not waiting.done()
+        assert not waiting.done()
         second.cancel()
         with pytest.raises(EngineError, match="cancelled before"):
             await waiting
