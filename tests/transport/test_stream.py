@@ -105,6 +105,10 @@ async def test_refused_chunks_are_read_and_dropped(no_leaks: None) -> None:
             answer = await other.hear()
             assert isinstance(answer, Rejected)
             assert (answer.number, answer.gone) == (number, session == 1)
+        end = receiver.arena.size_bytes
+        across = receiver.lender.lend(end - 2, 4)  # its owner would let it happen
+        other.writer.write(frame(Chunk(welcome.session, 8, end - 2, 4, across)) + b"over")
+        assert isinstance(await other.hear(), Rejected)
         assert receiver.untouched()
         other.writer.write(frame(Chunk(welcome.session, 9, 0, 4, lease)) + b"good")
         assert await other.hear() == Placed(9)
