@@ -1,8 +1,11 @@
-"""pyzmq keeps one thread with a context of its own for the whole process from its first send without a copy."""
+"""Prepares for ``no_leaks``, which collects garbage around each test and looks for what is left."""
 
 import gc
 
 import zmq
 
-zmq.Frame(b"", copy=False)
-gc.freeze()  # ``no_leaks`` collects garbage around each test: not what torch and its friends have made on import
+from . import pair  # noqa: F401 - with all that it imports, torch above all
+
+zmq.Frame(b"", copy=False)  # pyzmq keeps one thread with a context of its own from its first send without a copy
+gc.collect()
+gc.freeze()  # not what was made on import
