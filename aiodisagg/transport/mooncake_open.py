@@ -86,7 +86,7 @@ def open_engine(
     progress_timeout_s: int,
     *,
     arena: Arena | None,
-    depth: int,
+    depth: tuple[int, int],
     slot_bytes: int,
     slots: int,
     overdue_s: float,
@@ -110,7 +110,7 @@ def open_engine(
             if staging is not None:
                 staging.close()
             raise
-        return Opened(engine, Pump(name, engine, depth, staging, direct, overdue_s), staging, scratch, arena)
+        return Opened(engine, Pump(name, engine, *depth, staging, direct, overdue_s), staging, scratch, arena)
 
     return step
 

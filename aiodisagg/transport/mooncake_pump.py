@@ -11,8 +11,9 @@ A TCP transfer always ends (the engine's progress time-out sees to it). An RDMA 
 pending for ever; so RDMA reads from staging slots that belong to the pump, and a slot that never comes back costs
 memory (a metric) and not the caller's source. Sources inside memory that is registered anyway are read in place.
 
-Fairness: a peer has at most ``depth`` pieces under way (the engine has four lanes per peer on TCP), one write half of
-them, and writes take turns.
+Fairness: a peer has at most ``depth`` pieces under way (the engine has four lanes per peer on TCP). Large ones leave
+the last of them free, one write has only a part of them, and writes take turns. TCP pieces are hardly cut at all: one
+connection at a time is the fastest (parallel ones share one thread of the engine), and it has the fewest gaps.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Slice
 from aiodisagg.transport.mooncake_engine import DONE, FAILED, PENDING, Engine
 
+LARGE_BYTES = 1 << 20
 _TICK_S = 50e-6
 _SLOW_TICK_S = 0.05
 
@@ -43,7 +45,7 @@ class Lane:
     def __init__(self, peer: str, segment: str, address: int) -> None:
         self.peer, self.segment, self.address = peer, segment, address
         self.jobs: deque[Job] = deque()
-        self.under_way = 0
+        self.under_way = self.large = 0
 
 
 class Job:
@@ -61,7 +63,7 @@ class Job:
         self.free: asyncio.Future[None] = loop.create_future()
         self.end: asyncio.Future[None] = loop.create_future()
         self.error: TransportError | None = None
-        self.under_way = 0
+        self.under_way = self.large = 0
         self.in_place = 0
         """Pieces under way that the engine reads from the caller's memory."""
         self.pieces: deque[tuple[int, int, int]] = deque()
@@ -152,7 +154,7 @@ class Pump:
     """See the module's text.
 
     Args:
-        depth: pieces under way per peer; even.
+        depth: pieces under way per peer. large_per_job: large ones of one write.
         staging: None: sources are read in place (TCP).
         direct: ranges ``(start, stop)`` that are registered and need no staging.
         overdue_s: a staged piece that is pending for longer fails its write; it stays leased.
@@ -163,12 +165,13 @@ class Pump:
         name: str,
         engine: Engine,
         depth: int,
+        large_per_job: int,
         staging: Staging | None,
         direct: Iterable[tuple[int, int]],
         overdue_s: float,
     ) -> None:
         self._name, self._engine, self._staging = name, engine, staging
-        self._depth, self._direct = depth, tuple(direct)
+        self._depth, self._large_per_job, self._direct = depth, large_per_job, tuple(direct)
         self._overdue_s = overdue_s
         self._lanes: list[Lane] = []
         self._flights: list[_Flight] = []
@@ -242,7 +245,7 @@ class Pump:
             if not job.pieces:
                 self._end_if_over(job)
                 waiting -= 1
-            elif 2 * job.under_way >= self._depth or not self._submit(job):
+            elif not self._may_submit(job) or not self._submit(job):
                 lane.jobs.append(job)
                 waiting -= 1
             elif job.pieces:
@@ -250,6 +253,17 @@ class Pump:
             else:
                 waiting -= 1
                 self._end_if_over(job)
+
+    def _may_submit(self, job: Job) -> bool:
+        small = job.pieces[0][2] <= LARGE_BYTES
+        return small or (job.large < self._large_per_job and job.lane.large < self._depth - 1)
+
+    def _count(self, flight: _Flight, change: int) -> None:
+        """A piece that occupies its lane (1), or does not any more (-1)."""
+        job, large = flight.job, change * (flight.size_bytes > LARGE_BYTES)
+        job.large += large
+        job.lane.large += large
+        job.lane.under_way += change
 
     def _submit(self, job: Job) -> bool:
         """One piece; False if there is no slot for it."""
@@ -270,8 +284,9 @@ class Pump:
             return True
         job.under_way += 1
         job.in_place += slot is None
-        job.lane.under_way += 1
-        self._flights.append(_Flight(transfer, job, size, slot))
+        flight = _Flight(transfer, job, size, slot)
+        self._count(flight, 1)
+        self._flights.append(flight)
         return True
 
     def _poll(self) -> bool:
@@ -301,7 +316,7 @@ class Pump:
         job.under_way -= 1
         job.in_place -= flight.slot is None
         if not flight.overdue:
-            job.lane.under_way -= 1
+            self._count(flight, -1)
         if flight.slot is not None and self._staging is not None:
             self._staging.give(flight.slot)
         if not done:
@@ -311,7 +326,7 @@ class Pump:
     def _give_up(self, flight: _Flight) -> None:
         job = flight.job
         flight.overdue = True
-        job.lane.under_way -= 1
+        self._count(flight, -1)
         if flight.slot is not None and self._staging is not None:
             self._staging.lose()
         error = WriteFailed(self._name, f"no end of a transfer in {self._overdue_s:g} s", peer=job.lane.peer)
