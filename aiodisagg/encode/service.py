@@ -156,6 +156,7 @@ class EncodeService:
                 metrics.gauge("links", "Language peers with a link.", len(self._sessions)),
                 metrics.gauge("encode_jobs_waiting", "Jobs that have no rows yet.", pipeline.waiting),
                 metrics.gauge("source_bytes", "Rows kept, in use or cached.", sources.used_bytes),
+                metrics.gauge("leased_bytes", "Bytes of ended writes not yet fenced.", self._planes.leased_bytes),
                 metrics.counter("sources_started", "Items whose encoding was begun.", sources.started),
                 metrics.counter("source_hits", "Items whose rows were there or in the making.", sources.hits),
                 metrics.counter("items_encoded", "Items that left the tower.", pipeline.items_encoded),

@@ -106,6 +106,11 @@ class Planes:
         """Returns when nothing of ``peer`` can land under these leases by any plane."""
         await asyncio.gather(*(transport.revoke(peer, leases) for transport in self.open_transports.values()))
 
+    @property
+    def leased_bytes(self) -> int:
+        """Bytes of writes that are over for their callers and still in a library's hands; only mooncake has such."""
+        return sum(getattr(transport, "leased_bytes", 0) for transport in self.open_transports.values())
+
     async def aclose(self) -> None:
         for transport in self.open_transports.values():
             await transport.aclose()
