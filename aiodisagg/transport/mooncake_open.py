@@ -2,14 +2,22 @@
 
 ``Openers`` runs each such step on a daemon thread of its own: a peer that accepts a connection and stays silent can
 hold one for a minute, and neither the loop nor the program's exit may wait for that.
+
+A program may also end without ``aclose``: by an exception, or at once. A thread that comes back from the engine while
+the interpreter is being taken down is ended by it with C++ on its stack, and that aborts the process. So before the
+interpreter goes, at its exit, every pump is stopped and every engine destroyed, or left to the kernel if a transfer
+has not ended by then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -26,9 +34,13 @@ MAX_PLACES = 256
 """Places of eight bytes that peers write to, and as many that our own checks are sent from."""
 _LOST_SLOTS = 256
 _TICK_S = 200e-6
+_EXIT_GRACE_S = 1.0
+
+_opened: set[Opened] = set()
+_steps: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Opened:
     """An engine and what is registered with it."""
 
@@ -40,6 +52,7 @@ class Opened:
     lives: dict[str, str] = field(default_factory=dict)
     """Incarnation by segment. An engine keeps what it once learned of an address; a peer's next life at the same one
     would fail for ever (looking again is no way out: that blocks every submit for a minute if a peer is stopped)."""
+    process: int = field(default_factory=os.getpid)
 
     def knows_only(self, segment: str, peer: str) -> bool:
         return self.lives.setdefault(segment, peer) == peer
@@ -62,6 +75,7 @@ class Opened:
         def step() -> None:
             self.pump.finish(grace_s)
             self.pump.join()
+            _opened.discard(self)
             for arena in (self.arena, self.scratch):
                 if arena is not None:
                     self.engine.unregister(arena.address)
@@ -76,6 +90,15 @@ class Opened:
                 self.staging.close()
 
         return step
+
+    def leave(self, grace_s: float) -> None:
+        """At the interpreter's exit: afterwards no thread of ours is inside the engine."""
+        self.pump.finish(grace_s)
+        ended = self.process == os.getpid() and self.pump.join(grace_s + _EXIT_GRACE_S)
+        if ended and not self.pump.abandoned:
+            self.engine.close()
+        else:  # a forked child has none of the threads that the destructor waits for
+            self.engine.park()
 
 
 def open_engine(
@@ -110,7 +133,9 @@ def open_engine(
             if staging is not None:
                 staging.close()
             raise
-        return Opened(engine, Pump(name, engine, *depth, staging, direct, overdue_s), staging, scratch, arena)
+        opened = Opened(engine, Pump(name, engine, *depth, staging, direct, overdue_s), staging, scratch, arena)
+        _opened.add(opened)
+        return opened
 
     return step
 
@@ -175,6 +200,7 @@ class Openers:
 
         thread = threading.Thread(target=work, name=f"aiodisagg-{self._name}-open", daemon=True)
         self._threads = {one for one in self._threads if one.is_alive()} | {thread}
+        _steps.add(thread)
         thread.start()
         return await future
 
@@ -190,3 +216,13 @@ class Openers:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for thread in self._threads:
             thread.join(0.01)
+
+
+@atexit.register
+def _leave() -> None:
+    """See the module's text. A step that a silent peer holds is not waited for."""
+    until_s = time.monotonic() + _EXIT_GRACE_S
+    for thread in list(_steps):
+        thread.join(max(0.0, until_s - time.monotonic()))
+    for opened in list(_opened):
+        opened.leave(max(0.0, until_s - time.monotonic()))

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from aiodisagg.errors import TransportError, WriteFailed
+from aiodisagg.errors import TransportClosed, TransportError, WriteFailed
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Slice
 from aiodisagg.transport.mooncake_engine import DONE, FAILED, PENDING, Engine
@@ -206,15 +206,17 @@ class Pump:
         self.call(lambda: self._stop(job, error))
 
     def finish(self, grace_s: float) -> None:
-        """Ends the thread once nothing is under way, or after ``grace_s``."""
+        """Submits nothing more, and ends the thread once nothing is under way, or after ``grace_s``."""
 
         def begin() -> None:
             self._finish_at = time.monotonic() + grace_s
 
         self.call(begin)
 
-    def join(self) -> None:
-        self._thread.join()
+    def join(self, timeout_s: float | None = None) -> bool:
+        """True if the thread has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     # -- on the pump's thread --------------------------------------------------------------------------------------
 
@@ -222,8 +224,9 @@ class Pump:
         while self._finish_at is None or self._flights:
             while self._calls:
                 self._calls.popleft()()
-            for lane in self._lanes:
-                self._fill(lane)
+            if self._finish_at is None:
+                for lane in self._lanes:
+                    self._fill(lane)
             self._lanes = [lane for lane in self._lanes if lane.jobs]
             if self._flights and self._poll():
                 continue  # there is room now
@@ -236,6 +239,7 @@ class Pump:
                 time.sleep(_TICK_S)
         self.abandoned = bool(self._flights)
         for job in {flight.job for flight in self._flights}.union(*(lane.jobs for lane in self._lanes)):
+            job.error = job.error or TransportClosed(self._name, "closed in mid-write", peer=job.lane.peer)
             job.tell(job.ended)
 
     def _fill(self, lane: Lane) -> None:

@@ -75,10 +75,37 @@ async def writer(transport: Transport, asked: dict[str, object]) -> None:
     say(closed=True)
 
 
+async def leaver(transport: Transport, asked: dict[str, object]) -> None:
+    """Starts writes of many pieces through several engines and leaves everything as it is."""
+    source = memoryview(bytes([0xAA]) * (64 << 10))
+    for one in (transport, *(make(transport.name) for _ in range(7))):
+        await one.open(None, lambda offset, size, lease: False, incarnation="child-writer")
+        remote = await one.connect(base64.b64decode(str(asked["description"])), peer=str(asked["peer"]))
+        everything.append(asyncio.ensure_future(one.write(remote, [Slice(source, 0, 1)] * 4000)))
+        await one.write(remote, [Slice(source, 0, 1)])
+    everything.append(Lingering())
+
+
+everything: list[object] = []
+
+
+class Lingering:
+    """While the interpreter is taken down, other threads get their turn."""
+
+    def __del__(self) -> None:
+        for _ in range(1000):
+            self.stat(".")
+
+    stat = staticmethod(os.stat)
+
+
 async def main() -> None:
     role, name = sys.argv[1:]
-    await {"receiver": receiver, "writer": writer}[role](make(name), await line())
+    await {"receiver": receiver, "writer": writer, "leaver": leaver}[role](make(name), await line())
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "leaver":  # asyncio.run would cancel what is under way
+        asyncio.new_event_loop().run_until_complete(main())
+        sys.exit(7)
     asyncio.run(main())

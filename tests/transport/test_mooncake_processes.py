@@ -84,6 +84,16 @@ async def test_a_stopped_writer_holds_its_leases(then: signal.Signals, no_leaks:
         assert receiver.arena.view == b"\x33" * receiver.arena.size_bytes
 
 
+async def test_a_process_that_leaves_in_mid_write_ends_with_its_own_code(no_leaks: None) -> None:
+    """A thread inside the engine while the interpreter is taken down would abort the process."""
+    async with Kit(lambda: make(NAME)).receiver(SIZE) as receiver:
+        lease = receiver.lender.lend(0, SIZE)
+        description = base64.b64encode(receiver.transport.describe()).decode()
+        words = {"description": description, "peer": receiver.incarnation, "size_bytes": SIZE, "lease": lease}
+        async with child("leaver", NAME, **words) as one:
+            assert await asyncio.wait_for(one.process.wait(), PATIENCE_S) == 7
+
+
 async def test_a_receiver_killed_in_mid_write_is_gone(request: pytest.FixtureRequest) -> None:
     if not RDMA:  # there a transfer to a dead process never ends, and its engine is kept until this one ends
         request.getfixturevalue("no_leaks")
