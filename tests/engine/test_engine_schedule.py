@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiodisagg.engine.schedule import Pages, Scheduler, Segment, Step
+from aiodisagg.engine.schedule import Scheduler, Segment, Step
 
 
 def make(*, num_pages: int = 8, page_size: int = 4, token_budget: int = 16, max_running: int = 8) -> Scheduler:
@@ -146,16 +146,6 @@ def test_what_can_never_fit_is_refused_and_the_largest_fits() -> None:
     with pytest.raises(ValueError, match="known"):
         s.add("a", 1, 1, front=1)
     assert run(s).segments == (Segment("a", 0, 8, True),)
-
-
-def test_pages_cannot_be_given_back_twice() -> None:
-    pages = Pages(3)
-    taken = pages.take(2)
-    pages.give_back(taken)
-    with pytest.raises(ValueError, match="free already"):
-        pages.give_back(taken[:1])
-    with pytest.raises(ValueError, match="4 pages wanted"):
-        pages.take(4)
 
 
 def test_removing_what_is_gone_is_no_error() -> None:
