@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from aiodisagg.engine.schedule import Segment
 
-_FADE = 0.97
+_FADE = 0.9
 """Weight of a step after the next of its kind."""
 _FIRST = 64
 """Prompt tokens that may always be tried."""
@@ -70,9 +70,10 @@ class _Memory:
         self.products = [[0.0] * 5 for _ in range(5)]
         self.targets = [0.0] * 5
 
-    def add(self, terms: tuple[float, ...], seconds: float) -> None:
+    def add(self, terms: tuple[float, ...], seconds: float, scale: float) -> None:
+        """Counts the error relative to ``scale``."""
         self.steps += 1
-        weight = 1.0 / max(seconds, 1e-6) ** 2
+        weight = 1.0 / max(scale, 1e-6) ** 2
         for i, a in enumerate(terms):
             self.targets[i] = _FADE * self.targets[i] + weight * a * seconds
             row = self.products[i]
@@ -97,9 +98,12 @@ class Pace:
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of this shape took so long."""
         memory = self._memories[shape.prefill > 0]
+        scale = seconds
         if memory.steps >= _SETTLED:
-            seconds = min(seconds, _OUTLIER * max(self.expect(shape), 1e-6))
-        memory.add(shape._terms, seconds)
+            # Relative to what was expected: else a machine that got slower would long be judged by its fast steps.
+            scale = max(self.expect(shape), 1e-6)
+            seconds = min(seconds, _OUTLIER * scale)
+        memory.add(shape._terms, seconds, scale)
         self._tried = max(float(shape.prefill), _FADE * self._tried if shape.prefill else self._tried)
         self._stale = True
 
