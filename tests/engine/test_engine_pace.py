@@ -36,7 +36,7 @@ class Machine:
 
 
 GPU = Machine()
-SLOW = Machine(step=0.02, decode=0.006, keys=0.002, token=0.001, pairs=0.5)  # decodes alone take more than the budget
+SLOW = Machine(step=0.02, decode=0.006, keys=0.002, token=0.0005, pairs=0.2)  # decodes alone take more than the budget
 LONG = Machine(pairs=0.01)  # attention is most of a long prompt
 
 
@@ -119,12 +119,14 @@ def test_a_burst_of_prompts_does_not_stop_running_streams(machine: Machine) -> N
 
 def test_a_noisy_machine_that_now_and_then_stops() -> None:
     draw = random.Random(5)
-    run = Run(GPU, Pace(BUDGET_S), noise=lambda: 12.0 if draw.random() < 0.02 else draw.uniform(0.8, 1.25))
+    run = Run(GPU, Pace(BUDGET_S), noise=lambda: 12.0 if draw.random() < 0.06 else draw.uniform(0.8, 1.25))
     burst(run)
-    calm = [took for shape, took in run.steps if shape.decodes and took < 3 * GPU.seconds(shape)]
-    assert len(calm) < len(run.steps) and max(calm) < 1.6 * BUDGET_S
-    chunks = [shape.prefill for shape, _ in run.steps if shape.decodes and shape.prefill]
-    assert sorted(chunks)[len(chunks) // 2] > 500, "a stop made it careful for ever"
+    beside = [(shape, took) for shape, took in run.steps if shape.decodes and shape.prefill]
+    calm = sorted(took for shape, took in beside if took < 3 * GPU.seconds(shape))
+    assert len(calm) < len(beside) - 5
+    assert calm[len(calm) // 2] < 1.1 * BUDGET_S and calm[-1] < 3 * BUDGET_S
+    chunks = sorted(shape.prefill for shape, _ in beside)
+    assert chunks[len(chunks) // 2] > 700, "stops made it careful for long"
 
 
 def test_a_machine_that_becomes_slower_is_noticed_within_a_few_steps() -> None:
@@ -132,7 +134,7 @@ def test_a_machine_that_becomes_slower_is_noticed_within_a_few_steps() -> None:
     burst(run)
     run.machine = Machine(*(4 * cost for cost in (GPU.step, GPU.decode, GPU.keys, GPU.token, GPU.pairs)))
     before = len(run.steps)
-    for i in range(24):
+    for i in range(6):
         run.add(f"more{i}", 4000, 8)
     run.until(lambda: not any(name.startswith("more") for name in run.left))
     late = [(shape, took) for shape, took in run.steps[before + 20 :] if shape.decodes and shape.prefill]
