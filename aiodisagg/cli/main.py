@@ -165,6 +165,9 @@ def encode(
 @click.option("--kv-mib", default=256, help="Memory of the paged KV pool.")
 @click.option("--token-budget", default=2048, help="Tokens of one engine step.")
 @click.option("--max-running", default=64, help="Requests that hold KV pages at once.")
+@click.option("--itl-budget-ms", default=100.0, help="What prefill may cost a running answer between two tokens.")
+@click.option("--overlap/--no-overlap", default=True, help="Prefill what has arrived, or wait for all of a prompt.")
+@click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse KV pages of prompts that begin alike.")
 @click.option("--dtype", help="Of the language half; float32 on a CPU, bfloat16 elsewhere.")
 @click.option("--max-pixels", type=int, help="Of an image after resizing; the checkpoint's limit if less.")
 @peer_options
@@ -182,6 +185,9 @@ def language(
     kv_mib: int,
     token_budget: int,
     max_running: int,
+    itl_budget_ms: float,
+    overlap: bool,
+    prefix_cache: bool,
     dtype: str | None,
     max_pixels: int | None,
     verbose: int,
@@ -206,6 +212,9 @@ def language(
             kv_bytes=kv_mib * MiB,
             token_budget=token_budget,
             max_running=max_running,
+            itl_budget_ms=itl_budget_ms,
+            overlap=overlap,
+            prefix_cache=prefix_cache,
             dtype=dtype,
             max_pixels=max_pixels,
         )

@@ -19,6 +19,7 @@ import torch
 from aiodisagg.engine.attention import KvPool, PackedBatch, PackedSegment, use_paged_attention
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.detokenize import AnswerText
+from aiodisagg.engine.prefix import PageKeys
 from aiodisagg.engine.rows import RequestRows
 from aiodisagg.engine.sampling import Sampler
 from aiodisagg.engine.schedule import Segment
@@ -38,12 +39,21 @@ class EngineSequence:
         sampling: SamplingParams,
         rows: RequestRows,
         decode: Callable[[Sequence[int]], str],
+        keys: PageKeys | None = None,
     ) -> None:
         self.request_id = handle.request_id
         self.handle, self.plan, self.sampling, self.rows = handle, plan, sampling, rows
         self.sampler = Sampler(sampling)
         self.text = AnswerText(decode, sampling.stop)
         self.generated: list[int] = []
+        self.keys = keys
+        """None: its pages are not shared."""
+
+    def append(self, token: int) -> None:
+        """The answer's next token."""
+        if self.keys is not None:
+            self.keys.grow(token, self.plan.tokens + len(self.generated) + self.plan.delta)
+        self.generated.append(token)
 
     def token_ids(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: prompt, then answer."""

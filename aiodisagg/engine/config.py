@@ -23,7 +23,16 @@ class EngineConfig:
     page_size: int = 16
     """Tokens of a page."""
     token_budget: int = 512
-    """Tokens of a step, decodes included: what a running stream waits for at most between two of its tokens."""
+    """Tokens of a step, decodes included."""
+    itl_budget_ms: float = 0.0
+    """What prefill may make a running stream wait between two of its tokens, or twice what the decodes of the step
+    take alone if that is more; 0: as long as ``token_budget`` tokens take."""
+    coalesce_tokens: int = 64
+    """Fewer prompt tokens than that wait for the rows that follow them, while there is other work; 0: they never do."""
+    overlap: bool = True
+    """Prefill what has arrived of a prompt; else a prefill begins when the last row is here."""
+    prefix_cache: bool = True
+    """Keep what finished requests leave in the pool for prompts that begin alike."""
     max_running: int = 64
     """Requests that hold pages at once; never more than ``token_budget``, so that each decode fits into every step."""
     max_waiting: int = 1024
@@ -35,6 +44,9 @@ class EngineConfig:
         for key in ("pool_bytes", "page_size", "token_budget", "max_running", "max_waiting"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, f"must be at least 1, not {getattr(self, key)}")
+        for key in ("itl_budget_ms", "coalesce_tokens"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError(key, f"must be at least 0, not {getattr(self, key)}")
         for key in ("num_pages", "max_context"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -50,7 +62,17 @@ class EngineStats:
     running: int = 0
     """Gauge: requests with pages."""
     pages_free: int = 0
+    """Gauge: pages that can be taken, those with something to reuse included."""
     pages_used: int = 0
+    """Gauge: pages of running requests."""
+    pages_idle: int = 0
+    """Gauge: free pages that a prompt may still reuse."""
+    prefix_hits: int = 0
+    """Admissions that found at least one page, those after a preemption included."""
+    tokens_reused: int = 0
+    """Tokens in the pages found: neither computed nor, for visual ones, encoded."""
+    evictions: int = 0
+    """Pages with something to reuse that were taken for something else."""
     rows_bytes: int = 0
     """Gauge: bytes of item rows held."""
     steps: int = 0

@@ -1,8 +1,8 @@
 """The engine as a service sees it: submit a planned prompt, hand rows in as they arrive, read tokens.
 
-The order is reserve first, encode second: ``submit`` needs no rows, ``await handle.admitted`` says that pages are
-reserved, and only then is vision work worth asking for. Prefill runs over the part of the prompt whose rows are here
-while later rows are on their way and other requests decode.
+The order is reserve first, encode second: ``submit`` needs no rows, ``handle.needs()`` says when pages are reserved and
+which items are not in shared pages already; only then, and only for those, is vision work worth asking for. Prefill
+runs over the part of the prompt whose rows are here while later rows are on their way and other requests decode.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from aiodisagg.engine.batch import EngineSequence, Runner
 from aiodisagg.engine.config import EngineConfig, EngineStats
+from aiodisagg.engine.pace import Pace
+from aiodisagg.engine.prefix import PageKeys
 from aiodisagg.engine.rows import RequestRows
 from aiodisagg.engine.schedule import Scheduler
 from aiodisagg.engine.stream import Outbox, RequestHandle
@@ -74,11 +76,15 @@ class Engine:
         if layout is not None and (layout.hidden_size, layout.dtype) != ours:
             self._runner.release()
             raise ConfigError("layout", f"{layout} does not fit a model of hidden size {ours[0]} in {ours[1]}")
+        self._pace = Pace(self.config.itl_budget_ms / 1e3) if self.config.itl_budget_ms else None
         self._scheduler = Scheduler(
             num_pages=self._runner.num_pages,
             page_size=self.config.page_size,
             token_budget=self.config.token_budget,
             max_running=self.config.max_running,
+            overlap=self.config.overlap,
+            coalesce_tokens=self.config.coalesce_tokens,
+            pace=self._pace,
         )
         self._limit = min(self._scheduler.largest(), self._runner.max_context)
         self._live: dict[str, EngineSequence] = {}
@@ -100,6 +106,7 @@ class Engine:
             Outbox(loop),
             ended=self._forget,
             stopped=lambda: loop.call_soon_threadsafe(self._stopped.set),
+            pace=self._pace,
         )
         self._steps.start()
         return self
@@ -152,7 +159,8 @@ class Engine:
             device=self._runner.device,
             stream=self._stream,
         )
-        sequence = EngineSequence(RequestHandle(request_id, self.cancel), plan, sampling, rows, self._decode)
+        keys = PageKeys(plan, self.config.page_size) if self.config.prefix_cache else None
+        sequence = EngineSequence(RequestHandle(request_id, self.cancel), plan, sampling, rows, self._decode, keys)
         with self._lock:
             if request_id in self._live:
                 raise EngineError(request_id, "the id is in use")

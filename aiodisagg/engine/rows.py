@@ -5,7 +5,7 @@ tokens are a slice. They are kept as long as the request lives: a preempted requ
 any request but the oldest may be preempted until its last token.
 
 Rows may come in any order, in pieces of any size, from any thread, and more than once (after a failover); what is held
-already is not written again.
+already is not written again. Rows of tokens whose keys and values are in shared pages need not come at all.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class RequestRows:
         self.visual = self._visual_tokens(plan)
         """int64 [rows]: prompt positions of the rows, ascending."""
         self._arrived = np.zeros(self._first[-1], dtype=bool)
-        self._complete = 0  # rows held without a gap from the first
+        self._unneeded = 0  # rows from the first that nobody will take
+        self._complete = 0  # rows held or not needed, without a gap from the first
+        self._asked: set[int] = set()
         self._packed: torch.Tensor | None = None
         self._lock = threading.Lock()
 
@@ -78,9 +80,24 @@ class RequestRows:
 
     @property
     def front(self) -> int:
-        """Prompt tokens that can be computed: all before the first missing row."""
+        """Prompt tokens that can be computed, or need not be: all before the first missing row that is needed."""
         complete = self._complete
         return self._tokens if complete == len(self.visual) else int(self.visual[complete])
+
+    def reuse(self, tokens: int) -> None:
+        """Rows of the first ``tokens`` prompt tokens are not needed; replaces what was said before."""
+        with self._lock:
+            self._unneeded = self._complete = int(np.searchsorted(self.visual, tokens))
+            self._count()
+
+    def ask(self) -> tuple[int, ...]:
+        """Items with rows that are needed and not here; each is named once in the life of the request."""
+        with self._lock:
+            missing = np.flatnonzero(~self._arrived[self._complete :]) + self._complete
+            found = np.unique(np.searchsorted(self._first, missing, side="right") - 1).tolist()
+            new = tuple(i for i in found if i not in self._asked)
+            self._asked.update(new)
+            return new
 
     @property
     def size_bytes(self) -> int:
@@ -163,8 +180,9 @@ class RequestRows:
         first, last = (int(n) for n in np.searchsorted(self.visual, (start, stop)))
         if first == last:
             return self.visual[:0], None
-        if last > self._complete or self._packed is None:
-            raise EngineError(self.request_id, f"rows [{first}, {last}) are wanted, {self._complete} are here")
+        if first < self._unneeded or last > self._complete or self._packed is None:
+            here = f"[{self._unneeded}, {self._complete})"
+            raise EngineError(self.request_id, f"rows [{first}, {last}) are wanted, {here} are here")
         if self._stream is not None and self._packed.is_cuda:  # its memory is the side stream's, but used here too
             self._packed.record_stream(torch.cuda.current_stream(self._device))
         return self.visual[first:last] - start, self._packed[first:last]
@@ -192,5 +210,8 @@ class RequestRows:
     def _mark(self, start: int, stop: int) -> None:
         with self._lock:
             self._arrived[start:stop] = True
-            rest = self._arrived[self._complete :]
-            self._complete += len(rest) if rest.all() else int(rest.argmin())
+            self._count()
+
+    def _count(self) -> None:
+        rest = self._arrived[self._complete :]
+        self._complete += len(rest) if rest.all() else int(rest.argmin())

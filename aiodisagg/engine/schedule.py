@@ -12,18 +12,29 @@ the step that reaches it samples the next token. A decode is the case in which o
   newcomer leaves one page for each running request, or the next few decodes would throw it out again.
 * A prefill never passes ``front``, the contiguous part of the prompt whose rows are here. A request that waits for
   rows keeps its pages and costs nothing else.
+* What a request needs first may be in pages already (:mod:`~aiodisagg.engine.pages`): admission shares them and the
+  request begins behind them. At least its last token is computed, whose logits are wanted. Rows of the shared part
+  need not come, so the front begins behind it. Where it is then, only who holds the rows knows: whoever drives this
+  says so after each admission (a request beyond its front waits until then), and again after a preemption, since the
+  pages may be gone when the request comes back; until then it has no front.
 * Fairness inside the token budget: decodes first; of the rest the oldest prefill gets at least half, so a stream of
   short prompts cannot starve a long one, and what remains goes to who needs least to finish, so a long prompt does not
   hold up short ones. ``max_running <= token_budget`` leaves at least one token for prefill whenever there is one.
-
-What the pages hold is not known here; sharing them between requests would be a matter of :class:`Pages` alone.
+* Beside decodes the budget is what :class:`~aiodisagg.engine.pace.Pace` allows, so a burst of prompts does not stop
+  running streams; without decodes nobody waits for a token and a step is as large as it may be.
+* A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has
+  other work: a chunk costs a read of its whole past. A step without other work computes whatever is there. Nobody
+  starves and no timer is needed: what is ready only grows, and the last rows of a prompt are never left.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from aiodisagg.engine.pace import Pace, StepShape
+from aiodisagg.engine.pages import Pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,42 +61,16 @@ class Step:
     preempted: tuple[str, ...]
 
 
-class Pages:
-    """Numbers of free pages. A page has one owner; giving back what is free already is an error."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._free = list(range(count - 1, -1, -1))
-        self._is_free = [True] * count
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        if count > len(self._free):
-            raise ValueError(f"{count} pages wanted, {len(self._free)} free")
-        taken = [self._free.pop() for _ in range(count)]
-        for page in taken:
-            self._is_free[page] = False
-        return taken
-
-    def give_back(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            if self._is_free[page]:
-                raise ValueError(f"page {page} is free already")
-            self._is_free[page] = True
-            self._free.append(page)
-
-
 @dataclass(slots=True, eq=False)
 class _Request:
     request_id: str
     order: int
     prompt: int
     front: int
+    keys: Sequence[bytes]
     generated: int = 0
     computed: int = 0
+    reused: int = 0
     pages: list[int] = field(default_factory=list)
 
     @property
@@ -101,10 +86,14 @@ class _Request:
         return self.generated > 0 and self.missing == 1
 
     @property
+    def complete(self) -> bool:
+        """All rows of the prompt are here."""
+        return self.front >= self.prompt
+
+    @property
     def ready(self) -> int:
         """Tokens that could be computed now."""
-        reach = self.total if self.front >= self.prompt else self.front
-        return max(reach - self.computed, 0)
+        return max((self.total if self.complete else self.front) - self.computed, 0)
 
 
 class Scheduler:
@@ -114,13 +103,24 @@ class Scheduler:
         num_pages, page_size: the KV pool.
         token_budget: most tokens of a step.
         max_running: most requests with pages; capped by ``token_budget``.
+        overlap: prefill what has arrived of a prompt; else a prefill begins when all of its rows are here.
+        coalesce_tokens: fewer ready tokens than that, with more to follow, wait while a step has other work.
+        pace: bounds the prefill beside decodes; None: the token budget alone does.
     """
 
-    def __init__(self, *, num_pages: int, page_size: int, token_budget: int, max_running: int) -> None:
+    def __init__(
+        self, *, num_pages: int, page_size: int, token_budget: int, max_running: int, overlap: bool = True,
+        coalesce_tokens: int = 0, pace: Pace | None = None,
+    ) -> None:  # fmt: skip
         self.pages = Pages(num_pages)
         self.page_size = page_size
         self.token_budget = token_budget
         self.max_running = min(max_running, token_budget)
+        self.tokens_reused = 0
+        """Tokens that admitted requests found in pages, ever."""
+        self.hits = 0
+        """Admissions that found at least one page."""
+        self._overlap, self._coalesce, self._pace = overlap, coalesce_tokens, pace
         self._requests: dict[str, _Request] = {}
         self._running: list[_Request] = []  # both by seniority
         self._waiting: list[_Request] = []
@@ -142,39 +142,54 @@ class Scheduler:
         """Pages in the order of the request's tokens; empty while it waits. Not to be changed by the caller."""
         return self._requests[request_id].pages
 
+    def reused(self, request_id: str) -> int:
+        """Tokens at the beginning of a running request that it found in pages when it was last admitted."""
+        return self._requests[request_id].reused
+
     def largest(self) -> int:
         """Tokens of the longest request that can ever run. The last token of an answer needs no page."""
         return self.pages.count * self.page_size + 1
 
-    def add(self, request_id: str, prompt: int, max_tokens: int, front: int) -> None:
-        """A new request, the newest of all. ValueError if it is known, empty, or longer than :meth:`largest`."""
+    def add(self, request_id: str, prompt: int, max_tokens: int, front: int, keys: Sequence[bytes] = ()) -> None:
+        """A new request, the newest of all. ValueError if it is known, empty, or longer than :meth:`largest`.
+
+        ``keys``: of its full pages, in order; the caller lets them grow as tokens are sampled. Pages without a key are
+        neither found nor shared.
+        """
         if request_id in self._requests:
             raise ValueError(f"request {request_id} is known already")
         if prompt < 1 or max_tokens < 1 or prompt + max_tokens > self.largest():
             raise ValueError(f"request {request_id}: {prompt} + {max_tokens} tokens, {self.largest()} are the most")
-        request = _Request(request_id, self._arrivals, prompt, front)
+        request = _Request(request_id, self._arrivals, prompt, front, keys)
         self._arrivals += 1
         self._requests[request_id] = request
         self._waiting.append(request)
 
     def set_front(self, request_id: str, front: int) -> None:
-        """The first ``front`` prompt tokens can be computed. It never moves back."""
+        """The first ``front`` prompt tokens can be computed or are in pages. It moves back by a preemption only."""
         request = self._requests[request_id]
         request.front = max(request.front, front)
 
     def advance(self, segment: Segment, *, sampled: bool) -> None:
-        """A segment of the last step is computed; ``sampled``: the request got a token and goes on."""
+        """A segment of the last step is computed; ``sampled``: the request got a token."""
         request = self._requests[segment.request_id]
         request.computed = segment.stop
         if sampled:
             request.generated += 1
+        for i in range(segment.start // self.page_size, min(segment.stop // self.page_size, len(request.keys))):
+            self.pages.publish(request.pages[i], request.keys[i])
 
-    def remove(self, request_id: str) -> None:
-        """Finished, failed or cancelled: the pages are free at once. An unknown request is ignored."""
+    def remove(self, request_id: str, *, spoilt: bool = False) -> None:
+        """Finished, failed or cancelled: the pages are free at once. An unknown request is ignored.
+
+        ``spoilt``: nobody new shall share what its pages hold.
+        """
         request = self._requests.pop(request_id, None)
         if request is None:
             return
         (self._running if request in self._running else self._waiting).remove(request)
+        if spoilt:
+            self.pages.forget(request.pages)
         self.pages.give_back(request.pages)
 
     def plan_step(self) -> Step:
@@ -183,7 +198,7 @@ class Scheduler:
         decodes = self._plan_decodes(preempted)
         # A victim does not come back in the same step: somebody has taken one of its pages.
         admitted = self._admit()
-        prefills = self._plan_prefills(self.token_budget - len(decodes))
+        prefills = self._plan_prefills(decodes)
         return Step((*decodes, *prefills), tuple(admitted), tuple(preempted))
 
     def _pages_for(self, tokens: int) -> int:
@@ -207,7 +222,9 @@ class Scheduler:
         victim = self._running.pop()
         self.pages.give_back(victim.pages)
         victim.pages = []
-        victim.computed = 0
+        if victim.reused:
+            victim.front = 0
+        victim.computed = victim.reused = 0
         bisect.insort(self._waiting, victim, key=lambda r: r.order)
         return victim.request_id
 
@@ -215,18 +232,29 @@ class Scheduler:
         admitted = []
         while self._waiting and len(self._running) < self.max_running:
             request = self._waiting[0]
-            needed = self._pages_for(request.total)
+            # At least the last token is computed.
+            found = self.pages.find(request.keys[: (request.total - 1) // self.page_size])
+            new = self._pages_for(request.total) - len(found)
+            needed = new + self.pages.idle_among(found)
             if needed + len(self._running) > self.pages.free and (self._running or needed > self.pages.free):
                 break
-            request.pages = self.pages.take(needed)
+            self.pages.share(found)
+            request.pages = found + self.pages.take(new)
+            request.computed = request.reused = len(found) * self.page_size
+            self.hits += bool(found)
+            self.tokens_reused += request.reused
             self._running.append(self._waiting.pop(0))
             admitted.append(request.request_id)
         return admitted
 
-    def _plan_prefills(self, budget: int) -> list[Segment]:
-        prefills = [r for r in self._running if r.ready and not r.decodes]
+    def _plan_prefills(self, decodes: Sequence[Segment]) -> list[Segment]:
+        prefills = self._worthwhile(bool(decodes))
         if not prefills:
             return []
+        budget = self.token_budget - len(decodes)
+        if self._pace is not None and decodes:
+            furthest = max(r.computed for r in prefills)
+            budget = self._pace.prefill_beside(StepShape.of(decodes), furthest, budget)
         granted = {prefills[0].request_id: min(prefills[0].ready, -(-budget // 2))}
         budget -= granted[prefills[0].request_id]
         for request in sorted(prefills, key=lambda r: (r.missing, r.order)):
@@ -239,3 +267,9 @@ class Scheduler:
             for r in prefills
             if (n := granted[r.request_id])
         ]
+
+    def _worthwhile(self, busy: bool) -> list[_Request]:
+        """Running requests with prefill to do now, by seniority; ``busy``: the step has decodes."""
+        able = [r for r in self._running if r.ready and not r.decodes and (r.complete or self._overlap)]
+        large = [r for r in able if r.complete or r.ready >= self._coalesce]
+        return large if busy or large else able

@@ -39,8 +39,10 @@ class RequestHandle:
         self._error: AiodisaggError | None = None
         self._over = False
         self._has_pages = False
+        self._needed: tuple[int, ...] = ()
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
+        self._asks = asyncio.Event()
         self._iterated = False
 
     def __repr__(self) -> str:
@@ -61,6 +63,20 @@ class RequestHandle:
             raise self._error
         if not self._has_pages:
             raise EngineError(self.request_id, "cancelled before it was admitted")
+
+    async def needs(self) -> AsyncGenerator[tuple[int, ...], None]:
+        """Indices of the items whose rows are needed, as that becomes known; ends with the request. For one task.
+
+        The first value comes when the pages of the whole prompt are reserved: the items that are not in shared pages,
+        perhaps none. More come if the request was preempted and found less when it came back. No item comes twice.
+        """
+        await self._settled.wait()
+        while not self._over:
+            self._asks.clear()
+            with self._lock:
+                needed, self._needed = self._needed, ()
+            yield needed
+            await self._asks.wait()
 
     def cancel(self) -> None:
         """Stops the request and frees what it holds; no effect when it is over. The last delta says CANCELLED."""
@@ -89,8 +105,8 @@ class RequestHandle:
 
     # -- the engine's side ---------------------------------------------------------------------------------------
 
-    def _offer(self, delta: Delta | None, error: AiodisaggError | None) -> None:
-        """Any thread; neither of both says that the request is admitted.
+    def _offer(self, delta: Delta | None, error: AiodisaggError | None, needed: tuple[int, ...]) -> None:
+        """Any thread; neither delta nor error says that the request is admitted, and which items it needs.
 
         The reader sees it after :meth:`Outbox.wake`. A request that is over does not change any more.
         """
@@ -98,6 +114,7 @@ class RequestHandle:
             if self._over:
                 return
             self._has_pages |= delta is None and error is None
+            self._needed += needed
             if delta is not None:
                 self._pending = merge(self._pending, delta)
             self._error = error
@@ -108,6 +125,8 @@ class RequestHandle:
             self._changed.set()
         if self._has_pages or self._over:
             self._settled.set()
+        if self._needed or self._over:
+            self._asks.set()
 
 
 class Outbox:

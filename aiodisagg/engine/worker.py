@@ -15,11 +15,13 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 
 from aiodisagg.engine.batch import EngineSequence, Runner, Work
 from aiodisagg.engine.config import EngineStats
+from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.sampling import sample_batch
 from aiodisagg.engine.schedule import Scheduler, Segment, Step
 from aiodisagg.engine.stream import Outbox, RequestHandle
@@ -37,10 +39,21 @@ class End:
     error: AiodisaggError | None
 
 
+@dataclass(frozen=True, slots=True)
+class _News:
+    """For the reader of a request; neither delta nor error: it is admitted, and needs these items."""
+
+    handle: RequestHandle
+    delta: Delta | None = None
+    error: AiodisaggError | None = None
+    needed: tuple[int, ...] = ()
+
+
 class StepThread:
     """Runs until :meth:`close`. ``submit``, ``rows_arrived``, ``end`` and ``close`` may be called on any thread.
 
     Args:
+        pace: is told how long steps take.
         ended: called on the step thread with the id of each request that is over, before its reader is woken.
         stopped: called on the step thread as the last thing it does.
     """
@@ -54,9 +67,10 @@ class StepThread:
         *,
         ended: Callable[[str], None],
         stopped: Callable[[], object],
+        pace: Pace | None = None,
     ) -> None:
         self._runner, self._scheduler, self._eos_ids, self._outbox = runner, scheduler, eos_ids, outbox
-        self._ended, self._stopped = ended, stopped
+        self._ended, self._stopped, self._pace = ended, stopped, pace
         self._sequences: dict[str, EngineSequence] = {}
         self._wake = threading.Condition()
         self._inbox: deque[EngineSequence | End] = deque()
@@ -66,7 +80,7 @@ class StepThread:
         self._batch_sizes: Counter[int] = Counter()
         self.stats = EngineStats()
         """Replaced as a whole after every step."""
-        self._news: list[tuple[RequestHandle, Delta | None, AiodisaggError | None]] = []  # neither: admitted
+        self._news: list[_News] = []
         self._publish()
         self._thread = threading.Thread(target=self._run, name="aiodisagg-engine", daemon=True)
 
@@ -145,7 +159,8 @@ class StepThread:
     def _add(self, sequence: EngineSequence) -> None:
         plan, sampling = sequence.plan, sequence.sampling
         self._sequences[sequence.request_id] = sequence
-        self._scheduler.add(sequence.request_id, plan.tokens, sampling.max_tokens, sequence.rows.front)
+        keys = () if sequence.keys is None else sequence.keys.keys
+        self._scheduler.add(sequence.request_id, plan.tokens, sampling.max_tokens, sequence.rows.front, keys)
 
     def _end(self, command: End) -> None:
         if command.request_id not in self._sequences:
@@ -158,8 +173,12 @@ class StepThread:
     def _step(self) -> bool:
         """Plans and runs one step. False: nothing to do until a command comes."""
         step = self._scheduler.plan_step()
+        for request_id in step.preempted:
+            self._set_front(request_id, reused=0)
         for request_id in step.admitted:
-            self._news.append((self._sequences[request_id].handle, None, None))
+            self._set_front(request_id, reused=self._scheduler.reused(request_id))
+            sequence = self._sequences[request_id]
+            self._news.append(_News(sequence.handle, needed=sequence.rows.ask()))
         self._counts["preemptions"] += len(step.preempted)
         if step.preempted:
             log.debug("preempted %s", ", ".join(step.preempted))
@@ -170,10 +189,18 @@ class StepThread:
         self._publish()
         return bool(step.segments or step.admitted or step.preempted)
 
+    def _set_front(self, request_id: str, *, reused: int) -> None:
+        rows = self._sequences[request_id].rows
+        rows.reuse(reused)
+        self._scheduler.set_front(request_id, rows.front)
+
     def _compute(self, step: Step) -> None:
         batch = [Work(s, self._sequences[s.request_id], self._scheduler.pages_of(s.request_id)) for s in step.segments]
+        began = perf_counter()
         try:
             self._forward(batch)
+            if self._pace is not None:
+                self._pace.observe(StepShape.of(step.segments), perf_counter() - began)
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0], error)
@@ -191,7 +218,7 @@ class StepThread:
         log.warning("request %s failed: %r", request_id, error)
         ours = error if isinstance(error, EngineError) else EngineError(request_id, f"the model raised {error!r}")
         ours.__cause__ = None if ours is error else error
-        self._finish(request_id, error=ours)
+        self._finish(request_id, error=ours, spoilt=True)
 
     def _forward(self, batch: list[Work]) -> None:
         """Raises what the model raises; after it every request of the batch has advanced or failed by itself."""
@@ -212,10 +239,12 @@ class StepThread:
     def _accept(self, segment: Segment, sequence: EngineSequence, token: int | None) -> None:
         request_id = segment.request_id
         if token is None:
-            self._finish(request_id, error=EngineError(request_id, "the model gave logits that are not finite"))
+            error = EngineError(request_id, "the model gave logits that are not finite")
+            self._finish(request_id, error=error, spoilt=True)
             return
         self._counts["tokens_decoded"] += 1
-        sequence.generated.append(token)
+        sequence.append(token)
+        self._scheduler.advance(segment, sampled=True)
         try:
             text, reason = self._read(sequence, token)
         except Exception as error:  # a tokenizer's decode is foreign code
@@ -223,8 +252,7 @@ class StepThread:
             return
         delta = self._delta(request_id, text, (token,), reason)
         if reason is None:
-            self._scheduler.advance(segment, sampled=True)
-            self._news.append((sequence.handle, delta, None))
+            self._news.append(_News(sequence.handle, delta))
         else:
             self._finish(request_id, delta=delta)
 
@@ -246,13 +274,15 @@ class StepThread:
         usage = None if reason is None else Usage(sequence.plan.tokens, len(sequence.generated))
         return Delta(text, ids, reason, usage)
 
-    def _finish(self, request_id: str, *, delta: Delta | None = None, error: AiodisaggError | None = None) -> None:
-        """Frees everything of the request, then tells its reader."""
+    def _finish(
+        self, request_id: str, *, delta: Delta | None = None, error: AiodisaggError | None = None, spoilt: bool = False
+    ) -> None:
+        """Frees everything of the request, then tells its reader. ``spoilt``: its pages may hold anything."""
         sequence = self._sequences.pop(request_id)
-        self._scheduler.remove(request_id)
+        self._scheduler.remove(request_id, spoilt=spoilt)
         self._counts["failed"] += error is not None
         self._ended(request_id)
-        self._news.append((sequence.handle, delta, error))
+        self._news.append(_News(sequence.handle, delta, error))
 
     def _publish(self) -> None:
         """First the statistics, then the news: who reads that a request is over finds its pages free."""
@@ -262,11 +292,15 @@ class StepThread:
             running=len(self._scheduler.running),
             pages_free=pages.free,
             pages_used=pages.count - pages.free,
+            pages_idle=pages.idle,
+            prefix_hits=self._scheduler.hits,
+            tokens_reused=self._scheduler.tokens_reused,
+            evictions=pages.evictions,
             rows_bytes=sum(s.rows.size_bytes for s in self._sequences.values()),
             batch_sizes=tuple(sorted(self._batch_sizes.items())),
             **self._counts,
         )
         news, self._news = self._news, []
-        for handle, delta, error in news:
-            handle._offer(delta, error)
-        self._outbox.wake(handle for handle, _, _ in news)
+        for one in news:
+            one.handle._offer(one.delta, one.error, one.needed)
+        self._outbox.wake(one.handle for one in news)

@@ -21,7 +21,7 @@ from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
 from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, InvalidRequest, MediaError
 from aiodisagg.language.rows import RowReceiver
-from aiodisagg.language.trace import RequestTrace, Traces
+from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
@@ -48,6 +48,9 @@ class _Item:
 
 @dataclass(slots=True)
 class _Request:
+    """The items that were asked for."""
+
+    room: int = field(default_factory=lambda: secrets.randbits(62))
     keys: list[ItemKey] = field(default_factory=list)
 
 
@@ -95,7 +98,12 @@ class LanguageService:
         self._layout = layout = half.layout
         engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
         engine_config = EngineConfig(
-            pool_bytes=config.kv_bytes, token_budget=config.token_budget, max_running=config.max_running
+            pool_bytes=config.kv_bytes,
+            token_budget=config.token_budget,
+            max_running=config.max_running,
+            itl_budget_ms=config.itl_budget_ms,
+            overlap=config.overlap,
+            prefix_cache=config.prefix_cache,
         )
         planner = self._planner
         accelerator = await asyncio.to_thread(open_accelerator, config.device)
@@ -227,29 +235,34 @@ class LanguageService:
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None
     ) -> None:
-        """Asks for the items as soon as pages are reserved: nothing is encoded that the engine has no room for."""
-        try:
-            await handle.admitted
-        except AiodisaggError:
-            return  # the reader of the handle gets it
-        try:
-            self._ask(plan, request, trace, timeout_s)
-        except Exception as error:  # a bug; but nobody may wait for ever for rows that were never asked for
-            logger.exception("request %s: its items could not be asked for", trace.request_id)
-            self.engine.fail(trace.request_id, EncodeFailed("0", f"not asked for: {error!r}"))
+        """Asks for items as soon as pages are reserved and the engine has not found them there."""
+        async for needed in handle.needs():
+            try:
+                self._ask(plan, request, trace, timeout_s, needed)
+            except Exception as error:  # a bug; but nobody may wait for ever for rows that were never asked for
+                logger.exception("request %s: its items could not be asked for", trace.request_id)
+                self.engine.fail(trace.request_id, EncodeFailed("0", f"not asked for: {error!r}"))
 
-    def _ask(self, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None) -> None:
-        trace.admitted_s = trace.since()
-        room = secrets.randbits(62)
+    def _ask(
+        self, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None, needed: Sequence[int]
+    ) -> None:
+        first = trace.admitted_s < 0
+        if first:
+            trace.admitted_s = trace.since()
         left_s = self.config.request_timeout_s
         if timeout_s is not None:  # of the whole request
             left_s = max(0.001, timeout_s - trace.since())
+        asked = []
         for index, item in enumerate(plan.items):
-            key = ItemKey(room, index)
-            request.keys.append(key)
-            self._items[key] = _Item(trace.request_id, index, left_s)
-            self.traces.item(trace, key, item)
-        for key, item in zip(request.keys, plan.items, strict=True):
+            if index in needed:
+                key = ItemKey(request.room, index)
+                asked.append((key, item))
+                request.keys.append(key)
+                self._items[key] = _Item(trace.request_id, index, left_s)
+                self.traces.item(trace, key, item)
+            elif first:
+                trace.items.append(ItemTrace(item.kind.value, item.rows, item.digest, stage="reused"))
+        for key, item in asked:
             spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
             self.rows.request(key, spec, left_s)
 
@@ -298,6 +311,10 @@ class LanguageService:
                 metrics.gauge("requests_running", "Requests with KV pages.", stats.running),
                 metrics.gauge("kv_pages_free", "Free KV pages.", stats.pages_free),
                 metrics.gauge("kv_pages_used", "Used KV pages.", stats.pages_used),
+                metrics.gauge("kv_pages_idle", "Free KV pages that a prompt may still reuse.", stats.pages_idle),
+                metrics.counter("prefix_hits", "Admissions that found pages to reuse.", stats.prefix_hits),
+                metrics.counter("prefix_tokens", "Tokens in pages that were reused.", stats.tokens_reused),
+                metrics.counter("prefix_evictions", "Reusable pages that were taken.", stats.evictions),
                 metrics.counter("prefill_tokens", "Prompt tokens computed.", stats.tokens_prefilled),
                 metrics.counter("decode_tokens", "Tokens sampled.", stats.tokens_decoded),
                 metrics.counter("rows_used", "Rows fed to the model.", stats.rows_used),

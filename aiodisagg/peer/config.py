@@ -105,6 +105,13 @@ class LanguageConfig(PeerConfig):
     """Tokens of one engine step."""
     max_running: int = 64
     """Requests that hold KV pages at once; the items of others are not asked for yet."""
+    itl_budget_ms: float = 100.0
+    """What prefill may make a running answer wait between two of its tokens, or twice what its step takes alone if
+    that is more; 0: as long as ``token_budget`` tokens take."""
+    overlap: bool = True
+    """Prefill what has arrived of a prompt; off, to measure what that is worth: wait for all of its items first."""
+    prefix_cache: bool = True
+    """Reuse KV pages of earlier prompts and answers; an item that is all in such pages is not encoded."""
     max_pixels: int | None = None
     """Pixels of an image after resizing; None: what the checkpoint says."""
     request_timeout_s: float = 300.0
@@ -123,3 +130,4 @@ class LanguageConfig(PeerConfig):
             check(key, getattr(self, key))
         check("peer_wait_s", self.peer_wait_s, exclusive=False)
         check("failover_s", self.failover_s, exclusive=False)
+        check("itl_budget_ms", self.itl_budget_ms, exclusive=False)

@@ -119,7 +119,7 @@ async def test_prefill_runs_before_the_last_rows_are_there() -> None:
     plan = make_plan([5, (1, 4, 4), 3, (1, 4, 4), 2])
     rows = make_rows(plan, 3)
     expected = plain_loop(model, plan, rows, NEW)
-    async with make_engine(model) as engine:
+    async with make_engine(model, coalesce_tokens=0) as engine:
         handle = submit(engine, plan, max_tokens=NEW)
         await handle.admitted
         assert engine.stats().pages_used == 3, "the pages of the whole prompt are reserved before any row is here"
@@ -159,7 +159,7 @@ async def test_visual_tokens_take_nothing_from_the_embedding_table() -> None:
     try:
         with torch.no_grad():
             table[300] = float("nan")
-        async with make_engine(model) as engine:
+        async with make_engine(model, prefix_cache=False) as engine:
             answer: Answer = await ask(engine, plan, rows, max_tokens=NEW)
             assert engine.stats().rows_used == 9
             changed = await ask(engine, plan, [rows[0].flip(0)], max_tokens=NEW)
@@ -176,7 +176,7 @@ async def test_deepstack_rows_matter() -> None:
     rows = make_rows(plan, 3)
     without = rows[0].clone()
     without[:, 32:] = 0
-    async with make_engine(model) as engine:
+    async with make_engine(model, prefix_cache=False) as engine:
         handle = submit(engine, plan, max_tokens=NEW)
         deliver_all(engine, handle, rows)
         first = await read(handle)

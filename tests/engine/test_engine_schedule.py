@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiodisagg.engine.schedule import Pages, Scheduler, Segment, Step
+from aiodisagg.engine.schedule import Scheduler, Segment, Step
 
 
 def make(*, num_pages: int = 8, page_size: int = 4, token_budget: int = 16, max_running: int = 8) -> Scheduler:
@@ -148,14 +148,83 @@ def test_what_can_never_fit_is_refused_and_the_largest_fits() -> None:
     assert run(s).segments == (Segment("a", 0, 8, True),)
 
 
-def test_pages_cannot_be_given_back_twice() -> None:
-    pages = Pages(3)
-    taken = pages.take(2)
-    pages.give_back(taken)
-    with pytest.raises(ValueError, match="free already"):
-        pages.give_back(taken[:1])
-    with pytest.raises(ValueError, match="4 pages wanted"):
-        pages.take(4)
+def keys_of(*letters: str) -> list[bytes]:
+    return ["".join(letters[: i + 1]).encode() for i in range(len(letters))]
+
+
+def test_a_prompt_begins_behind_the_pages_that_another_left() -> None:
+    s = make()
+    s.add("a", 9, 4, front=9, keys=keys_of("x", "y"))
+    run(s)
+    s.add("b", 12, 4, front=0, keys=keys_of("x", "y", "z"))  # while "a" still runs
+    step = run(s)
+    assert step.admitted == ("b",) and s.reused("b") == 8
+    assert s.pages_of("b")[:2] == s.pages_of("a")[:2] and s.pages.free == 8 - 4
+    assert ranges(step) == [("a", 9, 10)], "where the front of b is now, nobody has said yet"
+    s.set_front("b", 12)
+    assert ranges(run(s)) == [("a", 10, 11), ("b", 8, 12)]
+    s.remove("a")
+    s.remove("b")
+    assert (s.hits, s.tokens_reused, s.pages.free, s.pages.idle) == (1, 8, 8, 3)
+
+
+def test_the_last_token_is_always_computed_and_a_page_is_shared_when_it_is_full_and_computed() -> None:
+    s = make(token_budget=6)
+    s.add("a", 8, 1, front=8, keys=keys_of("x", "y"))
+    run(s)  # six of eight tokens
+    s.add("b", 10, 1, front=10, keys=keys_of("x", "y"))
+    assert run(s).segments == (Segment("a", 6, 8, True), Segment("b", 4, 8, False))
+    s.remove("a")
+    s.remove("b")
+    s.add("c", 8, 1, front=8, keys=keys_of("x", "y"))
+    assert run(s).segments == (Segment("c", 4, 8, True),), "two pages are there, one token needs to be computed"
+
+
+def test_the_pages_of_an_answer_are_shared_too() -> None:
+    s = make()
+    keys = keys_of("x")
+    s.add("a", 4, 6, front=4, keys=keys)
+    for _ in range(4):
+        run(s)
+    keys += keys_of("x", "answer")[1:]
+    run(s)
+    s.remove("a")
+    s.add("next turn", 12, 1, front=12, keys=keys_of("x", "answer", "question"))
+    assert run(s).segments == (Segment("next turn", 8, 12, True),)
+
+
+def test_who_comes_back_and_finds_less_waits_for_its_rows_again() -> None:
+    s = make(num_pages=4)
+    s.add("gone", 4, 1, front=4, keys=keys_of("image"))
+    run(s)
+    s.remove("gone")
+    s.add("old", 3, 12, front=3)
+    run(s)
+    s.add("new", 5, 3, front=0, keys=keys_of("image"))  # its image is in a page: its rows are never asked for
+    assert run(s).admitted == ("new",) and s.reused("new") == 4
+    s.set_front("new", 5)
+    while "new" in s.running:
+        step = run(s)
+    assert step.preempted == ("new",)
+    s.set_front("new", 0)  # what has come of its rows: none
+    for _ in range(6):
+        run(s)
+    assert s.pages.find(keys_of("image")) == [], "the image's page went to the older request"
+    s.remove("old")
+    step = run(s)
+    assert step.admitted == ("new",) and s.reused("new") == 0
+    assert step.segments == () == run(s).segments
+    s.set_front("new", 5)
+    assert ranges(run(s))[0][:2] == ("new", 0)
+
+
+def test_spoilt_pages_are_not_found() -> None:
+    s = make()
+    s.add("a", 8, 2, front=8, keys=keys_of("x", "y"))
+    run(s)
+    s.remove("a", spoilt=True)
+    s.add("b", 8, 1, front=8, keys=keys_of("x", "y"))
+    assert run(s).segments == (Segment("b", 0, 8, True),) and s.hits == 0
 
 
 def test_removing_what_is_gone_is_no_error() -> None:
@@ -167,20 +236,57 @@ def test_removing_what_is_gone_is_no_error() -> None:
 
 
 class Traffic:
-    """Drives a scheduler and checks after every step what must hold."""
+    """Drives a scheduler as the step thread does, and checks after every step what must hold.
+
+    Requests of one family begin with the same ``alike`` tokens. The pool is a token for each slot; tokens of the
+    common part are named by the family, others by the request.
+    """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.s = scheduler
         self.left: dict[str, int] = {}  # tokens still wanted
         self.prompts: dict[str, int] = {}
+        self.fronts: dict[str, int] = {}  # tokens whose rows have come
+        self.alike: dict[str, tuple[int, int]] = {}
+        self.keys: dict[str, list[bytes]] = {}
         self.seen: dict[str, int] = {}  # arrival order
         self.computed: dict[str, int] = {}
+        self.reused: dict[str, int] = {}
+        self.reach: dict[str, int] = {}
+        self.known: dict[str, int] = {}
+        self.pool: dict[tuple[int, int], str] = {}
 
-    def add(self, prompt: int, tokens: int, front: int) -> None:
+    def token(self, name: str, at: int) -> str:
+        family, alike = self.alike[name]
+        return f"{family}:{at}" if at < alike else f"{name}:{at}"
+
+    def know(self, name: str, tokens: int) -> None:
+        keys = self.keys[name]
+        while (len(keys) + 1) * self.s.page_size <= tokens:
+            keys.append(self.token(name, (len(keys) + 1) * self.s.page_size - 1).encode())
+        self.known[name] = tokens
+
+    def add(self, prompt: int, tokens: int, front: int, family: int = 0, alike: int = 0) -> None:
         name = f"r{len(self.seen)}"
         self.seen[name] = len(self.seen)
-        self.left[name], self.prompts[name], self.computed[name] = tokens, prompt, 0
-        self.s.add(name, prompt, tokens, min(front, prompt))
+        self.left[name], self.prompts[name], self.fronts[name] = tokens, prompt, min(front, prompt)
+        self.computed[name] = self.reused[name] = 0
+        self.reach[name] = self.fronts[name]
+        self.alike[name], self.keys[name] = (family, min(alike, prompt)), []
+        self.know(name, prompt)
+        self.s.add(name, prompt, tokens, self.fronts[name], self.keys[name])
+
+    def arrive(self, name: str, front: int) -> None:
+        self.fronts[name] = max(self.fronts[name], min(front, self.prompts[name]))
+        self.tell(name)
+
+    def tell(self, name: str) -> None:
+        """Rows in reused pages are not needed; what is behind them is text in half of the requests."""
+        front, reused = self.fronts[name], self.reused[name]
+        if front < reused:
+            front = self.prompts[name] if self.seen[name] % 2 else reused
+        self.reach[name] = front
+        self.s.set_front(name, front)
 
     def end(self, name: str) -> None:
         self.s.remove(name)
@@ -189,26 +295,41 @@ class Traffic:
     def step(self) -> Step:
         step = self.s.plan_step()
         for name in step.preempted:
-            self.computed[name] = 0
+            self.computed[name] = self.reused[name] = 0
+            self.tell(name)
+        for name in step.admitted:
+            self.computed[name] = self.reused[name] = self.s.reused(name)
+            assert self.reused[name] < self.known[name], "nothing is left to get logits from"
+            self.tell(name)
         assert sum(x.tokens for x in step.segments) <= self.s.token_budget
         assert len({x.request_id for x in step.segments}) == len(step.segments)
         for x in step.segments:
-            assert x.start == self.computed[x.request_id] < x.stop
-            assert x.stop <= len(self.s.pages_of(x.request_id)) * self.s.page_size
+            self.compute(x)
         self.check()
         for x in step.segments:
             self.computed[x.request_id] = x.stop
             if x.samples:
                 self.left[x.request_id] -= 1
+                self.know(x.request_id, self.known[x.request_id] + 1)
+            self.s.advance(x, sampled=x.samples)
             if x.samples and not self.left[x.request_id]:
                 self.end(x.request_id)
-            else:
-                self.s.advance(x, sampled=x.samples)
         return step
 
+    def compute(self, x: Segment) -> None:
+        name, pages, size = x.request_id, self.s.pages_of(x.request_id), self.s.page_size
+        assert x.start == self.computed[name] < x.stop <= len(pages) * size
+        assert min(x.stop, self.prompts[name]) <= self.reach[name], "rows that are not here were used"
+        for at in range(x.start):
+            found = self.pool[pages[at // size], at % size]
+            assert found == self.token(name, at), f"{name} reads {found} at {at}"
+        others = {page for other in self.left if other != name for page in self.s.pages_of(other)}
+        for at in range(x.start, x.stop):
+            assert pages[at // size] not in others, "a page has two writers, or a reader of what is not final"
+            self.pool[pages[at // size], at % size] = self.token(name, at)
+
     def check(self) -> None:
-        owned = [page for name in self.left for page in self.s.pages_of(name)]
-        assert len(owned) == len(set(owned)), "a page has two owners"
+        owned = {page for name in self.left for page in self.s.pages_of(name)}
         assert len(owned) + self.s.pages.free == self.s.pages.count
         orders = [self.seen[name] for name in (*self.s.running, *self.s.waiting)]
         assert orders == sorted(orders), "every running request is older than every waiting one"
@@ -216,11 +337,14 @@ class Traffic:
         assert not any(self.s.pages_of(name) for name in self.s.waiting)
 
 
+alike = (st.integers(0, 1), st.integers(0, 40))  # (family, tokens that all of the family begin with)
 event = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 12), st.integers(0, 40)),
-    st.tuples(st.just("add"), st.integers(1, 4), st.integers(4, 30), st.just(40)),  # long answers: preemptions
-    st.tuples(st.just("step")),
-    st.tuples(st.just("step")),
+    st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 12), st.integers(0, 40), *alike),
+    st.tuples(
+        st.just("add"), st.integers(1, 16), st.integers(4, 30), st.sampled_from([0, 40]), st.just(0), st.just(16)
+    ),
+    st.tuples(st.just("step"), st.integers(1, 12)),
+    st.tuples(st.just("step"), st.integers(1, 12)),
     st.tuples(st.just("front"), st.integers(0, 20), st.integers(0, 40)),
     st.tuples(st.just("cancel"), st.integers(0, 20)),
 )
@@ -233,11 +357,17 @@ event = st.one_of(
     page_size=st.integers(1, 8),
     budget=st.integers(1, 24),
     max_running=st.integers(1, 6),
+    coalesce=st.integers(0, 8),
+    overlap=st.booleans(),
 )
-def test_no_page_is_owned_twice_and_everybody_finishes(
-    events: list[tuple[object, ...]], num_pages: int, page_size: int, budget: int, max_running: int
-) -> None:
-    s = Scheduler(num_pages=num_pages, page_size=page_size, token_budget=budget, max_running=max_running)
+def test_everybody_finishes_and_reads_only_what_it_would_have_computed(
+    events: list[tuple[object, ...]], num_pages: int, page_size: int, budget: int, max_running: int, coalesce: int,
+    overlap: bool,
+) -> None:  # fmt: skip
+    s = Scheduler(
+        num_pages=num_pages, page_size=page_size, token_budget=budget, max_running=max_running, overlap=overlap,
+        coalesce_tokens=coalesce,
+    )  # fmt: skip
     traffic = Traffic(s)
     for kind, *args in events:
         names = sorted(traffic.left)
@@ -245,15 +375,15 @@ def test_no_page_is_owned_twice_and_everybody_finishes(
         if kind == "add" and numbers[0] + numbers[1] <= s.largest():
             traffic.add(*numbers)
         elif kind == "step":
-            traffic.step()
+            for _ in range(numbers[0]):
+                traffic.step()
         elif kind == "front" and names:
-            name = names[numbers[0] % len(names)]
-            s.set_front(name, min(numbers[1], traffic.prompts[name]))
+            traffic.arrive(names[numbers[0] % len(names)], numbers[1])
         elif kind == "cancel" and names:
             traffic.end(names[numbers[0] % len(names)])
         traffic.check()
     for name in traffic.left:
-        s.set_front(name, traffic.prompts[name])
+        traffic.arrive(name, traffic.prompts[name])
     work = sum(traffic.prompts[n] + traffic.left[n] for n in traffic.left)
     for _ in range(2 * work * (len(traffic.left) + 1) + 2):
         if not traffic.left:

@@ -146,7 +146,7 @@ async def test_rows_that_are_nan_hurt_nobody_else() -> None:
     model = tiny_model("moe")
     plans = [make_plan([3, (1, 3, 4), 2 + i], seed=i) for i in range(4)]
     rows = [make_rows(plan, 3, seed=i) for i, plan in enumerate(plans)]
-    async with make_engine(model) as engine:
+    async with make_engine(model, prefix_cache=False) as engine:
         good = await asyncio.gather(*(ask(engine, p, r) for p, r in zip(plans, rows, strict=True)))
         rows[1][0][5] = float("nan")
         handles = [submit(engine, plan) for plan in plans]
@@ -173,7 +173,7 @@ async def test_a_request_that_makes_the_model_raise_fails_alone() -> None:
         if (kwargs["inputs_embeds"] == marked).any():
             raise RuntimeError("poison")
 
-    async with make_engine(model) as engine:
+    async with make_engine(model, prefix_cache=False) as engine:
         good = await asyncio.gather(*(ask(engine, p, r) for p, r in zip(plans, rows, strict=True)))
         rows[2][0][5, 0] = marked
         with hooked(model, raise_on_mark):

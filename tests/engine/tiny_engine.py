@@ -83,7 +83,7 @@ def make_plan(parts: Sequence[int | tuple[int, int, int]], seed: int = 0) -> Pro
             positions += [(at, at + y, at + x) for y in range(h) for x in range(w)]
             at += max(h, w)
         kind = ItemKind.VIDEO if t > 1 else ItemKind.IMAGE
-        items.append(PlannedItem(f"{n:032x}", kind, (t, 2 * h, 2 * w), t * h * w, tuple(spans), (b"",) * t))
+        items.append(PlannedItem(f"{seed:016x}{n:016x}", kind, (t, 2 * h, 2 * w), t * h * w, tuple(spans), (b"",) * t))
     where = np.array(positions, dtype=np.int64).T.reshape(3, -1)
     return PromptPlan(np.array(ids, dtype=np.int64), where, int(where.max()) + 1 - len(ids), tuple(items))
 

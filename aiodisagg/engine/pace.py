@@ -1,0 +1,144 @@
+"""How long a step takes, learned from steps, and how much prefill one can hold for streams to keep their pace. Pure.
+
+A step's time is modelled as ``c0 + c1 * decodes + c2 * context + c3 * prefill + c4 * attention``: reading the weights,
+each decode and the keys and values it reads, each prompt token, and the query-key pairs of the prompt's attention.
+The five are fitted to the steps seen, by least squares of relative errors with no coefficient below zero (a step does
+not get faster by doing more). Steps with and without prefill are remembered apart, so a long stretch of decodes does
+not make the cost of a prompt forgotten. Old steps fade: what the machine does besides may change.
+
+The budget is kept as far as decodes leave it: **a step may take the budget, or twice what its decodes alone take if
+that is more**, so prefill always gets at least half of the time and always goes on. And it may not take more than
+twice the prefill that has been tried before: what has never been measured is approached, not believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aiodisagg.engine.schedule import Segment
+
+_FADE = 0.9
+"""Weight of a step after the next of its kind."""
+_FIRST = 64
+"""Prompt tokens that may always be tried."""
+_OUTLIER = 4.0
+"""A step that took this many times what was expected counts as this many times: something else held it up."""
+_SETTLED = 8
+"""Steps of a kind before outliers can be told."""
+_SWEEPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step computes, as far as its time depends on it."""
+
+    decodes: int = 0
+    context: int = 0
+    """Keys that its decodes read, over all of them."""
+    prefill: int = 0
+    """Prompt tokens."""
+    attention: float = 0.0
+    """Query-key pairs of the prompt tokens."""
+
+    @classmethod
+    def of(cls, segments: Iterable[Segment]) -> StepShape:
+        decodes = context = prefill = 0
+        attention = 0.0
+        for segment in segments:
+            if segment.tokens == 1:
+                decodes += 1
+                context += segment.stop
+            else:
+                prefill += segment.tokens
+                attention += segment.tokens * (segment.start + segment.stop) / 2
+        return cls(decodes, context, prefill, attention)
+
+    @property
+    def _terms(self) -> tuple[float, ...]:
+        return 1.0, float(self.decodes), self.context / 1e3, float(self.prefill), self.attention / 1e6
+
+
+class _Memory:
+    """The sums that least squares needs, of steps of one kind."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.products = [[0.0] * 5 for _ in range(5)]
+        self.targets = [0.0] * 5
+
+    def add(self, terms: tuple[float, ...], seconds: float, scale: float) -> None:
+        """Counts the error relative to ``scale``."""
+        self.steps += 1
+        weight = 1.0 / max(scale, 1e-6) ** 2
+        for i, a in enumerate(terms):
+            self.targets[i] = _FADE * self.targets[i] + weight * a * seconds
+            row = self.products[i]
+            for j, b in enumerate(terms):
+                row[j] = _FADE * row[j] + weight * a * b
+
+
+class Pace:
+    """Step times so far, and the prefill that fits beside decodes. ``budget_s``: of a step, and so between tokens."""
+
+    def __init__(self, budget_s: float) -> None:
+        self.budget_s = budget_s
+        self._memories = {False: _Memory(), True: _Memory()}
+        self._costs = [0.0] * 5
+        self._stale = False
+        self._tried = 0.0
+
+    def __repr__(self) -> str:
+        costs = ", ".join(f"{cost:.2e}" for cost in self._fitted())
+        return f"<Pace {self.budget_s * 1e3:g} ms; s per step, decode, 1k context, token, 1M pairs: {costs}>"
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """A step of this shape took so long."""
+        memory = self._memories[shape.prefill > 0]
+        scale = seconds
+        if memory.steps >= _SETTLED:
+            # Relative to what was expected: else a machine that got slower would long be judged by its fast steps.
+            scale = max(self.expect(shape), 1e-6)
+            seconds = min(seconds, _OUTLIER * scale)
+        memory.add(shape._terms, seconds, scale)
+        self._tried = max(float(shape.prefill), _FADE * self._tried if shape.prefill else self._tried)
+        self._stale = True
+
+    def expect(self, shape: StepShape) -> float:
+        """Seconds that a step of this shape should take."""
+        return sum(cost * term for cost, term in zip(self._fitted(), shape._terms, strict=True))
+
+    def prefill_beside(self, decodes: StepShape, start: int, most: int) -> int:
+        """Prompt tokens, at least 1 and at most ``most``, for a step with these decodes.
+
+        ``start``: tokens before the first of them, of the request that has most.
+        """
+        alone = self.expect(decodes)
+        room = max(self.budget_s - alone, alone)
+        _, _, _, token, pair = self._fitted()
+        linear, square = token + pair * start / 1e6, pair / 2e6
+        # The positive root of square * n**2 + linear * n = room, in the form that does not divide by a small square.
+        below = linear + sqrt(linear * linear + 4 * square * room)
+        fits = 2 * room / below if below > 0 else inf
+        return max(1, int(min(fits, max(_FIRST, 2 * self._tried), most)))
+
+    def _fitted(self) -> list[float]:
+        if self._stale:
+            self._fit()
+            self._stale = False
+        return self._costs
+
+    def _fit(self) -> None:
+        """Coordinate descent from the last fit: each cost in turn takes its best value that is not negative."""
+        a, b = self._memories.values()
+        products = [[x + y for x, y in zip(p, q, strict=True)] for p, q in zip(a.products, b.products, strict=True)]
+        targets = [x + y for x, y in zip(a.targets, b.targets, strict=True)]
+        costs = self._costs
+        for _ in range(_SWEEPS):
+            for i, row in enumerate(products):
+                if row[i] > 0:
+                    error = targets[i] - sum(c * p for c, p in zip(costs, row, strict=True))
+                    costs[i] = max(0.0, costs[i] + error / row[i])
