@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from aiodisagg.cli.bench_serve import bench_serve_command
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
 from aiodisagg.errors import AiodisaggError
 
@@ -133,3 +134,6 @@ def bench_faults_command(json_file: Path | None, transports: str | None, **optio
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     raise SystemExit(1 if report.failed or report.wrong else 0)
+
+
+bench.add_command(bench_serve_command)
