@@ -114,8 +114,9 @@ async def bench_serve(
     """Measures. ``keep`` gets every run's outcomes. Raises ServerError if the server cannot be used at all."""
     clock = clock or Clock()
     async with open_session(options.api_key) as session:
-        bench = _Bench(options, ChatClient(session, clock, timeout_s=options.timeout_s), clock, say)
+        bench = Bench(options, ChatClient(session, clock, timeout_s=options.timeout_s), clock, say)
         await bench.meet()
+        await bench.warm()
         unloaded = await bench.alone()
         runs = []
         for arrivals in options.loads:
@@ -128,7 +129,9 @@ async def bench_serve(
     )
 
 
-class _Bench:
+class Bench:
+    """The steps of a measurement, in the order of the methods."""
+
     def __init__(self, options: ServeOptions, client: ChatClient, clock: Clock, say: Say) -> None:
         self._options, self._client, self._clock, self._say = options, client, clock, say
         self.style = BodyStyle(model=options.model, form=options.form, extra=options.extra)
@@ -148,12 +151,15 @@ class _Bench:
             tokens.append(answer.prompt_tokens)
         self.style = replace(words, tokens_per_word=(tokens[1] - tokens[0]) / 200 or 1.0)
 
-    async def alone(self) -> dict[str, Unloaded]:
-        """Warms every replica up, then measures each group of the workload with nothing beside it."""
+    async def warm(self) -> None:
+        """Sends every replica some requests that do not count."""
         options, replicas = self._options, len(self._options.urls)
-        sample = self._sample()
-        warm = list(islice(cycle(sample), options.warmup * replicas))
-        await self._send("warming up", warm, Closed(replicas), "warm")
+        some = list(islice(cycle(self._sample()), options.warmup * replicas))
+        await self._send("warming up", some, Closed(replicas), "warm")
+
+    async def alone(self) -> dict[str, Unloaded]:
+        """Measures each group of the workload with nothing beside it."""
+        options, sample = self._options, self._sample()
         found = {}
         for group in sorted({group_of(request) for request in sample}):
             own = [request for request in sample if group_of(request) == group][: options.probes]
@@ -172,6 +178,7 @@ class _Bench:
     async def measure(
         self, arrivals: Arrivals | None, seed: int, unloaded: Mapping[str, Unloaded]
     ) -> tuple[Run, list[Outcome]]:
+        """One run of the workload; ``arrivals`` None: of the trace, at its own times."""
         options = self._options
         requests, rate, concurrency, name = options.trace, 0.0, 0, "trace"
         match arrivals:
