@@ -42,7 +42,7 @@ def plot_serve(report: ServeReport, file: Path) -> None:
     last.set_title("requests per second")
     for axis in axes.flat:
         axis.set_xticks(range(len(loads)), loads, rotation=20 if len(loads) > 5 else 0)
-        axis.set_ylim(bottom=0)
+        axis.set(xlim=(-0.3, len(loads) - 0.7), ylim=(0, None))
         axis.legend()
     figure.suptitle(f"{report.model}, {report.workload}, {len(report.urls)} replicas")
     figure.savefig(file, dpi=110)

@@ -109,14 +109,14 @@ def bench_control_command(
     import uvloop
     from rich.console import Console
 
-    from aiodisagg.bench.control import ControlOptions, bench_control
-    from aiodisagg.bench.tables import control_table
-
     setup_logging(0, "bench")
     try:
         two = numbers("cores", cores, int)
         if len(two) != 2:
             raise ConfigError("cores", f"two are needed, not {cores!r}")
+        from aiodisagg.bench.control import ControlOptions, bench_control  # after the checks: torch takes seconds
+        from aiodisagg.bench.tables import control_table
+
         options = ControlOptions(
             peers=(2, 4) if quick else numbers("peers", peers, int), requests=500 if quick else requests,
             concurrency=concurrency, rows=rows, transport=transport, cores=two, verbose=verbose,
