@@ -56,3 +56,25 @@ class SyntheticEncoder:
             fill(rows.numpy(), int(patches.pixel_values[0]))
             found.append(rows.view(getattr(torch, self.layout.dtype)))
         return found
+
+
+class NullEncoder:
+    """A ``VisionEncoder`` that computes nothing: rows are zeros, made once for each size."""
+
+    def __init__(self, model: ModelFingerprint) -> None:
+        self.fingerprint, self.layout = model, RowLayout.of(model)
+        self._pixels = torch.zeros(1)
+        self._zeros: dict[int, torch.Tensor] = {}
+
+    def prepare(self, kind: ItemKind, media: Sequence[bytes], grid_thw: tuple[int, int, int], fps: float) -> Patches:
+        return Patches(self._pixels, grid_thw)
+
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        return [self._rows(patches.count // 4) for patches in batch]
+
+    def _rows(self, rows: int) -> torch.Tensor:
+        found = self._zeros.get(rows)
+        if found is None:
+            dtype = getattr(torch, self.layout.dtype)
+            found = self._zeros[rows] = torch.zeros(rows, self.layout.width, dtype=dtype)
+        return found

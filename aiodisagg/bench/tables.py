@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Group
 from rich.table import Table
 
+from aiodisagg.bench.control import ControlReport
 from aiodisagg.bench.faults import FaultReport
 from aiodisagg.bench.resume import ResumeReport
 
@@ -64,4 +65,29 @@ def fault_table(report: FaultReport) -> Table:
         str(report.moved), str(report.rows_kept), size(report.received_twice_bytes), size(report.resent_bytes),
         f"{report.added_p50_ms:.0f} ms", f"{report.added_p99_ms:.0f} ms",
     )  # fmt: skip
+    return found
+
+
+def control_table(report: ControlReport) -> Table:
+    title = f"Items of {report.rows} rows over {report.transport}, {report.concurrency} at a time, by a null model"
+    found = Table(title=title, title_justify="left")
+    for column in (
+        "encode peers",
+        "requests/s",
+        "p50",
+        "p99",
+        "at half of it",
+        "p50",
+        "p99",
+        "CPU, receiver",
+        "encoders",
+    ):
+        found.add_column(column, justify="right")
+    for one in report.measured:
+        full, half = one.latency_ms, one.half_latency_ms
+        found.add_row(
+            str(one.peers), f"{one.requests_per_s:,.0f}", f"{full.p50:.1f} ms", f"{full.p99:.1f} ms",
+            f"{one.half_per_s:,.0f}/s", f"{half.p50:.2f} ms", f"{half.p99:.2f} ms",
+            f"{one.receiver_cpu_us:.0f} us", f"{one.encoders_cpu_us:.0f} us",
+        )  # fmt: skip
     return found

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
+from aiodisagg.cli.bench_serve import bench_serve_command
+from aiodisagg.cli.bench_system import bench_control_command, bench_system_command
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
 from aiodisagg.errors import AiodisaggError
 
@@ -44,33 +47,40 @@ def bench_load_command(model: Path | None, dtype: str, repeats: int, json_file: 
 @click.option("--levels", default=3)
 @click.option("--transports", default="ipc")
 @click.option("--source-mib", default=1024)
+@click.option("--peers", "count", default=1, help="Encode peers in this process.")
+@click.option("--null", is_flag=True, help="Rows are zeros that cost nothing.")
 @process_options
 def bench_source_command(
     hidden: int,
     levels: int,
     transports: str,
     source_mib: int,
+    count: int,
+    null: bool,
     verbose: int,
     ready_fd: int | None,
     parent: int | None,
 ) -> None:
-    """Run an encode peer of synthetic items; part of bench resume."""
+    """Run encode peers of synthetic items; part of bench resume and bench control."""
     begin("source", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
-        from aiodisagg.bench.synthetic import SyntheticEncoder, synthetic_model
+        from aiodisagg.bench.synthetic import NullEncoder, SyntheticEncoder, synthetic_model
         from aiodisagg.encode.service import EncodeService
         from aiodisagg.peer.config import EncodeConfig, MiB
         from aiodisagg.peer.http import MetricsServer
 
-        config = EncodeConfig(model=Path.cwd(), transports=tuple(transports.split(",")), source_bytes=source_mib * MiB)
-        encoder = SyntheticEncoder(synthetic_model(hidden, levels))
-        async with (
-            EncodeService(config, encoder=encoder) as service,
-            MetricsServer(service.metrics, "127.0.0.1", 0) as server,
-        ):
-            announce({"address": service.address, "url": server.url})
+        encoder = (NullEncoder if null else SyntheticEncoder)(synthetic_model(hidden, levels))
+        async with AsyncExitStack() as stack:
+            services = []
+            for _ in range(count):
+                config = EncodeConfig(
+                    model=Path.cwd(), transports=tuple(transports.split(",")), source_bytes=source_mib * MiB
+                )
+                services.append(await stack.enter_async_context(EncodeService(config, encoder=encoder)))
+            server = await stack.enter_async_context(MetricsServer(services[0].metrics, "127.0.0.1", 0))
+            announce({"address": " ".join(service.address for service in services), "url": server.url})
             await stop.wait()
 
     run(serve)
@@ -133,3 +143,7 @@ def bench_faults_command(json_file: Path | None, transports: str | None, **optio
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     raise SystemExit(1 if report.failed or report.wrong else 0)
+
+
+for command in (bench_serve_command, bench_system_command, bench_control_command):
+    bench.add_command(command)

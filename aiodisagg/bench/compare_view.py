@@ -1,0 +1,80 @@
+"""What ``bench system`` found, as a table and as a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from aiodisagg.bench.compare import Cell, CompareReport
+from aiodisagg.bench.serve_metrics import Spread
+from aiodisagg.bench.serve_view import milliseconds
+
+
+def compare_table(report: CompareReport) -> Table:
+    """A line for each shape under each mix and load; times beside those of the first shape."""
+    capacity = ", ".join(f"{mix} {rate:.2f} requests/s" for mix, rate in report.capacity.items())
+    found = Table(title=f"{report.model} on {report.places}; load 1.0 is {capacity}", title_justify="left")
+    for column in ("mix", "load", "shape", "TTFT mean", "", "seeds", "TTFT p99", "", "ITL p99", "", "requests/s"):
+        found.add_column(column, justify="right")
+    for column in (f"good {good.multiple:g}x" for good in report.cells[0].all.goodput):
+        found.add_column(column, justify="right")
+    found.add_column("errors", justify="right")
+    for mix in dict.fromkeys(cell.mix for cell in report.cells):
+        for load in dict.fromkeys(cell.load for cell in report.cells if cell.mix == mix):
+            first = report.cell(report.shapes[0], mix, load)
+            for shape in report.shapes:
+                found.add_row(*_row(report.cell(shape, mix, load), first), end_section=shape == report.shapes[-1])
+    return found
+
+
+def _row(cell: Cell, first: Cell) -> list[str]:
+    one, base = cell.all, first.all
+    seeds = [milliseconds(value) for value in sorted(cell.ttft_ms_of_seeds)]
+    return [
+        cell.mix,
+        f"{cell.load:g}",
+        cell.shape,
+        *_beside(one.ttft_ms, base.ttft_ms, "mean"),
+        f"{seeds[0]}-{seeds[-1]}" if seeds else "-",
+        *_beside(one.ttft_ms, base.ttft_ms, "p99"),
+        *_beside(one.itl_ms, base.itl_ms, "p99"),
+        f"{one.requests_per_s:.2f}",
+        *(f"{100 * good.share:.0f} %" for good in one.goodput),
+        str(one.requests - one.completed),
+    ]
+
+
+def _beside(spread: Spread | None, base: Spread | None, part: str) -> tuple[str, str]:
+    if spread is None:
+        return "-", "-"
+    value = float(getattr(spread, part))
+    return milliseconds(value), "-" if base is None else f"x{value / getattr(base, part):.2f}"
+
+
+def plot_compare(report: CompareReport, file: Path) -> None:
+    """Writes a PNG: for each mix the mean and p99 TTFT and the p99 ITL of every shape over the load.
+
+    Raises ImportError without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    mixes = list(dict.fromkeys(cell.mix for cell in report.cells))
+    kinds = (("ttft_ms", "mean", "mean TTFT, ms"), ("ttft_ms", "p99", "p99 TTFT, ms"), ("itl_ms", "p99", "p99 ITL, ms"))
+    figure, axes = pyplot.subplots(
+        len(mixes), len(kinds), figsize=(12, 3.8 * len(mixes)), layout="constrained", squeeze=False
+    )
+    for mix, line in zip(mixes, axes, strict=True):
+        for (name, part, title), axis in zip(kinds, line, strict=True):
+            for shape in report.shapes:
+                cells = [cell for cell in report.cells if (cell.shape, cell.mix) == (shape, mix)]
+                values = [getattr(getattr(cell.all, name), part, float("nan")) for cell in cells]
+                axis.plot([cell.load for cell in cells], values, "o-", label=shape)
+            axis.set(title=f"{mix}: {title}", xlabel=f"load, of {report.shapes[0]}'s capacity", ylim=(0, None))
+            axis.legend()
+    figure.suptitle(f"{report.model} on {report.places}")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,98 @@
+"""What ``bench serve`` found, as tables; outcomes as lines of JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from rich.console import Group
+from rich.table import Table
+
+from aiodisagg.bench.serve import Run, ServeReport
+from aiodisagg.bench.serve_metrics import Outcome, Spread, Summary
+
+_PARTS = ("mean", "p50", "p90", "p99")
+
+
+def milliseconds(value: float | None) -> str:
+    """As many digits as are worth reading."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _spread(spread: Spread | None, parts: Sequence[str] = _PARTS) -> list[str]:
+    return [milliseconds(None if spread is None else getattr(spread, part)) for part in parts]
+
+
+def serve_tables(report: ServeReport) -> Group:
+    """Rates, latencies and groups."""
+    return Group(_rates(report), _latencies(report), _groups(report))
+
+
+def _rates(report: ServeReport) -> Table:
+    multiples = [f"goodput {good.multiple:g}x" for good in report.runs[0].all.goodput]
+    found = Table(title=f"{report.model}, {report.workload}, {len(report.urls)} replicas", title_justify="left")
+    for column in ("load", "seed", "requests", "errors", "requests/s", "output tokens/s", *multiples, "client"):
+        found.add_column(column, justify="right")
+    for run in report.runs:
+        good = [f"{one.requests_per_s:.2f}/s, {100 * one.share:.0f} %" for one in run.all.goodput]
+        found.add_row(
+            run.load, str(run.seed), str(run.all.requests), _errors(run.all), f"{run.all.requests_per_s:.2f}",
+            f"{run.all.output_tokens_per_s:.1f}", *good, _client(run),
+        )  # fmt: skip
+    return found
+
+
+def _errors(summary: Summary) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in summary.errors.items()) or "0"
+
+
+def _client(run: Run) -> str:
+    client = run.client
+    return f"{100 * client.cpu_share:.0f} % of a core, late {milliseconds(client.late_max_ms)} ms"
+
+
+def _latencies(report: ServeReport) -> Table:
+    found = Table(title="Milliseconds", title_justify="left")
+    found.add_column("load", justify="right")
+    for name in ("TTFT", "ITL", "TPOT", "E2E"):
+        for part in _PARTS:
+            found.add_column(f"{name}\n{part}" if part == "mean" else f"\n{part}", justify="right")
+    for run in report.runs:
+        one = run.all
+        cells = [*_spread(one.ttft_ms), *_spread(one.itl_ms), *_spread(one.tpot_ms), *_spread(one.e2e_ms)]
+        found.add_row(run.load, *cells)
+    return found
+
+
+def _groups(report: ServeReport) -> Table:
+    found = Table(title="Groups of requests: TTFT and TPOT in milliseconds", title_justify="left")
+    for column in ("group", "alone", "load", "requests", "TTFT mean", "p99", "TPOT mean", "p99"):
+        found.add_column(column, justify="right")
+    names = sorted({name for run in report.runs for name in run.groups})
+    for name in names:
+        alone = report.unloaded.get(name)
+        said = f"{milliseconds(alone.ttft_ms)} + {milliseconds(alone.tpot_ms)}" if alone is not None else "-"
+        for run in report.runs:
+            if name in run.groups:
+                one, parts = run.groups[name], ("mean", "p99")
+                cells = [*_spread(one.ttft_ms, parts), *_spread(one.tpot_ms, parts)]
+                found.add_row(name, said, run.load, str(one.requests), *cells)
+    return found
+
+
+class OutcomeLine(msgspec.Struct, frozen=True):
+    """One request of a file of outcomes."""
+
+    load: str
+    seed: int
+    outcome: Outcome
+
+
+def append_outcomes(file: Path, run: Run, outcomes: Sequence[Outcome]) -> None:
+    """Adds a run's requests, a line each."""
+    with file.open("ab") as out:
+        for outcome in outcomes:
+            out.write(msgspec.json.encode(OutcomeLine(run.load, run.seed, outcome)) + b"\n")

@@ -1,0 +1,166 @@
+"""Ways to lay a system out on the same machine: which peers there are, and the core or GPU that each has to itself.
+
+A shape is a line of parts. ``dp2`` are the replicas everything is compared with: each place holds a whole model, as two
+processes that share its core, with nothing between the places but a balancer in the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import aiohttp
+
+from aiodisagg.demo.cluster import Cluster, Member
+from aiodisagg.errors import AiodisaggError, ConfigError
+
+On = Literal["cores", "gpus"]
+READY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A process: ``aiodisagg COMMAND OPTIONS``.
+
+    ``place``: index into the cores or GPUs that a shape is given. ``peers``: names of the encode peers it is told of.
+    """
+
+    name: str
+    command: Literal["encode", "language", "both"]
+    place: int
+    options: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+
+    @property
+    def meets(self) -> bool:
+        """Whether it finds its peers through a bootstrap server."""
+        return self.command == "both"
+
+
+def _replica(place: int, *options: str) -> tuple[Part, ...]:
+    encode = f"encode-{place}"
+    return Part(encode, "encode", place), Part(f"language-{place}", "language", place, options, (encode,))
+
+
+def _split(*options: str) -> tuple[Part, ...]:
+    return Part("encode", "encode", 0), Part("language", "language", 1, options, ("encode",))
+
+
+SHAPES: dict[str, tuple[Part, ...]] = {
+    "dp2": (*_replica(0), *_replica(1)),
+    "dp2-waits": (*_replica(0, "--no-overlap"), *_replica(1, "--no-overlap")),
+    "1+1": _split(),
+    "1+1-waits": _split("--no-overlap"),
+    "2both": (Part("both-0", "both", 0), Part("both-1", "both", 1)),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Where shapes run, and what is the same for all of them.
+
+    ``places``: numbers of cores or GPUs. ``options``: by command, added to what the shape says.
+    """
+
+    model: str
+    on: On = "cores"
+    places: tuple[int, ...] = (0, 1)
+    transports: str = "ipc"
+    encode_options: tuple[str, ...] = ()
+    language_options: tuple[str, ...] = ()
+    verbose: int = 0
+
+    def command(self, part: Part) -> tuple[list[str], tuple[str, ...]]:
+        """Arguments and the prefix that pins the process. Raises ConfigError if the shape has more places."""
+        if part.place >= len(self.places):
+            raise ConfigError("places", f"{part.name} needs {part.place + 1} of them")
+        place = self.places[part.place]
+        arguments = [part.command, "--name", part.name, "--model", self.model, "--transports", self.transports]
+        if part.command != "encode":
+            arguments += ["--port", "0", "--max-requests", "4096"]
+        if part.command != "language":
+            arguments += self.encode_options
+        if part.command != "encode":
+            arguments += self.language_options
+        arguments += part.options
+        if self.on == "gpus":
+            return [*arguments, "--device", f"cuda:{place}"], ()
+        return [*arguments, "--row-dtype", "float32"], ("taskset", "-c", str(place))  # a CPU's bfloat16 is no faster
+
+
+@asynccontextmanager
+async def started(shape: str, setting: Setting) -> AsyncIterator[tuple[str, ...]]:
+    """Yields the URLs of the shape's HTTP APIs when all its peers are ready and know each other.
+
+    Raises ConfigError for an unknown shape, ProcessEnded for a part that does not start.
+    """
+    parts = SHAPES.get(shape)
+    if parts is None:
+        raise ConfigError("shapes", f"{shape!r} is none of {', '.join(SHAPES)}")
+    commands = {part.name: setting.command(part) for part in parts}
+    async with Cluster(verbose=setting.verbose) as cluster, aiohttp.ClientSession() as session:
+        meeting = await _Meeting.start(cluster, session) if any(part.meets for part in parts) else None
+        members: dict[str, Member] = {}
+
+        async def start(part: Part) -> None:
+            arguments, prefix = commands[part.name]
+            told = [option for peer in part.peers for option in ("--peer", members[peer].facts["address"])]
+            more = meeting.options if meeting is not None and part.meets else ()
+            members[part.name] = await cluster.start(part.name, *arguments, *told, *more, prefix=prefix)
+
+        for wave in ([part for part in parts if not part.peers], [part for part in parts if part.peers]):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for part in wave:
+                        group.create_task(start(part))
+            except* AiodisaggError as errors:
+                raise errors.exceptions[0] from None
+        if meeting is not None:
+            await meeting.complete(sum(part.meets for part in parts))
+        urls = tuple(facts["url"] for part in parts if "url" in (facts := members[part.name].facts))
+        for url in urls:
+            await _healthy(session, url)
+        yield urls
+
+
+@dataclass(frozen=True, slots=True)
+class _Meeting:
+    """A bootstrap server."""
+
+    session: aiohttp.ClientSession
+    url: str
+    token: str
+
+    @classmethod
+    async def start(cls, cluster: Cluster, session: aiohttp.ClientSession) -> _Meeting:
+        token = secrets.token_hex(16)
+        member = await cluster.start("bootstrap", "bootstrap", "--port", "0", "--token", token)
+        return cls(session, member.facts["url"], token)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return "--bootstrap", self.url, "--bootstrap-token", self.token
+
+    async def complete(self, count: int) -> None:
+        """Returns when so many peers are known there."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        async with asyncio.timeout(READY_S):
+            while True:
+                async with self.session.get(f"{self.url}/v1/peers", headers=headers) as response:
+                    if len(await response.json()) >= count:
+                        return
+                await asyncio.sleep(0.05)
+
+
+async def _healthy(session: aiohttp.ClientSession, url: str) -> None:
+    """Returns when the peer says that it can serve requests with pictures."""
+    async with asyncio.timeout(READY_S):
+        while True:
+            async with session.get(f"{url}/health") as response:
+                if response.status == 200:
+                    return
+            await asyncio.sleep(0.05)

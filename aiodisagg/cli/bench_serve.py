@@ -1,0 +1,182 @@
+"""``aiodisagg bench serve``: a load generator for any server of OpenAI's chat API."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aiodisagg.cli.process import setup_logging
+from aiodisagg.errors import AiodisaggError, ConfigError
+
+if TYPE_CHECKING:
+    from aiodisagg.bench.serve import Run
+    from aiodisagg.bench.serve_metrics import Outcome
+    from aiodisagg.bench.workload import Mix
+
+
+def numbers(key: str, text: str | None, kind: type[Any]) -> tuple[Any, ...]:
+    """``1,2,4``. Raises ConfigError."""
+    try:
+        return tuple(kind(part) for part in (text or "").split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(key, f"{text!r} is no list of numbers") from error
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for each thing that is said to be under way."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
+        current: list[tuple[str, Any]] = []
+
+        def say(what: str, done: int, total: int) -> None:
+            if not current or current[0][0] != what:
+                for _, task in current:
+                    bars.remove_task(task)
+                current[:] = [(what, bars.add_task(what, total=total))]
+            bars.update(current[0][1], completed=done, total=total)
+
+        yield say
+
+
+def mix_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a workload is made of."""
+    for option in (
+        click.option("--pool", default=0, help="Pictures that requests share, for --reuse."),
+        click.option("--reuse", default=0.0, help="Chance that a picture is one of the pool."),
+        click.option("--output", help="Tokens of answers, as --images."),
+        click.option("--text", help="Text tokens of prompts, as --images."),
+        click.option("--tokens", help="Visual tokens of a picture, as --images; instead of --sizes."),
+        click.option("--sizes", help="Pictures in pixels, each equally likely: 1280x720,1920x1080."),
+        click.option("--images", help="Pictures of a request: 4, 1-8, 1,2,4 or, weighted, 0:0.5,1-8:0.5."),
+        click.option("--mix", default="images-1-8", help="images-1-8, servegen, reuse, documents or text."),
+    ):
+        command = option(command)
+    return command
+
+
+def mix_of(
+    mix: str, images: str | None, sizes: str | None, tokens: str | None, text: str | None, output: str | None,
+    reuse: float, pool: int,
+) -> tuple[Mix, str]:  # fmt: skip
+    """A named mix with what the user changed of it, and what to call it. Raises ConfigError."""
+    from aiodisagg.bench.distributions import parse_ranges, parse_sizes
+    from aiodisagg.bench.mixes import named_mix
+
+    changes: dict[str, Any] = {}
+    for key, given in (("images", images), ("text", text), ("output", output), ("tokens", tokens)):
+        if given is not None:
+            field = {"text": "text_tokens", "output": "output_tokens", "tokens": "sizes"}.get(key, key)
+            changes[field] = parse_ranges(key, given)
+    if sizes is not None:
+        changes["sizes"] = parse_sizes("sizes", sizes)
+    if reuse or pool:
+        changes |= {"reuse": reuse, "pool": pool}
+    said = {"images": images, "sizes": sizes, "tokens": tokens, "text": text, "output": output}
+    said |= {"reuse": f"{reuse:g} of {pool}"} if reuse else {}
+    name = ", ".join([mix, *(f"{key} {value}" for key, value in said.items() if value)])
+    return replace(named_mix(mix), **changes), name
+
+
+@click.command("serve")
+@click.option("--url", "urls", multiple=True, required=True, help="http://host:port; several are replicas.")
+@click.option("--model", default="", help="As the server calls it; its first one if left out.")
+@click.option("--api-key", envvar="AIODISAGG_API_KEY")
+@click.option("--balance", type=click.Choice(["least-outstanding", "round-robin"]), default="least-outstanding")
+@mix_options
+@click.option("--trace", type=click.Path(path_type=Path), help="Replay a file of requests instead of a mix.")
+@click.option("--save-trace", type=click.Path(path_type=Path), help="Write the first run's requests as such a file.")
+@click.option("--rates", help="Open loop: requests per second of each run, as 1,2,4.")
+@click.option("--cv", default=1.0, help="Burstiness of arrivals: 1 is Poisson, more is a gamma process.")
+@click.option("--concurrency", "concurrencies", help="Closed loop: requests at a time of each run; 8 if nothing else.")
+@click.option("--requests", default=100, help="Of each run.")
+@click.option("--seeds", default="0", help="Each run is repeated with each of them, as 0,1,2.")
+@click.option("--warmup", default=2, help="Requests to each replica that are not counted.")
+@click.option("--probes", default=5, help="Requests of each group that are sent alone, for the unloaded latency.")
+@click.option("--slo", default="5,10", help="Multiples of the unloaded latency within which requests count as good.")
+@click.option("--image-format", "form", type=click.Choice(["jpeg", "png"]), default="jpeg")
+@click.option("--extra-body", help='JSON added to every request: {"ignore_eos": true, "min_tokens": 128}.')
+@click.option("--timeout-s", default=600.0, help="Of one request.")
+@click.option("--quick", is_flag=True, help="A dozen requests: shows that it works, not how fast.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON.")
+@click.option("--outcomes", type=click.Path(path_type=Path), help="Write every request as a line of JSON.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write a PNG; needs the extra bench.")
+def bench_serve_command(**options: Any) -> None:
+    """Measure a server of OpenAI's chat API: latencies, throughput, goodput.
+
+    Works against any such server. A server that caches pictures remembers those of an earlier command: give it another
+    seed. The client should have a core of its own; its share of one and its delays are part of the report.
+    """
+    setup_logging(0, "bench")
+    try:
+        _serve(**options)
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error
+    except ImportError as error:
+        raise click.ClickException(f"{error}; pip install 'aiodisagg[bench]'") from error
+
+
+def _serve(
+    *, urls: tuple[str, ...], mix: str, images: str | None, sizes: str | None, tokens: str | None, text: str | None,
+    output: str | None, reuse: float, pool: int, trace: Path | None, save_trace: Path | None, rates: str | None,
+    concurrencies: str | None, seeds: str, slo: str, extra_body: str | None, quick: bool, json_file: Path | None,
+    outcomes: Path | None, plot_file: Path | None, **rest: Any,
+) -> None:  # fmt: skip
+    import msgspec
+    import uvloop
+    from rich.console import Console
+
+    from aiodisagg.bench.serve import ServeOptions, bench_serve, write_report
+    from aiodisagg.bench.serve_view import append_outcomes, serve_tables
+    from aiodisagg.bench.workload import generate, read_trace, write_trace
+
+    if plot_file is not None:
+        import matplotlib  # noqa: F401 - before minutes of measuring
+    if trace is not None:
+        requests = read_trace(trace)
+        rest |= {"trace": requests, "workload": f"trace {trace.name}"}
+    else:
+        chosen, name = mix_of(mix, images, sizes, tokens, text, output, reuse, pool)
+        rest |= {"mix": chosen, "workload": name}
+    try:
+        rest["extra"] = msgspec.json.decode(extra_body or "{}", type=dict[str, object])
+    except msgspec.MsgspecError as error:
+        raise ConfigError("extra-body", str(error)) from error
+    if quick:
+        rest |= {"requests": 12, "warmup": 1, "probes": 1}
+    at_once = numbers("concurrency", concurrencies, int)
+    given = ServeOptions(
+        urls=tuple(url.rstrip("/").removesuffix("/v1") for url in urls),
+        rates=numbers("rates", rates, float),
+        concurrencies=at_once if at_once or rates or trace else (8,),
+        seeds=numbers("seeds", seeds, int),
+        slo=numbers("slo", slo, float),
+        **rest,
+    )
+    if save_trace is not None and given.mix is not None and given.loads[0] is not None:
+        write_trace(save_trace, generate(given.mix, given.loads[0], given.requests, given.seeds[0]))
+    if outcomes is not None:
+        outcomes.write_bytes(b"")
+
+    def keep(run: Run, ended: list[Outcome]) -> None:
+        if outcomes is not None:
+            append_outcomes(outcomes, run, ended)
+
+    with progress() as say:
+        report = uvloop.run(bench_serve(given, say, keep))
+    Console(width=None if sys.stdout.isatty() else 160).print(serve_tables(report))
+    if json_file is not None:
+        write_report(report, json_file)
+    if plot_file is not None:
+        from aiodisagg.bench.serve_plot import plot_serve
+
+        plot_serve(report, plot_file)

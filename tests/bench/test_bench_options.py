@@ -1,0 +1,47 @@
+"""What a user types wrong is answered with one line, before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from aiodisagg.bench.distributions import Ranges, exactly
+from aiodisagg.bench.mixes import named_mix
+from aiodisagg.cli import main
+from aiodisagg.cli.bench_serve import mix_of
+
+SERVE = ("serve", "--url", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*SERVE, "--mix", "none"), "mix: 'none' is none of images-1-8"),
+        ((*SERVE, "--images", "x"), "images: 'x' is no number"),
+        ((*SERVE, "--rates", "x"), "rates: 'x' is no list of numbers"),
+        ((*SERVE, "--extra-body", "{"), "extra-body"),
+        ((*SERVE, "--trace", "/nowhere"), "trace: /nowhere"),
+        (SERVE, "Cannot connect"),
+        (("system", "--shapes", "3+3", "--model", "/nowhere"), "shapes: '3+3' is none of dp2"),
+        (("system", "--mixes", "documents"), "mixes: 'documents' is none of"),
+        (("system", "--capacity", "1,2,3"), "capacity: 2 mixes need as many, not 3"),
+        (("control", "--cores", "0"), "cores: two are needed, not '0'"),
+    ],
+)
+def test_what_cannot_be_measured(arguments: tuple[str, ...], said: str) -> None:
+    found = CliRunner().invoke(main, ["bench", *arguments])
+    assert found.exit_code == 1 and isinstance(found.exception, SystemExit)
+    assert said in found.output, found.output
+
+
+def test_a_mix_as_the_user_changed_it() -> None:
+    mix, name = mix_of("images-1-8", "2", None, "100-200", "7", "9", 0.5, 20)
+    assert mix == replace(
+        named_mix("images-1-8"), images=exactly(2), sizes=Ranges(((100, 200, 101.0),)), text_tokens=exactly(7),
+        output_tokens=exactly(9), reuse=0.5, pool=20,
+    )  # fmt: skip
+    assert name == "images-1-8, images 2, tokens 100-200, text 7, output 9, reuse 0.5 of 20"
+    mix, name = mix_of("servegen", None, "64x32", None, None, None, 0.0, 0)
+    assert mix.sizes == ((64, 32),) and name == "servegen, sizes 64x32"
