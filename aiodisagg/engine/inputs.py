@@ -38,6 +38,7 @@ class StepInputs:
         embedding), positions [3, T]. pages [P]: page numbers, segment after segment.
         dec_token, dec_total, dec_pages [D]: token index (-1: none), length with the new token, first index in pages.
         seg_start, seg_new, seg_total, seg_pages [S], tile_segment (-1: none), tile_at [N]: the longer segments.
+        sampled [n]: tokens whose logits are wanted.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class StepInputs:
         sizes |= dict.fromkeys(("position_t", "position_h", "position_w"), tokens)
         sizes |= dict.fromkeys(("dec_token", "dec_total", "dec_pages"), segments)
         sizes |= dict.fromkeys(("seg_start", "seg_new", "seg_total", "seg_pages"), segments)
-        sizes |= dict.fromkeys(("tile_segment", "tile_at"), tiles)
+        sizes |= {**dict.fromkeys(("tile_segment", "tile_at"), tiles), "sampled": segments}
         pinned = device.type == "cuda"
         with torch.inference_mode(False):  # written by whichever thread steps, in whatever mode
             self._staged = torch.zeros(sum(map(_aligned, sizes.values())), dtype=torch.int32, pin_memory=pinned)
@@ -84,6 +85,7 @@ class StepInputs:
             d[name] for name in ("seg_start", "seg_new", "seg_total", "seg_pages")
         )
         self.tile_segment, self.tile_at = d["tile_segment"][:tiles], d["tile_at"][:tiles]
+        self.sampled = d["sampled"]
 
     def fits(self, pieces: Sequence[Piece]) -> bool:
         return (
@@ -97,14 +99,17 @@ class StepInputs:
         pieces: Sequence[Piece],
         ids: np.ndarray,
         positions: np.ndarray,
-        visual: np.ndarray | None = None,
         *,
+        visual: np.ndarray | None = None,
+        sampled: Sequence[int] = (),
         pad_to: tuple[int, int, int] | None = None,
     ) -> None:
-        """Stages a step and starts its copy: ids [T], positions [3, T], visual indices [n] (see ``rows``).
+        """Stages a step and starts its copy, once the copy of the step before has ended.
 
-        ``pad_to``: (tokens, decodes, tiles) that the kernels shall see; None: no padding. What has been staged before
-        must have been copied, which is waited for.
+        Args:
+            ids [T], positions [3, T]: of the pieces' tokens, one piece after another.
+            visual: token indices that a row stands for. sampled: token indices whose logits are wanted.
+            pad_to: (tokens, decodes, tiles) that the kernels shall see; None: no padding.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -144,8 +149,10 @@ class StepInputs:
         host["dec_total"][decodes : wanted[1]] = 0
         host["dec_pages"][decodes : wanted[1]] = 0
         host["tile_segment"][tiles : wanted[2]] = -1
+        host["sampled"][: len(sampled)] = sampled
         self.pieces = tuple(pieces)
         self.cut(*wanted)
+        self.sampled = self.sampled[: len(sampled)]
         self._all.copy_(self._staged, non_blocking=True)
         self.pages[:used].copy_(self._staged_pages[:used], non_blocking=True)
         if self._copied is not None:

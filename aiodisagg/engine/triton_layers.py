@@ -76,20 +76,21 @@ def _rotate_store(
     tl.store(q_out + token * (HEADS * D) + at, y1, mask=ours)
     tl.store(q_out + token * (HEADS * D) + at + HALF, y2, mask=ours)
     slot = tl.load(slots + token).to(tl.int64)
-    if slot >= 0:
-        kv_head = tl.arange(0, KV_PAD)
-        at = kv_head[:, None] * D + h[None, :]
-        ours = (kv_head < KV_HEADS)[:, None] & (h < HALF)[None, :]
-        x1 = tl.load(base + HEADS * D + at, mask=ours, other=0.0).to(tl.float32)
-        x2 = tl.load(base + HEADS * D + at + HALF, mask=ours, other=0.0).to(tl.float32)
-        w1, w2 = tl.load(k_norm + h).to(tl.float32), tl.load(k_norm + HALF + h).to(tl.float32)
-        y1, y2 = _turned(x1, x2, w1, w2, c1, c2, s1, s2, eps, D, kind)
-        there = slot * (KV_HEADS * D) + at
-        tl.store(keys + there, y1, mask=ours)
-        tl.store(keys + there + HALF, y2, mask=ours)
-        source = base + (HEADS + KV_HEADS) * D + at
-        tl.store(values + there, tl.load(source, mask=ours, other=0.0), mask=ours)
-        tl.store(values + there + HALF, tl.load(source + HALF, mask=ours, other=0.0), mask=ours)
+    if slot < 0:
+        return
+    kv_head = tl.arange(0, KV_PAD)
+    kv_at = kv_head[:, None] * D + h[None, :]
+    theirs = (kv_head < KV_HEADS)[:, None] & (h < HALF)[None, :]
+    k1 = tl.load(base + HEADS * D + kv_at, mask=theirs, other=0.0).to(tl.float32)
+    k2 = tl.load(base + HEADS * D + kv_at + HALF, mask=theirs, other=0.0).to(tl.float32)
+    u1, u2 = tl.load(k_norm + h).to(tl.float32), tl.load(k_norm + HALF + h).to(tl.float32)
+    z1, z2 = _turned(k1, k2, u1, u2, c1, c2, s1, s2, eps, D, kind)
+    there = slot * (KV_HEADS * D) + kv_at
+    tl.store(keys + there, z1, mask=theirs)
+    tl.store(keys + there + HALF, z2, mask=theirs)
+    source = base + (HEADS + KV_HEADS) * D + kv_at
+    tl.store(values + there, tl.load(source, mask=theirs, other=0.0), mask=theirs)
+    tl.store(values + there + HALF, tl.load(source + HALF, mask=theirs, other=0.0), mask=theirs)
 
 
 @triton.jit
