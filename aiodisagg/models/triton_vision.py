@@ -92,8 +92,9 @@ def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def attend(qkv: torch.Tensor, segments: int, size: int, out: torch.Tensor, scaling: float) -> None:
     """Attention within each of ``segments`` times ``size`` tokens of [N, 3, heads, d], into ``out`` [N, heads, d]."""
     heads, d = qkv.shape[2], qkv.shape[3]
-    whole = 1 << (d.bit_length() - 1)  # the largest power of two in it
-    d1 = max(16, whole if d > 16 else 16)
+    if d < 16:
+        raise ValueError(f"heads of {d} elements: at least 16 are needed")
+    d1 = 1 << (d.bit_length() - 1)  # the largest power of two in it
     d2 = max(16, triton.next_power_of_2(max(1, d - d1)))
     _attend[(triton.cdiv(size, 128), heads, segments)](
         qkv, out, size, scaling * 1.4426950408889634,
