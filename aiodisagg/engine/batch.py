@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.errors import ConfigError
 from aiodisagg.models.base import PromptPlan
+
+if TYPE_CHECKING:
+    from aiodisagg.engine.device_runner import DeviceRunner
 
 
 class EngineSequence:
@@ -121,6 +124,29 @@ class Runner:
             device=self.device,
         )
         self._attention_before = use_paged_attention(model)
+        self.device_runner: DeviceRunner | None = None
+        if self.device.type == "cuda":
+            self.device_runner = self._on_device(config)
+
+    def _on_device(self, config: EngineConfig) -> DeviceRunner | None:
+        """The same model in few launches. Imported here: Triton is only there, and needed, with a GPU."""
+        from aiodisagg.engine.device_runner import DeviceRunner
+
+        return DeviceRunner.of(
+            self._model,
+            self.pool,
+            token_budget=config.token_budget,
+            max_running=min(config.max_running, config.token_budget),
+            max_context=self.max_context,
+        )
+
+    def warm_up(self) -> None:
+        """Compiles kernels and captures graphs, on a GPU; takes seconds to a minute there, and no time elsewhere.
+
+        Call it before the first step, on any thread; the pool's contents stay as they are.
+        """
+        if self.device_runner is not None:
+            self.device_runner.warm_up()
 
     def release(self) -> None:
         """Gives the model back with the attention it came with."""
@@ -130,8 +156,10 @@ class Runner:
         """Computes the segments: logits [samples, vocab] in their order, and the number of rows used.
 
         Keys and values go to the pool; doing a segment again writes the same ones again. Raises whatever the model
-        raises.
+        raises. On a GPU the logits are valid until the next call.
         """
+        if self.device_runner is not None:
+            return self.device_runner.forward(batch)
         ids = np.concatenate([w.sequence.token_ids(w.segment.start, w.segment.stop) for w in batch])
         positions = np.concatenate([w.sequence.positions(w.segment.start, w.segment.stop) for w in batch], axis=1)
         embeds = self._embed(torch.from_numpy(ids).to(self.device))

@@ -58,9 +58,22 @@ def _first_at_least(ascending: torch.Tensor, value: float) -> int:
 
 def sample_batch(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | None]:
     """Next tokens from logits [n, vocab], one row a sampler; None where a logit is NaN or infinite."""
-    finite = torch.isfinite(logits).all(-1).tolist()
-    greedy = logits.argmax(-1).tolist() if any(s.greedy for s in samplers) else []
+    if not samplers:
+        return []
+    finite, greedy = _read_back(torch.stack([torch.isfinite(logits).all(-1).long(), logits.argmax(-1)]))
     return [
         None if not finite[i] else greedy[i] if sampler.greedy else sampler.sample(logits[i])
         for i, sampler in enumerate(samplers)
     ]
+
+
+def _read_back(found: torch.Tensor) -> list[list[int]]:
+    """What the device found, by one copy and one event: the stream goes on, and so may other threads."""
+    if not found.is_cuda:
+        return found.tolist()
+    pinned = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    pinned.copy_(found, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    copied.synchronize()
+    return pinned.tolist()

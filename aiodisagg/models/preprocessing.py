@@ -233,14 +233,25 @@ def cut_patches(frames: Sequence[Image.Image], grid_thw: tuple[int, int, int], s
     p, m, n = settings.patch, settings.merge, settings.temporal_patch
     resized = [f.resize((w * p, h * p), resample=Image.Resampling(settings.resample)) for f in frames]
     pixels = np.stack([np.asarray(f) for f in resized])
-    pixels = np.concatenate([pixels, np.repeat(pixels[-1:], t * n - len(frames), axis=0)])
-    # A value depends on its byte and channel only: a table of 256 x 3 gives the very floats of the long way.
+    # Bytes are put in order, a quarter of what the values are; and those of a still image once for all its places.
+    places = 1 if len(frames) == 1 and t == 1 else n
+    pixels = np.concatenate([pixels, np.repeat(pixels[-1:], t * places - len(frames), axis=0)])
+    ordered = pixels.reshape(t, places, h // m, m, p, w // m, m, p, 3).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    ordered = ordered.reshape(t * h * w, 3, places, p * p)
+    table, values = value_table(settings), np.empty((t * h * w, 3, n, p * p), dtype=np.float32)
+    for c in range(3):
+        values[:, c, :places] = table[:, c][ordered[:, c]]
+    if places < n:
+        values[:, :, places:] = values[:, :, :1]
+    return values.reshape(t * h * w, 3 * n * p * p)
+
+
+def value_table(settings: PixelSettings) -> np.ndarray:
+    """float32 [256, 3]: a value depends on its byte and channel only, so this gives the very floats of the long way."""
     scaled = (np.arange(256).astype(np.float64) * settings.rescale).astype(np.float32)
     mean, std = np.array(settings.mean, dtype=np.float32), np.array(settings.std, dtype=np.float32)
-    table = (scaled[:, None] - mean) / std
-    values = np.stack([table[:, c][pixels[..., c]] for c in range(3)], axis=1)  # [frames, 3, H, W]
-    patches = values.reshape(t, n, 3, h // m, m, p, w // m, m, p).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return np.ascontiguousarray(patches.reshape(t * h * w, 3 * n * p * p))
+    table: np.ndarray = (scaled[:, None] - mean) / std
+    return table
 
 
 def fits(height: int, width: int, grid_thw: tuple[int, int, int], settings: PixelSettings) -> bool:

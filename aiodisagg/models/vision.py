@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from aiodisagg.errors import MediaError
 from aiodisagg.models.base import ItemKind, Patches
+from aiodisagg.models.device_pixels import can_resize, cut
 from aiodisagg.models.loading import fingerprint, load_vision
 from aiodisagg.models.preprocessing import PixelSettings, cut_patches, decode_rgb, fits, load_settings
-from aiodisagg.protocol.rows import RowLayout
+from aiodisagg.models.tower import FusedTower, choose_kernels
+from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 
 _SLACK = 4
 """A grid may pass the folder's pixel limit by rounding (thin images); beyond this factor it is not a grid of ours."""
@@ -41,10 +45,36 @@ class Qwen3VLVisionEncoder:
         device: str | torch.device = "cpu",
     ) -> None:
         self._image, self._video = load_settings(Path(folder))
-        self._tower = load_vision(folder, dtype=dtype, device=device)
-        self.fingerprint = fingerprint(folder, dtype)
-        self.layout = RowLayout.of(self.fingerprint)
+        tower = load_vision(folder, dtype=dtype, device=device)
+        self._start(tower, fingerprint(folder, dtype), device)
+
+    @classmethod
+    def of(
+        cls, tower: Any, model: ModelFingerprint, settings: tuple[PixelSettings, PixelSettings]
+    ) -> Qwen3VLVisionEncoder:
+        """An encoder around a tower that is on its device already. ``settings``: of images and of videos."""
+        made = cls.__new__(cls)
+        made._image, made._video = settings
+        made._start(tower, model, next(tower.parameters()).device)
+        return made
+
+    def _start(self, tower: Any, model: ModelFingerprint, device: str | torch.device) -> None:
+        self._tower, self.fingerprint, self.layout = tower, model, RowLayout.of(model)
         self.device = torch.device(device)
+        self.fused: FusedTower | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self.cuts_on_device = False
+        """Whether ``prepare`` only decodes, and ``encode`` resizes and cuts."""
+        if self.device.type == "cuda":
+            self.use_fused()
+            self._stream = torch.cuda.Stream(self.device)
+            self.cuts_on_device = can_resize(self._image) and can_resize(self._video)
+
+    def use_fused(self) -> dict[str, float]:
+        """Has the tower run by kernels chosen on its device; times of its attention, see ``choose_kernels``."""
+        self.fused = FusedTower(self._tower)
+        with torch.inference_mode():
+            return choose_kernels(self.fused, self._tower.dtype, self.device)
 
     def __repr__(self) -> str:
         return f"<Qwen3VLVisionEncoder {self.fingerprint.architecture} {self.layout} on {self.device}>"
@@ -61,21 +91,54 @@ class Qwen3VLVisionEncoder:
             if frame.size != frames[0].size or not fits(frame.height, frame.width, grid_thw, settings):
                 size = f"{frame.width} x {frame.height} pixels"
                 raise MediaError(f"{kind.value}[{i}]", f"{size} do not give a grid of {grid_thw}")
-        return Patches(torch.from_numpy(cut_patches(frames, grid_thw, settings)), grid_thw)
+        if self.cuts_on_device:
+            return Patches(_bytes_of(frames, pinned=self.device.type == "cuda"), grid_thw, kind)
+        return Patches(torch.from_numpy(cut_patches(frames, grid_thw, settings)), grid_thw, kind)
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
         """Runs the tower once: for each item packed rows [rows, (1+k)*h] of ``layout.dtype``, contiguous, on
-        ``device``. One call at a time."""
+        ``device``. One call at a time.
+
+        On a GPU it works on a stream of its own, which the caller's stream waits for."""
         if not batch:
             return []
         with torch.inference_mode():
-            pixels = torch.cat([patches.pixel_values for patches in batch]).to(self.device, self._tower.dtype)
-            grids = torch.tensor([patches.grid_thw for patches in batch], device=self.device)
-            out: Any = self._tower(pixels, grid_thw=grids, return_dict=True)
+            if self._stream is None:
+                return self._encode(batch)
+            caller = torch.cuda.current_stream(self.device)
+            with torch.cuda.stream(self._stream):
+                made = self._encode(batch)
+            caller.wait_stream(self._stream)
+            for rows in made:
+                rows.record_stream(caller)
+            return made
+
+    def _encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        grids = [patches.grid_thw for patches in batch]
+        pixels = torch.cat([self._pixels(patches) for patches in batch])
+        if self.fused is not None:
+            packed = self.fused(pixels, grids)
+        else:
+            out: Any = self._tower(pixels, grid_thw=torch.tensor(grids, device=self.device), return_dict=True)
             packed = torch.cat([out.pooler_output, *out.deepstack_features], dim=-1)
         merged = self._image.merge**2
-        counts = [patches.count // merged for patches in batch]
-        return [rows.contiguous() for rows in torch.split(packed, counts)]
+        return [rows.contiguous() for rows in torch.split(packed, [patches.count // merged for patches in batch])]
+
+    def _pixels(self, patches: Patches) -> torch.Tensor:
+        """Patches in the tower's dtype on its device."""
+        values = patches.pixel_values.to(self.device, non_blocking=True)
+        if values.dtype is not torch.uint8:
+            return values.to(self._tower.dtype)
+        settings = self._video if patches.kind is ItemKind.VIDEO else self._image
+        return cut(values, patches.grid_thw, settings, self._tower.dtype)
+
+
+def _bytes_of(frames: Sequence[Image.Image], *, pinned: bool) -> torch.Tensor:
+    """uint8 [n, H, W, 3]; pinned, so that the copy to the device is asynchronous."""
+    made = torch.empty(len(frames), frames[0].height, frames[0].width, 3, dtype=torch.uint8, pin_memory=pinned)
+    for frame, target in zip(frames, made.numpy(), strict=True):
+        np.copyto(target, np.asarray(frame))
+    return made
 
 
 def _check_grid(kind: ItemKind, media: int, grid_thw: tuple[int, int, int], settings: PixelSettings) -> None:

@@ -1,0 +1,159 @@
+"""What one forward pass reads besides weights and the pool, in device tensors of fixed size.
+
+A CUDA graph replays launches with the pointers and grids they were captured with, so everything that differs from step
+to step lies in one int32 tensor, filled by one copy from pinned memory: token ids, positions, slots, the segments and
+the tiles they are cut into. Two kinds of segments: those of one token (**decodes**, whatever they are to the scheduler)
+and longer ones, cut into **tiles**. Padding is a decode entry without a context, or a tile of no segment; a token of
+padding has no slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+def _aligned(size: int) -> int:
+    """Fields begin at 64 bytes: a kernel is compiled anew for a pointer that is aligned otherwise."""
+    return -(-size // 16) * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A segment: ``new`` tokens after ``total - new`` earlier ones, whose keys lie in ``pages``."""
+
+    new: int
+    total: int
+    pages: Sequence[int]
+
+
+class StepInputs:
+    """Device tensors for at most ``tokens`` tokens in at most ``segments`` segments with ``pages`` pages together.
+
+    Attributes, all int32 on the device (views, cut to what ``fill`` was told):
+        count [1]: tokens that are not padding. ids [T], slots [T] (-1: none), visual [T] (1: the row stands for the
+        embedding), positions [3, T]. pages [P]: page numbers, segment after segment.
+        dec_token, dec_total, dec_pages [D]: token index (-1: none), length with the new token, first index in pages.
+        seg_start, seg_new, seg_total, seg_pages [S], tile_segment (-1: none), tile_at [N]: the longer segments.
+        sampled [n]: tokens whose logits are wanted.
+    """
+
+    def __init__(
+        self, *, tokens: int, segments: int, pages: int, page_size: int, tile_tokens: int, device: torch.device
+    ) -> None:
+        self.capacity, self.segments, self.page_size, self.tile_tokens = tokens, segments, page_size, tile_tokens
+        tiles = -(-tokens // tile_tokens) + segments
+        sizes = {"count": 1, "ids": tokens, "slots": tokens, "visual": tokens}
+        sizes |= dict.fromkeys(("position_t", "position_h", "position_w"), tokens)
+        sizes |= dict.fromkeys(("dec_token", "dec_total", "dec_pages"), segments)
+        sizes |= dict.fromkeys(("seg_start", "seg_new", "seg_total", "seg_pages"), segments)
+        sizes |= {**dict.fromkeys(("tile_segment", "tile_at"), tiles), "sampled": segments}
+        pinned = device.type == "cuda"
+        with torch.inference_mode(False):  # written by whichever thread steps, in whatever mode
+            self._staged = torch.zeros(sum(map(_aligned, sizes.values())), dtype=torch.int32, pin_memory=pinned)
+            self._staged_pages = torch.zeros(pages, dtype=torch.int32, pin_memory=pinned)
+            self._all = torch.zeros(self._staged.shape, dtype=torch.int32, device=device)
+            self.pages = torch.zeros(pages, dtype=torch.int32, device=device)
+        self._host: dict[str, np.ndarray] = {}
+        self._device: dict[str, torch.Tensor] = {}
+        at = 0
+        for name, size in sizes.items():
+            self._host[name] = self._staged[at : at + size].numpy()
+            self._device[name] = self._all[at : at + size]
+            if name == "position_t":  # the first of three that lie together
+                self._positions = self._all[at : at + 3 * _aligned(size)].view(3, -1)
+            at += _aligned(size)
+        self._copied = torch.cuda.Event() if pinned else None
+        self.pieces: tuple[Piece, ...] = ()
+        """The segments as the host knows them, padding left out."""
+        self.tokens = self.decodes = self.tiles = 0
+        self.cut(tokens, segments, tiles)
+
+    def cut(self, tokens: int, decodes: int, tiles: int) -> None:
+        """Sets the sizes of what kernels see: the views, and so their grids."""
+        self.tokens, self.decodes, self.tiles = tokens, decodes, tiles
+        d = self._device
+        self.count, self.positions = d["count"], self._positions[:, :tokens]
+        self.ids, self.slots, self.visual = d["ids"][:tokens], d["slots"][:tokens], d["visual"][:tokens]
+        self.dec_token, self.dec_total, self.dec_pages = (
+            d[name][:decodes] for name in ("dec_token", "dec_total", "dec_pages")
+        )
+        self.seg_start, self.seg_new, self.seg_total, self.seg_pages = (
+            d[name] for name in ("seg_start", "seg_new", "seg_total", "seg_pages")
+        )
+        self.tile_segment, self.tile_at = d["tile_segment"][:tiles], d["tile_at"][:tiles]
+        self.sampled = d["sampled"]
+
+    def fits(self, pieces: Sequence[Piece]) -> bool:
+        return (
+            sum(p.new for p in pieces) <= self.capacity
+            and len(pieces) <= self.segments
+            and sum(-(-p.total // self.page_size) for p in pieces) <= self.pages.shape[0]
+        )
+
+    def fill(
+        self,
+        pieces: Sequence[Piece],
+        ids: np.ndarray,
+        positions: np.ndarray,
+        *,
+        visual: np.ndarray | None = None,
+        sampled: Sequence[int] = (),
+        pad_to: tuple[int, int, int] | None = None,
+    ) -> None:
+        """Stages a step and starts its copy, once the copy of the step before has ended.
+
+        Args:
+            ids [T], positions [3, T]: of the pieces' tokens, one piece after another.
+            visual: token indices that a row stands for. sampled: token indices whose logits are wanted.
+            pad_to: (tokens, decodes, tiles) that the kernels shall see; None: no padding.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        host, page = self._host, self.page_size
+        tokens = len(ids)
+        host["count"][0] = tokens
+        width = pad_to[0] if pad_to else tokens
+        host["ids"][:tokens], host["ids"][tokens:width] = ids, 0
+        for name, row in zip(("position_t", "position_h", "position_w"), positions, strict=True):
+            host[name][:tokens], host[name][tokens:width] = row, 0
+        host["visual"][:width] = 0
+        if visual is not None:
+            host["visual"][visual] = 1
+        host["slots"][tokens:width] = -1
+        at = used = decodes = longer = tiles = 0
+        for piece in pieces:
+            own = np.asarray(piece.pages[: -(-piece.total // page)], dtype=np.int32)
+            self._staged_pages.numpy()[used : used + len(own)] = own
+            spots = np.arange(piece.total - piece.new, piece.total)
+            host["slots"][at : at + piece.new] = own[spots // page] * page + spots % page
+            if piece.new == 1:
+                host["dec_token"][decodes], host["dec_total"][decodes] = at, piece.total
+                host["dec_pages"][decodes] = used
+                decodes += 1
+            else:
+                host["seg_start"][longer], host["seg_new"][longer] = at, piece.new
+                host["seg_total"][longer], host["seg_pages"][longer] = piece.total, used
+                count = -(-piece.new // self.tile_tokens)
+                host["tile_segment"][tiles : tiles + count] = longer
+                host["tile_at"][tiles : tiles + count] = np.arange(count) * self.tile_tokens
+                longer, tiles = longer + 1, tiles + count
+            at, used = at + piece.new, used + len(own)
+        wanted = pad_to or (tokens, decodes, tiles)
+        # A decode entry of padding answers for a token of padding, which then is zeros and not whatever was there.
+        spare = np.arange(tokens, tokens + wanted[1] - decodes)
+        host["dec_token"][decodes : wanted[1]] = np.where(spare < width, spare, -1)
+        host["dec_total"][decodes : wanted[1]] = 0
+        host["dec_pages"][decodes : wanted[1]] = 0
+        host["tile_segment"][tiles : wanted[2]] = -1
+        host["sampled"][: len(sampled)] = sampled
+        self.pieces = tuple(pieces)
+        self.cut(*wanted)
+        self.sampled = self.sampled[: len(sampled)]
+        self._all.copy_(self._staged, non_blocking=True)
+        self.pages[:used].copy_(self._staged_pages[:used], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()

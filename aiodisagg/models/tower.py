@@ -1,0 +1,230 @@
+"""The vision tower on an accelerator: transformers' weights, a third of its launches, and no wait for the device.
+
+What differs from transformers' forward, and why (1080p, 27 blocks, an H200):
+
+* lengths of segments come from the grids, which the host knows; transformers asks the device, once a block;
+* positions (resampled embeddings, rope) of a grid are kept for the next picture of that size;
+* the patch embedding is a product, not a three-dimensional convolution with one step;
+* rope is one kernel in place, where casting, turning and casting back was ten;
+* attention runs by whichever kernel is fastest here for this head size (:func:`choose_attention`), all equal segments
+  that follow each other in one call.
+
+The sums are the same up to the order of rounding.
+"""
+
+# The tower is transformers' untyped nn.Module, hence Any.
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+logger = logging.getLogger(__name__)
+
+GRIDS_KEPT = 8
+
+Grid = tuple[int, int, int]
+Attend = Callable[[torch.Tensor, int, int, torch.Tensor, float], None]
+"""(qkv [n*size, 3, heads, d], n, size, out [n*size, heads, d], scaling): each of n segments attends to itself."""
+Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(qkv [N, 3, heads, d], cos [N, d], sin [N, d]) with rope in queries and keys."""
+
+
+def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rope in float32, rounded once."""
+    wide = qkv[:, :2].float()
+    first, second = wide.chunk(2, dim=-1)
+    turned = wide * cos[:, None, None] + torch.cat((-second, first), dim=-1) * sin[:, None, None]
+    qkv[:, :2] = turned.to(qkv.dtype)
+    return qkv
+
+
+def sdpa(backend: SDPBackend | None, pad_to: int | None = None) -> Attend:
+    """torch's attention by one backend (None: its own choice), heads padded with zeros to ``pad_to`` elements."""
+
+    def attend(qkv: torch.Tensor, segments: int, size: int, out: torch.Tensor, scaling: float) -> None:
+        heads, d = qkv.shape[2:]
+        if pad_to is not None:
+            qkv = functional.pad(qkv, (0, pad_to - d))
+        q, k, v = qkv.view(segments, size, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        if backend is None:
+            made = functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+        else:
+            with sdpa_kernel(backend):
+                made = functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+        out.view(segments, size, heads, d).copy_(made[..., :d].transpose(1, 2))
+
+    return attend
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Of one grid: embeddings [n, hidden], cos and sin float32 [n, head_dim]."""
+
+    embeddings: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class FusedTower:
+    """Packed rows of patches by transformers' Qwen3-VL(-MoE) vision tower. One call at a time.
+
+    ``turn`` and ``attend`` may be replaced by what :func:`choose_kernels` finds.
+    """
+
+    def __init__(self, tower: Any) -> None:
+        self._tower = tower
+        attention = tower.blocks[0].attn
+        self.heads, self.head_dim = int(attention.num_heads), int(attention.head_dim)
+        self._scaling = float(attention.scaling)
+        self._levels = {int(block): i for i, block in enumerate(tower.deepstack_visual_indexes)}
+        embed = tower.patch_embed.proj
+        self._patch, self._patch_bias = embed.weight.view(embed.weight.shape[0], -1), embed.bias
+        self._positions: OrderedDict[Grid, Positions] = OrderedDict()
+        self.turn: Turn = turn
+        self.attend: Attend = sdpa(None)
+
+    def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Rows [sum(t*h*w)/merge**2, (1+levels)*out_hidden] of patches [sum(t*h*w), values]."""
+        tower, heads, d = self._tower, self.heads, self.head_dim
+        found = [self.positions(grid) for grid in grids]
+        x = functional.linear(patches, self._patch, self._patch_bias) + _together(p.embeddings for p in found)
+        cos, sin = _together(p.cos for p in found), _together(p.sin for p in found)
+        segments = [(t, h * w) for t, h, w in grids]
+        deep: dict[int, torch.Tensor] = {}
+        for i, block in enumerate(tower.blocks):
+            qkv = block.attn.qkv(block.norm1(x)).view(-1, 3, heads, d)
+            x = x + block.attn.proj(self._attend(self.turn(qkv, cos, sin), segments))
+            x = x + block.mlp(block.norm2(x))
+            if i in self._levels:
+                deep[self._levels[i]] = tower.deepstack_merger_list[self._levels[i]](x)
+        return torch.cat([tower.merger(x), *(deep[level] for level in sorted(deep))], dim=-1)
+
+    def _attend(self, qkv: torch.Tensor, segments: Sequence[tuple[int, int]]) -> torch.Tensor:
+        out = torch.empty(qkv.shape[0], self.heads, self.head_dim, dtype=qkv.dtype, device=qkv.device)
+        at = 0
+        for size, group in itertools.groupby(segments, key=lambda segment: segment[1]):
+            count = sum(times for times, _ in group)
+            stop = at + count * size
+            self.attend(qkv[at:stop], count, size, out[at:stop], self._scaling)
+            at = stop
+        return out.view(qkv.shape[0], -1)
+
+    def positions(self, grid: Grid) -> Positions:
+        """Computed as transformers does, and kept for the last few grids."""
+        kept = self._positions.get(grid)
+        if kept is None:
+            kept = self._positions[grid] = self._compute(grid)
+            if len(self._positions) > GRIDS_KEPT:
+                self._positions.popitem(last=False)
+        self._positions.move_to_end(grid)
+        return kept
+
+    def _compute(self, grid: Grid) -> Positions:
+        tower, table = self._tower, self._tower.pos_embed.weight
+        grids = torch.tensor([grid], device=table.device)
+        merge = tower.config.spatial_merge_size
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grids,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        embeddings = (tower.pos_embed(indices) * weights[:, :, None]).sum(1).to(table.dtype)
+        cos, sin = tower.rotary_pos_emb(embeddings.float(), get_vision_position_ids(grids, merge))
+        return Positions(embeddings, cos.float().contiguous(), sin.float().contiguous())
+
+
+def _together(parts: Any) -> torch.Tensor:
+    found = list(parts)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+# -- which kernels ----------------------------------------------------------------------------------------------
+
+
+def candidates(head_dim: int, device: torch.device) -> dict[str, Attend]:
+    """Ways to attend, by name; some may not work here."""
+    ways: dict[str, Attend] = {"sdpa": sdpa(None)}
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    for name, backend in backends.items() if device.type == "cuda" else ():
+        ways[name] = sdpa(backend)
+        for size in (96, 128):
+            if head_dim < size:
+                ways[f"{name}, padded to {size}"] = sdpa(backend, size)
+    try:
+        from aiodisagg.models.triton_vision import attend
+    except Exception as error:  # no Triton, or one that cannot define it
+        logger.warning("no Triton attention: %r", error)
+    else:
+        ways["triton"] = attend
+    return ways
+
+
+def choose_kernels(
+    tower: FusedTower, dtype: torch.dtype, device: torch.device, *, size: int = 3600
+) -> dict[str, float]:
+    """Gives the tower its rope and its fastest attention. Milliseconds of one block's attention over ``size`` patches,
+    by name; infinite for those that fail or disagree with torch's reference."""
+    draw = torch.Generator(device).manual_seed(1)
+    small = torch.randn(2 * 200, 3, tower.heads, tower.head_dim, generator=draw, device=device).to(dtype)
+    limit = 1e-4 if dtype is torch.float32 else 2e-2
+    try:
+        from aiodisagg.models.triton_vision import turn as fast_turn
+
+        cos, sin = torch.randn(2, 400, tower.head_dim, generator=draw, device=device)
+        if _distance(fast_turn(small.clone(), cos, sin), turn(small.clone(), cos, sin)) <= limit:
+            tower.turn = fast_turn
+        else:
+            logger.warning("the rope kernel is not used: it disagrees")
+    except Exception as error:  # what a compiler or a driver raises
+        logger.warning("the rope kernel is not used: %r", error)
+    wanted = torch.empty(400, tower.heads, tower.head_dim, dtype=torch.float32, device=device)
+    sdpa(SDPBackend.MATH)(small.float(), 2, 200, wanted, tower.head_dim**-0.5)
+    ways = candidates(tower.head_dim, device)
+    large = torch.randn(size if device.type == "cuda" else 1, 3, tower.heads, tower.head_dim, generator=draw, device=device).to(dtype)
+    times: dict[str, float] = {}
+    for name, way in ways.items():
+        try:
+            found = torch.empty_like(wanted, dtype=dtype)
+            way(small, 2, 200, found, tower.head_dim**-0.5)
+            agrees = _distance(found, wanted) <= limit
+            times[name] = _time(way, large) if agrees else float("inf")
+        except Exception as error:  # a backend that does not take this head size, or is not built in
+            logger.info("attention by %s is not used: %s", name, str(error).splitlines()[0] if str(error) else error)
+            times[name] = float("inf")
+    best = min(times, key=lambda name: times[name])
+    tower.attend = ways[best]
+    logger.info("tower: attention by %s, %s ms", best, {name: round(ms, 3) for name, ms in times.items()})
+    return times
+
+
+def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    found = float((ours.double() - reference.double()).norm() / reference.double().norm())
+    return found if found == found else float("inf")
+
+
+def _time(way: Attend, qkv: torch.Tensor) -> float:
+    out = torch.empty(qkv.shape[0], *qkv.shape[2:], dtype=qkv.dtype, device=qkv.device)
+    way(qkv, 1, qkv.shape[0], out, qkv.shape[3] ** -0.5)
+    if not qkv.is_cuda:
+        return 0.0
+    times = []
+    for _ in range(3):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        way(qkv, 1, qkv.shape[0], out, qkv.shape[3] ** -0.5)
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return min(times)
