@@ -11,21 +11,21 @@ here. What decides, in this order:
 * **Within a tenant** a newcomer passes those of a lower class (a greater ``priority``) and those of its own class that
   cost at least twice as much, from the end of the line until it meets one that it may not pass.
 
-Nobody starves, because passing spends slack. A request is let in only if its predicted *start* (work in flight, its
-tenant's requests before it, what the shares give to others meanwhile) is not after its ``release_by``: ``max_wait_s``
-after its arrival, or the last moment at which its first token still meets the deadline and ``max_ttft_s``. Else it is
-shed at once. A newcomer may pass a request only if that one's start, delayed by the newcomer's cost, is still in time.
-So
+Nobody starves, because passing spends slack. A request's *start* is predicted from the work in flight, its tenant's
+requests before it, and what the shares give to others meanwhile. A newcomer may pass it only if its start, delayed by
+the newcomer's cost, is not after its ``release_by``: ``max_wait_s`` after its arrival, or the last moment at which its
+first token still meets its limit (its deadline and ``max_ttft_s``), whichever is first. So
 
-1. at the predicted rate, and while no further tenant comes, every request that was let in is released by its
-   ``release_by``: it holds on arrival; passing keeps it; a release or an end before it never makes it later;
-2. at any rate, the requests of its tenant and lane that are released before it are, from ``release_by`` on, only those
-   that stand before it then, and all of them arrived before that moment;
+1. at the predicted rate, and while no further tenant comes, a request is released by the later of its ``release_by``
+   and the start that was predicted on its arrival: passing keeps the former, a release or an end before it keeps both;
+2. at any rate, of its tenant and lane only those are released before it from ``release_by`` on that stand before it
+   then, and all of them arrived before that moment;
 3. between lanes, which meet only at ``max_running``, the one whose first request has waited beyond its ``release_by``
    goes first, then the lower class number, then the older.
 
-A request that cannot have its first token in time any more (its deadline has passed, or now plus its own cost is too
-late) leaves the queue unserved: nothing is encoded that nobody waits for.
+Nothing is let in that cannot be in time: a newcomer whose first token is predicted after its limit is shed at once.
+One that cannot be in time any more (its limit has passed, or will while it is served) leaves the queue unserved. So
+nothing is encoded that nobody waits for.
 
 Predictions need prices (:mod:`~aiodisagg.scheduler.prices`). Until the first have been learned only the bound of the
 queue sheds, and ``window_s`` does not count. An idle lane takes whoever comes: that is no overload, whatever a
@@ -55,21 +55,19 @@ _RETRY_S = (1.0, 60.0)
 class AdmissionConfig:
     """How much waits, how long, and how much is let through. Raises ConfigError."""
 
-    max_queue: int = 256
+    max_queue: int = 1024
     """Requests that wait; at one more, the tenant with most in the queue for its weight loses its last."""
     max_ttft_s: float = math.inf
     """A request whose first token is not expected within this is shed, on arrival or as soon as that is clear."""
-    max_wait_s: float = 30.0
-    """The aging bound: a request that waited this long is passed by nobody; who would have to wait longer is shed."""
+    max_wait_s: float = 10.0
+    """The aging bound: nobody is passed who would then have to wait longer than this."""
     window_s: float = 1.0
     """Predicted work in a lane that is let through ahead. More than the latency of an idle service keeps it busy."""
     min_in_flight: int = 8
     """Requests in a lane that are let through whatever they cost; at least two for each encode peer."""
-    max_running: int = 64
-    """Requests let through that have not ended: what the engine runs at once."""
 
     def __post_init__(self) -> None:
-        for key in ("max_queue", "max_ttft_s", "max_wait_s", "window_s", "min_in_flight", "max_running"):
+        for key in ("max_queue", "max_ttft_s", "max_wait_s", "window_s", "min_in_flight"):
             value = getattr(self, key)
             if not value > 0:
                 raise ConfigError(key, f"must be above 0, not {value}")
@@ -166,16 +164,21 @@ Decision = Release | Shed | Expire | Measured | Charged
 
 
 class AdmissionQueue:
-    """The queue before the engine. All times are seconds on one monotonic clock that the caller keeps."""
+    """The queue before an engine that runs ``max_running`` requests at once.
 
-    def __init__(self, config: AdmissionConfig | None = None) -> None:
-        self.config = config or AdmissionConfig()
+    All times are seconds on one monotonic clock that the caller keeps.
+    """
+
+    def __init__(self, config: AdmissionConfig, max_running: int) -> None:
+        self.config, self.max_running = config, max_running
         self.lanes = (self._lane(False), self._lane(True))
         """By whether requests have media."""
         self._shares = Shares()
         self._waiting: dict[str, Entry] = {}
         self._running: dict[str, Entry] = {}
         self._arrivals = 0
+        self._earliest = math.inf
+        """No later than the first limit of those that wait."""
 
     def _lane(self, has_media: bool) -> Lane:
         config = self.config
@@ -195,8 +198,7 @@ class AdmissionQueue:
 
     def next_timer(self) -> float | None:
         """When to say TimerFired; None: not needed."""
-        first = min((entry.limit for entry in self._waiting.values()), default=math.inf)
-        return first if first < math.inf else None
+        return self._earliest if self._earliest < math.inf else None
 
     def handle(self, event: Event, now: float) -> list[Decision]:
         """What follows from ``event``, in order. Raises InvalidTransition, and nothing has changed."""
@@ -235,6 +237,7 @@ class AdmissionQueue:
             self._shares.leave(flow)
             return [shed]
         self._waiting[request_id] = entry
+        self._earliest = min(self._earliest, limit)
         if len(self._waiting) <= self.config.max_queue:
             return []
         victim = self._victim(entry)
@@ -292,12 +295,13 @@ class AdmissionQueue:
             at -= 1
         start_s = in_flight_s + ahead_s + self._shares.others(flow, entry.has_media, ahead_s, price)
         own_s = cost_s + max(0.0, lane.latency_s)
-        entry.release_by = min(now + self.config.max_wait_s, entry.limit - own_s)
+        latest = entry.limit - own_s
+        entry.release_by = min(now + self.config.max_wait_s, latest)
         if lane.prices.known:
             entry.predicted_s = start_s + own_s
             is_idle = not len(lane) and not lane.somebody_waits
-            if now + start_s > entry.release_by and not is_idle:
-                return Shed(entry.request_id, "predicted", self._retry_after(now + start_s - entry.release_by))
+            if now + start_s > latest and not is_idle:
+                return Shed(entry.request_id, "predicted", self._retry_after(now + start_s - latest))
         line.insert(at, entry)
         return None
 
@@ -317,8 +321,12 @@ class AdmissionQueue:
         return newcomer if longest is newcomer.flow and last.priority <= newcomer.priority else last
 
     def _backlog_s(self, now: float) -> float:
-        waiting = (self.lanes[entry.has_media].prices.of(entry.work) for entry in self._waiting.values())
-        return sum(waiting) + sum(lane.in_flight_s(now) for lane in self.lanes)
+        """What is to be done for all that are here."""
+        return sum(
+            lane.in_flight_s(now)
+            + sum(lane.prices.of(flow.lines[lane.has_media].work) for flow in self._shares.waiting(lane.has_media))
+            for lane in self.lanes
+        )
 
     @staticmethod
     def _retry_after(seconds: float) -> float:
@@ -328,7 +336,11 @@ class AdmissionQueue:
     # -- out of the line --------------------------------------------------------------------------------------------
 
     def _expire(self, now: float, decisions: list[Decision]) -> None:
-        for entry in [entry for entry in self._waiting.values() if entry.limit <= now]:
+        if now < self._earliest:
+            return
+        late = [entry for entry in self._waiting.values() if entry.limit <= now]
+        self._earliest = min((entry.limit for entry in self._waiting.values() if entry.limit > now), default=math.inf)
+        for entry in late:
             self._unqueue(entry)
             self._shares.leave(entry.flow)
             decisions.append(self._too_late(entry, now))
@@ -339,7 +351,7 @@ class AdmissionQueue:
         return Shed(entry.request_id, "late", self._retry_after(self._backlog_s(now) / 2))
 
     def _release(self, now: float, decisions: list[Decision]) -> None:
-        while self._waiting and len(self._running) < self.config.max_running:
+        while self._waiting and len(self._running) < self.max_running:
             entry = self._next(now)
             if entry is None:
                 return

@@ -51,7 +51,7 @@ class Entry:
     limit: float
     """When its first token must be here, or it is of no use: its deadline or the service's limit."""
     release_by: float = 0.0
-    """Nobody who comes later may delay it beyond this."""
+    """Nobody who comes later in its line may delay it beyond this."""
     predicted_s: float | None = None
     """From its arrival to its first token, as it was predicted then; None: nothing was known."""
     released: float = -1.0
