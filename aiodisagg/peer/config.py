@@ -11,6 +11,7 @@ from aiodisagg.errors import ConfigError
 from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.protocol.rows import DTYPE_BYTES
+from aiodisagg.scheduler.admission import AdmissionConfig
 
 MiB = 1 << 20
 
@@ -105,6 +106,8 @@ class LanguageConfig(PeerConfig):
     """Tokens of one engine step."""
     max_running: int = 64
     """Requests that hold KV pages at once; the items of others are not asked for yet."""
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    """Who of those that wait goes next, and who is sent away."""
     max_pixels: int | None = None
     """Pixels of an image after resizing; None: what the checkpoint says."""
     request_timeout_s: float = 300.0
