@@ -213,8 +213,10 @@ class AdmissionQueue:
                 decisions = []
         self._expire(now, decisions)
         self._release(now, decisions)
+        if not self._waiting:
+            self._earliest = math.inf
         for lane in self.lanes:
-            lane.somebody_waits = any(self._shares.waiting(lane.has_media))
+            lane.somebody_waits = bool(self._shares.waiting(lane.has_media))
         return decisions
 
     # -- events -----------------------------------------------------------------------------------------------------
@@ -302,12 +304,12 @@ class AdmissionQueue:
             is_idle = not len(lane) and not lane.somebody_waits
             if now + start_s > latest and not is_idle:
                 return Shed(entry.request_id, "predicted", self._retry_after(now + start_s - latest))
-        line.insert(at, entry)
+        self._shares.line_up(entry, at)
         return None
 
     def _unqueue(self, entry: Entry) -> None:
         del self._waiting[entry.request_id]
-        entry.flow.lines[entry.has_media].remove(entry)
+        self._shares.step_out(entry)
 
     def _victim(self, newcomer: Entry) -> Entry:
         """Who leaves a queue that is over its bound; the newcomer, if that is its own tenant's affair and no class is

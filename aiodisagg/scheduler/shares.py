@@ -12,7 +12,7 @@ not depend on which of its requests a tenant sends next, so that order is free: 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from aiodisagg.errors import ConfigError
@@ -106,6 +106,8 @@ class Shares:
 
     def __init__(self) -> None:
         self._flows: dict[str, Flow] = {}
+        self._lined: tuple[dict[str, Flow], dict[str, Flow]] = ({}, {})
+        """Those with somebody in line, by ``has_media``."""
         self._idle: list[tuple[float, str]] = []
         """Notes, least finish first. One is true as long as its flow is idle and has that finish."""
         self._open = 0
@@ -145,9 +147,21 @@ class Shares:
                 del self._flows[name]
         del self._idle[:count]
 
-    def waiting(self, has_media: bool) -> Iterable[Flow]:
-        """Flows with a line that is not empty."""
-        return (flow for flow in self._flows.values() if flow.lines[has_media].entries)
+    def line_up(self, entry: Entry, at: int) -> None:
+        """The entry waits from now on, behind ``at`` others of its tenant and lane."""
+        entry.flow.lines[entry.has_media].insert(at, entry)
+        self._lined[entry.has_media][entry.flow.name] = entry.flow
+
+    def step_out(self, entry: Entry) -> None:
+        """It does not wait any more."""
+        line = entry.flow.lines[entry.has_media]
+        line.remove(entry)
+        if not line.entries:
+            del self._lined[entry.has_media][entry.flow.name]
+
+    def waiting(self, has_media: bool) -> Collection[Flow]:
+        """Flows with somebody in line for this lane."""
+        return self._lined[has_media].values()
 
     def start(self, flow: Flow) -> float:
         return max(self.virtual, flow.finish)
