@@ -7,6 +7,7 @@ from typing import Protocol
 
 from aiodisagg.engine.types import Delta, SamplingParams
 from aiodisagg.models.base import ChatMessage
+from aiodisagg.scheduler.shares import Tenant
 
 
 class ChatBackend(Protocol):
@@ -27,10 +28,13 @@ class ChatBackend(Protocol):
         *,
         request_id: str,
         timeout_s: float | None = None,
+        tenant: Tenant,
+        priority: int = 0,
     ) -> AsyncGenerator[Delta, None]:
         """Streams an answer; the last delta carries ``finish_reason`` and ``usage``.
 
-        ``request_id`` is unique among unfinished calls. The caller closes the generator; ``aclose`` (and cancellation
+        ``request_id`` is unique among unfinished calls. ``tenant`` and ``priority`` say whose turn it is when there is
+        more to do than can be done. The caller closes the generator; ``aclose`` (and cancellation
         inside ``anext``) stops the work everywhere before it returns.
 
         Raises InvalidRequest (MediaError, PromptTooLong), Overloaded, DeadlineExceeded after ``timeout_s``,

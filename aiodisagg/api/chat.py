@@ -16,11 +16,13 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Executor
 from contextlib import aclosing
+from dataclasses import dataclass
 
 import msgspec
 from aiohttp import web
 
 from aiodisagg.api.backend import ChatBackend
+from aiodisagg.api.callers import Caller, tenant_of, timeout_of
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
@@ -38,6 +40,7 @@ from aiodisagg.api.schema import (
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams, Usage
 from aiodisagg.errors import DeadlineExceeded, EngineError
 from aiodisagg.models.base import ChatMessage
+from aiodisagg.scheduler.shares import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,17 @@ _SSE_HEADERS = {
 _encode = msgspec.json.Encoder().encode
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What a request may expect: in whose name it asks, and until when."""
+
+    tenant: Tenant
+    priority: int
+    timeout_s: float
+    deadline: float
+    """``timeout_s`` after the body was read, on the loop's clock."""
+
+
 class ChatHandler:
     """Answers chat requests from ``backend``. Raises AiodisaggError before a response has begun, never after."""
 
@@ -57,13 +71,13 @@ class ChatHandler:
         self._backend, self._config, self._fetcher, self._executor = backend, config, fetcher, executor
         self._in_use: set[str] = set()
 
-    async def __call__(self, request: web.Request, request_id: str) -> web.StreamResponse:
+    async def __call__(self, request: web.Request, request_id: str, caller: Caller) -> web.StreamResponse:
         """The backend gets ``request_id`` too, so that its traces have the client's name for the request; while
         another request of that name is being answered, a number is appended."""
         own_id = next(name for name in self._names(request_id) if name not in self._in_use)
         self._in_use.add(own_id)
         try:
-            return await self._answer(request, request_id, own_id)
+            return await self._answer(request, request_id, own_id, caller)
         finally:
             self._in_use.remove(own_id)
 
@@ -72,19 +86,20 @@ class ChatHandler:
         yield request_id
         yield from (f"{request_id}-{n}" for n in itertools.count(2))
 
-    async def _answer(self, request: web.Request, request_id: str, own_id: str) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, request_id: str, own_id: str, caller: Caller) -> web.StreamResponse:
+        tenant, timeout_s = tenant_of(request, caller), timeout_of(request, self._config.request_timeout_s)
         chat = await self._parse(await self._read_body(request))
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         logger.info("%s is %s: %d messages", own_id, completion_id, len(chat.messages))
         if chat.model != self._backend.model_name:
             raise model_not_found(chat.model)
         sampling = sampling_of(chat, self._config.default_max_tokens)
-        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
-        messages = await self._messages(chat, deadline)
+        limits = _Limits(tenant, chat.priority or 0, timeout_s, asyncio.get_running_loop().time() + timeout_s)
+        messages = await self._messages(chat, limits)
         # The body may be tens of megabytes, and the messages hold what is needed of it.
         stream, with_usage = bool(chat.stream), bool(chat.stream_options and chat.stream_options.include_usage)
         del chat
-        answer = self._generate(messages, sampling, own_id, deadline)
+        answer = self._generate(messages, sampling, own_id, limits)
         del messages
         async with aclosing(answer) as deltas:
             if stream:
@@ -121,34 +136,41 @@ class ChatHandler:
             return parse_request(body)
         return await asyncio.get_running_loop().run_in_executor(self._executor, parse_request, body)
 
-    async def _messages(self, chat: ChatRequest, deadline: float) -> list[ChatMessage]:
+    async def _messages(self, chat: ChatRequest, limits: _Limits) -> list[ChatMessage]:
         urls = media_urls(chat, self._config.max_media_files)
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(limits.deadline):
                 return chat_messages(chat, await self._fetcher.load(urls))
         except TimeoutError as error:
-            raise DeadlineExceeded("loading media", self._config.request_timeout_s) from error
+            raise DeadlineExceeded("loading media", limits.timeout_s) from error
 
     # -- out ------------------------------------------------------------------------------------------------------
 
     async def _generate(
-        self, messages: list[ChatMessage], sampling: SamplingParams, own_id: str, deadline: float
+        self, messages: list[ChatMessage], sampling: SamplingParams, own_id: str, limits: _Limits
     ) -> AsyncGenerator[Delta, None]:
         """The backend's deltas up to the one that ends the answer, of which there is exactly one."""
         loop = asyncio.get_running_loop()
         answer = self._backend.generate(
-            messages, sampling, request_id=own_id, timeout_s=max(0.0, deadline - loop.time())
+            messages,
+            sampling,
+            request_id=own_id,
+            timeout_s=max(0.0, limits.deadline - loop.time()),
+            tenant=limits.tenant,
+            priority=limits.priority,
         )
         async with aclosing(answer) as deltas:
             while True:
                 try:
-                    async with asyncio.timeout_at(deadline) as limit:  # never around a yield: it would cancel a reader
+                    async with asyncio.timeout_at(
+                        limits.deadline
+                    ) as limit:  # never around a yield: it would cancel a reader
                         delta = await anext(deltas)
                 except StopAsyncIteration as error:
                     raise EngineError(own_id, "the answer ended without a finish reason") from error
                 except TimeoutError as error:
                     if limit.expired():
-                        raise DeadlineExceeded(own_id, self._config.request_timeout_s) from error
+                        raise DeadlineExceeded(own_id, limits.timeout_s) from error
                     raise
                 if delta.finish_reason is FinishReason.CANCELLED:
                     raise Refused(503, "the server cancelled the request", code="cancelled", retry_after_s=1.0)

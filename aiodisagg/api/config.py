@@ -4,11 +4,47 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from dataclasses import dataclass, field, fields
 
+import msgspec
+
 from aiodisagg.errors import ConfigError
+from aiodisagg.scheduler.shares import Tenant
 
 MiB = 1 << 20
+TENANT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NAME_RULE = "1 to 64 letters, digits, dots, dashes and underscores"
+_KEY = re.compile(r"[!-~]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key and whose it is. Raises ConfigError."""
+
+    key: str = field(repr=False)
+    tenant: Tenant
+
+    def __post_init__(self) -> None:
+        if not _KEY.fullmatch(self.key):
+            raise ConfigError("http.api_keys", f"a key of {self.tenant.name} is empty, or has spaces or is not ASCII")
+        if not TENANT_NAME.fullmatch(self.tenant.name):
+            raise ConfigError("http.api_keys", f"{self.tenant.name!r} is not a name: {NAME_RULE}")
+
+
+def read_keys(data: bytes) -> tuple[ApiKey, ...]:
+    """Keys from a JSON file: ``[{"key": "...", "tenant": "...", "weight": 1.0}, ...]``. Raises ConfigError."""
+    try:
+        lines = msgspec.json.decode(data, type=list[_KeyLine])
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("keys_file", f"is not as it should be: {error}") from error
+    return tuple(ApiKey(line.key, Tenant(line.tenant, line.weight)) for line in lines)
+
+
+class _KeyLine(msgspec.Struct, forbid_unknown_fields=True):
+    key: str
+    tenant: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,9 +52,13 @@ class HttpConfig:
     """Settings of :class:`~aiodisagg.api.server.HttpServer`. Raises ConfigError, which names the key."""
 
     api_key: str | None = field(default=None, repr=False)
-    """If set, ``/v1/*`` wants ``Authorization: Bearer <api_key>``. ``/health`` and ``/metrics`` stay open."""
+    """The operator's key. If it or ``api_keys`` are set, ``/v1/*`` wants ``Authorization: Bearer <key>``, and
+    ``/debug/*`` this key. ``/health`` and ``/metrics`` stay open."""
+    api_keys: tuple[ApiKey, ...] = field(default=(), repr=False)
+    """Keys of tenants. A tenant may have several."""
     max_requests: int = 256
-    """Chat requests at once, reading the body included; one more gets a 429."""
+    """Chat requests at once, reading the body included; one more gets a 429. If there are ``api_keys``, half of it is
+    divided evenly among their tenants and the operator and kept for them; the other half is for whoever comes first."""
     max_body_bytes: int = 64 * MiB
     """Largest request body; more is a 413."""
     body_timeout_s: float = 60.0
@@ -57,8 +97,9 @@ class HttpConfig:
             lowest_is_legal = item.name in ("grace_s", "max_media_redirects")
             if not math.isfinite(value) or value < 0 or (value == 0 and not lowest_is_legal):
                 raise ConfigError(f"http.{item.name}", f"must be a positive number, not {value}")
-        if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
-            raise ConfigError("http.api_key", "must be ASCII and not empty")
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            raise ConfigError("http.api_key", "must be ASCII without spaces and not empty")
+        self._check_keys()
         for domain in self.allowed_media_domains or ():
             if not domain.strip(".") or "/" in domain:
                 raise ConfigError("http.allowed_media_domains", f"{domain!r} is not a host name")
@@ -67,3 +108,14 @@ class HttpConfig:
                 ipaddress.ip_network(network, strict=False)
             except ValueError as error:
                 raise ConfigError("http.allow_private_media_hosts", str(error)) from error
+
+    def _check_keys(self) -> None:
+        keys = [own.key for own in self.api_keys] + ([] if self.api_key is None else [self.api_key])
+        if len(set(keys)) < len(keys):
+            raise ConfigError("http.api_keys", "the same key is there twice")
+        tenants = {own.tenant for own in self.api_keys}
+        names = [tenant.name for tenant in tenants]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError("http.api_keys", f"{', '.join(sorted(twice))}: more than one weight")
+        if self.api_keys and self.max_requests < 2 * (len(names) + 1):
+            raise ConfigError("http.max_requests", f"is too small for {len(names)} tenants")

@@ -74,6 +74,8 @@ class ChatRequest(msgspec.Struct):
     """Extension; 0 and -1 mean all."""
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
+    priority: Annotated[int, Meta(ge=-8, le=8)] | None = None
+    """Extension: among the requests of one tenant, lower goes first."""
     # Read to be refused: ignoring one of these would give the client something else than it asked for.
     n: int | None = None
     logprobs: bool | None = None

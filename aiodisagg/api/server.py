@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hmac
 import logging
 import re
 import time
@@ -20,13 +19,14 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver
 
 from aiodisagg.api.backend import ChatBackend
+from aiodisagg.api.callers import Caller, Callers
 from aiodisagg.api.chat import ChatHandler, model_not_found
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.counters import HttpCounters
 from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
 from aiodisagg.api.schema import ModelBody, ModelList
-from aiodisagg.errors import ConfigError, Overloaded
+from aiodisagg.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class _Running:
 
     request_id: str
     task: asyncio.Task[object]
+    caller: Caller | None = None
+    """None before it is known, and for what anybody may see."""
     has_begun: bool = False
     """Whether a part of the response has left."""
 
@@ -51,7 +53,7 @@ class HttpServer:
 
     Args:
         port: 0 takes a free one, see :attr:`url`.
-        debug: what ``GET /debug/NAME`` shows as JSON, by name; behind the API key like ``/v1``.
+        debug: what ``GET /debug/NAME`` shows as JSON, by name; behind the operator's key.
         resolver: for the hosts of media URLs; None: the operating system's.
 
     ``async with`` raises ConfigError if the address cannot be bound. Leaving it stops listening, refuses new requests
@@ -76,7 +78,7 @@ class HttpServer:
         self._debug = dict(debug or {})
         self._counters = HttpCounters()
         self._running: dict[int, _Running] = {}  # by id(): aiohttp's requests have no hash
-        self._chats = 0
+        self._callers = Callers(self._config)
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
@@ -160,13 +162,10 @@ class HttpServer:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         if self._stopping:
             raise Refused(503, "the server is stopping", code="stopping", retry_after_s=1.0)
-        if self._chats >= self._config.max_requests:
-            raise Overloaded(1.0, f"{self._chats} requests are being answered already")
-        self._chats += 1
-        try:
-            return await self._chat(request, self._running[id(request)].request_id)
-        finally:
-            self._chats -= 1
+        running = self._running[id(request)]
+        assert running.caller is not None
+        with self._callers.chat(running.caller):
+            return await self._chat(request, running.request_id, running.caller)
 
     async def _models(self, request: web.Request) -> web.Response:
         return _json(ModelList([self._described()]))
@@ -226,7 +225,7 @@ class HttpServer:
 
     async def _answered(self, request: web.Request, handler: _Handler, running: _Running) -> web.StreamResponse:
         try:
-            self._authorize(request)
+            running.caller = self._authorize(request)
             response = await handler(request)
         except Exception as error:
             if request.transport is None or request.transport.is_closing():
@@ -251,15 +250,14 @@ class HttpServer:
             running.has_begun = True
             response.headers["X-Request-Id"] = running.request_id
 
-    def _authorize(self, request: web.Request) -> None:
-        key = self._config.api_key
-        if key is None or not request.path.startswith(("/v1/", "/debug/")):
-            return
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        # Bytes: compare_digest refuses text beyond ASCII, and what is no UTF-8 arrives as surrogates.
-        found = given.strip().encode(errors="surrogateescape")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(found, key.encode()):
-            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+    def _authorize(self, request: web.Request) -> Caller | None:
+        """Who asks, where that counts."""
+        if not request.path.startswith(("/v1/", "/debug/")):
+            return None
+        caller = self._callers.recognize(request)
+        if request.path.startswith("/debug/") and not caller.is_operator:
+            raise Refused(403, "this is for the operator's key", code="operator_only")
+        return caller
 
 
 def _json(body: object, status: int = 200) -> web.Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -155,6 +156,7 @@ def encode(
 @click.option("--host", default="127.0.0.1", help="Of the HTTP API.")
 @click.option("--port", default=8000, help="Of the HTTP API; 0 takes a free one.")
 @click.option("--api-key", envvar="AIODISAGG_API_KEY", help="Clients must send it as a bearer token.")
+@click.option("--keys-file", type=click.Path(path_type=Path, exists=True), help="Keys of tenants, see docs/http.md.")
 @click.option("--peer", "peers", multiple=True, help="Address of an encode peer, besides those of the bootstrap.")
 @click.option("--pool-mib", default=64.0, help="Memory that encode peers write into.")
 @click.option("--block-rows", default=256, help="Rows of a block.")
@@ -162,6 +164,9 @@ def encode(
 @click.option("--failover-s", default=1.0, help="How long a lost link may take to come back.")
 @click.option("--stall-s", default=5.0, help="Silence after which an encode peer is asked again.")
 @click.option("--max-requests", default=256, help="Chat requests at once.")
+@click.option("--max-queue", default=1024, help="Requests that wait for the engine.")
+@click.option("--max-ttft-s", default=math.inf, help="Refuse what is predicted to take longer to its first token.")
+@click.option("--max-wait-s", default=10.0, help="Requests that would wait longer are overtaken by nobody.")
 @click.option("--kv-mib", default=256, help="Memory of the paged KV pool.")
 @click.option("--token-budget", default=2048, help="Tokens of one engine step.")
 @click.option("--max-running", default=64, help="Requests that hold KV pages at once.")
@@ -175,6 +180,7 @@ def language(
     host: str,
     port: int,
     api_key: str | None,
+    keys_file: Path | None,
     peers: tuple[str, ...],
     pool_mib: float,
     block_rows: int,
@@ -182,6 +188,9 @@ def language(
     failover_s: float,
     stall_s: float,
     max_requests: int,
+    max_queue: int,
+    max_ttft_s: float,
+    max_wait_s: float,
     kv_mib: int,
     token_budget: int,
     max_running: int,
@@ -198,9 +207,11 @@ def language(
     """Run a language peer with an OpenAI-compatible HTTP API."""
     begin(peer["name"] or "language", verbose, parent)
     announce = announcer(ready_fd)
+    keys_data = None if keys_file is None else keys_file.read_bytes()
 
     async def serve(stop: asyncio.Event) -> None:
         from aiodisagg.peer.config import LanguageConfig, MiB
+        from aiodisagg.scheduler.admission import AdmissionConfig
 
         config = LanguageConfig(
             **_peer_settings(**peer),
@@ -215,13 +226,15 @@ def language(
             itl_budget_ms=itl_budget_ms,
             overlap=overlap,
             prefix_cache=prefix_cache,
+            admission=AdmissionConfig(max_queue=max_queue, max_ttft_s=max_ttft_s, max_wait_s=max_wait_s),
             dtype=dtype,
             max_pixels=max_pixels,
         )
-        from aiodisagg.api import HttpConfig, HttpServer  # after the checks: torch takes seconds
+        from aiodisagg.api import HttpConfig, HttpServer, read_keys  # after the checks: torch takes seconds
         from aiodisagg.language.service import LanguageService
 
-        http = HttpConfig(api_key=api_key, max_requests=max_requests)
+        keys = () if keys_data is None else read_keys(keys_data)
+        http = HttpConfig(api_key=api_key, api_keys=keys, max_requests=max_requests)
         async with LanguageService(config) as service:
             for address in peers:
                 service.add_peer(address)

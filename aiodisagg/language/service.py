@@ -19,7 +19,15 @@ from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
-from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, InvalidRequest, MediaError
+from aiodisagg.errors import (
+    AiodisaggError,
+    DeadlineExceeded,
+    EncodeFailed,
+    InvalidRequest,
+    MediaError,
+    PromptTooLong,
+)
+from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
 from aiodisagg.link.hello import PeerRole
@@ -30,6 +38,7 @@ from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import Fail, ItemSpec
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
+from aiodisagg.scheduler.shares import Tenant
 
 if TYPE_CHECKING:
     from aiodisagg.models.language import LanguageHalf
@@ -125,6 +134,8 @@ class LanguageService:
             )
         )
         self.pool, self.receiver, self.peers = self.rows.pool, self.rows.receiver, self.rows.peers
+        self.admission = Admission(config.admission, config.max_running)
+        self._stack.push_async_callback(self.admission.aclose)
         self._tasks = Tasks(self.name)
         self._stack.push_async_callback(self._tasks.aclose)
         if config.bootstrap:
@@ -185,15 +196,19 @@ class LanguageService:
         *,
         request_id: str | None = None,
         timeout_s: float | None = None,
+        tenant: Tenant = DEFAULT_TENANT,
+        priority: int = 0,
     ) -> AsyncGenerator[Delta, None]:
         """Streams the answer to a chat. Closing the generator stops the work everywhere.
 
         Args:
             request_id: for logs and traces; must not be in use. timeout_s: until the request's last row is here.
+            tenant: who asks; tenants share the service by their weights. priority: among the tenant's requests, from
+                -8 to 8; lower goes first.
 
         Raises:
             InvalidRequest: also MediaError and PromptTooLong: the request cannot be served as written.
-            Overloaded: too much is waiting already.
+            Overloaded: too much is waiting, or the first token could not be here in time.
             NoEncodePeer: no encode peer could be linked in time.
             DeadlineExceeded, EncodeFailed: an item did not arrive. EngineError: the engine failed this request.
         """
@@ -207,6 +222,10 @@ class LanguageService:
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
             if plan.items:
                 await self.peers.wait_any(self.config.peer_wait_s)
+            if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
+                raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
+            turn = Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=trace.since())
+            await self.admission.take(turn)
             handle = self.engine.submit(EngineRequest(request_id, plan, sampling))
             fetching = self._tasks.start(self._fetch(handle, plan, request, trace, timeout_s), f"fetch {request_id}")
             try:
@@ -214,6 +233,7 @@ class LanguageService:
                     async for delta in deltas:
                         if trace.first_token_s < 0 and delta.token_ids:
                             trace.first_token_s, trace.state = trace.since(), "decoding"
+                            self.admission.first_token(request_id)
                         trace.output_tokens += len(delta.token_ids)
                         # Before the last delta is out: its reader rarely comes back, but closes the generator.
                         if delta.finish_reason is FinishReason.CANCELLED:
@@ -270,6 +290,7 @@ class LanguageService:
         """The first call says how the request ended; later ones do nothing."""
         if trace.ended:
             return
+        self.admission.end(trace.request_id, trace.output_tokens)
         for key in request.keys:
             self.rows.cancel(key)
             self._items.pop(key, None)
@@ -307,6 +328,7 @@ class LanguageService:
         return metrics.render(
             [
                 *self.rows.metrics(),
+                *self.admission.metrics(),
                 metrics.gauge("requests_waiting", "Requests without KV pages.", stats.waiting),
                 metrics.gauge("requests_running", "Requests with KV pages.", stats.running),
                 metrics.gauge("kv_pages_free", "Free KV pages.", stats.pages_free),

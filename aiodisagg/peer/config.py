@@ -11,6 +11,7 @@ from aiodisagg.errors import ConfigError
 from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.protocol.rows import DTYPE_BYTES
+from aiodisagg.scheduler.admission import AdmissionConfig
 
 MiB = 1 << 20
 
@@ -112,6 +113,8 @@ class LanguageConfig(PeerConfig):
     """Prefill what has arrived of a prompt; off, to measure what that is worth: wait for all of its items first."""
     prefix_cache: bool = True
     """Reuse KV pages of earlier prompts and answers; an item that is all in such pages is not encoded."""
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    """Who of those that wait goes next, and who is sent away."""
     max_pixels: int | None = None
     """Pixels of an image after resizing; None: what the checkpoint says."""
     request_timeout_s: float = 300.0

@@ -20,6 +20,7 @@ from PIL import Image
 from aiodisagg.api import HttpConfig, HttpServer
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams, Usage
 from aiodisagg.models.base import ChatMessage
+from aiodisagg.scheduler.shares import Tenant
 
 MODEL = "tests/scripted-vl"
 _TLS = ssl.create_default_context()  # never used, but a client makes one unless it is given, and that takes long
@@ -56,6 +57,8 @@ class Call:
     sampling: SamplingParams
     request_id: str
     timeout_s: float | None
+    tenant: Tenant
+    priority: int
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: bool = False
     yielded: int = 0
@@ -84,8 +87,10 @@ class ScriptedBackend:
         *,
         request_id: str,
         timeout_s: float | None = None,
+        tenant: Tenant,
+        priority: int = 0,
     ) -> AsyncGenerator[Delta, None]:
-        call = Call(list(messages), sampling, request_id, timeout_s)
+        call = Call(list(messages), sampling, request_id, timeout_s, tenant, priority)
         self.calls.append(call)
         self.started.put_nowait(call)
         try:

@@ -1,0 +1,99 @@
+"""Who asks: keys, tenants, and how much of the server one of them may take."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from aiodisagg.api.config import NAME_RULE, TENANT_NAME, HttpConfig
+from aiodisagg.api.failures import Refused
+from aiodisagg.errors import InvalidRequest, Overloaded
+from aiodisagg.scheduler.shares import Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose key a request has."""
+
+    tenant: Tenant
+    is_operator: bool
+    """The operator may look into the server and ask in the name of a tenant; so may anybody if there are no keys."""
+
+
+_OPERATOR = Caller(Tenant(), is_operator=True)
+
+
+class Callers:
+    """Recognizes callers and counts their chats."""
+
+    def __init__(self, config: HttpConfig) -> None:
+        # By a keyed hash: how long a look-up takes says nothing about a key.
+        self._salt = secrets.token_bytes(16)
+        self._by_key = {self._hash(own.key.encode()): Caller(own.tenant, False) for own in config.api_keys}
+        if config.api_key is not None:
+            self._by_key[self._hash(config.api_key.encode())] = _OPERATOR
+        tenants = {own.tenant.name for own in config.api_keys}
+        self._kept = config.max_requests // (2 * (len(tenants) + 1)) if tenants else 0
+        self._shared = config.max_requests - self._kept * (len(tenants) + 1)
+        self._chats: Counter[str] = Counter()
+
+    @property
+    def chats(self) -> int:
+        return self._chats.total()
+
+    def _hash(self, key: bytes) -> bytes:
+        return hashlib.blake2b(key, key=self._salt).digest()
+
+    def recognize(self, request: web.Request) -> Caller:
+        """Raises Refused (401)."""
+        if not self._by_key:
+            return _OPERATOR
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        caller = self._by_key.get(self._hash(given.strip().encode(errors="surrogateescape")))
+        if scheme.lower() != "bearer" or caller is None:
+            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+        return caller
+
+    @contextmanager
+    def chat(self, caller: Caller) -> Iterator[None]:
+        """Around one chat. Raises Overloaded if this caller has more of them than may be."""
+        who = "" if caller.is_operator else caller.tenant.name
+        taken = sum(max(0, count - self._kept) for count in self._chats.values())
+        if self._chats[who] >= self._kept and taken >= self._shared:
+            raise Overloaded(1.0, f"{self._chats[who]} requests are being answered already")
+        self._chats[who] += 1
+        try:
+            yield
+        finally:
+            self._chats[who] -= 1
+
+
+def tenant_of(request: web.Request, caller: Caller) -> Tenant:
+    """The caller's own tenant, or the one in ``X-Tenant`` if it may ask for others. Raises InvalidRequest."""
+    name = request.headers.get("X-Tenant")
+    if name is None or not caller.is_operator:
+        return caller.tenant
+    if not TENANT_NAME.fullmatch(name):
+        raise InvalidRequest("X-Tenant", f"must be {NAME_RULE}")
+    return Tenant(name)
+
+
+def timeout_of(request: web.Request, most_s: float) -> float:
+    """Seconds in ``X-Request-Timeout``, at most ``most_s``, which is also the default. Raises InvalidRequest."""
+    text = request.headers.get("X-Request-Timeout")
+    if text is None:
+        return most_s
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequest("X-Request-Timeout", "must be a positive number of seconds")
+    return min(seconds, most_s)
