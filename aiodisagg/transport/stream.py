@@ -40,6 +40,7 @@ from aiodisagg.transport.wire import Wire, frame
 log = logging.getLogger(__name__)
 
 NAME = "stream"
+CHUNK_BYTES = 1 << 20
 _SEND_BYTES = 1 << 20
 
 
@@ -237,7 +238,7 @@ class StreamTransport(Transport):
         host: str = "127.0.0.1",
         port: int = 0,
         advertise: str | None = None,
-        chunk_bytes: int = 1 << 20,
+        chunk_bytes: int = CHUNK_BYTES,
         window: int = 8,
         connect_timeout_s: float = 5.0,
         stall_s: float = 30.0,
