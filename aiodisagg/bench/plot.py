@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from aiodisagg.bench.resume import INTERRUPTED, ResumeReport
+from aiodisagg.bench.transport import CONCURRENT, TransportReport
 
 
 def plot_resume(report: ResumeReport, file: Path) -> None:
@@ -38,5 +39,27 @@ def plot_resume(report: ResumeReport, file: Path) -> None:
     right.minorticks_off()
     right.legend()
     figure.suptitle(f"{report.transport}, medians of {report.repeats}")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_transport(report: TransportReport, file: Path) -> None:
+    """Writes a PNG: rates of every path and its limit over sizes, one and eight transfers at once."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(CONCURRENT), figsize=(12, 4.6), sharey=True, layout="constrained")
+    for panel, concurrent in zip(panels, CONCURRENT, strict=True):
+        for number, name in enumerate(dict.fromkeys(one.path for one in report.moved)):
+            ones = [one for one in report.moved if (one.path, one.concurrent) == (name, concurrent)]
+            x = [one.size_bytes / 2**20 for one in ones]
+            panel.plot(x, [one.gib_s for one in ones], "o-", color=f"C{number}", label=name)
+            panel.plot(x, [one.limit_gib_s for one in ones], ":", color=f"C{number}", label=ones[0].limit)
+        panel.set(xscale="log", yscale="log", xlabel="MiB", ylabel="GiB/s", title=f"{concurrent} at once")
+        panel.grid(alpha=0.3)
+    panels[-1].legend(fontsize=8)
+    figure.suptitle(report.machine, fontsize=9)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

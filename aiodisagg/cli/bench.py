@@ -145,5 +145,54 @@ def bench_faults_command(json_file: Path | None, transports: str | None, **optio
     raise SystemExit(1 if report.failed or report.wrong else 0)
 
 
+@bench.command("transport")
+@click.option("--only", multiple=True, help="Sections: sizes, handoff, link, fairness, gil, hosts; all if left out.")
+@click.option("--runs", default=5, type=click.IntRange(min=1), help="Rounds; every path and its limit once in each.")
+@click.option("--quick", is_flag=True, help="Small sizes and few repeats: shows that it works, not how fast.")
+@click.option(
+    "--netns", is_flag=True, help="Run in a network namespace of its own with TCP reno; needs root, iproute2."
+)
+@click.option(
+    "--read", "read_file", type=click.Path(exists=True, path_type=Path), help="Show an earlier --json; measure nothing."
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run and the medians as JSON.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write a PNG; needs the extra bench.")
+def bench_transport_command(
+    only: tuple[str, ...],
+    runs: int,
+    quick: bool,
+    netns: bool,
+    read_file: Path | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Every transport of this machine beside the bare limit of its path, two processes; Markdown on stdout."""
+    import msgspec
+    import uvloop
+
+    from aiodisagg.bench.network import in_namespace
+    from aiodisagg.bench.transport import SECTIONS, TransportOptions, TransportReport, bench_transport, write
+    from aiodisagg.bench.transport_tables import markdown
+
+    if unknown := set(only) - set(SECTIONS):
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}", param_hint="--only")
+    setup_logging(0, "bench")
+    try:
+        if netns:
+            again = [argument for argument in sys.argv[1:] if argument != "--netns"]
+            raise SystemExit(uvloop.run(in_namespace("reno", (sys.executable, "-m", "aiodisagg", *again))))
+        if read_file is not None:
+            report = msgspec.json.decode(read_file.read_bytes(), type=TransportReport)
+        else:
+            options = TransportOptions(only or SECTIONS, runs, quick)
+            report = uvloop.run(bench_transport(options, lambda text: click.echo(text, err=True)))
+        write(report, json_file, plot_file)
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error
+    except ImportError as error:
+        raise click.ClickException(f"{error}; pip install 'aiodisagg[bench]'") from error
+    click.echo(markdown(report))
+
+
 for command in (bench_serve_command, bench_system_command, bench_control_command):
     bench.add_command(command)

@@ -64,6 +64,7 @@ from aiodisagg.transport.mooncake_side import (
 
 log = logging.getLogger(__name__)
 
+RDMA_CHUNK_BYTES, TCP_CHUNK_BYTES = 4 << 20, 256 << 20
 _BARRED_PEERS = 1024
 _MAX_LEASE = 2**62
 
@@ -115,7 +116,7 @@ class MooncakeTransport(Transport):
         self._devices, self._progress_timeout_s = devices, progress_timeout_s
         self._heartbeat_s, self._connect_timeout_s, self._overdue_s = heartbeat_s, connect_timeout_s, overdue_s
         self._quarantine_s = 2.0 * progress_timeout_s if quarantine_s is None else quarantine_s
-        self._chunk_bytes = chunk_bytes or ((4 if self.protocol == "rdma" else 256) << 20)
+        self._chunk_bytes = chunk_bytes or (RDMA_CHUNK_BYTES if self.protocol == "rdma" else TCP_CHUNK_BYTES)
         self._depth, self._staging_slots = ((16, 8), staging_slots) if self.protocol == "rdma" else ((4, 1), 0)
         self._state = "new"
         self._incarnation = ""

@@ -4,7 +4,8 @@ The fast path between hosts without RDMA, on asyncio and uvloop alike. The recei
 ``recv`` of at most 1 MiB; a lease that is withdrawn ends a chunk in its middle, the rest is read and dropped. Since
 all of this happens in single turns of one loop, ``revoke`` has nothing to wait for. The sender gives slices of the
 sources to ``send`` on a socket of its own beside the one that asyncio reads answers from: asyncio's transports
-would copy. What is sent when, and when a write has ended: :mod:`aiodisagg.transport.chunks`.
+would copy (:mod:`aiodisagg.transport.stream_line`). What is sent when, and when a write has ended:
+:mod:`aiodisagg.transport.chunks`.
 
 Memory beyond the pools: nothing but kernel sockets, 4 KiB per connection, and 256 KiB where bytes were dropped.
 A lost connection is not made again: the remote is gone, and the caller connects anew.
@@ -29,18 +30,20 @@ from aiodisagg.errors import (
     TransportError,
     TransportUnavailable,
     WriteFailed,
-    WriteRefused,
 )
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
-from aiodisagg.transport.chunks import Chunk, Gone, Hello, Lane, Outgoing, Placed, Rejected, Welcome, Word
+from aiodisagg.transport.chunks import Chunk, Gone, Hello, Outgoing, Placed, Rejected, Welcome, Word
 from aiodisagg.transport.description import pack, unpack
-from aiodisagg.transport.wire import Wire, frame
+from aiodisagg.transport.stream_line import Line
+from aiodisagg.transport.wire import Wire
 
 log = logging.getLogger(__name__)
 
 NAME = "stream"
-_SEND_BYTES = 1 << 20
+CHUNK_BYTES = 4 << 20
+SMALL_BYTES = 1 << 20
+_LINES = 2
 
 
 class _Pool(msgspec.Struct, frozen=True, array_like=True):
@@ -97,120 +100,29 @@ class _Receiving:
 
 
 class StreamRemote(Remote):
-    """A pool behind one TCP connection. ``ends``: one future per write that has not ended."""
+    """A pool behind two TCP connections: small writes have one of their own, so that they do not wait behind the
+    megabytes of a huge one that the kernel has accepted. ``ends``: one future per write that has not ended."""
 
-    def __init__(self, peer: str, sock: socket.socket, window: int, stall_s: float) -> None:
+    def __init__(self, peer: str) -> None:
         self.peer, self.size_bytes = peer, 0
         self.closed = False
         self.gone: TransportError | None = None
         self.ends: set[asyncio.Future[None]] = set()
-        self.wire = Wire(self)
-        self.welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
-        self._sock = sock
-        self._session = 0
-        self._lane = Lane(window)
-        self._work = asyncio.Event()
-        self._pump: asyncio.Task[None] | None = None
-        self._stall_s = stall_s
-        self._stall: asyncio.TimerHandle | None = None
+        self.lines: list[Line] = []
 
-    # -- what the wire reads --------------------------------------------------------------------------------------
-
-    def heard(self, wire: Wire, word: Word) -> None:
-        known = False
-        match word:
-            case Welcome() if not self.welcome.done():
-                self._session, self.size_bytes = word.session, word.size_bytes
-                self.welcome.set_result(word)
-                known = True
-            case Gone(message):
-                return self.lose(PeerGone(NAME, message, peer=self.peer))
-            case Placed(number):
-                known = self._lane.placed(number)
-            case Rejected(number, gone, message):
-                kind = PeerGone if gone else WriteRefused
-                known = self._lane.rejected(number, kind(NAME, message, peer=self.peer))
-        if not known:
-            return self.lose(PeerGone(NAME, "it does not speak this protocol", peer=self.peer))
-        self._work.set()
-        self._watch(again=True)
-        return None
-
-    def place(self, chunk: Chunk, start: int) -> memoryview | None:
-        return None
-
-    def landed(self, wire: Wire, chunk: Chunk, whole: bool) -> None:
-        pass  # heard() has ended the connection
-
-    def lost(self, wire: Wire) -> None:
-        self.lose(PeerGone(NAME, wire.broken or "the connection is lost", peer=self.peer))
-
-    # -- sending --------------------------------------------------------------------------------------------------
-
-    def start(self, incarnation: str) -> None:
-        """The connection is made. It may have been lost since."""
-        if self.gone is None:
-            self._pump = asyncio.ensure_future(self._send())
-            self._pump.add_done_callback(lambda _: self._sock.close())  # even if it is cancelled before its first step
-            self.wire.say(Hello(incarnation, self.peer))
-
-    def add(self, write: Outgoing) -> None:
-        self._lane.add(write)
-        self._work.set()
-
-    async def _send(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                await self._work.wait()
-                self._work.clear()
-                while (turn := self._lane.next()) is not None:
-                    number, piece, write = turn
-                    self._watch(again=False)
-                    write.hold()
-                    try:
-                        size = piece.source.nbytes
-                        head = Chunk(self._session, number, piece.offset, size, piece.lease)
-                        await loop.sock_sendall(self._sock, frame(head))
-                        for start in range(0, size, _SEND_BYTES):
-                            await loop.sock_sendall(self._sock, piece.source[start : start + _SEND_BYTES])
-                            await asyncio.sleep(0)  # sock_sendall does not turn the loop while there is room
-                    finally:
-                        del piece, turn
-                        write.drop()
-        except OSError as error:
-            self.lose(PeerGone(NAME, f"the connection is lost: {error}", peer=self.peer))
-
-    def _watch(self, *, again: bool) -> None:
-        """The peer owes an answer from when it has a chunk to answer, and from each answer on."""
-        if again and self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
-        if self._stall is None and self._lane.waiting:
-            error = WriteFailed(NAME, f"no answer in {self._stall_s:g} s", peer=self.peer)
-            self._stall = asyncio.get_running_loop().call_later(self._stall_s, self.lose, error)
+    def add(self, write: Outgoing, size_bytes: int) -> None:
+        self.lines[size_bytes > SMALL_BYTES].add(write)
 
     def lose(self, error: TransportError) -> None:
-        """Ends the connection; the first reason stays. A write ends when the pump has let go of its source."""
-        if self.gone is not None:
-            return
-        self.gone = error
-        if self._stall is not None:
-            self._stall.cancel()
-        if not self.welcome.done():
-            self.welcome.set_exception(error)
-        if self._pump is not None:
-            self._pump.cancel()
-        else:
-            self._sock.close()
-        self.wire.abort()
-        self._lane.fail(error)
+        """Ends both connections; the first reason stays."""
+        self.gone = self.gone or error
+        for line in self.lines:
+            line.lose(error)
 
     async def end(self) -> None:
-        """After ``lose``: returns when nothing of the connection is left."""
-        if self._pump is not None:
-            await asyncio.gather(self._pump, return_exceptions=True)
-        await self.wire.end()
+        """After ``lose``: returns when nothing of the connections is left."""
+        for line in self.lines:
+            await line.end()
 
 
 class StreamTransport(Transport):
@@ -237,7 +149,7 @@ class StreamTransport(Transport):
         host: str = "127.0.0.1",
         port: int = 0,
         advertise: str | None = None,
-        chunk_bytes: int = 1 << 20,
+        chunk_bytes: int = CHUNK_BYTES,
         window: int = 8,
         connect_timeout_s: float = 5.0,
         stall_s: float = 30.0,
@@ -284,37 +196,42 @@ class StreamTransport(Transport):
             host = _address("host", pool.host)
         except ConfigError as error:
             raise TransportUnavailable(NAME, f"the peer's description: {error}", peer=peer) from error
-        loop = asyncio.get_running_loop()
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        remote: StreamRemote | None = None
+        remote = StreamRemote(peer)
+        self._remotes.add(remote)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await loop.sock_connect(sock, (host, pool.port))
-                remote = StreamRemote(peer, sock.dup(), self._window, self._stall_s)
-                self._remotes.add(remote)
-                wire = remote.wire
-                await loop.create_connection(lambda: wire, sock=sock)
-                sock = None  # type: ignore[assignment]  # it is asyncio's now
-                remote.start(self._incarnation)
-                await remote.welcome
+                for _ in range(_LINES):
+                    remote.size_bytes = (await self._dial(remote, host, pool.port)).size_bytes
             self._check_open()
+            if remote.gone is not None:
+                raise PeerGone(NAME, str(remote.gone), peer=peer) from remote.gone
         except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if remote is not None:
-                self._remotes.discard(remote)
-                remote.lose(PeerGone(NAME, "given up", peer=peer))
-                if remote.welcome.done() and not remote.welcome.cancelled():
-                    remote.welcome.exception()  # whatever it was, this error is the one to tell
-                await remote.end()
+            self._remotes.discard(remote)
+            remote.lose(PeerGone(NAME, "given up", peer=peer))
+            await remote.end()
             if isinstance(error, TimeoutError):
                 raise PeerGone(NAME, f"no answer in {self._connect_timeout_s:g} s", peer=peer) from error
             if isinstance(error, (OSError, OverflowError)):
                 raise PeerGone(NAME, f"cannot connect to {host}:{pool.port}: {error}", peer=peer) from error
             raise
         return remote
+
+    async def _dial(self, remote: StreamRemote, host: str, port: int) -> Welcome:
+        """One more line of a remote, which is told of its loss from then on."""
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.sock_connect(sock, (host, port))
+            line = Line(NAME, remote.peer, sock.dup(), self._window, self._stall_s, remote.lose)
+            remote.lines.append(line)
+            await loop.create_connection(lambda: line.wire, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        line.start(self._incarnation)  # the socket is asyncio's now
+        return await line.welcome
 
     async def write(self, remote: Remote, slices: Sequence[Slice]) -> None:
         pool = self._mine(remote)
@@ -323,7 +240,8 @@ class StreamTransport(Transport):
             raise TransportClosed(NAME, "disconnected", peer=remote.peer)
         if pool.gone is not None:
             raise PeerGone(NAME, "the connection is lost", peer=remote.peer) from pool.gone
-        if not check_slices(NAME, remote, slices):
+        total = check_slices(NAME, remote, slices)
+        if not total:
             return
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         end.add_done_callback(lambda done: done.exception())  # a cancelled writer asks for no result
@@ -337,7 +255,7 @@ class StreamTransport(Transport):
                 end.set_exception(error)
 
         write = Outgoing(slices, self._chunk_bytes, ended)
-        pool.add(write)
+        pool.add(write, total)
         try:
             await asyncio.shield(end)
         except asyncio.CancelledError:

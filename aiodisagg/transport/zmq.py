@@ -4,10 +4,10 @@ The receiver binds a ROUTER, each connected writer is a DEALER; one thread per t
 (:mod:`aiodisagg.transport.zmq_pump`). Bytes leave without a copy and arrive by ``recv_into`` in the lent range, after
 ``admit``. What is sent when, and when a write has ended: :mod:`aiodisagg.transport.chunks`.
 
-Memory beyond the pools: a receiver buffers at most ``window + 4`` chunks per writer (32 MiB by default), honest or
-not, because of its high-water mark and its limit on a message's size; a writer buffers nothing but its kernel
-sockets. A connection that is lost is not made again, because ZMQ would silently drop chunks and might find another
-process at the address: the remote is gone, and the caller connects anew.
+Memory beyond the pools: a receiver buffers at most ``window + 4`` chunks per connection (32 MiB by default, and a
+writer has two), honest or not, because of its high-water mark and its limit on a message's size; a writer buffers
+nothing but its kernel sockets. A connection that is lost is not made again, because ZMQ would silently drop chunks and
+might find another process at the address: the remote is gone, and the caller connects anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import ipaddress
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import msgspec
@@ -29,6 +30,9 @@ from aiodisagg.transport.description import pack, unpack
 from aiodisagg.transport.landing import Landing
 from aiodisagg.transport.zmq_pump import NAME, Link, Options, Pump, endpoint, has_curve
 
+SMALL_BYTES = 1 << 20
+_LINKS = 2
+
 
 class _Pool(msgspec.Struct, frozen=True, array_like=True):
     host: str
@@ -39,14 +43,15 @@ class _Pool(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ZmqRemote(Remote):
-    """A pool behind a DEALER. ``ends``: one future per write that has not ended."""
+    """A pool behind two DEALERs: small writes have one of their own, so that they do not wait behind the chunks of a
+    huge one that ZMQ has accepted. ``ends``: one future per write that has not ended."""
 
     def __init__(self, peer: str) -> None:
         self.peer, self.size_bytes = peer, 0
         self.closed = False
         self.lost: TransportError | None = None
         self.ends: set[asyncio.Future[None]] = set()
-        self.link: Link
+        self.links: tuple[Link, ...] = ()
 
 
 class ZmqTransport(Transport):
@@ -138,23 +143,40 @@ class ZmqTransport(Transport):
         if pool.server_key and not has_curve():
             raise TransportUnavailable(NAME, "the peer wants CURVE, this libzmq has none", peer=peer)
         remote = ZmqRemote(peer)
-        greeted: asyncio.Future[int] = self._loop.create_future()
-        link = remote.link = Link(
-            peer,
-            self._options.window,
-            greeted=lambda error, size: self._tell(_resolve, greeted, error, size),
-            lost=lambda error: self._tell(setattr, remote, "lost", error),
-        )
-        pump.call(lambda: pump.dial(link, address, pool.server_key))
+        greetings = [self._link(pump, remote) for _ in range(_LINKS)]
+
+        def dial() -> None:
+            for link in remote.links:
+                pump.dial(link, address, pool.server_key)
+
+        pump.call(dial)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                remote.size_bytes = await greeted
+                for greeting in greetings:
+                    remote.size_bytes = await greeting
+            if remote.lost is not None:
+                raise PeerGone(NAME, str(remote.lost), peer=peer) from remote.lost
         except BaseException as error:
-            pump.call(lambda: pump.hang_up(link, PeerGone(NAME, "given up", peer=peer)))
+            for link in remote.links:
+                pump.call(partial(pump.hang_up, link, PeerGone(NAME, "given up", peer=peer)))
             if isinstance(error, TimeoutError):
                 raise PeerGone(NAME, f"no answer in {self._connect_timeout_s:g} s", peer=peer) from error
             raise
         return remote
+
+    def _link(self, pump: Pump, remote: ZmqRemote) -> asyncio.Future[int]:
+        """One more connection of a remote, not dialled; the pool's size once it is greeted. They are lost together."""
+        greeted: asyncio.Future[int] = self._loop.create_future()
+        greeted.add_done_callback(lambda done: done.cancelled() or done.exception())  # the other may fail first
+
+        def lost(error: TransportError) -> None:
+            for link in remote.links:
+                pump.hang_up(link, error)
+            self._tell(setattr, remote, "lost", error)
+
+        greet = partial(self._tell, _resolve, greeted)
+        remote.links += (Link(remote.peer, self._options.window, greeted=greet, lost=lost),)
+        return greeted
 
     async def write(self, remote: Remote, slices: Sequence[Slice]) -> None:
         pool, pump = self._mine(remote), self._opened()
@@ -162,7 +184,8 @@ class ZmqTransport(Transport):
             raise TransportClosed(NAME, "disconnected", peer=remote.peer)
         if pool.lost is not None:
             raise PeerGone(NAME, "the connection is lost", peer=remote.peer) from pool.lost
-        if not check_slices(NAME, remote, slices):
+        total = check_slices(NAME, remote, slices)
+        if not total:
             return
         end: asyncio.Future[None] = self._loop.create_future()
         end.add_done_callback(lambda done: done.exception())  # a cancelled writer asks for no result
@@ -170,7 +193,7 @@ class ZmqTransport(Transport):
         pool.ends.add(end)
         chunk_bytes = self._options.chunk_bytes
         write = Outgoing(slices, chunk_bytes, lambda error: self._tell(_resolve, end, error, None))
-        pump.call(lambda: pump.send(pool.link, write))
+        pump.call(lambda: pump.send(pool.links[total > SMALL_BYTES], write))
         try:
             await asyncio.shield(end)
         except asyncio.CancelledError:
@@ -193,7 +216,7 @@ class ZmqTransport(Transport):
         await self.fence(pool)
         pump = self._pump
         if pump is not None and self._state == "open":
-            pump.call(lambda: pump.hang_up(pool.link, TransportClosed(NAME, "disconnected", peer=pool.peer)))
+            pump.call(lambda: pump.hang_up(pool.links[0], TransportClosed(NAME, "disconnected", peer=pool.peer)))
 
     async def aclose(self) -> None:
         pump = self._pump

@@ -110,6 +110,7 @@ class Pump:
         self._held = 0
         self._running = True
         self._router: Socket | None = None
+        self._asleep = False
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._woken.setblocking(False)
@@ -127,9 +128,10 @@ class Pump:
 
     def call(self, action: Callable[[], None]) -> None:
         """From any thread: run this on the pump's thread soon."""
-        self._calls.append(action)
-        with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
-            self._wake.send(b"\0")
+        self._calls.append(action)  # first: whoever falls asleep says so before it looks for the last time
+        if self._asleep:
+            with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
+                self._wake.send(b"\0")
 
     def _run(self) -> None:
         self._context: zmq.Context[Socket] = zmq.Context()
@@ -146,8 +148,11 @@ class Pump:
             except Exception:  # a bug in one turn must not silence every connection of this process
                 log.exception("zmq: a turn failed")
         self._context.destroy(linger=0)
+        self._asleep = True
+        self._run_calls()
         while self._held:  # pyzmq lets go of sent memory on a thread of its own, and calls when it does
             select.select([self._woken], [], [], 1.0)
+            self._forget_wakes()
             self._run_calls()
         self._ended()
 
@@ -175,9 +180,13 @@ class Pump:
 
     def _poll(self) -> None:
         pending = any(link.lane.waiting for link in self._links)
-        ready = dict(self._poller.poll(int(min(1000, self._options.stall_s * 250)) if pending else None))
+        self._asleep = True
+        wait_ms = 0 if self._calls else int(min(1000, self._options.stall_s * 250)) if pending else None
+        ready = dict(self._poller.poll(wait_ms))
+        self._asleep = False
         if self._woken.fileno() in ready:
-            self._run_calls()
+            self._forget_wakes()
+        self._run_calls()
         if self._router is not None and self._router in ready:
             self._receive(self._router)
         for link in list(self._links):
@@ -190,10 +199,12 @@ class Pump:
                 self.hang_up(link, WriteFailed(NAME, text, peer=link.peer))
             self._fill(link)
 
-    def _run_calls(self) -> None:
+    def _forget_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while self._woken.recv(4096):
                 pass
+
+    def _run_calls(self) -> None:
         while self._calls:
             self._calls.popleft()()
 

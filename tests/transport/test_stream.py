@@ -52,21 +52,23 @@ async def stranger(receiver: Receiver) -> AsyncIterator[Stranger]:
 
 
 @asynccontextmanager
-async def server() -> AsyncIterator[tuple[asyncio.Future[Stranger], bytes]]:
-    """A peer that does what the test says; its first connection, and a description of it."""
-    accepted: asyncio.Future[Stranger] = asyncio.get_running_loop().create_future()
+async def server() -> AsyncIterator[tuple[asyncio.Queue[Stranger], bytes]]:
+    """A peer that does what the test says; its connections, and a description of it."""
+    accepted: asyncio.Queue[Stranger] = asyncio.Queue()
+    writers: list[asyncio.StreamWriter] = []
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        accepted.set_result(Stranger(reader, writer))
+        writers.append(writer)
+        accepted.put_nowait(Stranger(reader, writer))
 
     listening = await asyncio.start_server(accept, "127.0.0.1", 0)
     try:
         yield accepted, pack("stream", _Pool("127.0.0.1", listening.sockets[0].getsockname()[1], "p"))
     finally:
         listening.close()
-        if accepted.done():
-            accepted.result().writer.close()
-            await asyncio.gather(accepted.result().writer.wait_closed(), return_exceptions=True)
+        for writer in writers:
+            writer.close()
+            await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
 def unlent(data: bytes) -> Slice:
@@ -149,9 +151,10 @@ async def test_a_peer_that_never_answers_is_given_up(no_leaks: None) -> None:
     kit = Kit(lambda: StreamTransport(stall_s=0.2))
     async with kit.writer() as (writer, _), server() as (accepted, description):
         connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
-        other = await accepted
-        assert isinstance(await other.hear(), Hello)
-        other.writer.write(frame(Welcome(1, 1 << 24)))
+        for _ in range(2):  # one connection for small writes, one for the others
+            other = await accepted.get()
+            assert isinstance(await other.hear(), Hello)
+            other.writer.write(frame(Welcome(1, 1 << 24)))
         remote = await connecting
         with pytest.raises(WriteFailed, match="no answer"):
             await asyncio.wait_for(writer.write(remote, [unlent(b"x" * (16 << 20))]), 10)
@@ -164,9 +167,36 @@ async def test_a_peer_that_never_answers_is_given_up(no_leaks: None) -> None:
 async def test_a_peer_that_talks_nonsense_is_gone(answer: bytes, no_leaks: None) -> None:
     async with Kit(StreamTransport).writer() as (writer, _), server() as (accepted, description):
         connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
-        (await accepted).writer.write(answer)
+        (await accepted.get()).writer.write(answer)
         with pytest.raises(PeerGone, match=r"protocol|4 KiB"):
             await connecting
+
+
+async def test_one_lost_connection_of_two_loses_the_peer(no_leaks: None) -> None:
+    """Also while the second one is being made: nothing of the first may be left."""
+    async with Kit(StreamTransport).writer() as (writer, _), server() as (accepted, description):
+        for lost in (0, 1):
+            connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
+            others = []
+            for _ in range(2):
+                others.append(await accepted.get())
+                assert isinstance(await others[-1].hear(), Hello)
+                if len(others) == 2 and not lost:
+                    others[0].writer.close()
+                    with pytest.raises(PeerGone):
+                        await connecting
+                else:
+                    others[-1].writer.write(frame(Welcome(1, 1 << 24)))
+            if lost:
+                remote = await connecting
+                others[1].writer.close()
+                with pytest.raises(PeerGone):
+                    while True:
+                        await writer.write(remote, [unlent(b"x" * (2 << 20))])
+                with pytest.raises(PeerGone):
+                    await writer.write(remote, [unlent(b"x")])
+            for other in others:
+                assert await other.is_sent_away()
 
 
 async def test_silence_and_refusal_on_connect_are_gone(no_leaks: None) -> None:
@@ -175,7 +205,7 @@ async def test_silence_and_refusal_on_connect_are_gone(no_leaks: None) -> None:
         async with server() as (accepted, description):
             with pytest.raises(PeerGone, match=r"0\.2 s"):
                 await writer.connect(description, peer="p")
-            await accepted
+            await accepted.get()
         for _ in range(2):
             with pytest.raises(PeerGone, match="cannot connect"):
                 await writer.connect(description, peer="p")

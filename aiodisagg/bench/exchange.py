@@ -1,0 +1,109 @@
+"""What words cost between two processes: a round trip of the control link, and the hand-off that copies nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from aiodisagg.bench.partner import Came, Done, Join, Partner
+from aiodisagg.bench.paths import TransportPath
+from aiodisagg.link.hello import Hello, PeerRole
+from aiodisagg.link.link import Link
+from aiodisagg.link.server import LinkServer
+from aiodisagg.protocol.messages import Cancel, Chunk, Commit, Grant, ItemKey, Offer
+from aiodisagg.protocol.rows import ModelFingerprint
+from aiodisagg.transport.mapping import IpcRemote
+
+MODEL = ModelFingerprint("synthetic", 2048, 3, "bfloat16", "")
+ROW_BYTES = 16384
+PAUSE_S = 0.002
+HAND_OFF, HAND_OFF_AFTER_PAUSE = "hand-off, no copy", "hand-off, no copy, after 2 ms of silence"
+UNIX, TCP = "link round trip, unix", "link round trip, TCP"
+
+
+class Latency(msgspec.Struct, frozen=True):
+    """``count`` times of one kind, in microseconds."""
+
+    what: str
+    size_bytes: int
+    count: int
+    p50_us: float
+    p99_us: float
+
+
+def latency(what: str, size_bytes: int, times_s: list[float]) -> Latency:
+    p99 = statistics.quantiles(times_s, n=100)[98] if len(times_s) > 1 else times_s[0]
+    return Latency(what, size_bytes, len(times_s), statistics.median(times_s) * 1e6, p99 * 1e6)
+
+
+@contextlib.asynccontextmanager
+async def link_to(partner: Partner, address: str) -> AsyncIterator[Link]:
+    """A link that the partner dialled; it answers as :class:`~aiodisagg.bench.partner.Join` says."""
+    linked: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
+
+    async def serve(link: Link) -> None:
+        linked.set_result(link)
+        await link.wait_closed()
+
+    hello = Hello.here(name="writer", incarnation="writer", role=PeerRole.ENCODE)
+    async with LinkServer(address, lambda: hello, on_link=serve) as server:
+        await partner.ask(Join(server.address), Done)
+        yield await linked
+
+
+async def round_trips(partner: Partner, count: int) -> list[Latency]:
+    """Of a small message over a unix socket and over TCP, taking turns."""
+    found: dict[str, list[float]] = {}
+    async with link_to(partner, "unix:") as unix, link_to(partner, "tcp:127.0.0.1:0") as tcp:
+        for turn in range(6):
+            for what, link in ((UNIX, unix), (TCP, tcp)):
+                for _ in range(count // 5):
+                    began = time.perf_counter()
+                    link.send_nowait(Cancel(ItemKey(1, 0), 1))
+                    await link.recv()
+                    if turn:  # the first is warm-up
+                        found.setdefault(what, []).append(time.perf_counter() - began)
+    return [latency(what, 0, times) for what, times in found.items()]
+
+
+async def hand_offs(partner: Partner, path: TransportPath, sizes: tuple[int, ...], count: int) -> list[Latency]:
+    """From the offer's sending to the commit's arrival, by the one monotonic clock of a machine.
+
+    The block counts as filled when its view is made: what is measured is what handing over costs besides producing.
+    One right after the other, and after a pause in which the processors fall asleep.
+    """
+    remote = path.remote
+    assert isinstance(remote, IpcRemote)
+    kinds = [(what, size) for what in (HAND_OFF, HAND_OFF_AFTER_PAUSE) for size in sizes]
+    began: list[float] = []
+    async with link_to(partner, "unix:") as link:
+        for _ in range(count + 1):
+            for what, size in kinds:
+                if what == HAND_OFF_AFTER_PAUSE:
+                    await asyncio.sleep(PAUSE_S)
+                began.append(await _hand_over(link, remote, size))
+        link.send_nowait(Cancel(ItemKey(1, 0), 1))
+        await link.recv()  # it has noted all of them
+    came = (await partner.ask(Came(), Done)).times_s
+    times = [end - start for start, end in zip(began, came, strict=True)][len(kinds) :]  # the first are warm-up
+    return [latency(what, size, times[index :: len(kinds)]) for index, (what, size) in enumerate(kinds)]
+
+
+async def _hand_over(link: Link, remote: IpcRemote, size: int) -> float:
+    """When the offer was sent."""
+    rows = max(1, size // ROW_BYTES)
+    key, began = ItemKey(1, 0), time.monotonic()
+    link.send_nowait(Offer(key, 1, rows, MODEL, False, rows, ()))
+    grant = await link.recv()
+    assert isinstance(grant, Grant)
+    (lend,) = grant.lends
+    block = remote.view(lend.offset, size, lend.lease)
+    block[0] = 1
+    del block
+    link.send_nowait(Commit(key, 1, Chunk(lend.lease, 0, rows, 0), None))
+    return began
