@@ -16,7 +16,8 @@ from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
 from aiodisagg.protocol.messages import ItemKey, Message, Want
 from aiodisagg.protocol.rows import ModelFingerprint
-from aiodisagg.scheduler.placement import Candidate, place
+from aiodisagg.scheduler.cost import PeerCosts, Size
+from aiodisagg.scheduler.placement import Backlog, PeerView, Wanted, place
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +108,9 @@ class EncodePeers:
 
     def choose(self, avoid: frozenset[str]) -> EncodePeer | None:
         """The linked peer that placement picks for the next item, None if none is linked."""
-        chosen = place((Candidate(who, peer.rows) for who, peer in self._linked.items()), avoid)
-        return None if chosen is None else self._linked[chosen]
+        views = [PeerView(who, PeerCosts(), Backlog(tower_s=peer.rows)) for who, peer in self._linked.items()]
+        chosen = place(Wanted("", Size(0, 0)), views, avoid)
+        return None if chosen is None else self._linked[chosen.peer]
 
     def send(self, incarnation: str, message: Message) -> None:
         """Sends if the link is up; what does not get out is asked for again by the protocol.
