@@ -19,7 +19,7 @@ from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
-from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, InvalidRequest, MediaError
+from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, InvalidRequest, MediaError, PoisonItem
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import RequestTrace, Traces
 from aiodisagg.link.hello import PeerRole
@@ -158,6 +158,7 @@ class LanguageService:
                 elif record.role.encodes and record.incarnation not in strangers:
                     strangers.add(record.incarnation)
                     logger.error("encode peer %s is not usable: it runs %s, not %s", record.name, record.model, model)
+            self.rows.told(change)
             strangers.difference_update(record.incarnation for record in change.gone)
 
     def add_peer(self, address: str) -> None:
@@ -197,7 +198,7 @@ class LanguageService:
         try:
             plan = await asyncio.to_thread(self._planner.plan, messages)
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if plan.items:
+            if not all(self.rows.sharing.has(item.digest) for item in plan.items):
                 await self.peers.wait_any(self.config.peer_wait_s)
             handle = self.engine.submit(EngineRequest(request_id, plan, sampling))
             fetching = self._tasks.start(self._fetch(handle, plan, request, trace, timeout_s), f"fetch {request_id}")
@@ -249,9 +250,11 @@ class LanguageService:
             request.keys.append(key)
             self._items[key] = _Item(trace.request_id, index, left_s)
             self.traces.item(trace, key, item)
-        for key, item in zip(request.keys, plan.items, strict=True):
-            spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
-            self.rows.request(key, spec, left_s)
+        specs = [
+            ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
+            for item in plan.items
+        ]
+        self.rows.request(list(zip(request.keys, specs, strict=True)), left_s)
 
     def _end(self, trace: RequestTrace, request: _Request, state: str, error: str = "") -> None:
         """The first call says how the request ended; later ones do nothing."""
@@ -280,6 +283,8 @@ class LanguageService:
                 error = DeadlineExceeded(f"item {key}", item.timeout_s, failed.story)
             case "invalid_media":
                 error = MediaError(f"media[{item.index}]", failed.message)
+            case "poison":
+                error = PoisonItem(f"media[{item.index}]", failed.message)
             case _:
                 error = EncodeFailed(str(key), f"{failed.code}: {failed.message}", failed.story)
         self.engine.fail(item.request_id, error)
@@ -311,7 +316,12 @@ class LanguageService:
         return {
             "requests": self.traces.recent,
             "peers": lambda: [
-                {"name": peer.name, "address": peer.address, "items": len(peer.items), "rows": peer.rows}
+                {
+                    "name": peer.name,
+                    "address": peer.address,
+                    "items": len(peer.book.open),
+                    "bytes": peer.book.size_bytes,
+                }
                 for peer in self.peers.linked
             ],
         }

@@ -15,7 +15,8 @@ An item whose link was cut, or that left the peer, teaches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -24,6 +25,8 @@ from aiodisagg.scheduler.placement import Backlog, Placement
 
 K = TypeVar("K", bound=Hashable)
 
+MADE = 1024
+"""Digests that the peer made rows of, the latest: it may hold them still."""
 TYPICAL_PATCHES = 4096
 """Of an item of which only patches are known, as in heartbeats."""
 
@@ -61,6 +64,8 @@ class PeerBook(Generic[K]):
         self._prepare_s = self._tower_s = self._transfer_s = 0.0
         self._patches = 0
         self._foreign: tuple[int, float] = (0, 0.0)
+        self._made: OrderedDict[str, None] = OrderedDict()
+        self._latest: dict[str, K] = {}
         self._batch: dict[K, Size] = {}
         self._batch_left: set[K] = set()
         self._batch_s = self._batch_began = 0.0
@@ -68,6 +73,7 @@ class PeerBook(Generic[K]):
     def asked(self, key: K, digest: str, size: Size, placed: Placement, now: float) -> None:
         """The peer was asked for an item, as placement predicted it."""
         self.open[key] = _Open(digest, size, placed, now, size.size_bytes)
+        self._latest[digest] = key
         self.size_bytes += size.size_bytes
         self._transfer_s += placed.service.transfer_s
         if not placed.held:
@@ -82,6 +88,8 @@ class PeerBook(Generic[K]):
             return
         item.stage = stage
         if item.placed.held:
+            if stage == "preparing":  # it has dropped them meanwhile
+                self._made.pop(item.digest, None)
             return
         if item.encodes and item.prepares and stage in ("prepared", "encoding", "encoded"):
             item.prepares = False
@@ -115,6 +123,10 @@ class PeerBook(Generic[K]):
         if item is None or item.ready is not None:
             return
         item.ready, item.ready_bytes = now, item.missing_bytes
+        self._made[item.digest] = None
+        self._made.move_to_end(item.digest)
+        if len(self._made) > MADE:
+            self._made.popitem(last=False)
         self._out_of_queues(item)
 
     def _out_of_queues(self, item: _Open) -> None:
@@ -153,6 +165,8 @@ class PeerBook(Generic[K]):
         self._transfer_s -= item.placed.service.transfer_s
         self.size_bytes -= item.size.size_bytes
         self._batch_left.discard(key)
+        if self._latest.get(item.digest) == key:
+            del self._latest[item.digest]
         if not self.open:  # sums of floats drift
             self._prepare_s = self._tower_s = self._transfer_s = 0.0
 
@@ -160,17 +174,21 @@ class PeerBook(Generic[K]):
         """A heartbeat: patches that the peer has not encoded yet, for whomever."""
         self._foreign = (max(0, queued_patches - self._patches), now)
 
-    def stage(self, key: K) -> str:
-        """The stage that the item was heard to be in; empty before anything was heard."""
-        item = self.open.get(key)
-        return "" if item is None else item.stage
+    def holding(self, digests: Iterable[str], now: float) -> dict[str, float]:
+        """Which of the digests the peer has or is encoding for this side; seconds until their rows exist."""
+        found = {}
+        for digest in digests:
+            key = self._latest.get(digest)
+            if key is not None and self.open[key].ready is None:
+                item = self.open[key]
+                found[digest] = max(0.0, item.asked + item.placed.ready_s - now)
+            elif key is not None or digest in self._made:
+                found[digest] = 0.0
+        return found
 
-    def holding(self, now: float) -> dict[str, float]:
-        """Digests of open items, and the seconds until their rows exist, as far as predicted."""
-        return {
-            item.digest: 0.0 if item.ready is not None else max(0.0, item.asked + item.placed.ready_s - now)
-            for item in self.open.values()
-        }
+    def in_tower(self) -> list[str]:
+        """Digests of the items that are in the tower now, as far as was heard."""
+        return [item.digest for item in self.open.values() if item.stage == "encoding" and item.ready is None]
 
     def backlog(self, now: float) -> Backlog:
         """What an item that is asked for now has to wait for."""

@@ -61,12 +61,17 @@ class Hedges(Generic[K]):
         if slack_s > 0:
             self._due[key] = now + max(self.config.hedge_factor * predicted_s, predicted_s + slack_s)
 
-    def ended(self, key: K) -> None:
-        """The item is complete, given up, or all there at its encoder."""
+    def settled(self, key: K) -> None:
+        """Its rows exist at the peer, or the peer has nothing more to do with it: it is not late there."""
+        self._due.pop(key, None)
+
+    def over(self, key: K) -> None:
+        """The item is complete or given up."""
         self._due.pop(key, None)
         self._hedged.discard(key)
 
     def next_timer(self) -> float | None:
+        """When the next item becomes overdue."""
         return min(self._due.values(), default=None)
 
     def overdue(self, now: float) -> list[K]:
@@ -81,9 +86,11 @@ class Hedges(Generic[K]):
         self._due[key] = now + seconds
 
     def allowed(self, open_items: int) -> bool:
+        """Whether one more may be fetched twice."""
         return len(self._hedged) < max(1, int(open_items * self.config.hedged_share))
 
     def hedged(self, key: K) -> None:
+        """``key`` is the second fetch of an item."""
         self.started += 1
         self._hedged.add(key)
 
