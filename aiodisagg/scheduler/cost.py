@@ -30,7 +30,7 @@ FORGET_CLIPPED = 0.6
 """The same when the observation had to be clipped: perhaps the past is of another machine."""
 CLIP = 3.0
 """Usual spreads that an observation may be away from its prediction."""
-RIDGE = 0.05
+RIDGE = 0.01
 """Weight, in observations, of the pull towards one multiple of the priors."""
 SWEEPS = 12
 LEARNING = 0.1

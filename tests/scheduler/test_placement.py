@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiodisagg.scheduler.cost import PeerCosts, Rates, Size
@@ -28,7 +28,9 @@ def item(digest: str, patches: int = 1, prefill_s: float = 0.0) -> Wanted:
     return Wanted(digest, Size(patches, 0, 0), prefill_s)
 
 
-def peer(name: str, ahead_s: float = 0.0, standing: Standing = Standing.READY, *, local: bool = False, **held: float) -> PeerView:  # fmt: skip  # noqa: E501
+def peer(
+    name: str, ahead_s: float = 0.0, standing: Standing = Standing.READY, *, local: bool = False, **held: float
+) -> PeerView:  # fmt: skip
     return PeerView(name, PeerCosts(UNIT, local=local), Backlog(tower_s=ahead_s), standing, held)
 
 
@@ -120,8 +122,10 @@ views = st.lists(
     min_size=1, max_size=6, unique_by=lambda view: view.peer,
 )  # fmt: skip
 avoids = st.frozensets(st.sampled_from("abcdef"))
+few = settings(max_examples=40)
 
 
+@few
 @given(wanteds, views, avoids)
 def test_an_avoided_peer_never_when_another_exists(
     wanted: list[Wanted], peers: list[PeerView], avoid: frozenset[str]
@@ -133,6 +137,7 @@ def test_an_avoided_peer_never_when_another_exists(
         assert placement.peer in (names - avoid or names)
 
 
+@few
 @given(wanteds, views, avoids)
 def test_single_flight(wanted: list[Wanted], peers: list[PeerView], avoid: frozenset[str]) -> None:
     """Of each digest at most one item is encoded, and none if a usable peer has it."""
@@ -144,6 +149,7 @@ def test_single_flight(wanted: list[Wanted], peers: list[PeerView], avoid: froze
         assert len(encoded) == (0 if any(digest in view.holding for view in usable) else 1)
 
 
+@few
 @given(wanteds, views, avoids, st.randoms())
 def test_equal_inputs_give_equal_answers(
     wanted: list[Wanted], peers: list[PeerView], avoid: frozenset[str], random: object
@@ -153,6 +159,7 @@ def test_equal_inputs_give_equal_answers(
     assert place_together(wanted, peers, avoid) == place_together(wanted, shuffled, avoid)
 
 
+@few
 @given(wanteds, views)
 def test_no_worse_than_prompt_order_and_no_finish_before_the_work(wanted: list[Wanted], peers: list[PeerView]) -> None:
     found = place_together(wanted, peers)
@@ -162,6 +169,7 @@ def test_no_worse_than_prompt_order_and_no_finish_before_the_work(wanted: list[W
             assert placement.ready_s >= 1.0 + entry.size.patches
 
 
+@few
 @given(st.integers(1, 9), views)
 def test_a_longer_queue_is_never_an_earlier_finish(patches: int, peers: list[PeerView]) -> None:
     found = place(item("q", patches), peers)
