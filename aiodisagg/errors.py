@@ -46,6 +46,14 @@ class MediaError(InvalidRequest):
         super().__init__(param, message, code="invalid_media")
 
 
+class PoisonItem(InvalidRequest):
+    """An image or a video of the request was in the tower when one encoder after another died: nobody is asked for it
+    any more, for a while."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(param, message, code="poison_media")
+
+
 class PromptTooLong(InvalidRequest):
     """Prompt plus ``max_tokens`` do not fit the model's context or the KV pool."""
 

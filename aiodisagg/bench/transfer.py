@@ -105,7 +105,7 @@ class Transfers:
         resent = await self._resent()
         began = time.perf_counter()
         for key, run in runs.items():
-            self.receiver.request(key, item_of(run.seed, rows), TIMEOUT_S)
+            self.receiver.request([(key, item_of(run.seed, rows))], TIMEOUT_S)
         await asyncio.gather(*(run.done for run in runs.values()))
         seconds = time.perf_counter() - began
         for key, run in runs.items():
@@ -169,6 +169,7 @@ async def transfers(
         block_rows=block_rows,
         window_blocks=window_blocks,
         failover_s=TIMEOUT_S,
+        cache_bytes=0,
     )
     async with RowReceiver(config, model, name="bench", deliver=made.deliver, ended=made.ended) as made.receiver:
         made.receiver.peers.add(source.facts["address"])

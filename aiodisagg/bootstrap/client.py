@@ -27,10 +27,14 @@ MAX_LINE_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class MembershipChange:
-    """What to know now: peers that are there, and peers that a reachable server says are gone."""
+    """What to know now: peers that are there, and peers that a reachable server says are gone.
+
+    ``entries``: everybody of whom there is news, with state and load; also who joins or drains.
+    """
 
     present: tuple[PeerRecord, ...]
     gone: tuple[PeerRecord, ...]
+    entries: tuple[PeerEntry, ...] = ()
 
 
 class BootstrapClient:
@@ -146,7 +150,7 @@ class BootstrapClient:
                 news.clear()
                 for url, told in pending.items():
                     change = self._apply(url, told)
-                    if change.present or change.gone:
+                    if change.entries or change.gone:
                         yield change
         finally:
             for follower in followers:
@@ -164,13 +168,14 @@ class BootstrapClient:
             else:
                 there[entry.record.incarnation] = entry
         usable = (PeerState.READY, PeerState.SUSPECT)
-        present = tuple(e.record for who, e in there.items() if before.get(who) != e and e.state in usable)
+        news = tuple(entry for who, entry in there.items() if before.get(who) != entry)
+        present = tuple(entry.record for entry in news if entry.state in usable)
         left = [entry.record for who, entry in before.items() if who not in there]
         gone = tuple(record for record in left if not self._listed(record.incarnation))
         for record in gone:
             for entries in self._there.values():
                 entries.pop(record.incarnation, None)
-        return MembershipChange(present, gone)
+        return MembershipChange(present, gone, news)
 
     def _listed(self, incarnation: str) -> bool:
         """Whether a server that can be reached has the peer."""

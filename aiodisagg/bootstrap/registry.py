@@ -19,12 +19,14 @@ import msgspec
 
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.protocol.rows import ModelFingerprint
+from aiodisagg.scheduler.advertise import ADVERTISED, PREFIX
 
 HISTORY = 1024
 """Changes kept for watchers; one that is further behind gets a snapshot."""
 
 Short = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Prefix = Annotated[str, msgspec.Meta(max_length=PREFIX)]
 
 
 class PeerState(enum.StrEnum):
@@ -38,11 +40,15 @@ class PeerState(enum.StrEnum):
     GONE = "gone"
 
 
-class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How busy a peer is: items or requests that wait, and that are under way."""
+class Load(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How busy a peer is: items or requests that wait, and that are under way. What is zero is not sent."""
 
     queued: Count = 0
     active: Count = 0
+    queued_patches: Count = 0
+    """Patches that an encode peer was asked for, by whomever, and has not encoded yet."""
+    digests: Annotated[tuple[Prefix, ...], msgspec.Meta(max_length=ADVERTISED)] = ()
+    """Prefixes of the newest digests that an encode peer holds or is encoding; see ``scheduler.advertise``."""
 
 
 class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

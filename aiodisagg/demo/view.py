@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-STAGES = ("planned", "asked", "queued", "preparing", "encoding", "encoded", "transferring", "complete")
+STAGES = ("planned", "asked", "queued", "preparing", "prepared", "encoding", "encoded", "transferring", "complete")
 SHOWN = 14
 
 

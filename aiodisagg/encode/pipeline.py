@@ -48,7 +48,8 @@ class EncodePipeline:
 
     Args:
         encoder: the encode half; ``encode`` is called on one thread only.
-        tell: gets StageEntered (``preparing``, ``encoding``), then RowsReady with all rows, or EncodeStopped.
+        tell: gets StageEntered (``preparing``, ``prepared``, ``encoding``, ``encoded``), then RowsReady with all
+            rows, or EncodeStopped.
         batch_patches: patch budget of a tower batch.
         keep_on_device: leave the rows where the tower made them; else they are brought to the host at once.
     """
@@ -138,6 +139,7 @@ class EncodePipeline:
                 self._stop(entry, "prepare_failed", f"{type(error).__name__}: {error}", retryable=True)
                 return
         if self._still_wanted(entry):
+            self._enter(entry, "prepared")
             entry.patches = patches
             self._prepared.append(entry)
             self._prepared_patches += patches.count

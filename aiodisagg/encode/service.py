@@ -40,6 +40,7 @@ from aiodisagg.protocol.events import (
 )
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.sending import Sender, SenderConfig
+from aiodisagg.scheduler.advertise import advertise
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,13 @@ class EncodeService:
 
     def load(self) -> Load:
         """How busy this peer is, for the bootstrap server."""
-        return Load(queued=self.pipeline.waiting, active=len(self.sender.items))
+        sources = self.sender.sources
+        return Load(
+            queued=self.pipeline.waiting,
+            active=len(self.sender.items),
+            queued_patches=sources.waiting_patches,
+            digests=advertise(sources.newest()),
+        )
 
     def metrics(self) -> str:
         """Everything this peer counts, in Prometheus' text format."""

@@ -1,4 +1,4 @@
-"""Links to encode peers: dialled as membership says, redialled as long as it does, and one choice among them."""
+"""Links to encode peers: dialled as membership says, redialled as long as it does."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
 from aiodisagg.protocol.messages import ItemKey, Message, Want
 from aiodisagg.protocol.rows import ModelFingerprint
-from aiodisagg.scheduler.placement import Candidate, place
+from aiodisagg.scheduler.book import PeerBook
+from aiodisagg.scheduler.cost import PeerCosts, Rates
 
 logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.0
+
+SAME_HOST = Rates(transfer_s=1e-4, transfer_byte_s=2e-10)
+"""Before anything is known of a peer: shared memory is faster than most networks."""
 
 LinkEvent = LinkUp | LinkLost | MessageReceived
 
@@ -33,9 +37,12 @@ class EncodePeer:
     incarnation: str = ""
     name: str = ""
     link: Link | None = None
-    items: set[ItemKey] = field(default_factory=set)
-    rows: int = 0
-    """Rows asked of it and not yet here: what placement balances."""
+    book: PeerBook[ItemKey] = field(default_factory=lambda: PeerBook(PeerCosts()))
+    """Of this incarnation: what it was asked for, and what that costs."""
+    digests: frozenset[str] = frozenset()
+    """Prefixes of what its last heartbeat says it holds."""
+    parted: bool = False
+    """Its last link ended with a goodbye."""
     wanted: bool = True
     refused: str = ""
     """Why who answered there last is of no use."""
@@ -86,6 +93,15 @@ class EncodePeers:
     def linked(self) -> list[EncodePeer]:
         return list(self._linked.values())
 
+    def get(self, incarnation: str) -> EncodePeer | None:
+        """The peer, if it is linked."""
+        return self._linked.get(incarnation)
+
+    def by_incarnation(self, incarnation: str) -> EncodePeer | None:
+        """The peer, linked or not, as long as nobody else answered at its address."""
+        linked = self._linked.get(incarnation)
+        return linked or next((p for p in self._by_address.values() if p.incarnation == incarnation), None)
+
     @property
     def link_bytes(self) -> tuple[int, int]:
         """(sent, received) through all links so far, framing included."""
@@ -104,11 +120,6 @@ class EncodePeers:
             raise NoEncodePeer(
                 f"no encode peer could be linked within {timeout_s:g} s (addresses: {known}){why}"
             ) from None
-
-    def choose(self, avoid: frozenset[str]) -> EncodePeer | None:
-        """The linked peer that placement picks for the next item, None if none is linked."""
-        chosen = place((Candidate(who, peer.rows) for who, peer in self._linked.items()), avoid)
-        return None if chosen is None else self._linked[chosen]
 
     def send(self, incarnation: str, message: Message) -> None:
         """Sends if the link is up; what does not get out is asked for again by the protocol.
@@ -198,6 +209,7 @@ class EncodePeers:
             return
         if remote.incarnation != peer.incarnation:
             self._gone(peer)
+            peer.book, peer.digests = PeerBook(self._costs(remote)), frozenset()
         peer.refused = ""
         peer.incarnation, peer.name, peer.link = remote.incarnation, remote.name, link
         self._linked[remote.incarnation] = peer
@@ -218,10 +230,8 @@ class EncodePeers:
         finally:
             del self._linked[remote.incarnation]
             sending.cancel()
-            peer.link = None
+            peer.link, peer.parted = None, link.parted
             peer.outbox.clear()
-            peer.items.clear()
-            peer.rows = 0
             self._ended_bytes[0] += link.bytes_sent
             self._ended_bytes[1] += link.bytes_received
             try:
@@ -229,6 +239,14 @@ class EncodePeers:
             except Exception:  # as above: an address that is not dialled any more is a peer lost for ever
                 logger.exception("the loss of the link to %s", peer.name)
             await link.aclose()
+
+    def _costs(self, remote: Hello) -> PeerCosts:
+        """What to expect of a peer before it did anything."""
+        near = self._hello().same_host(remote)
+        costs = PeerCosts(SAME_HOST if near else Rates())
+        if remote.service_times is not None:
+            costs.believe(remote.service_times)
+        return costs
 
     async def aclose(self) -> None:
         await self._tasks.aclose()

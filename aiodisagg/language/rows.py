@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from types import TracebackType
 
 from prometheus_client.core import Metric
 
+from aiodisagg.bootstrap.client import MembershipChange
 from aiodisagg.device.copies import Accelerator, DeviceBytes
 from aiodisagg.language.memory import RowMemory
 from aiodisagg.language.peers import EncodePeers, LinkEvent
+from aiodisagg.language.placing import Errand, Placing
+from aiodisagg.language.sharing import Sharing
 from aiodisagg.language.take import Taker
 from aiodisagg.language.trace import Traces
 from aiodisagg.link.hello import Hello, PeerRole
@@ -43,21 +45,14 @@ from aiodisagg.protocol.events import (
     Take,
     TimerFired,
 )
-from aiodisagg.protocol.messages import ItemKey
+from aiodisagg.protocol.messages import ItemKey, Want
 from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
+from aiodisagg.scheduler.health import HealthConfig
 
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[ItemKey, int, memoryview | DeviceBytes], None]
-
-
-@dataclass(slots=True)
-class _Item:
-    """An item under way, and where it was placed."""
-
-    rows: int
-    peer: str = ""
 
 
 class RowReceiver:
@@ -66,7 +61,8 @@ class RowReceiver:
     Args:
         model: what offers must match; gives the layout of rows.
         deliver: ``deliver(key, start, data)`` copies the packed rows from ``start`` on to where they belong. Called
-            on the loop or on a thread, at most once for each row of an item, and perhaps once more after ``cancel``.
+            on the loop or on a thread, at most once for each row of an item, and perhaps once more after ``cancel``;
+            again only for rows with which it raised.
         ended: ``ended(key, None)`` when every row of the item was delivered, else with why it failed.
         traces: told about items that it knows.
         accelerator: where the rows are needed; ``deliver`` may get DeviceBytes, and is called on threads only.
@@ -80,11 +76,13 @@ class RowReceiver:
         self._accelerator = accelerator
         self.config, self.model, self.name = config, model, name
         self.layout = RowLayout.of(model)
-        self._deliver_rows, self._ended = deliver, ended
+        self._deliver_rows, self._tell_end = deliver, ended
         self.traces = traces if traces is not None else Traces()
         self.unplaced: dict[ItemKey, frozenset[str]] = {}
         """Items that wait for an encode peer."""
-        self._items: dict[ItemKey, _Item] = {}
+        self._placing_again = False
+        self._hedging: asyncio.TimerHandle | None = None
+        self._hedge_due = 0.0
         self._revoking: dict[asyncio.Task[None], tuple[int, ...]] = {}
         self._stack = AsyncExitStack()
 
@@ -126,43 +124,116 @@ class RowReceiver:
             lambda: hello, self._heard, model=self.model, secret=config.secret, config=config.link
         )  # fmt: skip
         self._stack.push_async_callback(self.peers.aclose)
+        self.placing = Placing(self.peers, row_bytes, HealthConfig(hedge_slack_s=config.hedge_s))
+        self.sharing = Sharing(
+            self._fetch,
+            self._drop,
+            deliver=self._deliver_rows,
+            ended=self._tell_end,
+            cache_bytes=config.cache_bytes,
+            row_bytes=row_bytes,
+            tasks=self._tasks,
+            traces=self.traces,
+            accelerator=self._accelerator,
+        )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for key in list(self._items):
+        if self._hedging is not None:
+            self._hedging.cancel()
+        for key in list(self.placing.errands):
             self.driver.feed(ItemCancelled(key))
         await self._stack.aclose()
 
     # -- items ---------------------------------------------------------------------------------------------------
 
-    def request(self, key: ItemKey, spec: ItemSpec, timeout_s: float) -> None:
-        """Asks for an item; ends in ``ended``, at the latest after ``timeout_s``, or in ``cancel``."""
-        self._items[key] = _Item(spec.rows)
-        self.driver.feed(ItemRequested(key, spec, timeout_s))
+    def request(self, items: Sequence[tuple[ItemKey, ItemSpec]], timeout_s: float) -> None:
+        """Asks for the items of one request, in prompt order; each ends in ``ended``, at the latest after
+        ``timeout_s``, or in ``cancel``."""
+        self.sharing.request(items, timeout_s)
 
     def cancel(self, key: ItemKey) -> None:
         """Nobody waits for this item any more: ``ended`` is not called. Does nothing if it has ended."""
-        if key in self._items:
-            self.driver.feed(ItemCancelled(key))
+        self.sharing.cancel(key)
+
+    def told(self, change: MembershipChange) -> None:
+        """Membership changed: who drains, who is suspect, how busy they are, what they hold."""
+        gone = [record.incarnation for record in change.gone]
+        self.placing.told(change.entries, gone, self._now())
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    # -- fetches: the machine's items ----------------------------------------------------------------------------
+
+    def _fetch(self, items: Sequence[tuple[ItemKey, ItemSpec, float]]) -> None:
+        for key, spec, _ in items:
+            self.placing.errand(key, spec)
+        self.placing.plan([key for key, _, _ in items], self._now())
+        for key, spec, left_s in items:
+            self.driver.feed(ItemRequested(key, spec, left_s))
+
+    def _drop(self, key: ItemKey) -> None:
+        if key in self.placing.errands:
             self._forget(key)
+            self.driver.feed(ItemCancelled(key))
+
+    def _look_for_overdue(self) -> None:
+        """Asks a second peer for items that are late, if another is likely to be faster."""
+        self._hedging = None
+        placing, now = self.placing, self._now()
+        for key in placing.hedges.overdue(now):
+            errand = placing.errands.get(key)
+            if errand is None or errand.peer is None:
+                continue
+            avoid = errand.avoid | {errand.peer.incarnation}
+            other = placing.best(Errand(errand.spec, errand.size, avoid), frozenset(), now)
+            if other is None or other.finish_s > now - errand.asked or not placing.hedges.allowed(len(placing.errands)):
+                placing.hedges.later(key, self.config.hedge_s, now)
+            elif (second := self.sharing.hedge(key)) is not None:
+                hedge, spec, left_s = second
+                logger.info("item %s is late at %s: %s fetches it elsewhere too", key, errand.peer.name, hedge)
+                placing.hedges.hedged(hedge)
+                placing.errand(hedge, spec, avoid)
+                self.driver.feed(ItemRequested(hedge, spec, left_s))
+        self._watch_overdue()
+
+    def _watch_overdue(self) -> None:
+        due = self.placing.hedges.next_timer()
+        if due is not None and (self._hedging is None or due < self._hedge_due):
+            if self._hedging is not None:
+                self._hedging.cancel()
+            self._hedging, self._hedge_due = asyncio.get_running_loop().call_at(due, self._look_for_overdue), due
 
     # -- the machine's world -------------------------------------------------------------------------------------
 
     def _heard(self, event: LinkEvent) -> None:
-        if isinstance(event, MessageReceived):
+        now = self._now()
+        if isinstance(event, LinkLost):
+            self.placing.link_lost(event.peer, now)
+        elif isinstance(event, LinkUp):
+            self.placing.poison.lives(event.peer)
+        else:
             self.traces.heard(event.message)
         self.driver.feed(event)
-        if isinstance(event, LinkUp):
-            for key, avoid in list(self.unplaced.items()):
-                self._place(Place(key, avoid))
-        elif isinstance(event, LinkLost):
+        if isinstance(event, MessageReceived):
+            self.placing.heard(event.peer, event.message, now)
+        elif isinstance(event, LinkUp):
+            self._place_waiting()
+        else:
             self._prune()
+
+    def _place_waiting(self) -> None:
+        for key, avoid in list(self.unplaced.items()):
+            self._place(Place(key, avoid))
 
     def _act(self, action: ReceiverAction) -> None:
         match action:
             case Send(peer, message):
+                if isinstance(message, Want) and message.epoch > 1:
+                    self.placing.asked_again(message.key)
                 self.peers.send(peer, message)
             case Place():
                 self._place(action)
@@ -173,55 +244,72 @@ class RowReceiver:
                 self._revoking[task] = leases
                 task.add_done_callback(lambda done: self._revoking.pop(done, None))
             case Finish(key):
-                self._forget(key)
-                self._ended(key, None)
+                self._finished(key)
             case Fail(key, code):
-                known = key in self._items
+                known = key in self.placing.errands
                 self._forget(key)
                 if known and code != "cancelled":
-                    self._ended(key, action)
+                    self.sharing.failed(action)
+
+    def _finished(self, key: ItemKey) -> None:
+        placing = self.placing
+        errand = placing.errands.get(key)
+        others = [other for other in self.sharing.fetches(key) if other != key]
+        if errand is not None and errand.avoid:  # a hedge, and it was first
+            placing.hedges.won += 1
+            for other in others:
+                if (late := placing.errands.get(other)) is not None and late.peer is not None:
+                    placing.standings.lost_hedge(late.peer.incarnation, self._now())
+        self._forget(key, complete=True)
+        self.sharing.landed(key)
 
     def _place(self, action: Place) -> None:
-        item = self._items.get(action.key)
-        if item is None:
-            self.unplaced.pop(action.key, None)
+        key, now = action.key, self._now()
+        errand = self.placing.errands.get(key)
+        if errand is None:
+            self.unplaced.pop(key, None)
             return
-        if item.peer:
-            self._leave(action.key, item)
-        peer = self.peers.choose(action.avoid)
-        if peer is None:
-            self.unplaced[action.key] = action.avoid
+        self.placing.left(key)
+        if self.placing.poison.refuses(errand.spec.digest, now):
+            self._refuse(key, errand)
             return
-        self.unplaced.pop(action.key, None)
-        item.peer = peer.incarnation
-        peer.items.add(action.key)
-        peer.rows += item.rows
-        self.traces.placed(action.key, peer.name)
-        self.driver.feed(Placed(action.key, peer.incarnation))
-
-    def _leave(self, key: ItemKey, item: _Item) -> None:
-        for peer in self.peers.linked:
-            if peer.incarnation == item.peer and key in peer.items:
-                peer.items.discard(key)
-                peer.rows -= item.rows
-        item.peer = ""
-
-    def _forget(self, key: ItemKey) -> None:
-        item = self._items.pop(key, None)
+        placement = self.placing.choose(key, action.avoid, now)
+        if placement is None:
+            self.unplaced[key] = action.avoid
+            return
         self.unplaced.pop(key, None)
-        if item is not None:
-            self._leave(key, item)
+        peer = self.placing.asked(key, placement, now)
+        self._watch_overdue()
+        for sharer in self.sharing.sharers(key):
+            self.traces.placed(sharer, peer.name)
+        self.driver.feed(Placed(key, peer.incarnation))
+
+    def _refuse(self, key: ItemKey, errand: Errand) -> None:
+        """The item is poison: nobody is asked for it any more."""
+        logger.error("item %s: %s is poison: encoders died of it", key, errand.spec.digest)
+        self._drop(key)
+        self.sharing.failed(Fail(key, "poison", "encoders died while they encoded it", ()))
+
+    def _forget(self, key: ItemKey, *, complete: bool = False) -> None:
+        self.placing.over(key, complete=complete)
+        self.unplaced.pop(key, None)
         self._prune()
+        if self.unplaced and not self._placing_again:  # perhaps one waits for this one to be out of the way
+            self._placing_again = True
+            asyncio.get_running_loop().call_soon(self._retry)
+
+    def _retry(self) -> None:
+        self._placing_again = False
+        self._place_waiting()
 
     def _deliver(self, take: Take, data: memoryview | DeviceBytes) -> None:
         """On a taker's thread, or on the loop for small chunks."""
-        if take.key in self._items:
-            self._deliver_rows(take.key, take.chunk.start, data)
+        self.sharing.deliver(take.key, take.chunk.start, data)
 
     def _taken(self, event: RowsTaken | RowsRefused) -> None:
         if isinstance(event, RowsTaken):
-            rows = event.chunk.stop - event.chunk.start
-            self.traces.arrived(event.key, rows, rows * self.layout.row_bytes)
+            self.sharing.taken(event.key)
+            self.placing.arrived(event.key, event.chunk.stop - event.chunk.start, self._now())
         self.driver.feed(event)
 
     async def _revoke(self, peer: str, leases: tuple[int, ...]) -> None:
@@ -247,4 +335,6 @@ class RowReceiver:
             metrics.gauge("pool_blocks", "Blocks of the receive pool.", pool.blocks),
             metrics.gauge("pool_blocks_free", "Blocks that can be lent.", pool.free),
             metrics.gauge("pool_blocks_quarantined", "Blocks of unfenced writers.", pool.quarantined),
+            *self.sharing.metrics(),
+            *self.placing.metrics(),
         ]

@@ -25,6 +25,7 @@ from aiodisagg.errors import (
     EncodeFailed,
     InvalidRequest,
     MediaError,
+    PoisonItem,
     PromptTooLong,
 )
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
@@ -177,6 +178,7 @@ class LanguageService:
                 elif record.role.encodes and record.incarnation not in strangers:
                     strangers.add(record.incarnation)
                     logger.error("encode peer %s is not usable: it runs %s, not %s", record.name, record.model, model)
+            self.rows.told(change)
             strangers.difference_update(record.incarnation for record in change.gone)
 
     def add_peer(self, address: str) -> None:
@@ -220,7 +222,7 @@ class LanguageService:
         try:
             plan = await asyncio.to_thread(self._planner.plan, messages)
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if plan.items:
+            if not all(self.rows.sharing.has(item.digest) for item in plan.items):
                 await self.peers.wait_any(self.config.peer_wait_s)
             if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
@@ -276,15 +278,14 @@ class LanguageService:
         for index, item in enumerate(plan.items):
             if index in needed:
                 key = ItemKey(request.room, index)
-                asked.append((key, item))
+                spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
+                asked.append((key, spec))
                 request.keys.append(key)
                 self._items[key] = _Item(trace.request_id, index, left_s)
                 self.traces.item(trace, key, item)
             elif first:
                 trace.items.append(ItemTrace(item.kind.value, item.rows, item.digest, stage="reused"))
-        for key, item in asked:
-            spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
-            self.rows.request(key, spec, left_s)
+        self.rows.request(asked, left_s)
 
     def _end(self, trace: RequestTrace, request: _Request, state: str, error: str = "") -> None:
         """The first call says how the request ended; later ones do nothing."""
@@ -314,6 +315,8 @@ class LanguageService:
                 error = DeadlineExceeded(f"item {key}", item.timeout_s, failed.story)
             case "invalid_media":
                 error = MediaError(f"media[{item.index}]", failed.message)
+            case "poison":
+                error = PoisonItem(f"media[{item.index}]", failed.message)
             case _:
                 error = EncodeFailed(str(key), f"{failed.code}: {failed.message}", failed.story)
         self.engine.fail(item.request_id, error)
@@ -350,7 +353,12 @@ class LanguageService:
         return {
             "requests": self.traces.recent,
             "peers": lambda: [
-                {"name": peer.name, "address": peer.address, "items": len(peer.items), "rows": peer.rows}
+                {
+                    "name": peer.name,
+                    "address": peer.address,
+                    "items": len(peer.book.open),
+                    "bytes": peer.book.size_bytes,
+                }
                 for peer in self.peers.linked
             ],
         }

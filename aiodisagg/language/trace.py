@@ -82,6 +82,11 @@ class Traces:
         item.peers.append(peer)
         item.stage = "asked"
 
+    def found(self, key: ItemKey, stage: str) -> None:
+        """The item was not asked for: it is ``cached``, or ``shared`` with a request that asked for it before."""
+        if (found := self._items.get(key)) is not None:
+            found[1].stage = stage
+
     def heard(self, message: Message) -> None:
         """A sender's word about an item."""
         if not isinstance(message, Offer | Progress) or (found := self._items.get(message.key)) is None:

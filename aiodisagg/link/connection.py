@@ -67,6 +67,7 @@ class Connection(asyncio.BufferedProtocol):
         self._outbox: OrderedDict[asyncio.Future[None] | object, Message | bytes] = OrderedDict()
         self._nowait_bytes = 0
         self._writing = True
+        self.parted = False
 
     # -- called by the event loop -------------------------------------------------------------------------------
 
@@ -269,6 +270,7 @@ class Connection(asyncio.BufferedProtocol):
         elif said.code == "protocol":
             self._close(said.reason, RemoteProtocolError(self.peer, f"refused by the peer: {said.reason}"))
         else:
+            self.parted = said.code == "closed"
             self._close("closed by the peer" if said.code == "closed" else f"closed by the peer: {said.reason}")
 
     def _deliver(self, message: Message, size_bytes: int) -> None:

@@ -63,6 +63,11 @@ class Link:
         return self._connection.reason is not None
 
     @property
+    def parted(self) -> bool:
+        """The peer closed it on purpose and said goodbye: it did not die."""
+        return self._connection.parted
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes written to the socket so far, framing included."""
         return self._connection.bytes_sent

@@ -123,6 +123,11 @@ class LanguageConfig(PeerConfig):
     """How long a request waits for a first encode peer before it fails with NoEncodePeer."""
     failover_s: float = 1.0
     stall_s: float = 5.0
+    cache_bytes: int = 256 * MiB
+    """Memory for rows of earlier items, so that a repeated image is neither encoded nor sent; 0: none, and requests
+    that want the same image at once do not share its rows."""
+    hedge_s: float = 2.0
+    """An item this far behind its predicted finish is asked of a second peer as well; 0: never."""
 
     def __post_init__(self) -> None:
         PeerConfig.__post_init__(self)
@@ -132,5 +137,5 @@ class LanguageConfig(PeerConfig):
         for key in (*keys, "max_running", "request_timeout_s"):
             check(key, getattr(self, key))
         check("peer_wait_s", self.peer_wait_s, exclusive=False)
-        check("failover_s", self.failover_s, exclusive=False)
-        check("itl_budget_ms", self.itl_budget_ms, exclusive=False)
+        for key in ("failover_s", "cache_bytes", "hedge_s", "itl_budget_ms"):
+            check(key, getattr(self, key), exclusive=False)

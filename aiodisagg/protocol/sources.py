@@ -8,7 +8,9 @@ starts at once. Room for a source is promised before its encoding begins.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 
 from aiodisagg.protocol.events import CancelEncode, DropSource, SenderAction, StartEncode
 from aiodisagg.protocol.messages import ItemKey, Want
@@ -50,6 +52,15 @@ class SourceTable:
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    @property
+    def waiting_patches(self) -> int:
+        """Patches of the items whose rows do not all exist yet."""
+        return sum(prod(source.job.grid_thw) for source in self._sources.values() if not source.complete)
+
+    def newest(self) -> Iterator[str]:
+        """Digests whose rows exist or are in the making, the last used first."""
+        return (digest for digest, source in reversed(self._sources.items()) if not source.cancelled)
 
     def acquire(self, want: Want, user: User) -> Source | None:
         """The source for a want, made from its media if there is none; None if the media are needed first."""

@@ -1,24 +1,167 @@
-"""Where an item is encoded."""
+"""Where items are encoded: wherever they are predicted to be complete first.
+
+A peer is a flow shop: files wait for a preparing thread, prepared items for the tower, rows for the link. The local
+tower is a candidate like any other; its rows are not transferred. Before time counts, in this order: peers that the
+item should avoid come last, then those that drain, then suspects; and among equals a peer that holds the digest, or is
+encoding it, wins: nothing is encoded twice while anybody has it.
+
+A request's items are placed together. Prompt order is tried, and the largest first, which balances better; what counts
+is when the last of the prompt can be computed if each item is computed as soon as it and all before it are there.
+Ties go by name, so that equal inputs give equal answers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aiodisagg.scheduler.cost import PeerCosts, Service, Size
+
+
+class Standing(enum.IntEnum):
+    """How good a candidate is before time counts; lower is better."""
+
+    READY = 0
+    SUSPECT = 1
+    """Perhaps only slow, perhaps gone."""
+    DRAINING = 2
+    """Finishes what it has."""
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """An encode peer that could take an item. ``rows``: visual tokens it was asked for and has not delivered."""
+class Backlog:
+    """Seconds until a preparing thread, the tower and the link of a peer are done with what was asked before."""
+
+    prepare_s: float = 0.0
+    tower_s: float = 0.0
+    transfer_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """A peer that could take items.
+
+    ``holding``: seconds until the rows of digests that it holds (0.0) or is encoding exist; others are not in it.
+    """
 
     peer: str
-    rows: int
+    costs: PeerCosts
+    backlog: Backlog = Backlog()
+    standing: Standing = Standing.READY
+    holding: Mapping[str, float] = field(default_factory=dict)
 
 
-def place(candidates: Iterable[Candidate], avoid: frozenset[str]) -> str | None:
-    """The peer that owes the fewest rows, one of ``avoid`` only if there is no other; None: there is no candidate.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An item to be placed. ``prefill_s``: what the language half needs for its rows once they are there."""
 
-    Rows stand for work: the tower's time and the bytes to move both grow with them. Ties go by name, so that equal
-    inputs give equal answers.
-    """
-    best = min(candidates, key=lambda c: (c.peer in avoid, c.rows, c.peer), default=None)
-    return best.peer if best is not None else None
+    digest: str
+    size: Size
+    prefill_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """``ready_s``, ``finish_s``: from now until the rows exist, and until they are here. ``held``: not encoded anew."""
+
+    peer: str
+    ready_s: float
+    finish_s: float
+    held: bool
+    service: Service
+
+
+def place(wanted: Wanted, peers: Iterable[PeerView], avoid: frozenset[str] = frozenset()) -> Placement | None:
+    """The peer where the item is complete first; None if there is no peer."""
+    found = place_together([wanted], list(peers), avoid)
+    return found[0] if found else None
+
+
+def place_together(
+    wanted: Sequence[Wanted], peers: Sequence[PeerView], avoid: frozenset[str] = frozenset()
+) -> tuple[Placement, ...]:
+    """A peer for each item, in the order of ``wanted``, which is the prompt's; empty if there is no peer."""
+    peers = _best(peers, avoid)
+    if not peers or not wanted:
+        return ()
+    services = [[view.costs.predict(item.size) for view in peers] for item in wanted]
+    in_order = _assign(range(len(wanted)), wanted, peers, services)
+    if len(wanted) == 1 or len(peers) == 1:
+        return _run(in_order, wanted, peers, services)
+    by_size = sorted(range(len(wanted)), key=lambda i: (-wanted[i].size.patches, i))
+    first = _run(in_order, wanted, peers, services)
+    other = _run(_assign(by_size, wanted, peers, services), wanted, peers, services)
+    return other if computed_s(wanted, other) < computed_s(wanted, first) else first
+
+
+def computed_s(wanted: Sequence[Wanted], placed: Sequence[Placement]) -> float:
+    """Seconds until the last item's rows are computed by the language half, which takes items in prompt order."""
+    done = 0.0
+    for item, placement in zip(wanted, placed, strict=True):
+        done = max(done, placement.finish_s) + item.prefill_s
+    return done
+
+
+def _best(peers: Sequence[PeerView], avoid: frozenset[str]) -> list[PeerView]:
+    """The peers of the best kind there is, by name."""
+    kinds = [(view.peer in avoid, view.standing) for view in peers]
+    best = min(kinds, default=None)
+    return sorted((view for view, kind in zip(peers, kinds, strict=True) if kind == best), key=lambda view: view.peer)
+
+
+class _Queues:
+    """The peers' queues while items are put into them."""
+
+    def __init__(self, peers: Sequence[PeerView]) -> None:
+        self._peers = peers
+        self._ahead = [view.backlog for view in peers]
+        self._added: dict[tuple[int, str], float] = {}
+
+    def holding(self, index: int, digest: str) -> float | None:
+        added = self._added.get((index, digest))
+        return self._peers[index].holding.get(digest) if added is None else added
+
+    def try_at(self, index: int, digest: str, service: Service) -> Placement:
+        ahead, held = self._ahead[index], self.holding(index, digest)
+        ready_s = held
+        if ready_s is None:
+            ready_s = max(ahead.prepare_s + service.prepare_s, ahead.tower_s) + service.tower_s
+        finish_s = max(ready_s, ahead.transfer_s) + service.transfer_s
+        return Placement(self._peers[index].peer, ready_s, finish_s, held is not None, service)
+
+    def put(self, index: int, digest: str, placed: Placement) -> None:
+        ahead = self._ahead[index]
+        prepare_s, tower_s = ahead.prepare_s, ahead.tower_s
+        if not placed.held:
+            prepare_s += placed.service.prepare_s / self._peers[index].costs.prepare_threads
+            tower_s = placed.ready_s
+        transfer_s = placed.finish_s if placed.service.transfer_s else ahead.transfer_s
+        self._ahead[index] = Backlog(prepare_s, tower_s, transfer_s)
+        self._added[index, digest] = placed.ready_s
+
+
+def _assign(
+    order: Iterable[int], wanted: Sequence[Wanted], peers: Sequence[PeerView], services: Sequence[Sequence[Service]]
+) -> list[int]:
+    """For each item the index of its peer, chosen one after the other in ``order``."""
+    queues, chosen = _Queues(peers), [0] * len(wanted)
+    for i in order:
+        digest = wanted[i].digest
+        tried = [queues.try_at(index, digest, service) for index, service in enumerate(services[i])]
+        best = min(range(len(peers)), key=lambda index: (not tried[index].held, tried[index].finish_s, index))
+        queues.put(best, digest, tried[best])
+        chosen[i] = best
+    return chosen
+
+
+def _run(
+    chosen: Sequence[int], wanted: Sequence[Wanted], peers: Sequence[PeerView], services: Sequence[Sequence[Service]]
+) -> tuple[Placement, ...]:
+    """What becomes of a choice when the items are asked for in prompt order."""
+    queues, placed = _Queues(peers), []
+    for i, index in enumerate(chosen):
+        placement = queues.try_at(index, wanted[i].digest, services[i][index])
+        queues.put(index, wanted[i].digest, placement)
+        placed.append(placement)
+    return tuple(placed)

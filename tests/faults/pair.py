@@ -103,7 +103,7 @@ class Pair:
             self._ends[key] = asyncio.get_running_loop().create_future()
             self._found[key] = bytearray(rows * ROW_BYTES)
             self._delivered[key] = np.zeros(rows, int)
-            self.receiver.request(key, item_of(seed, rows), PATIENCE_S)
+            self.receiver.request([(key, item_of(seed, rows))], PATIENCE_S)
         await asyncio.gather(*(self._ends[key] for key in keys))
         for key, (seed, rows) in zip(keys, items, strict=True):
             assert self._found.pop(key) == rows_of(seed, rows)
@@ -174,6 +174,7 @@ async def pair(
             block_rows=block_rows,
             window_blocks=2,
             failover_s=PATIENCE_S if encoders == 1 else 0.0,
+            cache_bytes=0,
             link=link or LinkConfig(),
         )
         receiver = RowReceiver(config, MODEL, name="language", deliver=made.deliver, ended=made.ended)

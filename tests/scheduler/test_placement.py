@@ -1,24 +1,179 @@
-"""Placement: least owed rows first, avoided peers last, equal inputs equal answers."""
+"""Placement: the earliest predicted finish among the best kind of peers; one request's items together."""
 
 from __future__ import annotations
 
-from aiodisagg.scheduler.placement import Candidate, place
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aiodisagg.scheduler.cost import PeerCosts, Rates, Size
+from aiodisagg.scheduler.placement import (
+    Backlog,
+    PeerView,
+    Placement,
+    Standing,
+    Wanted,
+    computed_s,
+    place,
+    place_together,
+)
+
+UNIT = Rates(
+    prepare_s=1.0, prepare_patch_s=1e-9, tower_s=1e-9, tower_patch_s=1.0, tower_square_s=1e-12,
+    transfer_s=0.5, transfer_byte_s=1e-9,
+)  # fmt: skip
+"""Preparing takes a second, the tower a second a patch, a transfer half a second."""
 
 
-def test_least_owed_rows_first() -> None:
-    assert place([Candidate("a", 40), Candidate("b", 3)], frozenset()) == "b"
+def item(digest: str, patches: int = 1, prefill_s: float = 0.0) -> Wanted:
+    return Wanted(digest, Size(patches, 0, 0), prefill_s)
 
 
-def test_avoided_peers_only_if_there_is_no_other() -> None:
-    peers = [Candidate("a", 40), Candidate("b", 3)]
-    assert place(peers, frozenset({"b"})) == "a"
-    assert place(peers, frozenset({"a", "b"})) == "b"
+def peer(
+    name: str, ahead_s: float = 0.0, standing: Standing = Standing.READY, *, local: bool = False, **held: float
+) -> PeerView:  # fmt: skip
+    return PeerView(name, PeerCosts(UNIT, local=local), Backlog(tower_s=ahead_s), standing, held)
+
+
+def where(found: Placement | None) -> str:
+    assert found is not None
+    return found.peer
+
+
+def whereabouts(found: tuple[Placement, ...]) -> list[tuple[str, float]]:
+    return [(placement.peer, round(placement.finish_s, 3)) for placement in found]
+
+
+def test_the_earliest_finish_counts_preparing_tower_and_transfer() -> None:
+    found = place(item("x", 4), [peer("a", 7.0), peer("b", 3.0)])
+    assert found is not None
+    assert (found.peer, round(found.ready_s, 6), round(found.finish_s, 6), found.held) == ("b", 7.0, 7.5, False)
+    assert where(place(item("x", 4), [peer("a", 0.5), peer("b", 0.75)])) == "a", "a tie: preparing hides the queue"
+
+
+def test_the_local_tower_wins_by_what_the_transfer_costs_and_no_more() -> None:
+    assert where(place(item("x"), [peer("far", 2.0), peer("near", 2.4, local=True)])) == "near"
+    assert where(place(item("x"), [peer("far", 2.0), peer("near", 2.6, local=True)])) == "far"
+
+
+def test_a_faster_peer_with_a_longer_queue() -> None:
+    fast = Rates(prepare_s=0.1, tower_patch_s=0.1, transfer_s=0.5, transfer_byte_s=1e-9)
+    quick = PeerView("quick", PeerCosts(fast), Backlog(tower_s=5.0))
+    assert where(place(item("x", 10), [peer("slow", 1.0), quick])) == "quick"
+    assert where(place(item("x", 2), [peer("slow", 1.0), quick])) == "slow"
+
+
+def test_who_holds_or_encodes_the_digest_wins() -> None:
+    assert where(place(item("x"), [peer("a"), peer("b", 100.0, x=0.0)])) == "b"
+    assert where(place(item("x"), [peer("a"), peer("b", 100.0, x=40.0)])) == "b", "being encoded"
+    assert where(place(item("x"), [peer("a", x=3.0), peer("b", x=0.0)])) == "b"
+    held = place(item("x"), [peer("b", 100.0, x=2.0)])
+    assert held is not None and held.held and (held.ready_s, held.finish_s) == (2.0, 2.5)
+
+
+def test_avoided_draining_and_suspect_peers_only_if_there_is_no_better_one() -> None:
+    drains, suspect, busy = peer("d", 0.0, Standing.DRAINING), peer("s", 0.0, Standing.SUSPECT), peer("b", 9.0)
+    assert where(place(item("x"), [drains, suspect, busy])) == "b"
+    assert where(place(item("x"), [drains, suspect, busy], frozenset({"b"}))) == "s"
+    assert where(place(item("x"), [drains, suspect, busy], frozenset({"b", "s"}))) == "d"
+    assert where(place(item("x"), [busy], frozenset({"b"}))) == "b"
+    assert where(place(item("x"), [peer("d", 0.0, Standing.DRAINING, x=0.0), busy])) == "b", "it takes nothing new"
 
 
 def test_nobody_there() -> None:
-    assert place([], frozenset()) is None
+    assert place(item("x"), []) is None
+    assert place_together([item("x"), item("y")], []) == ()
 
 
-def test_ties_do_not_depend_on_the_order_of_candidates() -> None:
-    peers = [Candidate("b", 1), Candidate("a", 1)]
-    assert place(peers, frozenset()) == place(reversed(peers), frozenset()) == "a"
+def test_one_digest_twice_is_encoded_once() -> None:
+    found = place_together([item("x", 8), item("x", 8)], [peer("a"), peer("b")])
+    assert [placement.peer for placement in found] == ["a", "a"]
+    assert [placement.held for placement in found] == [False, True]
+
+
+def test_items_of_a_request_are_spread_in_prompt_order() -> None:
+    found = place_together([item(name, 2) for name in "wxyz"], [peer("a"), peer("b")])
+    assert whereabouts(found) == [("a", 3.5), ("b", 3.5), ("a", 5.5), ("b", 5.5)]
+
+
+def test_the_largest_first_where_that_ends_sooner_for_the_prompt() -> None:
+    """In prompt order the long last item would follow a short one: 1+2+6.5 against 1+6+0.5."""
+    wanted = [item("s", 2), item("t", 2), item("l", 6)]
+    found = place_together(wanted, [peer("a"), peer("b")])
+    assert whereabouts(found) == [("b", 3.5), ("b", 5.5), ("a", 7.5)]
+    assert computed_s(wanted, found) == max(placement.finish_s for placement in found)
+
+
+def test_prompt_order_where_computing_the_first_items_hides_the_last() -> None:
+    """With prefill that takes long, having the first items early is worth more than ending together."""
+    wanted = [item("s", 2, 8.0), item("t", 2, 8.0), item("l", 6, 1.0)]
+    found = place_together(wanted, [peer("a"), peer("b")])
+    assert whereabouts(found) == [("a", 3.5), ("b", 3.5), ("a", 9.5)]
+    assert round(computed_s(wanted, found), 3) == 20.5
+
+
+digests = st.sampled_from("uvwxyz")
+wanteds = st.lists(st.builds(item, digests, st.integers(1, 9), st.floats(0, 5)), min_size=1, max_size=6)
+views = st.lists(
+    st.builds(
+        lambda name, ahead, standing, held: PeerView(name, PeerCosts(UNIT), Backlog(tower_s=ahead), standing, held),
+        st.sampled_from("abcdef"), st.floats(0, 20), st.sampled_from(Standing),
+        st.dictionaries(digests, st.floats(0, 9), max_size=2),
+    ),
+    min_size=1, max_size=6, unique_by=lambda view: view.peer,
+)  # fmt: skip
+avoids = st.frozensets(st.sampled_from("abcdef"))
+few = settings(max_examples=40)
+
+
+@few
+@given(wanteds, views, avoids)
+def test_an_avoided_peer_never_when_another_exists(
+    wanted: list[Wanted], peers: list[PeerView], avoid: frozenset[str]
+) -> None:
+    found = place_together(wanted, peers, avoid)
+    names = {view.peer for view in peers}
+    assert len(found) == len(wanted)
+    for placement in found:
+        assert placement.peer in (names - avoid or names)
+
+
+@few
+@given(wanteds, views, avoids)
+def test_single_flight(wanted: list[Wanted], peers: list[PeerView], avoid: frozenset[str]) -> None:
+    """Of each digest at most one item is encoded, and none if a usable peer has it."""
+    best = min((view.peer in avoid, view.standing) for view in peers)
+    usable = [view for view in peers if (view.peer in avoid, view.standing) == best]
+    found = place_together(wanted, peers, avoid)
+    for digest in {entry.digest for entry in wanted}:
+        encoded = [p for entry, p in zip(wanted, found, strict=True) if entry.digest == digest and not p.held]
+        assert len(encoded) == (0 if any(digest in view.holding for view in usable) else 1)
+
+
+@few
+@given(wanteds, views, avoids, st.randoms())
+def test_equal_inputs_give_equal_answers(
+    wanted: list[Wanted], peers: list[PeerView], avoid: frozenset[str], random: object
+) -> None:
+    shuffled = list(peers)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert place_together(wanted, peers, avoid) == place_together(wanted, shuffled, avoid)
+
+
+@few
+@given(wanteds, views)
+def test_no_worse_than_prompt_order_and_no_finish_before_the_work(wanted: list[Wanted], peers: list[PeerView]) -> None:
+    found = place_together(wanted, peers)
+    for entry, placement in zip(wanted, found, strict=True):
+        assert placement.finish_s >= placement.ready_s
+        if not placement.held:
+            assert placement.ready_s >= 1.0 + entry.size.patches
+
+
+@few
+@given(st.integers(1, 9), views)
+def test_a_longer_queue_is_never_an_earlier_finish(patches: int, peers: list[PeerView]) -> None:
+    found = place(item("q", patches), peers)
+    longer = [PeerView(v.peer, v.costs, Backlog(tower_s=v.backlog.tower_s + 1.0), v.standing) for v in peers]
+    later = place(item("q", patches), longer)
+    assert found is not None and later is not None
+    assert found.finish_s <= later.finish_s <= found.finish_s + 1.0 + 1e-6

@@ -59,7 +59,8 @@ class System:
             "pages": stats.pages_used,
             "rows": stats.rows_bytes,
             "traces": list(language.traces.open),
-            "peers' rows": sum(peer.rows for peer in language.peers.linked),
+            "peers' items": sum(len(peer.book.open) for peer in language.peers.linked),
+            "fetches": len(language.rows.sharing.flights),
         }
         for encoder in self.encoders:
             found[f"items of {encoder.name}"] = list(encoder.sender.items.values())

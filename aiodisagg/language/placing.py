@@ -1,0 +1,199 @@
+"""Which encode peer gets which item: the pure policies, fed with what is seen of the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from aiodisagg.bootstrap.registry import PeerEntry, PeerState
+from aiodisagg.language.peers import EncodePeer, EncodePeers
+from aiodisagg.peer import metrics
+from aiodisagg.protocol.events import ItemSpec
+from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress
+from aiodisagg.scheduler.advertise import advertised
+from aiodisagg.scheduler.cost import Size
+from aiodisagg.scheduler.health import HealthConfig, Hedges, Poison, Standings
+from aiodisagg.scheduler.placement import PeerView, Placement, Standing, Wanted, place_together
+
+STANDINGS = {
+    PeerState.JOINING: Standing.SUSPECT,
+    PeerState.READY: Standing.READY,
+    PeerState.SUSPECT: Standing.SUSPECT,
+    PeerState.DRAINING: Standing.DRAINING,
+}
+
+
+@dataclass(slots=True)
+class Errand:
+    """An item that is fetched, or will be: from whom, and what was predicted."""
+
+    spec: ItemSpec
+    size: Size
+    avoid: frozenset[str] = frozenset()
+    """Peers that shall not have it at all: they are at it already."""
+    planned: Placement | None = None
+    peer: EncodePeer | None = None
+    asked: float = 0.0
+
+
+class Placing:
+    """Methods belong to the loop's thread; ``now`` is the loop's time.
+
+    Args:
+        peers: the links; their books are kept here.
+        row_bytes: of a packed row.
+    """
+
+    def __init__(self, peers: EncodePeers, row_bytes: int, health: HealthConfig) -> None:
+        self._peers, self._row_bytes = peers, row_bytes
+        self.hedges: Hedges[ItemKey] = Hedges(health)
+        self.poison, self.standings = Poison(health), Standings(health)
+        self.errands: dict[ItemKey, Errand] = {}
+
+    def errand(self, key: ItemKey, spec: ItemSpec, avoid: frozenset[str] = frozenset()) -> None:
+        """The item is going to be placed."""
+        self.errands[key] = Errand(spec, Size.of(spec.grid_thw, spec.rows * self._row_bytes), avoid)
+
+    def plan(self, keys: Sequence[ItemKey], now: float) -> None:
+        """Chooses peers for a request's items together; ``choose`` keeps to it while those peers are there."""
+        errands = [self.errands[key] for key in keys]
+        free = [errand for errand in errands if not self.poison.suspect(errand.spec.digest, now)]
+        placed = place_together(
+            [Wanted(errand.spec.digest, errand.size) for errand in free],
+            self._views([errand.spec.digest for errand in free], now),
+        )
+        for errand, placement in zip(free, placed, strict=False):
+            errand.planned = placement
+
+    def choose(self, key: ItemKey, avoid: frozenset[str], now: float) -> Placement | None:
+        """The linked peer for an item's next epoch; None: there is none that it may have now."""
+        errand = self.errands[key]
+        planned, errand.planned = errand.planned, None
+        if planned is not None and planned.peer not in avoid and self._peers.get(planned.peer) is not None:
+            return planned
+        return self.best(errand, avoid, now)
+
+    def best(self, errand: Errand, avoid: frozenset[str], now: float) -> Placement | None:
+        """As ``choose``, and nothing comes of it."""
+        digest = errand.spec.digest
+        views = [view for view in self._views([digest], now) if view.peer not in errand.avoid]
+        if self.poison.suspect(digest, now):
+            views = [view for view in views if not self._tries_another(view.peer, digest, now)]
+        placed = place_together([Wanted(digest, errand.size)], views, avoid)
+        return placed[0] if placed else None
+
+    def _tries_another(self, peer: str, digest: str, now: float) -> bool:
+        """Whether the peer has a suspect already: two at once, and nobody would know which of them killed it."""
+        at = self._peers.get(peer)
+        others = [] if at is None else [item.digest for item in at.book.open.values() if item.digest != digest]
+        return any(self.poison.suspect(other, now) for other in others)
+
+    def _views(self, digests: Sequence[str], now: float) -> list[PeerView]:
+        views = []
+        for peer in self._peers.linked:
+            holding = peer.book.holding(digests, now)
+            holding |= {d: 0.0 for d in digests if d not in holding and advertised(d, peer.digests)}
+            standing = self.standings.of(peer.incarnation, now)
+            views.append(PeerView(peer.incarnation, peer.book.costs, peer.book.backlog(now), standing, holding))
+        return views
+
+    def asked(self, key: ItemKey, placement: Placement, now: float) -> EncodePeer:
+        """The item is placed."""
+        errand, peer = self.errands[key], self._peers.get(placement.peer)
+        assert peer is not None
+        errand.peer, errand.asked = peer, now
+        peer.book.asked(key, errand.spec.digest, errand.size, placement, now)
+        self.hedges.asked(key, placement.finish_s, now)
+        return peer
+
+    def left(self, key: ItemKey) -> None:
+        """The item's peer has nothing more to do with it."""
+        errand = self.errands.get(key)
+        if errand is not None and errand.peer is not None:
+            errand.peer.book.left(key)
+            errand.peer = None
+        self.hedges.settled(key)
+
+    def over(self, key: ItemKey, *, complete: bool = False) -> None:
+        """The item is fetched, given up or failed."""
+        errand = self.errands.get(key)
+        if errand is None:
+            return
+        if complete:
+            self.poison.encoded(errand.spec.digest)
+            if errand.peer is not None:
+                self.standings.delivered(errand.peer.incarnation)
+        self.left(key)
+        self.hedges.over(key)
+        del self.errands[key]
+
+    # -- what is seen --------------------------------------------------------------------------------------------
+
+    def heard(self, peer: str, message: Message, now: float) -> None:
+        """A sender's word about an item."""
+        at = self._peers.get(peer)
+        if at is None or not isinstance(message, Offer | Progress):
+            return
+        if isinstance(message, Progress):
+            at.book.entered(message.key, message.stage, message.elapsed_s, now)
+        item = at.book.open.get(message.key)
+        if item is not None and message.ready >= self.errands[message.key].spec.rows:
+            at.book.ready(message.key, now)
+            self.hedges.settled(message.key)
+
+    def arrived(self, key: ItemKey, rows: int, now: float) -> None:
+        errand = self.errands.get(key)
+        if errand is not None and errand.peer is not None:
+            errand.peer.book.arrived(key, rows * self._row_bytes, now)
+
+    def asked_again(self, key: ItemKey) -> None:
+        """Not the first epoch: what is timed from here on is not the usual way of an item."""
+        errand = self.errands.get(key)
+        if errand is not None and errand.peer is not None:
+            errand.peer.book.disturbed(key)
+
+    def link_lost(self, incarnation: str, now: float) -> None:
+        peer = self._peers.by_incarnation(incarnation)
+        if peer is not None:
+            if not peer.parted:
+                self.poison.died(incarnation, peer.book.in_tower(), now)
+            peer.book.disturbed()
+
+    def told(self, entries: Sequence[PeerEntry], gone: Sequence[str], now: float) -> None:
+        """What membership says."""
+        for entry in entries:
+            incarnation = entry.record.incarnation
+            self.standings.told(incarnation, STANDINGS.get(entry.state))
+            peer = self._peers.by_incarnation(incarnation)
+            if peer is not None:
+                peer.digests = frozenset(entry.load.digests)
+                peer.book.heard(entry.load.queued_patches, now)
+        for incarnation in gone:
+            self.standings.told(incarnation, None)
+
+    def metrics(self) -> list[Metric]:
+        errors = GaugeMetricFamily(
+            "aiodisagg_prediction_error",
+            "Mean relative error of predicted times, recent ones first: 0 exact, 1 hopeless.",
+            labels=("peer", "stage"),
+        )
+        seen = CounterMetricFamily(
+            "aiodisagg_predictions_checked", "Predicted times that were compared.", labels=("peer", "stage")
+        )
+        for peer in self._peers.linked:
+            costs = peer.book.costs
+            stages = [("prepare", costs.prepare), ("tower", costs.tower), ("transfer", costs.transfer)]
+            for stage, model in stages:
+                errors.add_metric((peer.name, stage), model.error)
+                seen.add_metric((peer.name, stage), model.observed)
+            errors.add_metric((peer.name, "finish"), costs.finish_error)
+            seen.add_metric((peer.name, "finish"), costs.finishes)
+        return [
+            errors,
+            seen,
+            metrics.counter("hedges", "Items that were asked of a second peer.", self.hedges.started),
+            metrics.counter("hedges_won", "Hedged items that the second peer delivered first.", self.hedges.won),
+            metrics.counter("poison_refusals", "Items refused because encoders died of them.", self.poison.refused),
+        ]

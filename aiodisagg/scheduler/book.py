@@ -1,0 +1,203 @@
+"""What is known of one encode peer: its costs, what it was asked for, and what its heartbeats say of others' work.
+
+The costs are calibrated here, from what an encode peer says of each item (stage ``s`` was entered, the one before took
+``elapsed_s``) and from when rows were here:
+
+| seen | is an observation of |
+|---|---|
+| ``prepared``, elapsed | prepare |
+| ``encoding`` ... ``encoded``, elapsed | the tower, over all items in it at that time: one batch |
+| all rows exist ... all rows are here | the transfer of the rows that were still missing |
+| asked ... all rows are here | the predicted finish: nothing is learned, its error is counted |
+
+An item whose link was cut, or that left the peer, teaches nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from aiodisagg.scheduler.cost import PeerCosts, Size
+from aiodisagg.scheduler.placement import Backlog, Placement
+
+K = TypeVar("K", bound=Hashable)
+
+MADE = 1024
+"""Digests that the peer made rows of, the latest: it may hold them still."""
+TYPICAL_PATCHES = 4096
+"""Of an item of which only patches are known, as in heartbeats."""
+
+
+@dataclass(slots=True)
+class _Open:
+    digest: str
+    size: Size
+    placed: Placement
+    asked: float
+    missing_bytes: int
+    stage: str = ""
+    prepares: bool = True
+    """Its preparing is still ahead, or under way."""
+    encodes: bool = True
+    ready: float | None = None
+    ready_bytes: int = 0
+    """Of what was missing when all rows existed."""
+    clean: bool = True
+    """Nothing happened to it that makes its times strange."""
+
+
+class PeerBook(Generic[K]):
+    """Keeps account of one incarnation of an encode peer. ``now`` is any monotonic clock in seconds.
+
+    Args:
+        costs: calibrated here; may be shared with nobody.
+    """
+
+    def __init__(self, costs: PeerCosts) -> None:
+        self.costs = costs
+        self.open: dict[K, _Open] = {}
+        self.size_bytes = 0
+        """Bytes of the rows of open items."""
+        self._prepare_s = self._tower_s = self._transfer_s = 0.0
+        self._patches = 0
+        self._foreign: tuple[int, float] = (0, 0.0)
+        self._made: OrderedDict[str, None] = OrderedDict()
+        self._latest: dict[str, K] = {}
+        self._batch: dict[K, Size] = {}
+        self._batch_left: set[K] = set()
+        self._batch_s = self._batch_began = 0.0
+
+    def asked(self, key: K, digest: str, size: Size, placed: Placement, now: float) -> None:
+        """The peer was asked for an item, as placement predicted it."""
+        self.open[key] = _Open(digest, size, placed, now, size.size_bytes)
+        self._latest[digest] = key
+        self.size_bytes += size.size_bytes
+        self._transfer_s += placed.service.transfer_s
+        if not placed.held:
+            self._prepare_s += placed.service.prepare_s
+            self._tower_s += placed.service.tower_s
+            self._patches += size.patches
+
+    def entered(self, key: K, stage: str, elapsed_s: float, now: float) -> None:
+        """The peer says that the item entered ``stage`` and that the one before took ``elapsed_s``."""
+        item = self.open.get(key)
+        if item is None or item.stage == stage or elapsed_s <= 0:  # 0: more rows exist, no stage was entered
+            return
+        item.stage = stage
+        if item.placed.held:
+            if stage == "preparing":  # it has dropped them meanwhile
+                self._made.pop(item.digest, None)
+            return
+        if item.encodes and item.prepares and stage in ("prepared", "encoding", "encoded"):
+            item.prepares = False
+            self._prepare_s -= item.placed.service.prepare_s
+        if stage == "prepared" and item.clean:
+            self.costs.prepared(item.size, elapsed_s)
+        elif stage == "encoding":
+            self._into_tower(key, item, now)
+        elif stage == "encoded":
+            self._out_of_tower(key, elapsed_s)
+
+    def _into_tower(self, key: K, item: _Open, now: float) -> None:
+        if not self._batch_left or len(self._batch_left) < len(self._batch):  # the batch before has begun to end
+            self._batch, self._batch_left, self._batch_s = {}, set(), 0.0
+        if not self._batch_left:
+            self._batch_began = now
+        self._batch[key] = item.size
+        self._batch_left.add(key)
+
+    def _out_of_tower(self, key: K, elapsed_s: float) -> None:
+        if key not in self._batch_left:
+            return
+        self._batch_left.discard(key)
+        self._batch_s = max(self._batch_s, elapsed_s)
+        if not self._batch_left:
+            self.costs.encoded(list(self._batch.values()), self._batch_s)
+
+    def ready(self, key: K, now: float) -> None:
+        """All rows of the item exist at the peer."""
+        item = self.open.get(key)
+        if item is None or item.ready is not None:
+            return
+        item.ready, item.ready_bytes = now, item.missing_bytes
+        self._made[item.digest] = None
+        self._made.move_to_end(item.digest)
+        if len(self._made) > MADE:
+            self._made.popitem(last=False)
+        self._out_of_queues(item)
+
+    def _out_of_queues(self, item: _Open) -> None:
+        """Nothing is left to be encoded of it."""
+        if item.placed.held or not item.encodes:
+            return
+        item.encodes = False
+        if item.prepares:
+            self._prepare_s -= item.placed.service.prepare_s
+        self._tower_s -= item.placed.service.tower_s
+        self._patches -= item.size.patches
+
+    def arrived(self, key: K, size_bytes: int, now: float) -> None:
+        """Bytes of the item's rows are here."""
+        item = self.open.get(key)
+        if item is None:
+            return
+        item.missing_bytes -= size_bytes
+        if item.missing_bytes > 0 or not item.clean:
+            return
+        if item.ready is not None and item.ready_bytes > 0 and not self.costs.local:
+            self.costs.transferred(item.ready_bytes, now - item.ready)
+        self.costs.finished(item.placed.finish_s, now - item.asked)
+
+    def disturbed(self, key: K | None = None) -> None:
+        """The link was cut or the item was asked for again: its times say nothing. None: all items."""
+        for item in self.open.values() if key is None else filter(None, [self.open.get(key)]):
+            item.clean = False
+
+    def left(self, key: K) -> None:
+        """The item is complete, given up, or asked of another peer. Does nothing if it was not asked for here."""
+        item = self.open.pop(key, None)
+        if item is None:
+            return
+        self._out_of_queues(item)
+        self._transfer_s -= item.placed.service.transfer_s
+        self.size_bytes -= item.size.size_bytes
+        self._batch_left.discard(key)
+        if self._latest.get(item.digest) == key:
+            del self._latest[item.digest]
+        if not self.open:  # sums of floats drift
+            self._prepare_s = self._tower_s = self._transfer_s = 0.0
+
+    def heard(self, queued_patches: int, now: float) -> None:
+        """A heartbeat: patches that the peer has not encoded yet, for whomever."""
+        self._foreign = (max(0, queued_patches - self._patches), now)
+
+    def holding(self, digests: Iterable[str], now: float) -> dict[str, float]:
+        """Which of the digests the peer has or is encoding for this side; seconds until their rows exist."""
+        found = {}
+        for digest in digests:
+            key = self._latest.get(digest)
+            if key is not None and self.open[key].ready is None:
+                item = self.open[key]
+                found[digest] = max(0.0, item.asked + item.placed.ready_s - now)
+            elif key is not None or digest in self._made:
+                found[digest] = 0.0
+        return found
+
+    def in_tower(self) -> list[str]:
+        """Digests of the items that are in the tower now, as far as was heard."""
+        return [item.digest for item in self.open.values() if item.stage == "encoding" and item.ready is None]
+
+    def backlog(self, now: float) -> Backlog:
+        """What an item that is asked for now has to wait for."""
+        patches, heard = self._foreign
+        foreign_s = 0.0
+        if patches:
+            items = patches / TYPICAL_PATCHES
+            work_s = self.costs.tower.predict((items, patches, patches * TYPICAL_PATCHES))
+            foreign_s = max(0.0, work_s - (now - heard))
+        running_s = now - self._batch_began if self._batch_left else 0.0
+        tower_s = max(0.0, self._tower_s - running_s) + foreign_s
+        return Backlog(max(0.0, self._prepare_s) / self.costs.prepare_threads, tower_s, max(0.0, self._transfer_s))

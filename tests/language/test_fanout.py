@@ -1,0 +1,138 @@
+"""Rows of one digest, fetched once or twice, for many; chunks come on threads and sharers at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from aiodisagg.language.fanout import Data, FanOut
+from aiodisagg.protocol.messages import ItemKey
+
+pytestmark = pytest.mark.anyio
+A, B = ItemKey(1, 0), ItemKey(2, 0)
+ROW = 4
+ROWS = np.arange(10 * ROW, dtype=np.uint8)
+
+
+class Taken:
+    """What was delivered, by key; ``times``: how often each row was."""
+
+    def __init__(self) -> None:
+        self.rows = {key: np.zeros(10 * ROW, np.uint8) for key in (A, B)}
+        self.times = {key: np.zeros(10, int) for key in (A, B)}
+
+    def __call__(self, key: ItemKey, start: int, data: Data) -> None:
+        assert isinstance(data, memoryview)
+        stop = start + data.nbytes // ROW
+        self.rows[key][start * ROW : stop * ROW] = np.frombuffer(data, np.uint8)
+        self.times[key][start:stop] += 1
+
+    def whole(self, key: ItemKey) -> bool:
+        return bool((self.rows[key] == ROWS).all() and (self.times[key] == 1).all())
+
+
+def chunk(start: int, stop: int) -> memoryview:
+    return memoryview(ROWS[start * ROW : stop * ROW].tobytes())
+
+
+async def test_who_joins_late_gets_what_came_before_and_what_comes() -> None:
+    taken = Taken()
+    fan = FanOut(10, ROW, taken, keeps=True, accelerator=None)
+    assert fan.share(A) == ()
+    fan.deliver(0, chunk(0, 3))
+    fan.deliver(7, chunk(7, 9))
+    owed = fan.share(B)
+    assert owed == ((0, 3), (7, 9))
+    fan.deliver(3, chunk(3, 7))
+    fan.deliver(9, chunk(9, 10))
+    assert taken.whole(A) and not fan.complete, "the one that joined is owed something"
+    fan.catch_up(B, owed)
+    assert taken.whole(B) and fan.complete
+    kept = fan.kept()
+    assert kept is not None and (kept == ROWS).all()
+
+
+async def test_a_second_fetch_brings_only_what_the_first_did_not() -> None:
+    taken = Taken()
+    fan = FanOut(10, ROW, taken, keeps=False, accelerator=None)
+    fan.share(A)
+    for start, stop in ((0, 4), (0, 2), (6, 8), (3, 9), (0, 10)):
+        fan.deliver(start, chunk(start, stop))
+    assert taken.whole(A) and fan.complete and fan.here == 10
+
+
+async def test_who_left_gets_nothing_more() -> None:
+    taken = Taken()
+    fan = FanOut(10, ROW, taken, keeps=True, accelerator=None)
+    fan.share(A)
+    fan.share(B)
+    fan.deliver(0, chunk(0, 4))
+    fan.leave(A)
+    fan.deliver(4, chunk(4, 10))
+    assert taken.whole(B) and taken.times[A].tolist() == [1] * 4 + [0] * 6
+
+
+async def test_rows_that_could_not_be_delivered_come_again() -> None:
+    taken, broken = Taken(), [True]
+
+    def deliver(key: ItemKey, start: int, data: Data) -> None:
+        if start == 4 and broken.pop():
+            raise MemoryError
+        taken(key, start, data)
+
+    fan = FanOut(10, ROW, deliver, keeps=True, accelerator=None)
+    fan.share(A)
+    fan.deliver(0, chunk(0, 4))
+    with pytest.raises(MemoryError):
+        fan.deliver(4, chunk(4, 10))
+    assert not fan.complete and fan.here == 4
+    broken.append(False)
+    fan.deliver(4, chunk(4, 10))
+    assert taken.whole(A) and fan.complete
+
+
+async def test_the_end_waits_for_deliveries_on_other_threads() -> None:
+    """The second fetch was told that the rows are here while the first one's thread is still copying them."""
+    taken, entered, gate = Taken(), threading.Event(), threading.Event()
+
+    def deliver(key: ItemKey, start: int, data: Data) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            assert gate.wait(30)
+        taken(key, start, data)
+
+    fan = FanOut(10, ROW, deliver, keeps=True, accelerator=None)
+    fan.share(A)
+    slow = asyncio.ensure_future(asyncio.to_thread(fan.deliver, 0, chunk(0, 5)))
+    await asyncio.to_thread(entered.wait)
+    fan.deliver(0, chunk(0, 10))
+    idle = asyncio.Event()
+    fan.when_idle(idle.set)
+    assert not idle.is_set() and not fan.complete
+    gate.set()
+    await slow
+    await idle.wait()
+    assert taken.whole(A) and fan.complete
+
+
+async def test_sharers_that_join_while_threads_deliver_miss_nothing_and_get_nothing_twice() -> None:
+    for _ in range(50):
+        taken = Taken()
+        fan = FanOut(10, ROW, taken, keeps=True, accelerator=None)
+        fan.share(A)
+        barrier = threading.Barrier(3)
+
+        def bring(rows: range, fan: FanOut = fan, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait(30)
+            for row in rows:
+                fan.deliver(row, chunk(row, row + 1))
+
+        work = [asyncio.ensure_future(asyncio.to_thread(bring, rows)) for rows in (range(10), range(9, -1, -1))]
+        await asyncio.to_thread(barrier.wait)
+        if owed := fan.share(B):
+            await asyncio.to_thread(fan.catch_up, B, owed)
+        await asyncio.gather(*work)
+        assert taken.whole(A) and taken.whole(B) and fan.complete

@@ -1,0 +1,142 @@
+"""A peer's book: what lies ahead of a new item, and what its open items teach about costs."""
+
+from __future__ import annotations
+
+import pytest
+
+from aiodisagg.scheduler.book import PeerBook
+from aiodisagg.scheduler.cost import PeerCosts, Rates, Size
+from aiodisagg.scheduler.placement import PeerView, Wanted, place
+
+UNIT = Rates(
+    prepare_s=1e-9, prepare_patch_s=0.1, tower_s=1e-9, tower_patch_s=1.0, tower_square_s=1e-12,
+    transfer_s=1e-9, transfer_byte_s=0.01,
+)  # fmt: skip
+
+
+def book() -> PeerBook[str]:
+    return PeerBook(PeerCosts(UNIT))
+
+
+def ask(at: PeerBook[str], key: str, patches: int, now: float = 0.0, digest: str = "") -> None:
+    digest, size = digest or key, Size(patches, 0, 100)
+    view = PeerView("p", at.costs, at.backlog(now), holding=at.holding([digest], now))
+    placed = place(Wanted(digest, size), [view])
+    assert placed is not None
+    at.asked(key, digest, size, placed, now)
+
+
+def ahead(at: PeerBook[str], now: float = 0.0) -> tuple[float, float, float]:
+    found = at.backlog(now)
+    return round(found.prepare_s, 6), round(found.tower_s, 6), round(found.transfer_s, 6)
+
+
+def test_work_lies_ahead_until_it_is_seen_to_be_done() -> None:
+    at = book()
+    ask(at, "x", 10)
+    ask(at, "y", 20)
+    assert ahead(at) == (3.0, 30.0, 2.0)
+    at.entered("x", "preparing", 0.001, 0.0)
+    at.entered("x", "prepared", 1.0, 1.0)
+    assert ahead(at, 1.0) == (2.0, 30.0, 2.0)
+    at.entered("x", "encoding", 0.1, 1.0)
+    assert ahead(at, 5.0) == (2.0, 26.0, 2.0), "it has been in the tower for four seconds"
+    at.entered("x", "encoded", 10.0, 11.0)
+    at.ready("x", 11.0)
+    assert ahead(at, 11.0) == (2.0, 20.0, 2.0)
+    at.arrived("x", 100, 12.0)
+    at.left("x")
+    assert ahead(at, 12.0) == (2.0, 20.0, 1.0)
+    at.left("y")
+    assert ahead(at, 12.0) == (0.0, 0.0, 0.0) and at.size_bytes == 0 and not at.open
+
+
+def test_an_item_that_leaves_takes_its_work_with_it() -> None:
+    at = book()
+    ask(at, "x", 10)
+    ask(at, "y", 20)
+    at.left("x")
+    at.left("x")
+    assert ahead(at) == (2.0, 20.0, 1.0)
+
+
+def test_stages_teach_costs() -> None:
+    at = book()
+    for now in range(0, 3000, 100):
+        ask(at, "x", 10, now, f"digest {now}")
+        at.entered("x", "preparing", 5.0, now)
+        at.entered("x", "prepared", 2.0, now + 2.0)
+        at.entered("x", "encoding", 50.0, now + 52.0)
+        at.entered("x", "encoded", 30.0, now + 82.0)
+        at.ready("x", now + 82.0)
+        at.arrived("x", 100, now + 86.0)
+        at.left("x")
+    found = at.costs.predict(Size(10, 0, 100))
+    assert found.prepare_s == pytest.approx(2.0, rel=0.05)
+    assert found.tower_s == pytest.approx(30.0, rel=0.05)
+    assert found.transfer_s == pytest.approx(4.0, rel=0.05)
+    assert at.costs.finishes == 30 and at.costs.finish_error > 0.3, "it waited for a tower that was said to be free"
+
+
+def test_items_that_are_in_the_tower_together_are_one_batch() -> None:
+    at = book()
+    for key in "xy":
+        ask(at, key, 10)
+        at.entered(key, "encoding", 0.1, 1.0)
+    at.entered("x", "encoded", 39.0, 40.0)
+    assert at.costs.tower.observed == 0
+    at.entered("y", "encoded", 40.0, 40.0)
+    assert at.costs.tower.observed == 1
+    assert at.costs.tower.error == pytest.approx(0.5), "20 s were expected of both together"
+    ask(at, "z", 10)
+    at.entered("z", "encoding", 0.1, 41.0)
+    at.entered("z", "encoded", 10.0, 51.0)
+    assert at.costs.tower.observed == 2
+
+
+def test_progress_that_only_tells_of_more_rows_is_no_stage() -> None:
+    at = book()
+    ask(at, "x", 10)
+    at.entered("x", "encoding", 0.1, 1.0)
+    at.entered("x", "encoded", 0.0, 5.0)
+    assert at.costs.tower.observed == 0 and at.in_tower() == ["x"]
+    at.entered("x", "encoded", 10.0, 11.0)
+    assert at.costs.tower.observed == 1 and at.in_tower() == []
+
+
+def test_disturbed_items_teach_nothing() -> None:
+    at = book()
+    ask(at, "x", 10)
+    at.disturbed()
+    at.entered("x", "prepared", 900.0, 900.0)
+    at.ready("x", 900.0)
+    at.arrived("x", 100, 1000.0)
+    costs = at.costs
+    assert (costs.prepare.observed, costs.transfer.observed, costs.finishes) == (0, 0, 0)
+
+
+def test_rows_of_an_item_are_held_from_when_they_are_made() -> None:
+    at = book()
+    assert at.holding(["x"], 0.0) == {}
+    ask(at, "x", 10)
+    assert at.holding(["x", "y"], 4.0) == pytest.approx({"x": 7.0})
+    at.ready("x", 9.0)
+    assert at.holding(["x"], 9.0) == {"x": 0.0}
+    at.left("x")
+    assert at.holding(["x"], 10.0) == {"x": 0.0}
+    ask(at, "again", 10, 11.0, "x")
+    assert ahead(at, 11.0) == (0.0, 0.0, 1.0), "nothing has to be encoded"
+    at.entered("again", "preparing", 0.1, 12.0)
+    at.left("again")
+    assert at.holding(["x"], 13.0) == {}, "it had to be encoded again: the peer had dropped it"
+
+
+def test_a_heartbeat_tells_of_others_work_which_then_melts_away() -> None:
+    at = book()
+    ask(at, "x", 10)
+    at.heard(10, 0.0)
+    assert ahead(at) == (1.0, 10.0, 1.0), "all of it is ours"
+    at.heard(4106, 0.0)
+    assert at.backlog(0.0).tower_s == pytest.approx(10 + 4096, rel=0.01)
+    assert at.backlog(96.0).tower_s == pytest.approx(10 + 4000, rel=0.01)
+    assert ahead(at, 1e6) == (1.0, 10.0, 1.0)

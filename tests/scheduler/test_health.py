@@ -1,0 +1,87 @@
+"""Hedges, poison, standing, and what heartbeats say of digests."""
+
+from __future__ import annotations
+
+from aiodisagg.scheduler.advertise import ADVERTISED, advertise, advertised
+from aiodisagg.scheduler.health import HealthConfig, Hedges, Poison, Standings
+from aiodisagg.scheduler.placement import Standing
+
+CONFIG = HealthConfig(hedge_factor=3.0, hedge_slack_s=2.0, hedged_share=0.1, poison_s=100.0, suspect_s=30.0)
+
+
+def test_an_item_is_overdue_long_after_its_prediction_and_named_once() -> None:
+    hedges: Hedges[str] = Hedges(CONFIG)
+    hedges.asked("short", 0.5, 10.0)
+    hedges.asked("long", 5.0, 0.0)
+    hedges.asked("made", 0.1, 0.0)
+    hedges.settled("made")
+    assert hedges.next_timer() == 12.5
+    assert hedges.overdue(12.4) == []
+    assert hedges.overdue(12.5) == ["short"] and hedges.overdue(12.5) == []
+    assert hedges.overdue(15.0) == ["long"]
+    assert hedges.next_timer() is None
+    hedges.later("long", 1.0, 15.0)
+    assert hedges.overdue(16.0) == ["long"]
+
+
+def test_few_are_hedged_at_once() -> None:
+    hedges: Hedges[str] = Hedges(CONFIG)
+    assert hedges.allowed(3)
+    hedges.hedged("a2")
+    assert not hedges.allowed(3) and not hedges.allowed(19) and hedges.allowed(20)
+    hedges.over("a2")
+    assert hedges.allowed(3) and hedges.started == 1
+
+
+def test_no_slack_no_hedges() -> None:
+    hedges: Hedges[str] = Hedges(HealthConfig(hedge_slack_s=0.0))
+    hedges.asked("x", 1.0, 0.0)
+    assert hedges.next_timer() is None and hedges.overdue(1e9) == []
+
+
+def test_an_item_that_two_encoders_die_of_is_refused_for_a_while() -> None:
+    poison = Poison(CONFIG)
+    poison.died("one", ["x", "bystander"], 0.0)
+    assert poison.suspect("x", 0.0) and poison.suspect("bystander", 0.0) and not poison.refuses("x", 0.0)
+    poison.encoded("bystander")
+    assert not poison.suspect("bystander", 0.0)
+    poison.died("two", ["x"], 50.0)
+    assert poison.refuses("x", 149.0) and poison.refused == 1
+    assert not poison.refuses("x", 150.0) and not poison.suspect("x", 150.0)
+
+
+def test_one_encoder_dies_once_and_a_cut_link_is_no_death() -> None:
+    poison = Poison(CONFIG)
+    poison.died("one", ["x"], 0.0)
+    poison.died("one", ["x"], 1.0)
+    assert poison.deaths("x", 1.0) == 1
+    poison.lives("one")
+    assert not poison.suspect("x", 1.0)
+
+
+def test_standing_is_what_membership_says_and_what_was_seen() -> None:
+    standings = Standings(CONFIG)
+    assert standings.of("a", 0.0) is Standing.READY
+    standings.told("a", Standing.DRAINING)
+    assert standings.of("a", 0.0) is Standing.DRAINING
+    standings.told("a", Standing.READY)
+    standings.lost_hedge("a", 0.0)
+    assert standings.of("a", 0.0) is Standing.READY
+    standings.lost_hedge("a", 1.0)
+    assert standings.of("a", 30.9) is Standing.SUSPECT
+    assert standings.of("a", 31.0) is Standing.READY, "forgiven"
+    standings.lost_hedge("a", 31.0)
+    standings.delivered("a")
+    assert standings.of("a", 31.0) is Standing.READY
+    standings.lost_hedge("a", 40.0)
+    standings.lost_hedge("a", 40.0)
+    standings.told("a", None)
+    assert standings.of("a", 40.0) is Standing.READY, "whoever comes back under this name is somebody new"
+
+
+def test_the_newest_digests_are_told_by_prefixes() -> None:
+    digests = [f"{i:032x}"[::-1] for i in range(ADVERTISED + 5)]
+    told = frozenset(advertise(digests))
+    assert len(told) == ADVERTISED and max(map(len, told)) == 12
+    assert all(advertised(digest, told) for digest in digests[:ADVERTISED])
+    assert not any(advertised(digest, told) for digest in digests[ADVERTISED:])
