@@ -165,7 +165,7 @@ class _Caller:
         key, done = ItemKey(number, 0), asyncio.get_running_loop().create_future()
         self._done[key] = done
         began = time.perf_counter()
-        self.receiver.request(key, item_of(number, self._rows), TIMEOUT_S)
+        self.receiver.request([(key, item_of(number, self._rows))], TIMEOUT_S)
         await done
         return time.perf_counter() - began
 
