@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,12 +55,13 @@ class DeviceRunner:
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
         self._pool, self.shapes = pool, shapes_of(model, pool.page_size)
-        kernels = kernels or choose_kernels(self.shapes)
-        self.decoder = FusedDecoder(model, kernels)
-        layer = self.decoder.sparse
-        if layer is not None:
-            experts = experts or choose_experts(self.shapes, layer.gate_up, layer.down, buckets=buckets)
-            self.decoder.experts = experts
+        with torch.inference_mode(), self._here():
+            kernels = kernels or choose_kernels(self.shapes)
+            self.decoder = FusedDecoder(model, kernels)
+            layer = self.decoder.sparse
+            if layer is not None:
+                experts = experts or choose_experts(self.shapes, layer.gate_up, layer.down, buckets=buckets)
+                self.decoder.experts = experts
         self._context_pages = min(pool.keys.shape[1] // pool.page_size, -(-max_context // pool.page_size))
         self._inputs = self._new_inputs(token_budget, max_running)
         self._rows: torch.Tensor | None = None
@@ -82,12 +84,16 @@ class DeviceRunner:
     def _new_inputs(self, tokens: int, segments: int) -> StepInputs:
         return new_inputs(self.shapes, tokens=tokens, segments=segments, pages=segments * self._context_pages)
 
+    def _here(self) -> AbstractContextManager[object]:
+        """Makes this thread's current device the model's: kernels are launched on the current one."""
+        return torch.cuda.device(self.shapes.device) if self.shapes.device.type == "cuda" else nullcontext()
+
     def warm_up(self) -> None:
         """Compiles and captures. Takes seconds, and the whole device; without it the first steps are slow.
 
         Writes to no slot of the pool.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), self._here():
             if self.graphs is not None:
                 try:
                     self.graphs.capture()
@@ -110,6 +116,10 @@ class DeviceRunner:
 
     def forward(self, batch: Sequence[Work]) -> tuple[torch.Tensor, int]:
         """See :meth:`aiodisagg.engine.batch.Runner.forward`. Logits are valid until the next call."""
+        with self._here():
+            return self._forward(batch)
+
+    def _forward(self, batch: Sequence[Work]) -> tuple[torch.Tensor, int]:
         ids = np.concatenate([w.sequence.token_ids(w.segment.start, w.segment.stop) for w in batch])
         positions = np.concatenate([w.sequence.positions(w.segment.start, w.segment.stop) for w in batch], axis=1)
         pieces = [Piece(w.segment.tokens, w.segment.stop, w.pages) for w in batch]

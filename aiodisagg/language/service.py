@@ -83,10 +83,15 @@ class LanguageService:
         async with LanguageService(LanguageConfig(model=folder, bootstrap=("http://127.0.0.1:8500",))) as peer:
             async for delta in peer.generate(messages, SamplingParams(max_tokens=64)):
                 print(delta.text, end="")
+
+    Args:
+        loaded: planner, language half and row fingerprint, instead of the folder's.
     """
 
-    def __init__(self, config: LanguageConfig) -> None:
-        self.config = config
+    def __init__(
+        self, config: LanguageConfig, *, loaded: tuple[Planner, LanguageHalf, ModelFingerprint] | None = None
+    ) -> None:
+        self.config, self._loaded = config, loaded
         self.name = config.name or f"language-{config.incarnation[:6]}"
         self.model_name = config.model.resolve().name
         self.created = int(time.time())
@@ -104,7 +109,7 @@ class LanguageService:
 
     async def _open(self) -> LanguageService:
         config = self.config
-        self._planner, half, model = await asyncio.to_thread(load_language_half, config)
+        self._planner, half, model = self._loaded or await asyncio.to_thread(load_language_half, config)
         self._layout = layout = half.layout
         engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
         engine_config = EngineConfig(

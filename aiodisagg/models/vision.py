@@ -8,6 +8,7 @@ would get alone (bit for bit on a CPU; on a GPU, matrix products may be tiled by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ class Qwen3VLVisionEncoder:
     def use_fused(self) -> dict[str, float]:
         """Has the tower run by kernels chosen on its device; times of its attention, see ``choose_kernels``."""
         self.fused = FusedTower(self._tower)
-        with torch.inference_mode():
+        here = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), here:
             return choose_kernels(self.fused, self._tower.dtype, self.device)
 
     def __repr__(self) -> str:

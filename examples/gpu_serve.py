@@ -1,0 +1,189 @@
+"""From JPEG bytes to the first token, through the services: an encode peer in a process of its own, a language peer here.
+
+Used by ``gpu_engine.py``. Every picture is a new one, so no cache helps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import uvloop
+from gpu_model import Random
+from PIL import Image
+
+from aiodisagg import ChatMessage, EncodeConfig, EncodeService, LanguageConfig, LanguageService, SamplingParams
+from aiodisagg.models.base import ImagePart, TextPart
+
+MiB = 1 << 20
+
+
+def picture(seed: int, height: int, width: int) -> bytes:
+    """A JPEG with the detail of a photograph: smooth shapes and some grain."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (max(2, height // 40), max(2, width // 40), 3), dtype=np.uint8))
+    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    grain = rng.integers(-6, 7, (height, width, 1), dtype=np.int16)
+    out = io.BytesIO()
+    Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def encode_peer(folder: Path, device: str) -> None:
+    """A process: an encode peer with a random tower; says its address, and ends with its stdin."""
+
+    async def run() -> None:
+        encoder = await asyncio.to_thread(Random.read(folder).encoder, device)
+        kind = encoder.layout.dtype
+        config = EncodeConfig(
+            model=folder,
+            device=device,
+            row_dtype=kind,
+            prepare_threads=8,
+            source_bytes=2048 * MiB if device != "cpu" else 64 * MiB,
+        )
+        async with EncodeService(config, encoder=encoder) as peer:
+            print(peer.address, flush=True)
+            await asyncio.to_thread(sys.stdin.read)
+
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    uvloop.run(run())
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Of one request, in seconds from its start."""
+
+    first_s: float
+    end_s: float
+    tokens: int
+
+
+def text_of(service_planner: Any, tokens: int) -> str:
+    """A text that the planner makes about ``tokens`` tokens of."""
+    words, text = "the harbour wakes before the town does and nobody saw it ".split(), ""
+    count = 0
+    while True:
+        step = max(1, (tokens - count) // 8)
+        text += " ".join(words[(count + i) % len(words)] for i in range(step)) + " "
+        count = service_planner.plan([ChatMessage("user", (TextPart(text),))]).tokens
+        if count >= tokens:
+            return text
+
+
+async def ask(service: LanguageService, text: str, images: Sequence[bytes], tokens: int) -> Answered:
+    began, first, count = time.perf_counter(), 0.0, 0
+    message = ChatMessage("user", (*(ImagePart(data) for data in images), TextPart(text)))
+    async with aclosing(service.generate([message], SamplingParams(max_tokens=tokens, ignore_eos=True))) as deltas:
+        async for delta in deltas:
+            if delta.token_ids and not count:
+                first = time.perf_counter() - began
+            count += len(delta.token_ids)
+    return Answered(first, time.perf_counter() - began, count)
+
+
+def serve(bench: Any, found: dict[str, Any]) -> None:
+    """The phase: needs the GPU's memory, so the runner that was measured gives its pool back."""
+    bench.runner.release()
+    bench.stepper = bench.runner = None
+    gc.collect()
+    if bench.gpu:
+        torch.cuda.empty_cache()
+    uvloop.run(_serve(bench, found))
+
+
+async def _serve(bench: Any, found: dict[str, Any]) -> None:
+    tiny, model = bench.options.tiny, bench.model
+    there = "cpu" if tiny else f"cuda:{bench.options.devices - 1}"
+    script = str(Path(__file__).with_name("gpu_engine.py"))
+    command = [sys.executable, script, *(["--tiny"] if tiny else []), "encode", str(model.folder), there]
+    config = LanguageConfig(
+        model=model.folder,
+        device=bench.device,
+        dtype=bench.half.layout.dtype,
+        row_dtype=bench.half.layout.dtype,
+        pool_bytes=(8 if tiny else 1024) * MiB,
+        kv_bytes=(16 if tiny else 5120) * MiB,
+        token_budget=256 if tiny else 8192,
+        block_rows=256,
+    )
+    height, width = (64, 96) if tiny else (1080, 1920)
+    async with AsyncExitStack() as stack:
+        child = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+        async def end() -> None:
+            assert child.stdin is not None
+            child.stdin.close()
+            try:
+                await asyncio.wait_for(child.wait(), 15)
+            except TimeoutError:
+                child.kill()
+                await child.wait()
+
+        stack.push_async_callback(end)
+        loaded = model.planner(), bench.half, model.fingerprint
+        service = await stack.enter_async_context(LanguageService(config, loaded=loaded))
+        assert child.stdout is not None
+        address = (await asyncio.wait_for(child.stdout.readline(), 120)).decode().strip()
+        service.add_peer(address)
+        await service.peers.wait_any(60)
+        bench.say(f"serve: encode peer on {there} linked")
+        await _cases(bench, found, service, loaded[0], height, width)
+
+
+async def _cases(
+    bench: Any, found: dict[str, Any], service: LanguageService, planner: Any, height: int, width: int
+) -> None:
+    tiny, made = bench.options.tiny, iter(range(1, 1 << 20))
+    text = text_of(planner, 16 if tiny else 128)
+    long = text_of(planner, 64 if tiny else 9000)
+
+    def pictures(count: int) -> list[bytes]:
+        return [picture(next(made), height, width) for _ in range(count)]
+
+    async def alone(name: str, said: str, images: int, times: int, tokens: int = 4) -> None:
+        answers = []
+        for i in range(times + 1):  # the first one warms up
+            answers.append(await ask(service, said, pictures(images), tokens))
+            bench.say(f"serve: {name}, {'warming' if not i else i}: first token {answers[-1].first_s * 1e3:.1f} ms")
+        firsts = [a.first_s for a in answers[1:]]
+        found[name] = {"ttft_ms": statistics.median(firsts) * 1e3, "all_ms": [round(f * 1e3, 1) for f in firsts]}
+        bench.save()
+
+    async def together(name: str, count: int, tokens: int) -> None:
+        asked = pictures(count)
+        began = time.perf_counter()
+        answers = await asyncio.gather(*(ask(service, text, [data], tokens) for data in asked))
+        whole = time.perf_counter() - began
+        found[name] = {
+            "mean_ttft_ms": statistics.mean(a.first_s for a in answers) * 1e3,
+            "max_ttft_ms": max(a.first_s for a in answers) * 1e3,
+            "req_s": count / whole,
+            "tpot_ms": statistics.mean((a.end_s - a.first_s) / max(1, a.tokens - 1) for a in answers) * 1e3,
+            "steps": service.engine.stats().steps,
+        }
+        bench.say(f"serve: {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in found[name].items()))
+        bench.save()
+
+    await alone("text only", text, 0, 3)
+    await alone("one image", text, 1, 2 if tiny else 5)
+    await alone("four images", text, 4, 1 if tiny else 3)
+    count = 4 if tiny else 32
+    await together(f"{count} at once", count, 8 if tiny else 128)
+    if bench.left_s() > 20:
+        await together(f"{count} at once again", count, 8 if tiny else 128)
+    if bench.left_s() > 20:
+        await alone("five images, 9,000 text", long, 5, 1 if tiny else 2)
