@@ -391,7 +391,10 @@ def tower(bench: Bench, found: dict[str, Any]) -> None:
     h = vision.hidden_size
     flops = vision.depth * (2 * n * (4 * h * h + 2 * h * vision.intermediate_size) + 4 * n * n * h)
     found["flops_ms"] = flops / bench.results.get("limits", {}).get("flop_s", float("inf")) * 1e3
-    bench.say(f"tower, {n} patches, ms: " + ", ".join(f"{k} {v:.2g}" if v < 1 else f"{k} {v:.1f}" for k, v in found.items() if k != "attention_ms"))
+    bench.say(
+        f"tower, {n} patches, ms: "
+        + ", ".join(f"{k} {v:.2g}" if v < 1 else f"{k} {v:.1f}" for k, v in found.items() if k != "attention_ms")
+    )
 
 
 RUN: dict[str, Callable[[Bench, dict[str, Any]], None]] = {

@@ -74,7 +74,7 @@ class Answered:
 
 def text_of(service_planner: Any, tokens: int) -> str:
     """A text that the planner makes about ``tokens`` tokens of."""
-    words, text = "the harbour wakes before the town does and nobody saw it ".split(), ""
+    words, text = ["the", "harbour", "wakes", "before", "the", "town", "does", "and", "nobody", "saw", "it"], ""
     count = 0
     while True:
         step = max(1, (tokens - count) // 8)

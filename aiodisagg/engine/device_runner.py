@@ -66,7 +66,12 @@ class DeviceRunner:
         self._inputs = self._new_inputs(token_budget, max_running)
         self._rows: torch.Tensor | None = None
         self.graphs: DecodeGraphs | None = None
-        if graphs and kernels.padded and self.shapes.device.type == "cuda" and (layer is None or self.decoder.experts.captured):
+        if (
+            graphs
+            and kernels.padded
+            and self.shapes.device.type == "cuda"
+            and (layer is None or self.decoder.experts.captured)
+        ):
             largest = max(ladder)
             self.graphs = DecodeGraphs(
                 self._new_inputs(largest, largest), lambda step: self.decoder(step, pool, every=True), ladder

@@ -5,6 +5,9 @@ they run. A graph is replayed for any batch that is not larger: the rest of it i
 expert and writes to no slot.
 """
 
+# torch declares no types for streams and events.
+# mypy: disallow-untyped-calls=False
+
 from __future__ import annotations
 
 import logging

@@ -7,6 +7,9 @@ and longer ones, cut into **tiles**. Padding is a decode entry without a context
 padding has no slot.
 """
 
+# torch declares no types for streams and events.
+# mypy: disallow-untyped-calls=False
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -6,6 +6,9 @@ is replaced by its reference and logged, so a model runs slowly rather than wron
 hence CUDA graphs need Triton's ``attend``, ``rotate_store``, ``route`` and ``add_norm``.
 """
 
+# torch declares no types for streams, events and some methods.
+# mypy: disallow-untyped-calls=False
+
 from __future__ import annotations
 
 import logging
@@ -240,9 +243,9 @@ def _check_attend(kernel: Any, shapes: Shapes) -> float:
     step = new_inputs(shapes, tokens=tokens, segments=len(pieces), pages=pages)
     step.fill(pieces, torch.zeros(tokens).numpy(), torch.zeros(3, tokens).numpy())
     query = _draw(shapes, tokens, shapes.heads, shapes.head_dim)
-    pool = _draw(shapes, 2, pages * page, shapes.kv_heads, shapes.head_dim)
+    keys, values = _draw(shapes, 2, pages * page, shapes.kv_heads, shapes.head_dim)
     scaling = shapes.head_dim**-0.5
-    return distance(kernel(query, *pool, step, scaling), attend(query, *pool, step, scaling))
+    return distance(kernel(query, keys, values, step, scaling), attend(query, keys, values, step, scaling))
 
 
 def new_inputs(shapes: Shapes, *, tokens: int, segments: int, pages: int) -> StepInputs:

@@ -5,6 +5,9 @@ exactly one number from the request's generator, and the number picks from the c
 over a batch would take its numbers from one generator in an order that depends on the neighbours.)
 """
 
+# torch declares no types for streams and events.
+# mypy: disallow-untyped-calls=False
+
 from __future__ import annotations
 
 import secrets

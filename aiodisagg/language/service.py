@@ -109,7 +109,10 @@ class LanguageService:
 
     async def _open(self) -> LanguageService:
         config = self.config
-        self._planner, half, model = self._loaded or await asyncio.to_thread(load_language_half, config)
+        loaded = self._loaded
+        if loaded is None:
+            loaded = await asyncio.to_thread(load_language_half, config)
+        self._planner, half, model = loaded
         self._layout = layout = half.layout
         engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
         engine_config = EngineConfig(

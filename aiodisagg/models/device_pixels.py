@@ -96,4 +96,3 @@ def cut(
     # One byte an element is moved; the values follow where they are used.
     bytes_ = patches.reshape(t * h * w, 3, n * p * p)
     return torch.stack([table[:, c][bytes_[:, c].int()] for c in range(3)], dim=1).view(t * h * w, -1)
-

@@ -5,6 +5,9 @@ patches and a list of grids. So items of several requests go through the tower t
 would get alone (bit for bit on a CPU; on a GPU, matrix products may be tiled by the batch's size).
 """
 
+# torch declares no types for streams, events and some methods.
+# mypy: disallow-untyped-calls=False
+
 from __future__ import annotations
 
 from collections.abc import Sequence

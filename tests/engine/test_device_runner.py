@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from test_engine_exact import NEW, cases
-from tiny_engine import HIDDEN, ask, make_engine, make_plan, make_rows, tiny_model
+from tiny_engine import ask, make_engine, tiny_model
 
-from aiodisagg.engine.device_runner import DeviceRunner
 from aiodisagg.engine.decoder import unsupported
+from aiodisagg.engine.device_runner import DeviceRunner
 from aiodisagg.engine.engine import Engine
-from aiodisagg.engine.experts import Experts, choose_experts, run_grouped, run_loop
-from aiodisagg.engine.kernels import Kernels, Shapes
+from aiodisagg.engine.experts import Experts, run_grouped, run_loop
+from aiodisagg.engine.kernels import Kernels
 
 pytestmark = pytest.mark.anyio
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from aiodisagg.models import triton_vision
 from aiodisagg.models.base import ItemKind
 from aiodisagg.models.device_pixels import resize
-from aiodisagg.models.tower import GRIDS_KEPT
+from aiodisagg.models.tower import GRIDS_KEPT, Attend, FusedTower, sdpa, turn
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from tests.models.halves import noise, png
 
@@ -27,19 +28,69 @@ ITEMS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tiny: Tiny) -> Path:
-    return tiny()
-
-
 @pytest.mark.parametrize("moe", [True, False])
 def test_rows_are_transformers(tiny: Tiny, moe: bool) -> None:
     encoder = Qwen3VLVisionEncoder(tiny(moe=moe), dtype=torch.float32)
     patches = [encoder.prepare(kind, media, grid, 2.0) for kind, media, grid in ITEMS]
     expected = encoder.encode(patches)
-    encoder.use_fused()
-    assert encoder.fused is not None
+    encoder.fused = FusedTower(encoder._tower)
     for found, wanted in zip(encoder.encode(patches), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
     for patch, wanted in zip(patches, expected, strict=True):  # alone, with positions that are kept by now
         torch.testing.assert_close(encoder.encode([patch])[0], wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_positions_of_a_few_grids_are_kept(tiny: Tiny) -> None:
+    tower = FusedTower(Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)._tower)
+    first = tower.positions((1, 4, 4))
+    assert tower.positions((1, 4, 4)) is first
+    for i in range(1, GRIDS_KEPT):
+        tower.positions((1, 2, 2 * i))
+    assert tower.positions((1, 4, 4)) is first
+    for i in range(GRIDS_KEPT):
+        tower.positions((1, 4, 2 * i + 6))
+    assert tower.positions((1, 4, 4)) is not first
+
+
+@pytest.mark.parametrize("head_dim", [16, 72, 80])
+@pytest.mark.parametrize("way", [triton_vision.attend, sdpa(None, 96)], ids=["triton", "padded"])
+def test_attention_within_segments(way: Attend, head_dim: int) -> None:
+    qkv = torch.randn(2 * 70, 3, 1, head_dim)
+    wanted, found = torch.empty(2, 140, 1, head_dim)
+    sdpa(None)(qkv, 2, 70, wanted, 0.2)
+    way(qkv, 2, 70, found, 0.2)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [12, 72])
+def test_rope_in_place(head_dim: int) -> None:
+    qkv, (cos, sin) = torch.randn(3, 3, 5, head_dim), torch.randn(2, 3, head_dim)
+    wanted = turn(qkv.clone(), cos, sin)
+    assert triton_vision.turn(qkv, cos, sin) is qkv
+    torch.testing.assert_close(qkv, wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (70, 96), (64, 90), (160, 224), (33, 20)])
+def test_resize_is_pillows(height: int, width: int) -> None:
+    image = noise(90, 70)
+    wanted = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    found = resize(torch.from_numpy(np.array(image))[None], height, width)[0].numpy()
+    off = np.abs(found - wanted)
+    # Pillow 13 may take the columns first, which rounds a pixel in between to another byte.
+    both = (height, width) != (70, 90) and height != 70 and width != 90
+    assert off.max() <= (1 if both and int(PIL.__version__.split(".")[0]) >= 13 else 0)
+
+
+@pytest.mark.parametrize("item", range(len(ITEMS)))
+def test_pixels_cut_on_the_device(tiny: Tiny, item: int) -> None:
+    """``prepare`` leaves bytes of the picture, and the tower gets what it would have got."""
+    kind, media, grid = ITEMS[item]
+    encoder = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)
+    wanted = encoder._pixels(encoder.prepare(kind, media, grid, 2.0))
+    encoder.cuts_on_device = True
+    patches = encoder.prepare(kind, media, grid, 2.0)
+    assert patches.pixel_values.dtype is torch.uint8
+    assert patches.count == wanted.shape[0]
+    difference = (encoder._pixels(patches) - wanted).abs()
+    assert difference.max() <= 0.0079  # one level of 255, on a scale of -1 to 1
+    assert difference.mean() <= 0.002
