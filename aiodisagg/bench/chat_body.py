@@ -28,6 +28,8 @@ class Body:
     """JSON in pieces, so that pictures are joined with nothing and copied nowhere."""
 
     pieces: tuple[bytes, ...] = field(repr=False)
+    tenant: str = ""
+    """Sent as ``X-Tenant`` if there is one."""
 
     @property
     def size_bytes(self) -> int:
@@ -56,7 +58,7 @@ def make_text(tokens: int, style: BodyStyle, seed: str) -> str:
 
 
 def make_body(request: WorkloadRequest, text: str, pictures: Sequence[bytes], style: BodyStyle) -> Body:
-    """A streaming request with its pictures first, given as base64."""
+    """A streaming request with its pictures first, given as base64. A priority of 0 is not sent."""
     head = b'{"messages":[{"role":"user","content":['
     opening = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,' % style.form.encode()
     pieces = [head]
@@ -68,10 +70,11 @@ def make_body(request: WorkloadRequest, text: str, pictures: Sequence[bytes], st
         "temperature": 0.0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **({"priority": request.priority} if request.priority else {}),
         **style.extra,
     }
     pieces.append(msgspec.json.encode({"type": "text", "text": text}) + b"]}]," + msgspec.json.encode(rest)[1:])
-    return Body(tuple(pieces))
+    return Body(tuple(pieces), request.tenant)
 
 
 async def make_bodies(

@@ -148,6 +148,8 @@ class ChatClient:
 
     async def _stream(self, url: str, body: Body, answer: Answer) -> None:
         headers = {"Content-Type": "application/json", "Content-Length": str(body.size_bytes)}
+        if body.tenant:
+            headers["X-Tenant"] = body.tenant
         endpoint = f"{url}/v1/chat/completions"
         async with self._session.post(endpoint, data=_pieces(body), headers=headers) as response:
             if response.status != 200:

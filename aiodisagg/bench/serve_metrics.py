@@ -61,12 +61,10 @@ class Outcome:
 
 
 def group_of(request: WorkloadRequest) -> str:
-    """Requests are compared within groups of about equal work: by their number of pictures."""
-    count = len(request.images)
-    for most, name in ((0, "text"), (1, "1 image"), (3, "2-3 images"), (8, "4-8 images")):
-        if count <= most:
-            return name
-    return "9+ images"
+    """Requests are compared within groups of about equal work: by their number of pictures, each tenant's apart."""
+    sizes = ((0, "text"), (1, "1 image"), (3, "2-3 images"), (8, "4-8 images"))
+    name = next((name for most, name in sizes if len(request.images) <= most), "9+ images")
+    return f"{request.tenant}: {name}" if request.tenant else name
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:

@@ -44,7 +44,7 @@ class WorkloadRequest:
     output_tokens: int
     tenant: str = ""
     priority: int = 0
-    """Higher goes first."""
+    """Lower goes first."""
 
     @property
     def visual_tokens(self) -> int:
@@ -109,6 +109,21 @@ class Tenant:
     name: str
     share: float = 1.0
     priority: int = 0
+
+
+def parse_tenants(key: str, text: str) -> tuple[Tenant, ...]:
+    """``big:3,small:1,urgent:1:-1``: name, share and priority. Raises ConfigError with ``key``."""
+    found = []
+    for part in text.split(","):
+        name, *numbers = part.strip().split(":")
+        try:
+            share, priority = float(numbers[0]) if numbers else 1.0, int(numbers[1]) if len(numbers) > 1 else 0
+        except ValueError as error:
+            raise ConfigError(key, f"{part.strip()!r} is no name:share:priority") from error
+        if not name or len(numbers) > 2 or not 0 < share < math.inf:
+            raise ConfigError(key, f"{part.strip()!r} is no name:share:priority")
+        found.append(Tenant(name, share, priority))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

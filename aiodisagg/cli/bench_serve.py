@@ -48,9 +48,13 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield say
 
 
+MIX_KEYS = ("mix", "images", "sizes", "tokens", "text", "output", "reuse", "pool", "tenants")
+
+
 def mix_options(command: Callable[..., None]) -> Callable[..., None]:
     """What a workload is made of."""
     for option in (
+        click.option("--tenants", help="Who asks, by share and priority (lower goes first): big:3,urgent:1:-1."),
         click.option("--pool", default=0, help="Pictures that requests share, for --reuse."),
         click.option("--reuse", default=0.0, help="Chance that a picture is one of the pool."),
         click.option("--output", help="Tokens of answers, as --images."),
@@ -66,11 +70,12 @@ def mix_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def mix_of(
     mix: str, images: str | None, sizes: str | None, tokens: str | None, text: str | None, output: str | None,
-    reuse: float, pool: int,
+    reuse: float, pool: int, tenants: str | None,
 ) -> tuple[Mix, str]:  # fmt: skip
     """A named mix with what the user changed of it, and what to call it. Raises ConfigError."""
     from aiodisagg.bench.distributions import parse_ranges, parse_sizes
     from aiodisagg.bench.mixes import named_mix
+    from aiodisagg.bench.workload import parse_tenants
 
     changes: dict[str, Any] = {}
     for key, given in (("images", images), ("text", text), ("output", output), ("tokens", tokens)):
@@ -81,7 +86,9 @@ def mix_of(
         changes["sizes"] = parse_sizes("sizes", sizes)
     if reuse or pool:
         changes |= {"reuse": reuse, "pool": pool}
-    said = {"images": images, "sizes": sizes, "tokens": tokens, "text": text, "output": output}
+    if tenants is not None:
+        changes["tenants"] = parse_tenants("tenants", tenants)
+    said = {"images": images, "sizes": sizes, "tokens": tokens, "text": text, "output": output, "tenants": tenants}
     said |= {"reuse": f"{reuse:g} of {pool}"} if reuse else {}
     name = ", ".join([mix, *(f"{key} {value}" for key, value in said.items() if value)])
     return replace(named_mix(mix), **changes), name
@@ -126,10 +133,9 @@ def bench_serve_command(**options: Any) -> None:
 
 
 def _serve(
-    *, urls: tuple[str, ...], mix: str, images: str | None, sizes: str | None, tokens: str | None, text: str | None,
-    output: str | None, reuse: float, pool: int, trace: Path | None, save_trace: Path | None, rates: str | None,
-    concurrencies: str | None, seeds: str, slo: str, extra_body: str | None, quick: bool, json_file: Path | None,
-    outcomes: Path | None, plot_file: Path | None, **rest: Any,
+    *, urls: tuple[str, ...], trace: Path | None, save_trace: Path | None, rates: str | None, concurrencies: str | None,
+    seeds: str, slo: str, extra_body: str | None, quick: bool, json_file: Path | None, outcomes: Path | None,
+    plot_file: Path | None, **rest: Any,
 ) -> None:  # fmt: skip
     import msgspec
     import uvloop
@@ -141,12 +147,11 @@ def _serve(
 
     if plot_file is not None:
         import matplotlib  # noqa: F401 - before minutes of measuring
+    described = {key: rest.pop(key) for key in MIX_KEYS}
     if trace is not None:
-        requests = read_trace(trace)
-        rest |= {"trace": requests, "workload": f"trace {trace.name}"}
+        rest |= {"trace": read_trace(trace), "workload": f"trace {trace.name}"}
     else:
-        chosen, name = mix_of(mix, images, sizes, tokens, text, output, reuse, pool)
-        rest |= {"mix": chosen, "workload": name}
+        rest["mix"], rest["workload"] = mix_of(**described)
     try:
         rest["extra"] = msgspec.json.decode(extra_body or "{}", type=dict[str, object])
     except msgspec.MsgspecError as error:

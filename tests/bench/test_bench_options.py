@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.mixes import named_mix
+from aiodisagg.bench.workload import Tenant
 from aiodisagg.cli import main
 from aiodisagg.cli.bench_serve import mix_of
 
@@ -20,6 +21,7 @@ SERVE = ("serve", "--url", "http://127.0.0.1:9")
     [
         ((*SERVE, "--mix", "none"), "mix: 'none' is none of images-1-8"),
         ((*SERVE, "--images", "x"), "images: 'x' is no number"),
+        ((*SERVE, "--tenants", "a:b"), "tenants: 'a:b' is no name:share:priority"),
         ((*SERVE, "--rates", "x"), "rates: 'x' is no list of numbers"),
         ((*SERVE, "--extra-body", "{"), "extra-body"),
         ((*SERVE, "--trace", "/nowhere"), "trace: /nowhere"),
@@ -37,11 +39,12 @@ def test_what_cannot_be_measured(arguments: tuple[str, ...], said: str) -> None:
 
 
 def test_a_mix_as_the_user_changed_it() -> None:
-    mix, name = mix_of("images-1-8", "2", None, "100-200", "7", "9", 0.5, 20)
+    mix, name = mix_of("images-1-8", "2", None, "100-200", "7", "9", 0.5, 20, "a:2,b")
     assert mix == replace(
         named_mix("images-1-8"), images=exactly(2), sizes=Ranges(((100, 200, 101.0),)), text_tokens=exactly(7),
         output_tokens=exactly(9), reuse=0.5, pool=20,
+        tenants=(Tenant("a", 2.0), Tenant("b")),
     )  # fmt: skip
-    assert name == "images-1-8, images 2, tokens 100-200, text 7, output 9, reuse 0.5 of 20"
-    mix, name = mix_of("servegen", None, "64x32", None, None, None, 0.0, 0)
+    assert name == "images-1-8, images 2, tokens 100-200, text 7, output 9, tenants a:2,b, reuse 0.5 of 20"
+    mix, name = mix_of("servegen", None, "64x32", None, None, None, 0.0, 0, None)
     assert mix.sizes == ((64, 32),) and name == "servegen, sizes 64x32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -114,6 +115,16 @@ async def test_a_body_is_what_our_own_api_reads() -> None:
     files = [decode_data_url(url.raw, 1 << 20, url.param) for url in media_urls(request, 10)]
     assert [Image.open(io.BytesIO(data)).size for data in files] == [(64, 32), (40, 50), (64, 32)]
     assert files[0] == files[2] != files[1], "equal identities are one picture"
+
+
+async def test_who_asks_and_how_urgently() -> None:
+    style, plain = BodyStyle(model="m"), WorkloadRequest(0.0, (), 1, 1)
+    bodies = await make_bodies([plain, replace(plain, tenant="big", priority=-2)], style, "salt")
+    async with serving(FakeServer(lambda body: answer_of([0.0]))) as server, open_session(None) as session:
+        for body in bodies:
+            await ChatClient(session, FakeClock()).ask(server.url, body)
+    assert [headers.get("X-Tenant") for headers in server.headers] == [None, "big"]
+    assert [body.get("priority") for body in server.bodies] == [None, -2]
 
 
 async def test_pictures_and_texts_are_the_same_for_equal_salts_only() -> None:

@@ -103,6 +103,7 @@ def test_unloaded_latencies_are_medians_of_what_was_answered() -> None:
 )
 def test_groups(images: int, group: str) -> None:
     assert group_of(WorkloadRequest(0.0, (ImageSpec(0, 32, 32),) * images, 1, 1)) == group
+    assert group_of(WorkloadRequest(0.0, (ImageSpec(0, 32, 32),) * images, 1, 1, "a")) == f"a: {group}"
 
 
 def test_outcomes_by_group() -> None:

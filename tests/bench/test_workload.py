@@ -21,6 +21,7 @@ from aiodisagg.bench.workload import (
     Tenant,
     WorkloadRequest,
     generate,
+    parse_tenants,
     read_trace,
     write_trace,
 )
@@ -176,6 +177,13 @@ def test_tenants_share_as_told() -> None:
     made = generate(mix, Closed(1), 4000)
     assert {(request.tenant, request.priority) for request in made} == {("big", 0), ("vip", 5)}
     assert sum(request.tenant == "big" for request in made) / len(made) == pytest.approx(0.75, abs=0.03)
+
+
+def test_tenants_are_written_as_people_do() -> None:
+    assert parse_tenants("t", "big:3, a,urgent:0.5:-1") == (Tenant("big", 3.0), Tenant("a"), Tenant("urgent", 0.5, -1))
+    for text in ("", ":1", "a:x", "a:1:x", "a:1:2:3", "a:0"):
+        with pytest.raises(ConfigError, match="tenants"):
+            parse_tenants("tenants", text)
 
 
 def test_a_scaled_mix_is_smaller_in_every_field_asked_for() -> None:
