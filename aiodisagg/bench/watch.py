@@ -1,6 +1,6 @@
 """How long an event loop is held: a clock that the loop itself reads, and the kernel's word on what was not its fault.
 
-A timer descriptor expires every half millisecond and the loop reads it; how late it does so is how long the loop was
+A timer descriptor expires every millisecond and the loop reads it; how late it does so is how long the loop was
 kept from it by something: a callback, a blocking call, a thread that held the GIL, or the kernel that let another
 process run. The last is no transport's fault and is told apart: the kernel counts for how long a thread was ready to
 run and did not (``schedstat``), and that is subtracted. An idle loop, watched in the same way, is the control.
@@ -16,7 +16,7 @@ import time
 
 import msgspec
 
-TICK_S = 0.0005
+TICK_S = 0.001
 _MONOTONIC, _ABSOLUTE = 1, 1
 
 

@@ -41,7 +41,7 @@ from aiodisagg.transport.wire import Wire
 log = logging.getLogger(__name__)
 
 NAME = "stream"
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 16 << 20
 SMALL_BYTES = 1 << 20
 _LINES = 2
 
@@ -132,10 +132,10 @@ class StreamTransport(Transport):
         host: address (not a name) to listen on.
         port: 0 takes a free one.
         advertise: address under which others reach this host; needed when ``host`` is a wildcard.
-        chunk_bytes: largest piece of a write; how long a small write waits for a huge one.
+        chunk_bytes: largest piece of a write; how long one of more than 1 MiB waits for a huge one.
         window: unanswered chunks per connection.
         connect_timeout_s: for the connection and the peer's answer.
-        stall_s: a peer that answers no chunk for so long is given up, though its connection lives.
+        stall_s: a peer that takes no bytes and answers no chunk for so long is given up, though its connection lives.
     """
 
     name: ClassVar[str] = NAME
@@ -150,7 +150,7 @@ class StreamTransport(Transport):
         port: int = 0,
         advertise: str | None = None,
         chunk_bytes: int = CHUNK_BYTES,
-        window: int = 8,
+        window: int = 4,
         connect_timeout_s: float = 5.0,
         stall_s: float = 30.0,
     ) -> None:

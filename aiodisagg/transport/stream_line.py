@@ -10,8 +10,9 @@ from aiodisagg.errors import PeerGone, TransportError, WriteFailed, WriteRefused
 from aiodisagg.transport.chunks import Chunk, Gone, Hello, Lane, Outgoing, Placed, Rejected, Welcome, Word
 from aiodisagg.transport.wire import Wire, frame
 
-SEND_BYTES = 2 << 20
-"""Most that one turn of the loop gives to a socket: at most 0.4 ms of copying in the kernel."""
+SEND_BYTES = 4 << 20
+"""Most that one turn of the loop gives to a socket: as much as a socket has room for, 0.4 ms of copying in the kernel.
+Pieces of 1 MiB cost half as much again as none."""
 
 
 class Line:
@@ -104,6 +105,7 @@ class Line:
                         await loop.sock_sendall(self._sock, frame(head))
                         for start in range(0, size, SEND_BYTES):
                             await loop.sock_sendall(self._sock, piece.source[start : start + SEND_BYTES])
+                            self._watch(again=True)
                             await asyncio.sleep(0)  # sock_sendall does not turn the loop while there is room
                     finally:
                         del piece, turn
@@ -112,7 +114,7 @@ class Line:
             self.lose(PeerGone(self._name, f"the connection is lost: {error}", peer=self._peer))
 
     def _watch(self, *, again: bool) -> None:
-        """The peer owes an answer from when it has a chunk to answer, and from each answer on."""
+        """The peer owes an answer from when it has a chunk to answer; ``again``: from now on, it has shown life."""
         if again and self._stall is not None:
             self._stall.cancel()
             self._stall = None

@@ -128,7 +128,11 @@ class Pump:
 
     def call(self, action: Callable[[], None]) -> None:
         """From any thread: run this on the pump's thread soon."""
-        self._calls.append(action)  # first: whoever falls asleep says so before it looks for the last time
+        self._calls.append(action)
+        self._rouse()
+
+    def _rouse(self) -> None:
+        """After something was appended: whoever falls asleep says so before it looks for the last time."""
         if self._asleep:
             with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
                 self._wake.send(b"\0")
@@ -198,6 +202,7 @@ class Pump:
                 text = f"no answer in {self._options.stall_s:g} s"
                 self.hang_up(link, WriteFailed(NAME, text, peer=link.peer))
             self._fill(link)
+        self._run_calls()  # what was let go while an answer was awaited
 
     def _forget_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -273,7 +278,7 @@ class Pump:
                 write.hold()
                 self._held += 1
                 # The slice is ours alone: when it dies, neither ZMQ nor this frame refers to the source any more.
-                weakref.finalize(piece.source, self.call, partial(self._let_go, write)).atexit = False
+                weakref.finalize(piece.source, self._on_let_go, link, write).atexit = False
             header = chunks.encode(Chunk(link.session, number, piece.offset, size, piece.lease))
             try:
                 link.dealer.send(header, zmq.NOBLOCK | zmq.SNDMORE)
@@ -281,6 +286,12 @@ class Pump:
             except zmq.ZMQError as error:  # the window is smaller than ZMQ's queue: full means no connection
                 self.hang_up(link, PeerGone(NAME, f"the connection is lost: {error}", peer=link.peer))
             del piece, turn
+
+    def _on_let_go(self, link: Link, write: Outgoing) -> None:
+        """On a thread of pyzmq's. While an answer is awaited, that will wake the pump up; once for both is enough."""
+        self._calls.append(partial(self._let_go, write))
+        if not link.lane.waiting:
+            self._rouse()
 
     def _let_go(self, write: Outgoing) -> None:
         self._held -= 1

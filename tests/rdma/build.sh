@@ -32,7 +32,7 @@ rm -rf initramfs && mkdir -p initramfs/{bin,modules,proc,sys,dev,host,rw,root}
 cp /bin/busybox initramfs/bin/busybox
 install -m 755 "$here/init" initramfs/init
 # Without crc32_generic soft-RoCE refuses every device.
-wanted="crc32_generic virtio_pci 9pnet_virtio 9p overlay dummy veth ib_uverbs rdma_rxe rdma_ucm"
+wanted="crc32_generic virtio_pci 9pnet_virtio 9p overlay dummy veth sch_netem ib_uverbs rdma_rxe rdma_ucm"
 mkdir -p unpacked/usr && [ -e unpacked/lib/modules/"$release"/modules.dep.bin ] || /sbin/depmod -b unpacked "$release"
 number=10
 for module in $wanted; do

@@ -24,6 +24,9 @@ case "${what:-all}" in
     conformance) step pytest tests/transport/test_mooncake.py -k uvloop ;;
     processes) step pytest tests/transport/test_mooncake_processes.py ;;
     end_to_end) step .venv/bin/python tests/rdma/end_to_end.py ;;
+    hosts) # a network that loses and delays, where the host's own kernel has no netem
+        step .venv/bin/python -m aiodisagg bench transport --only hosts
+        ;;
     script) step .venv/bin/python /tmp-host/script.py ;;
     *)
         step pytest tests/transport/test_mooncake.py

@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 folder=${RDMA_BUILD:-$here/../../build/rdma}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
-[ -e "$folder/initramfs.gz" ] && [ "$folder/initramfs.gz" -nt "$here/init" ] || bash "$here/build.sh" "$folder"
+[ -e "$folder/initramfs.gz" ] && [ "$folder/initramfs.gz" -nt "$here/init" ] && [ "$folder/initramfs.gz" -nt "$here/build.sh" ] || bash "$here/build.sh" "$folder"
 log=$folder/console.log
 nice timeout "${RDMA_TIMEOUT_S:-1500}" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 4096 \
     -nographic -no-reboot -net none -kernel "$folder"/vmlinuz-* -initrd "$folder/initramfs.gz" \
