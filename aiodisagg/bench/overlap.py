@@ -183,6 +183,8 @@ async def bench_overlap(options: OverlapOptions, say: Callable[[str], None] = la
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiodisagg-bench-")))
         await asyncio.to_thread(build_synthetic, folder, "tiny" if options.quick else "115m")
+        # A token that cannot be sampled: answers are as long as they are asked for.
+        (folder / "generation_config.json").write_text('{"eos_token_id": 1000000000}', encoding="utf-8")
         cluster = await stack.enter_async_context(Cluster(verbose=options.verbose))
         common = ("--model", str(folder), "--row-dtype", "float32", "--transports", options.transport)
         on_first, on_second = ((sys.executable, "-c", _PIN, str(cpu)) for cpu in cpus)

@@ -177,20 +177,25 @@ async def test_a_request_that_lost_its_pages_asks_for_its_images_again() -> None
         held = submit(engine, older, max_tokens=44)
         handle = submit(engine, plan, max_tokens=NEW)
         needs = aiter(handle.needs())
-        assert await anext(needs) == (1,)
-        tokens: list[int] = []
-        async for delta in held:
-            tokens += delta.token_ids
+
+        def second_image(*args: object) -> None:
+            """Before a step of the older request, on the step thread."""
             if engine.stats().preemptions:
                 engine.deliver(handle.request_id, 1, 0, rows[1])
+
+        hook = model.register_forward_pre_hook(second_image)
+        assert await anext(needs) == (1,)
+        first = await asyncio.wait_for(read(held), 30)
+        hook.remove()
         while (again := await anext(needs)) == ():
             pass
         assert again == (0,)
+        await ask(engine, make_plan([3], seed=9), max_tokens=1)  # the engine has gone round and has not missed it
         engine.deliver(handle.request_id, 0, 0, rows[0])
         answer = await asyncio.wait_for(read(handle), 30)
         assert [needed async for needed in needs] == []
         stats = engine.stats()
-    assert (tokens, answer.tokens) == expected
+    assert (first.tokens, answer.tokens) == expected
     assert stats.preemptions == 1 and stats.evictions > 0
     assert stats.tokens_reused == 20 + PAGE, "of its six pages one was left"
 
