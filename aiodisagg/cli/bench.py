@@ -113,6 +113,38 @@ def bench_resume_command(json_file: Path | None, plot_file: Path | None, **optio
     console.print(resume_tables(report))
 
 
+@bench.command("overlap")
+@click.option("--concurrency", default="8,16", help="Clients at once, with commas.")
+@click.option("--rounds", default=5, type=click.IntRange(min=1), help="Both modes once in each.")
+@click.option("--requests", default=2, type=click.IntRange(min=1), help="Measured ones of each client in a round.")
+@click.option("--tokens", default=128, type=click.IntRange(min=4), help="Of a mean answer.")
+@click.option("--transport", default="ipc")
+@click.option("--quick", is_flag=True, help="A tiny model and short answers: shows that it works, not how fast.")
+@click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every round as JSON.")
+def bench_overlap_command(json_file: Path | None, concurrency: str, **options: Any) -> None:
+    """TTFT and throughput with prefill while images arrive, against waiting for all of a request's images. Two cores:
+    one encodes, one computes the language model."""
+    import uvloop
+
+    from aiodisagg.bench.overlap import OverlapOptions, bench_overlap, table, write
+
+    setup_logging(0, "bench")
+    if options["quick"]:
+        options |= {"tokens": min(options["tokens"], 16), "rounds": min(options["rounds"], 2)}
+    try:
+        clients = tuple(int(part) for part in concurrency.split(","))
+        chosen = OverlapOptions(concurrency=clients, **options)
+        report = uvloop.run(bench_overlap(chosen, lambda text: click.echo(text, err=True)))
+    except ValueError as error:
+        raise click.BadParameter(f"{concurrency!r} is not a list of numbers", param_hint="--concurrency") from error
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(table(report))
+    if json_file is not None:
+        write(report, json_file)
+
+
 @bench.command("faults")
 @click.option("--scenario", type=click.Choice(["kill", "bootstrap", "stop", "netcut"]), default="kill")
 @click.option("--rounds", default=20, type=click.IntRange(min=1), help="Faults, each in a load of its own.")
