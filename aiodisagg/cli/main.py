@@ -161,6 +161,8 @@ def encode(
 @click.option("--window-blocks", default=4, help="Blocks lent to one item at a time.")
 @click.option("--failover-s", default=1.0, help="How long a lost link may take to come back.")
 @click.option("--stall-s", default=5.0, help="Silence after which an encode peer is asked again.")
+@click.option("--cache-mib", default=256.0, help="Memory for rows of earlier images; 0: they are fetched again.")
+@click.option("--hedge-s", default=2.0, help="Lateness after which a second encode peer is asked too; 0: never.")
 @click.option("--max-requests", default=256, help="Chat requests at once.")
 @click.option("--kv-mib", default=256, help="Memory of the paged KV pool.")
 @click.option("--token-budget", default=2048, help="Tokens of one engine step.")
@@ -178,6 +180,8 @@ def language(
     window_blocks: int,
     failover_s: float,
     stall_s: float,
+    cache_mib: float,
+    hedge_s: float,
     max_requests: int,
     kv_mib: int,
     token_budget: int,
@@ -203,6 +207,8 @@ def language(
             window_blocks=window_blocks,
             failover_s=failover_s,
             stall_s=stall_s,
+            cache_bytes=int(cache_mib * MiB),
+            hedge_s=hedge_s,
             kv_bytes=kv_mib * MiB,
             token_budget=token_budget,
             max_running=max_running,

@@ -35,7 +35,7 @@ class FanOut:
     def __init__(
         self, rows: int, row_bytes: int, deliver: Deliver, *, keeps: bool, accelerator: Accelerator | None
     ) -> None:  # fmt: skip
-        self.rows, self.row_bytes = rows, row_bytes
+        self.rows, self.row_bytes, self.size_bytes = rows, row_bytes, rows * row_bytes
         self.counted = 0
         """Rows that were already told of; the loop's."""
         self._deliver, self._accelerator = deliver, accelerator

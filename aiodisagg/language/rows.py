@@ -281,7 +281,7 @@ class RowReceiver:
         peer = self.placing.asked(key, placement, now)
         self._watch_overdue()
         for sharer in self.sharing.sharers(key):
-            self.traces.placed(sharer, peer.name)
+            self.traces.placed(sharer, peer.name, hedge=bool(errand.avoid))
         self.driver.feed(Placed(key, peer.incarnation))
 
     def _refuse(self, key: ItemKey, errand: Errand) -> None:
