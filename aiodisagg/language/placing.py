@@ -179,7 +179,7 @@ class Placing:
             peer = self._peers.by_incarnation(incarnation)
             if peer is not None:
                 peer.digests = frozenset(entry.load.digests)
-                peer.book.heard(entry.load.queued_patches, now)
+                peer.book.heard(entry.load.patches, now)
         for incarnation in gone:
             self.standings.told(incarnation, None)
 

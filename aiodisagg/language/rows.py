@@ -145,6 +145,7 @@ class RowReceiver:
             self._hedging.cancel()
         for key in list(self.placing.errands):
             self.driver.feed(ItemCancelled(key))
+        self.sharing.close()
         await self._stack.aclose()
 
     # -- items ---------------------------------------------------------------------------------------------------

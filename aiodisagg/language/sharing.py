@@ -167,6 +167,13 @@ class Sharing:
             self._leave(key)
             self._ended(key, failed if failed is None else dataclasses.replace(failed, key=key))
 
+    def close(self) -> None:
+        """Nothing is told any more."""
+        for wanted in self._wanted.values():
+            if wanted.timer is not None:
+                wanted.timer.cancel()
+        self._wanted.clear()
+
     # -- fetches -------------------------------------------------------------------------------------------------
 
     def hedge(self, leg: ItemKey) -> tuple[ItemKey, ItemSpec, float] | None:
