@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -37,8 +38,13 @@ def question(seed: int = 0, size: tuple[int, int] = (128, 96)) -> list[ChatMessa
 
 
 def truth(moe: Path, messages: list[ChatMessage]) -> tuple[int, ...]:
+    return _truth(moe, tuple(messages))
+
+
+@functools.cache
+def _truth(moe: Path, messages: tuple[ChatMessage, ...]) -> tuple[int, ...]:
     both = halves(moe)
-    return tuple(both.true_tokens(both.ask(messages), 6))
+    return tuple(both.true_tokens(both.ask(list(messages)), 6))
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
