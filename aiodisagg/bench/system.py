@@ -147,6 +147,8 @@ async def system(
         language_options = [*common, "--name", "language-1", "--port", "0", "--block-rows", str(block_rows)]
         language_options += ["--pool-mib", str(pool_mib), "--max-requests", str(2 * len(asks))]
         language_options += ["--max-running", str(len(asks)), "--failover-s", "1"]
+        # The same images round after round, each fetched once from one peer: what is measured is the way they come.
+        language_options += ["--cache-mib", "0", "--hedge-s", "0"]
         timeout = aiohttp.ClientTimeout(total=REQUEST_S)
         connector = aiohttp.TCPConnector(limit=0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=timeout))

@@ -45,8 +45,8 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
 
     queued: Count = 0
     active: Count = 0
-    queued_patches: Count = 0
-    """Patches that an encode peer was asked for, by whomever, and has not encoded yet."""
+    patches: Count = 0
+    """Of items that are to be encoded: the work that lies before a new one."""
     digests: Annotated[tuple[Prefix, ...], msgspec.Meta(max_length=ADVERTISED)] = ()
     """Prefixes of the newest digests that an encode peer holds or is encoding; see ``scheduler.advertise``."""
 

@@ -163,6 +163,8 @@ def encode(
 @click.option("--window-blocks", default=4, help="Blocks lent to one item at a time.")
 @click.option("--failover-s", default=1.0, help="How long a lost link may take to come back.")
 @click.option("--stall-s", default=5.0, help="Silence after which an encode peer is asked again.")
+@click.option("--cache-mib", default=256.0, help="Memory for rows of earlier images; 0: they are fetched again.")
+@click.option("--hedge-s", default=2.0, help="Lateness after which a second encode peer is asked too; 0: never.")
 @click.option("--max-requests", default=256, help="Chat requests at once.")
 @click.option("--max-queue", default=1024, help="Requests that wait for the engine.")
 @click.option("--max-ttft-s", default=math.inf, help="Refuse what is predicted to take longer to its first token.")
@@ -187,6 +189,8 @@ def language(
     window_blocks: int,
     failover_s: float,
     stall_s: float,
+    cache_mib: float,
+    hedge_s: float,
     max_requests: int,
     max_queue: int,
     max_ttft_s: float,
@@ -220,6 +224,8 @@ def language(
             window_blocks=window_blocks,
             failover_s=failover_s,
             stall_s=stall_s,
+            cache_bytes=int(cache_mib * MiB),
+            hedge_s=hedge_s,
             kv_bytes=kv_mib * MiB,
             token_budget=token_budget,
             max_running=max_running,

@@ -149,7 +149,7 @@ class EncodeService:
         return Load(
             queued=self.pipeline.waiting,
             active=len(self.sender.items),
-            queued_patches=sources.waiting_patches,
+            patches=sources.waiting_patches,
             digests=advertise(sources.newest()),
         )
 

@@ -1,9 +1,9 @@
 """Rows of one digest on their way to everybody who wants them, from one fetch or two.
 
-Chunks come on any thread. A chunk is claimed (what another fetch brought already is left out), copied to the *keep*,
-published, and then delivered to whoever shares at that moment; whoever joins later is first given what was published
-before. Both look at the sharers under one lock, so nobody misses a row and nobody gets one twice. The keep is what is
-cached when all rows are there.
+Chunks come on any thread. A chunk is claimed (what another fetch brought already is left out), delivered to whoever
+shares, copied to the *keep*, published, and delivered to whoever joined meanwhile; whoever joins later is first given
+what was published before. Publishing and joining take one lock, so nobody misses a row and nobody gets one twice. The
+keep is what is cached when all rows are there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FanOut:
     def __init__(
         self, rows: int, row_bytes: int, deliver: Deliver, *, keeps: bool, accelerator: Accelerator | None
     ) -> None:  # fmt: skip
-        self.rows, self.row_bytes = rows, row_bytes
+        self.rows, self.row_bytes, self.size_bytes = rows, row_bytes, rows * row_bytes
         self.counted = 0
         """Rows that were already told of; the loop's."""
         self._deliver, self._accelerator = deliver, accelerator
@@ -103,12 +103,15 @@ class FanOut:
                     raise
 
     def _publish(self, first: int, last: int, part: Data) -> None:
+        sharers = self._sharers
+        for key in sharers:  # first who waits for it, then the copy for later
+            self._deliver(key, first, part)
         if self._keep is not None:
             self._copy(self._keep[first * self.row_bytes : last * self.row_bytes], part)
         with self._lock:
             self._published.add(first, last)
-            sharers = self._sharers
-        for key in sharers:
+            joined = [key for key in self._sharers if key not in sharers]
+        for key in joined:
             self._deliver(key, first, part)
 
     def catch_up(self, key: ItemKey, spans: tuple[Span, ...]) -> None:

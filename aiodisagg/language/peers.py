@@ -244,8 +244,8 @@ class EncodePeers:
         """What to expect of a peer before it did anything."""
         near = self._hello().same_host(remote)
         costs = PeerCosts(SAME_HOST if near else Rates())
-        if remote.service_times is not None:
-            costs.believe(remote.service_times)
+        if remote.times is not None:
+            costs.believe(remote.times)
         return costs
 
     async def aclose(self) -> None:

@@ -145,6 +145,7 @@ class RowReceiver:
             self._hedging.cancel()
         for key in list(self.placing.errands):
             self.driver.feed(ItemCancelled(key))
+        self.sharing.close()
         await self._stack.aclose()
 
     # -- items ---------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ class RowReceiver:
         peer = self.placing.asked(key, placement, now)
         self._watch_overdue()
         for sharer in self.sharing.sharers(key):
-            self.traces.placed(sharer, peer.name)
+            self.traces.placed(sharer, peer.name, hedge=bool(errand.avoid))
         self.driver.feed(Placed(key, peer.incarnation))
 
     def _refuse(self, key: ItemKey, errand: Errand) -> None:

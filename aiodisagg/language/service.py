@@ -244,6 +244,7 @@ class LanguageService:
                         if trace.first_token_s < 0 and delta.token_ids:
                             trace.first_token_s, trace.state = trace.since(), "decoding"
                             self.admission.first_token(request_id)
+                            self._learn_prefill(plan, trace)
                         trace.output_tokens += len(delta.token_ids)
                         # Before the last delta is out: its reader rarely comes back, but closes the generator.
                         if delta.finish_reason is FinishReason.CANCELLED:
@@ -294,6 +295,12 @@ class LanguageService:
             elif first:
                 trace.items.append(ItemTrace(item.kind.value, item.rows, item.digest, stage="reused"))
         self.rows.request(asked, left_s)
+
+    def _learn_prefill(self, plan: PromptPlan, trace: RequestTrace) -> None:
+        """What the prompt's rest took: from the item that was complete last; all before it may have been computed."""
+        ends = [(item.complete_s, at.spans[0][0]) for item, at in zip(trace.items, plan.items, strict=False)]
+        last_s, start = max(ends, default=(trace.admitted_s, 0))
+        self.rows.placing.computed(plan.tokens - start, trace.first_token_s - max(last_s, trace.admitted_s))
 
     def _end(self, trace: RequestTrace, request: _Request, state: str, error: str = "") -> None:
         """The first call says how the request ended; later ones do nothing."""

@@ -89,23 +89,23 @@ class Sharing:
 
     def _join(self, key: ItemKey, wanted: _Wanted) -> bool:
         """Whether a fetch has to be started for it."""
-        spec = wanted.spec
-        if not self._keeps(spec):  # a name of its own: nobody can share it
-            self.flights.join(f"{key} {spec.digest}", key, wanted.deadline)
-        elif not self.flights.join(spec.digest, key, wanted.deadline):
-            flight = self.flights.get(spec.digest)
-            assert flight is not None
+        spec, flight = wanted.spec, self.flights.get(wanted.spec.digest)
+        if flight is not None:
+            self.flights.join(spec.digest, key, wanted.deadline)
             self._share(key, wanted, self._fans[flight.legs[0]])
             return False
-        wanted.fan = FanOut(
-            spec.rows, self._row_bytes, self._deliver, keeps=self._keeps(spec), accelerator=self._accelerator
-        )  # fmt: skip
-        wanted.fan.share(key)
-        self._fans[key] = wanted.fan
+        keeps = self._has_room(spec.rows * self._row_bytes)
+        # What is not kept has a name of its own: nobody can share it.
+        self.flights.join(spec.digest if keeps else f"{key} {spec.digest}", key, wanted.deadline)
+        fan = FanOut(spec.rows, self._row_bytes, self._deliver, keeps=keeps, accelerator=self._accelerator)
+        fan.share(key)
+        wanted.fan = self._fans[key] = fan
         return True
 
-    def _keeps(self, spec: ItemSpec) -> bool:
-        return spec.rows * self._row_bytes <= self.cache.capacity_bytes
+    def _has_room(self, size_bytes: int) -> bool:
+        """Whether the rows may be kept while they come: all that do together are no more than the cache holds."""
+        keeping = {id(fan): fan.size_bytes for fan in self._fans.values() if fan.keeps}
+        return sum(keeping.values()) + size_bytes <= self.cache.capacity_bytes
 
     def _share(self, key: ItemKey, wanted: _Wanted, fan: FanOut) -> None:
         self._traces.found(key, "shared")
@@ -166,6 +166,13 @@ class Sharing:
         if key in self._wanted:
             self._leave(key)
             self._ended(key, failed if failed is None else dataclasses.replace(failed, key=key))
+
+    def close(self) -> None:
+        """Nothing is told any more."""
+        for wanted in self._wanted.values():
+            if wanted.timer is not None:
+                wanted.timer.cancel()
+        self._wanted.clear()
 
     # -- fetches -------------------------------------------------------------------------------------------------
 

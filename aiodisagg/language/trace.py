@@ -25,6 +25,8 @@ class ItemTrace(msgspec.Struct):
     bytes_arrived: int = 0
     moves: int = 0
     """How often the item went to another peer."""
+    hedged: str = ""
+    """The peer that was asked as well, because the first was late."""
     rows_kept: int = 0
     """Rows that were already here at the last move and so were not sent again."""
     asked_s: float = -1.0
@@ -72,10 +74,14 @@ class Traces:
         trace.items.append(item)
         self._items[key] = (trace, item)
 
-    def placed(self, key: ItemKey, peer: str) -> None:
+    def placed(self, key: ItemKey, peer: str, *, hedge: bool = False) -> None:
+        """Asked of a peer; ``hedge``: which is a second one, beside the first."""
         if (found := self._items.get(key)) is None:
             return
         item = found[1]
+        if hedge:
+            item.hedged = peer
+            return
         if item.peers:
             item.moves += 1
             item.rows_kept = item.rows_arrived

@@ -63,8 +63,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.field(default_factory=dict)
     )
     """Descriptions of the pools this peer receives into, by transport; untrusted until the transport checked them."""
-    service_times: ServiceTimes | None = None
-    """What an encode peer measured of itself at its start."""
+    times: ServiceTimes | None = None
+    """What its self-test measured, if it encodes."""
 
     @classmethod
     def here(
@@ -75,7 +75,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         role: PeerRole,
         model: ModelFingerprint | None = None,
         transports: dict[str, bytes] | None = None,
-        service_times: ServiceTimes | None = None,
+        times: ServiceTimes | None = None,
     ) -> Hello:
         """The hello of this process: boot id and namespace are read from the kernel (blocking, microseconds)."""
         boot_id, net_ns = host_identity()
@@ -87,7 +87,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
             net_ns=net_ns,
             model=model,
             transports=transports or {},
-            service_times=service_times,
+            times=times,
         )
 
     def same_host(self, other: Hello) -> bool:

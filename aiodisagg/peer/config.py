@@ -124,8 +124,8 @@ class LanguageConfig(PeerConfig):
     failover_s: float = 1.0
     stall_s: float = 5.0
     cache_bytes: int = 256 * MiB
-    """Memory for rows of earlier items, so that a repeated image is neither encoded nor sent; 0: none, and requests
-    that want the same image at once do not share its rows."""
+    """Memory for rows of earlier items, so that a repeated image is neither encoded nor sent, and as much again for
+    those on their way, which requests share that want the same image at once. 0: neither."""
     hedge_s: float = 2.0
     """An item this far behind its predicted finish is asked of a second peer as well; 0: never."""
 

@@ -6,7 +6,7 @@ The costs are calibrated here, from what an encode peer says of each item (stage
 | seen | is an observation of |
 |---|---|
 | ``prepared``, elapsed | prepare |
-| ``encoding`` ... ``encoded``, elapsed | the tower, over all items in it at that time: one batch |
+| ``encoding`` ... ``encoded``, elapsed | the tower, over the items that left it together |
 | all rows exist ... all rows are here | the transfer of the rows that were still missing |
 | asked ... all rows are here | the predicted finish: nothing is learned, its error is counted |
 
@@ -27,6 +27,9 @@ K = TypeVar("K", bound=Hashable)
 
 MADE = 1024
 """Digests that the peer made rows of, the latest: it may hold them still."""
+TOGETHER_S = 1e-3
+"""Items that leave a tower within this time left it together."""
+MAX_TOGETHER = 32
 TYPICAL_PATCHES = 4096
 """Of an item of which only patches are known, as in heartbeats."""
 
@@ -39,6 +42,8 @@ class _Open:
     asked: float
     missing_bytes: int
     stage: str = ""
+    entered: float = 0.0
+    """When it came into the tower."""
     prepares: bool = True
     """Its preparing is still ahead, or under way."""
     encodes: bool = True
@@ -66,9 +71,10 @@ class PeerBook(Generic[K]):
         self._foreign: tuple[int, float] = (0, 0.0)
         self._made: OrderedDict[str, None] = OrderedDict()
         self._latest: dict[str, K] = {}
-        self._batch: dict[K, Size] = {}
-        self._batch_left: set[K] = set()
-        self._batch_s = self._batch_began = 0.0
+        self._in_tower: dict[K, float] = {}
+        self._leaving: list[Size] = []
+        self._began = self._longest_s = 0.0
+        self._left_tower = -1e9
 
     def asked(self, key: K, digest: str, size: Size, placed: Placement, now: float) -> None:
         """The peer was asked for an item, as placement predicted it."""
@@ -97,25 +103,28 @@ class PeerBook(Generic[K]):
         if stage == "prepared" and item.clean:
             self.costs.prepared(item.size, elapsed_s)
         elif stage == "encoding":
-            self._into_tower(key, item, now)
-        elif stage == "encoded":
-            self._out_of_tower(key, elapsed_s)
+            item.entered = self._in_tower[key] = now
+        elif stage == "encoded" and self._in_tower.pop(key, None) is not None and item.clean:
+            self._departed(item, elapsed_s, now)
 
-    def _into_tower(self, key: K, item: _Open, now: float) -> None:
-        if not self._batch_left or len(self._batch_left) < len(self._batch):  # the batch before has begun to end
-            self._batch, self._batch_left, self._batch_s = {}, set(), 0.0
-        if not self._batch_left:
-            self._batch_began = now
-        self._batch[key] = item.size
-        self._batch_left.add(key)
+    def _departed(self, item: _Open, elapsed_s: float, now: float) -> None:
+        """The item left the tower. It worked on the item since the one before left, or since the item came.
 
-    def _out_of_tower(self, key: K, elapsed_s: float) -> None:
-        if key not in self._batch_left:
-            return
-        self._batch_left.discard(key)
-        self._batch_s = max(self._batch_s, elapsed_s)
-        if not self._batch_left:
-            self.costs.encoded(list(self._batch.values()), self._batch_s)
+        Items that leave together were one batch: they are one observation, made when the next one leaves later.
+        """
+        if now - self._left_tower > TOGETHER_S or len(self._leaving) >= MAX_TOGETHER:
+            self._observe_tower()
+            self._began = max(self._left_tower, item.entered)
+        self._leaving.append(item.size)
+        self._longest_s = max(self._longest_s, elapsed_s)
+        self._left_tower = now
+
+    def _observe_tower(self) -> None:
+        """Others' items may have been between: not longer than the item's own time there."""
+        seconds = min(self._left_tower - self._began, self._longest_s)
+        if self._leaving and seconds > 0:
+            self.costs.encoded(self._leaving, seconds)
+        self._leaving, self._longest_s = [], 0.0
 
     def ready(self, key: K, now: float) -> None:
         """All rows of the item exist at the peer."""
@@ -164,7 +173,7 @@ class PeerBook(Generic[K]):
         self._out_of_queues(item)
         self._transfer_s -= item.placed.service.transfer_s
         self.size_bytes -= item.size.size_bytes
-        self._batch_left.discard(key)
+        self._in_tower.pop(key, None)
         if self._latest.get(item.digest) == key:
             del self._latest[item.digest]
         if not self.open:  # sums of floats drift
@@ -188,7 +197,7 @@ class PeerBook(Generic[K]):
 
     def in_tower(self) -> list[str]:
         """Digests of the items that are in the tower now, as far as was heard."""
-        return [item.digest for item in self.open.values() if item.stage == "encoding" and item.ready is None]
+        return [self.open[key].digest for key in self._in_tower if self.open[key].ready is None]
 
     def backlog(self, now: float) -> Backlog:
         """What an item that is asked for now has to wait for."""
@@ -198,6 +207,6 @@ class PeerBook(Generic[K]):
             items = patches / TYPICAL_PATCHES
             work_s = self.costs.tower.predict((items, patches, patches * TYPICAL_PATCHES))
             foreign_s = max(0.0, work_s - (now - heard))
-        running_s = now - self._batch_began if self._batch_left else 0.0
+        running_s = now - max(self._left_tower, min(self._in_tower.values())) if self._in_tower else 0.0
         tower_s = max(0.0, self._tower_s - running_s) + foreign_s
         return Backlog(max(0.0, self._prepare_s) / self.costs.prepare_threads, tower_s, max(0.0, self._transfer_s))

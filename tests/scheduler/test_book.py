@@ -78,20 +78,48 @@ def test_stages_teach_costs() -> None:
     assert at.costs.finishes == 30 and at.costs.finish_error > 0.3, "it waited for a tower that was said to be free"
 
 
-def test_items_that_are_in_the_tower_together_are_one_batch() -> None:
+def through(at: PeerBook[str], key: str, came: float, left: float) -> None:
+    at.entered(key, "encoding", 0.1, came)
+    at.entered(key, "encoded", left - came, left)
+    at.ready(key, left)
+
+
+def test_items_that_leave_the_tower_together_are_one_batch() -> None:
     at = book()
-    for key in "xy":
+    for key in "xyz":
         ask(at, key, 10)
+    for key in "xy":
         at.entered(key, "encoding", 0.1, 1.0)
-    at.entered("x", "encoded", 39.0, 40.0)
-    assert at.costs.tower.observed == 0
-    at.entered("y", "encoded", 40.0, 40.0)
+    for key in "xy":
+        at.entered(key, "encoded", 40.0, 41.0)
+    assert at.costs.tower.observed == 0, "perhaps more of the batch are to leave"
+    through(at, "z", 41.0, 51.0)
     assert at.costs.tower.observed == 1
     assert at.costs.tower.error == pytest.approx(0.5), "20 s were expected of both together"
-    ask(at, "z", 10)
-    at.entered("z", "encoding", 0.1, 41.0)
-    at.entered("z", "encoded", 10.0, 51.0)
+
+
+def test_an_item_that_came_while_another_was_in_the_tower_is_timed_from_when_that_left() -> None:
+    """Items of ten patches, in the tower by pieces: 20 s each, though some were in it for longer."""
+    at = book()
+    for key in "wxyz":
+        ask(at, key, 10)
+    at.entered("w", "encoding", 0.1, 0.0)
+    at.entered("x", "encoding", 0.1, 15.0)
+    at.entered("w", "encoded", 20.0, 20.0)
+    at.entered("y", "encoding", 0.1, 35.0)
+    at.entered("x", "encoded", 25.0, 40.0)
+    at.entered("z", "encoding", 0.1, 59.0)
+    at.entered("y", "encoded", 25.0, 60.0)
     assert at.costs.tower.observed == 2
+    assert at.costs.predict(Size(10, 0)).tower_s == pytest.approx(20.0, rel=0.01)
+
+
+def test_work_for_others_between_two_items_is_not_theirs() -> None:
+    at = book()
+    for key, came in (("x", 0.0), ("y", 500.0), ("z", 1000.0)):
+        ask(at, key, 10)
+        through(at, key, came, came + 20.0)
+    assert at.costs.predict(Size(10, 0)).tower_s == pytest.approx(20.0, rel=0.01)
 
 
 def test_progress_that_only_tells_of_more_rows_is_no_stage() -> None:
@@ -99,9 +127,9 @@ def test_progress_that_only_tells_of_more_rows_is_no_stage() -> None:
     ask(at, "x", 10)
     at.entered("x", "encoding", 0.1, 1.0)
     at.entered("x", "encoded", 0.0, 5.0)
-    assert at.costs.tower.observed == 0 and at.in_tower() == ["x"]
+    assert at.in_tower() == ["x"]
     at.entered("x", "encoded", 10.0, 11.0)
-    assert at.costs.tower.observed == 1 and at.in_tower() == []
+    assert at.in_tower() == []
 
 
 def test_disturbed_items_teach_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -37,8 +38,13 @@ def question(seed: int = 0, size: tuple[int, int] = (128, 96)) -> list[ChatMessa
 
 
 def truth(moe: Path, messages: list[ChatMessage]) -> tuple[int, ...]:
+    return _truth(moe, tuple(messages))
+
+
+@functools.cache
+def _truth(moe: Path, messages: tuple[ChatMessage, ...]) -> tuple[int, ...]:
     both = halves(moe)
-    return tuple(both.true_tokens(both.ask(messages), 6))
+    return tuple(both.true_tokens(both.ask(list(messages)), 6))
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
@@ -52,7 +58,7 @@ async def test_costs_are_learned_from_what_happens_and_their_error_is_a_metric(m
         (peer,) = made.language.peers.linked
         costs = peer.book.costs
         assert (costs.prepare.observed, costs.transfer.observed, costs.finishes) == (9, 9, 9)
-        assert 7 <= costs.tower.observed <= 9, "three items in one batch are one observation"
+        assert 5 <= costs.tower.observed <= 8, "items of one batch are one observation, made when the next one leaves"
         text = made.language.metrics()
         for stage in ("prepare", "tower", "transfer", "finish"):
             assert f'aiodisagg_prediction_error{{peer="{peer.name}",stage="{stage}"}}' in text
@@ -61,7 +67,7 @@ async def test_costs_are_learned_from_what_happens_and_their_error_is_a_metric(m
 async def test_a_self_test_in_the_hello_is_believed(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
     times = ServiceTimes(tower=(Timing.of((1, 8, 8), 5.0), Timing.of((1, 16, 16), 20.0)), prepare_threads=7)
     async with system(moe, encoders=0) as made, EncodeService(encode_config(moe), encoder=vision) as encoder:
-        encoder._hello = msgspec.structs.replace(encoder._hello, service_times=times)
+        encoder._hello = msgspec.structs.replace(encoder._hello, times=times)
         made.language.add_peer(encoder.address)
         await made.linked(1)
         costs = made.language.peers.linked[0].book.costs
