@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.live import Live
 
 from aiodisagg.data import digits_model
 from aiodisagg.demo.cluster import Cluster, start_system
+from aiodisagg.demo.kill import kill_in_mid_transfer
 from aiodisagg.demo.tasks import Ask, Monolith, all_digit_asks, digit_asks
 from aiodisagg.demo.view import Moved, Row, moved_items, progress, row_of, table, what_moved
 from aiodisagg.errors import ConfigError
@@ -169,18 +170,7 @@ class Demo:
             await asyncio.sleep(REFRESH_S)
 
     async def _kill_encoder(self, cluster: Cluster, session: aiohttp.ClientSession) -> None:
-        """Waits until items are half here, then kills the encode peer that owes most of them the rest."""
-        while not self.killed:
-            owed = Counter(
-                item["peers"][-1]
-                for trace in await self._traces(session)
-                for item in trace["items"]
-                if trace["total_s"] < 0 and item["rows"] <= 2 * item["rows_arrived"] < 2 * item["rows"]
-            )
-            if owed:
-                self.killed = owed.most_common(1)[0][0]
-                cluster.kill(self.killed)
-            await asyncio.sleep(0.001)  # between two looks at another process, which announces nothing
+        self.killed = await kill_in_mid_transfer(cluster, lambda: self._traces(session))
 
     async def _send(self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, number: int) -> None:
         answer = self.answers[number]

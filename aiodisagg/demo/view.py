@@ -58,7 +58,7 @@ def row_of(number: int, ask: Any, answer: str, error: str, trace: dict[str, Any]
         transfer_ms=_span(encoded, complete),
         first_token_ms=_span(0.0, trace["first_token_s"] if trace else -1.0),
         total_ms=_span(0.0, trace["total_s"] if trace else -1.0),
-        moves=sum(item["moves"] for item in items),
+        moves=sum(1 for item in items if item["moves"]),
         rows_kept=sum(item["rows_kept"] for item in items),
     )
 
@@ -111,11 +111,12 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 class Moved(msgspec.Struct):
-    """An item that went from one encode peer to another in mid-transfer."""
+    """An item that went from one encode peer to another; ``left`` is who had it before the last move."""
 
     request_id: str
     item: int
-    peers: list[str]
+    left: str
+    to: str
     rows: int
     rows_kept: int
     complete: bool
@@ -124,22 +125,23 @@ class Moved(msgspec.Struct):
 def moved_items(traces: Sequence[dict[str, Any]]) -> list[Moved]:
     """Those with the most rows kept first."""
     found = [
-        Moved(trace["request_id"], i, item["peers"], item["rows"], item["rows_kept"], item["complete_s"] >= 0)
+        Moved(
+            trace["request_id"], i, *item["peers"][-2:], item["rows"], item["rows_kept"], item["complete_s"] >= 0
+        )
         for trace in traces
         for i, item in enumerate(trace["items"])
         if item["moves"]
-    ]
+    ]  # fmt: skip
     return sorted(found, key=lambda moved: -moved.rows_kept)
 
 
 def what_moved(killed: str, moved: Sequence[Moved], shown: int = 5) -> list[str]:
     """Lines for a person: some items that moved, then all of them in one sentence."""
     lines = [
-        f"{one.request_id} image {one.item + 1}: stopped at {one.rows_kept} of {one.rows} rows on {one.peers[0]}, "
-        f"went on with {one.rows - one.rows_kept} on {one.peers[-1]}" + ("" if one.complete else ", not complete")
+        f"{one.request_id} image {one.item + 1}: stopped at {one.rows_kept} of {one.rows} rows on {one.left}, "
+        f"went on with {one.rows - one.rows_kept} on {one.to}" + ("" if one.complete else ", not complete")
         for one in moved[:shown]
-        if one.rows_kept
     ]
-    to = ", ".join(sorted({one.peers[-1] for one in moved})) or "nobody"
+    to = ", ".join(sorted({one.to for one in moved})) or "nobody"
     kept, rows = sum(one.rows_kept for one in moved), sum(one.rows for one in moved)
     return [*lines, f"{killed} was killed: {len(moved)} items moved to {to}; {kept} of their {rows} rows were kept"]
