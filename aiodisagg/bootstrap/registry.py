@@ -19,6 +19,7 @@ import msgspec
 
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.protocol.rows import ModelFingerprint
+from aiodisagg.scheduler.cost import ServiceTimes
 
 HISTORY = 1024
 """Changes kept for watchers; one that is further behind gets a snapshot."""
@@ -43,6 +44,8 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     queued: Count = 0
     active: Count = 0
+    patches: Count = 0
+    """Of items that are to be encoded: the work that lies before a new one."""
 
 
 class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +64,8 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     host: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """Boot id of its kernel; the client fills it in."""
     state: PeerState = PeerState.READY
+    times: ServiceTimes | None = None
+    """What its self-test measured, if it encodes."""
 
 
 class PeerEntry(msgspec.Struct, frozen=True, kw_only=True):

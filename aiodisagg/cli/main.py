@@ -94,7 +94,7 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @main.command()
 @click.option("--listen", default="unix:", help="Where links are accepted: unix:, unix:/path or tcp:host:port.")
 @click.option("--source-mib", default=1024, help="Memory for encoded items.")
-@click.option("--batch-patches", default=16384, help="Patches of one tower batch.")
+@click.option("--batch-patches", type=int, help="Patches of one tower batch; by device if not given.")
 @click.option("--prepare-threads", default=2)
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
 @click.option("--http-port", type=int, help="Serve /health and /metrics there; 0 takes a free port.")
@@ -104,7 +104,7 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 def encode(
     listen: str,
     source_mib: int,
-    batch_patches: int,
+    batch_patches: int | None,
     prepare_threads: int,
     zero_deepstack: bool,
     http_port: int | None,

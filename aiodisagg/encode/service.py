@@ -10,8 +10,10 @@ from types import TracebackType
 from aiodisagg.bootstrap.client import BootstrapClient
 from aiodisagg.bootstrap.registry import Load, PeerRecord
 from aiodisagg.device.copies import open_accelerator
+from aiodisagg.encode.gate import Gate
 from aiodisagg.encode.handoff import HandOff
 from aiodisagg.encode.pipeline import EncodePipeline
+from aiodisagg.encode.selftest import self_test
 from aiodisagg.encode.session import Session, WriterEvent
 from aiodisagg.errors import LinkClosed, LinkError, RemoteProtocolError
 from aiodisagg.link.hello import Hello, PeerRole
@@ -40,6 +42,7 @@ from aiodisagg.protocol.events import (
 )
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.sending import Sender, SenderConfig
+from aiodisagg.scheduler.cost import ServiceTimes
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +66,16 @@ class EncodeService:
 
     Args:
         encoder: instead of the checkpoint's vision tower; anything that satisfies ``VisionEncoder``.
+        gate: asked before the tower begins a batch; for a tower that shares its device.
+        role: what it says of itself; ``BOTH`` for the encode half of such a peer.
     """
 
-    def __init__(self, config: EncodeConfig, *, encoder: VisionEncoder | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: EncodeConfig, *, encoder: VisionEncoder | None = None, gate: Gate | None = None,
+        role: PeerRole = PeerRole.ENCODE,
+    ) -> None:  # fmt: skip
+        self.config, self.role = config, role
+        self._gate = gate
         self.name = config.name or f"encode-{config.incarnation[:6]}"
         self._encoder = encoder
         self._sessions: dict[str, Session] = {}
@@ -85,6 +94,10 @@ class EncodeService:
         config = self.config
         encoder = self._encoder if self._encoder is not None else await asyncio.to_thread(load_encoder, config)
         self.model = encoder.fingerprint
+        self.times: ServiceTimes | None = None
+        if config.self_test_s > 0:
+            threads = config.prepare_threads
+            self.times = await asyncio.to_thread(self_test, encoder, config.self_test_s, prepare_threads=threads)
         sender_config = SenderConfig(retain_s=config.retain_s, capacity_bytes=config.source_bytes)
         self.sender = Sender(encoder.fingerprint, sender_config)
         self.driver: Driver[SenderEvent, SenderAction] = Driver(self.sender, self._act, TimerFired)
@@ -101,29 +114,29 @@ class EncodeService:
             batch_patches=config.batch_patches,
             prepare_threads=config.prepare_threads,
             keep_on_device=accelerator is not None,
+            device=config.device,
+            gate=self._gate,
         )
         self.pipeline = await self._stack.enter_async_context(pipeline)
         self._planes = Planes(config.transports, config.data_host)
         self._stack.push_async_callback(self._planes.aclose)
         await self._planes.open(None, lambda *_: False, incarnation=config.incarnation)
         self._hello = Hello.here(
-            name=self.name, incarnation=config.incarnation, role=PeerRole.ENCODE, model=encoder.fingerprint
+            name=self.name,
+            incarnation=config.incarnation,
+            role=self.role,
+            model=encoder.fingerprint,
+            times=self.times,
         )
         server = LinkServer(
             config.listen, lambda: self._hello, on_link=self._serve_link, secret=config.secret, config=config.link
         )
         self._server = await self._stack.enter_async_context(server)
-        record = PeerRecord(
-            name=self.name,
-            incarnation=config.incarnation,
-            role=PeerRole.ENCODE,
-            addresses=(self.address,),
-            transports=tuple(self._planes.open_transports),
-            model=encoder.fingerprint,
-        )
         if config.bootstrap:
-            client = BootstrapClient(config.bootstrap, record, load=self.load, token=config.bootstrap_token)
-            await self._stack.enter_async_context(client)
+            self._client = BootstrapClient(
+                config.bootstrap, self.record(), load=self.load, token=config.bootstrap_token
+            )  # fmt: skip
+            await self._stack.enter_async_context(self._client)
         logger.info("%s encodes %s at %s", self.name, encoder.fingerprint.architecture, self.address)
         return self
 
@@ -144,7 +157,20 @@ class EncodeService:
 
     def load(self) -> Load:
         """How busy this peer is, for the bootstrap server."""
-        return Load(queued=self.pipeline.waiting, active=len(self.sender.items))
+        patches = self.pipeline.patches + self.sender.sources.waiting_patches
+        return Load(queued=self.pipeline.waiting, active=len(self.sender.items), patches=patches)
+
+    def record(self) -> PeerRecord:
+        """What a bootstrap server is told of this peer."""
+        return PeerRecord(
+            name=self.name,
+            incarnation=self.config.incarnation,
+            role=self.role,
+            addresses=(self.address,),
+            transports=tuple(self._planes.open_transports),
+            model=self.model,
+            times=self.times,
+        )
 
     def metrics(self) -> str:
         """Everything this peer counts, in Prometheus' text format."""
@@ -154,12 +180,14 @@ class EncodeService:
                 metrics.byte_counters(self.sender.counters),
                 metrics.gauge("items_open", "Items of receivers that may still ask for rows.", len(self.sender.items)),
                 metrics.gauge("links", "Language peers with a link.", len(self._sessions)),
-                metrics.gauge("encode_jobs_waiting", "Jobs that have no rows yet.", pipeline.waiting),
+                metrics.gauge("encode_jobs_waiting", "Jobs whose rows are not complete.", pipeline.waiting),
+                metrics.gauge("encode_patches_waiting", "Patches of those jobs.", self.load().patches),
                 metrics.gauge("source_bytes", "Rows kept, in use or cached.", sources.used_bytes),
                 metrics.gauge("leased_bytes", "Bytes of ended writes not yet fenced.", self._planes.leased_bytes),
                 metrics.counter("sources_started", "Items whose encoding was begun.", sources.started),
                 metrics.counter("source_hits", "Items whose rows were there or in the making.", sources.hits),
                 metrics.counter("items_encoded", "Items that left the tower.", pipeline.items_encoded),
+                metrics.counter("prepare_seconds", "Time that preparing took, over all threads.", pipeline.prepare_s),
                 metrics.counter("tower_seconds", "Time that the tower worked.", pipeline.tower_s),
                 metrics.counter("tower_batches", "Batches of the tower.", pipeline.batch_sizes.total()),
             ]

@@ -23,6 +23,7 @@ import msgspec
 from aiodisagg.errors import AuthenticationFailed, ConfigError, RemoteProtocolError
 from aiodisagg.link import framing
 from aiodisagg.protocol.rows import ModelFingerprint
+from aiodisagg.scheduler.cost import ServiceTimes
 
 PROTOCOL_VERSION = 1
 NONCE_BYTES = 32
@@ -62,6 +63,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.field(default_factory=dict)
     )
     """Descriptions of the pools this peer receives into, by transport; untrusted until the transport checked them."""
+    times: ServiceTimes | None = None
+    """What its self-test measured, if it encodes."""
 
     @classmethod
     def here(
@@ -72,6 +75,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         role: PeerRole,
         model: ModelFingerprint | None = None,
         transports: dict[str, bytes] | None = None,
+        times: ServiceTimes | None = None,
     ) -> Hello:
         """The hello of this process: boot id and namespace are read from the kernel (blocking, microseconds)."""
         boot_id, net_ns = host_identity()
@@ -83,6 +87,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
             net_ns=net_ns,
             model=model,
             transports=transports or {},
+            times=times,
         )
 
     def same_host(self, other: Hello) -> bool:

@@ -125,9 +125,10 @@ class Offer(msgspec.Struct, frozen=True, tag="offer", array_like=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
-    """Sender: the item entered ``stage`` (``queued``, ``preparing``, ``encoding``, ``encoded``); ``ready`` rows exist.
+    """Sender: the item entered ``stage`` (``queued``, ``preparing``, ``prepared``, ``encoding``, ``encoded``).
 
     ``ready`` counts the contiguous front of rows that can be written now, so blocks can be lent where they are used.
+    It grows batch by batch of the tower.
     """
 
     key: ItemKey

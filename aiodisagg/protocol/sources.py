@@ -7,6 +7,7 @@ starts at once. Room for a source is promised before its encoding begins.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
@@ -50,6 +51,11 @@ class SourceTable:
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    @property
+    def waiting_patches(self) -> int:
+        """Of jobs that wait for memory."""
+        return sum(math.prod(self._sources[digest].job.grid_thw) for digest in self._queue)
 
     def acquire(self, want: Want, user: User) -> Source | None:
         """The source for a want, made from its media if there is none; None if the media are needed first."""
