@@ -217,7 +217,7 @@ class EncodePipeline:
         self.batch_sizes[len(made.pieces)] += 1
         for piece, rows in zip(made.pieces, made.rows, strict=True):
             entry = self._jobs[piece.digest]
-            busy = self._tower.brought(piece)
+            self._tower.brought(piece)
             self._make_room(entry, piece.patches)
             entry.left -= piece.patches
             if isinstance(rows, Exception):
@@ -225,7 +225,7 @@ class EncodePipeline:
             elif entry.end is None or (piece.last and entry.end.code == "cancelled"):
                 self._publish(entry, piece, rows)
             if entry.end is not None and self._jobs.get(piece.digest) is entry:
-                self._leave_tower(entry, busy)
+                self._leave_tower(entry)
 
     def _failed(self, entry: _Job, error: Exception) -> None:
         digest = entry.start.digest
@@ -249,16 +249,15 @@ class EncodePipeline:
 
     # -- ends and words ------------------------------------------------------------------------------------------
 
-    def _leave_tower(self, entry: _Job, busy: bool = False) -> None:
+    def _leave_tower(self, entry: _Job) -> None:
         """Takes out what has not begun; stops at once unless a piece is in the tower."""
-        left, running = self._tower.cancel(entry.start.digest)
-        if left:
-            self._make_room(entry, left)
-        if not (busy or running):
+        if not self._tower.cancel(entry.start.digest):
             self._stop(entry)
 
     def _stop(self, entry: _Job) -> None:
         assert entry.end is not None
+        if entry.prepared:
+            self._make_room(entry, entry.prepared)
         del self._jobs[entry.start.digest]
         self._tell_of(entry.end)
 

@@ -46,13 +46,10 @@ class TowerQueue:
         self._entries[digest] = _Entry(frames, frame_patches)
         insort(self._order, (order, digest))
 
-    def cancel(self, digest: str) -> int:
-        """Takes the rest of an item out, and says how many patches that was; 0 if there was nothing left of it."""
-        entry = self._entries.pop(digest, None)
-        if entry is None:
-            return 0
-        self._order = [(order, name) for order, name in self._order if name != digest]
-        return (entry.frames - entry.begun) * entry.frame_patches
+    def cancel(self, digest: str) -> None:
+        """Takes the rest of an item out, if there is one."""
+        if self._entries.pop(digest, None) is not None:
+            self._order = [(order, name) for order, name in self._order if name != digest]
 
     def take(self) -> list[Piece]:
         """The next batch; empty if nothing waits."""

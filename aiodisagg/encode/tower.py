@@ -103,20 +103,19 @@ class Tower:
             self._queue.add(digest, order, frames, patches.count // frames)
             self._wake.notify()
 
-    def cancel(self, digest: str) -> tuple[int, bool]:
-        """Takes out what has not begun: its patches, and whether a piece is in the tower and still to be brought."""
+    def cancel(self, digest: str) -> bool:
+        """Takes out what has not begun; whether a piece is in the tower and still to be brought."""
         with self._wake:
             self._items.pop(digest, None)
-            return self._queue.cancel(digest), digest in self._running
+            self._queue.cancel(digest)
+            return digest in self._running
 
-    def brought(self, piece: Piece) -> bool:
-        """For the receiver of ``made``: this piece was dealt with; whether another one of its item is in the tower."""
+    def brought(self, piece: Piece) -> None:
+        """For the receiver of ``made``: this piece has been dealt with."""
         with self._wake:
             self._running[piece.digest] -= 1
-            if self._running[piece.digest]:
-                return True
-            del self._running[piece.digest]
-            return False
+            if not self._running[piece.digest]:
+                del self._running[piece.digest]
 
     def close(self) -> None:
         """Returns when the thread has ended, after the batch it is in; what waits is dropped. Blocking."""
@@ -211,6 +210,7 @@ class Tower:
 
     def _again(self, pieces: list[Piece], items: list[_Item], began: float, error: Exception) -> None:
         if len(pieces) == 1:
+            self.cancel(pieces[0].digest)  # before the loop knows of it: the next batch is chosen at once
             self._bring(pieces, [error], began)
             return
         logger.warning("a batch of %d items raised %r; doing them one by one", len(pieces), error)
@@ -221,6 +221,7 @@ class Tower:
                 if event is not None:
                     event.synchronize()
             except Exception as alone:
+                self.cancel(piece.digest)
                 self._bring([piece], [alone], began)
             else:
                 self._bring([piece], rows, began)

@@ -22,6 +22,7 @@ from aiodisagg.engine.batch import EngineSequence, Runner, Work
 from aiodisagg.engine.config import EngineStats
 from aiodisagg.engine.sampling import sample_batch
 from aiodisagg.engine.schedule import Scheduler, Segment, Step
+from aiodisagg.engine.steps import StepWatcher, Unwatched
 from aiodisagg.engine.stream import Outbox, RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, Usage
 from aiodisagg.errors import AiodisaggError, EngineError
@@ -43,6 +44,7 @@ class StepThread:
     Args:
         ended: called on the step thread with the id of each request that is over, before its reader is woken.
         stopped: called on the step thread as the last thing it does.
+        watcher: told around every step, and with 0 decodes when there is nothing to do or never will be.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class StepThread:
         *,
         ended: Callable[[str], None],
         stopped: Callable[[], object],
+        watcher: StepWatcher | None = None,
     ) -> None:
+        self._watcher = watcher or Unwatched()
         self._runner, self._scheduler, self._eos_ids, self._outbox = runner, scheduler, eos_ids, outbox
         self._ended, self._stopped = ended, stopped
         self._sequences: dict[str, EngineSequence] = {}
@@ -118,6 +122,7 @@ class StepThread:
             for command in left:
                 if isinstance(command, EngineSequence):
                     self._sequences[command.request_id] = command
+            self._watcher.step_ended(0)
             for request_id in tuple(self._sequences):
                 self._finish(request_id, error=EngineError(request_id, why))
             self._publish()
@@ -166,7 +171,9 @@ class StepThread:
         if step.admitted:  # encoding can begin while this step computes
             self._publish()
         if step.segments:
+            self._watcher.step_began()
             self._compute(step)
+        self._watcher.step_ended(sum(segment.samples for segment in step.segments))
         self._publish()
         return bool(step.segments or step.admitted or step.preempted)
 
