@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ import aiodisagg
 from aiodisagg.cli.bench import bench
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
 from aiodisagg.errors import AiodisaggError
+
+if TYPE_CHECKING:
+    from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 
 Command = Callable[..., None]
 
@@ -44,31 +47,43 @@ def peer_options(command: Command) -> Command:
     return process_options(command)
 
 
-def _peer_settings(
-    model: Path,
-    bootstrap: tuple[str, ...],
-    bootstrap_token: str | None,
-    name: str,
-    secret_file: Path | None,
-    transports: str | None,
-    data_host: str,
-    device: str,
-    row_dtype: str,
-) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "model": model,
-        "bootstrap": bootstrap,
-        "bootstrap_token": bootstrap_token,
-        "name": name,
-        "data_host": data_host,
-        "device": device,
-        "row_dtype": row_dtype,
-    }
-    if secret_file is not None:
-        settings["secret"] = secret_file.read_bytes().strip()
-    if transports is not None:
-        settings["transports"] = tuple(part.strip() for part in transports.split(",") if part.strip())
+def _settings(options: dict[str, Any], *same: str, **other: Any) -> dict[str, Any]:
+    """Of a peer's configuration; ``same``: options that are called as its fields are."""
+    settings = {key: options[key] for key in (*_PEER, *same)} | other
+    if options["secret_file"] is not None:
+        settings["secret"] = options["secret_file"].read_bytes().strip()
+    if options["transports"] is not None:
+        settings["transports"] = tuple(part.strip() for part in options["transports"].split(",") if part.strip())
     return settings
+
+
+_PEER = ("model", "bootstrap", "bootstrap_token", "name", "data_host", "device", "row_dtype")
+
+
+def encode_config(options: dict[str, Any]) -> EncodeConfig:
+    """Raises ConfigError."""
+    from aiodisagg.peer.config import EncodeConfig, MiB
+
+    same = ("listen", "batch_patches", "prepare_threads", "retain_s", "self_test_s")
+    return EncodeConfig(**_settings(options, *same, source_bytes=options["source_mib"] * MiB))
+
+
+def language_config(options: dict[str, Any]) -> LanguageConfig:
+    """Raises ConfigError."""
+    from aiodisagg.peer.config import LanguageConfig, MiB
+
+    same = (
+        "block_rows",
+        "window_blocks",
+        "failover_s",
+        "stall_s",
+        "token_budget",
+        "max_running",
+        "dtype",
+        "max_pixels",
+    )
+    sizes = {"pool_bytes": int(options["pool_mib"] * MiB), "kv_bytes": options["kv_mib"] * MiB}
+    return LanguageConfig(**_settings(options, *same, **sizes))
 
 
 @main.command()
@@ -100,36 +115,23 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @click.option("--http-port", type=int, help="Serve /health and /metrics there; 0 takes a free port.")
 @click.option("--http-host", default="127.0.0.1")
 @click.option("--retain-s", default=30.0, help="How long rows are kept for a receiver whose link is lost.")
+@click.option("--self-test-s", default=1.0, help="How long the tower may be measured at the start.")
 @peer_options
 def encode(
-    listen: str,
-    source_mib: int,
-    batch_patches: int | None,
-    prepare_threads: int,
     zero_deepstack: bool,
     http_port: int | None,
     http_host: str,
-    retain_s: float,
     verbose: int,
     ready_fd: int | None,
     parent: int | None,
-    **peer: Any,
+    **options: Any,
 ) -> None:
     """Run an encode peer: it runs the vision tower for language peers."""
-    begin(peer["name"] or "encode", verbose, parent)
+    begin(options["name"] or "encode", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
-        from aiodisagg.peer.config import EncodeConfig, MiB
-
-        config = EncodeConfig(
-            **_peer_settings(**peer),
-            listen=listen,
-            source_bytes=source_mib * MiB,
-            batch_patches=batch_patches,
-            prepare_threads=prepare_threads,
-            retain_s=retain_s,
-        )
+        config = encode_config(options)
         from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
 
         encoder = None
@@ -147,6 +149,7 @@ def encode(
                 facts["url"] = (await stack.enter_async_context(server)).url
             announce(facts)
             await stop.wait()
+            await service.drain()
 
     run(serve)
 
@@ -172,43 +175,19 @@ def language(
     host: str,
     port: int,
     api_key: str | None,
-    peers: tuple[str, ...],
-    pool_mib: float,
-    block_rows: int,
-    window_blocks: int,
-    failover_s: float,
-    stall_s: float,
     max_requests: int,
-    kv_mib: int,
-    token_budget: int,
-    max_running: int,
-    dtype: str | None,
-    max_pixels: int | None,
+    peers: tuple[str, ...],
     verbose: int,
     ready_fd: int | None,
     parent: int | None,
-    **peer: Any,
+    **options: Any,
 ) -> None:
     """Run a language peer with an OpenAI-compatible HTTP API."""
-    begin(peer["name"] or "language", verbose, parent)
+    begin(options["name"] or "language", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
-        from aiodisagg.peer.config import LanguageConfig, MiB
-
-        config = LanguageConfig(
-            **_peer_settings(**peer),
-            pool_bytes=int(pool_mib * MiB),
-            block_rows=block_rows,
-            window_blocks=window_blocks,
-            failover_s=failover_s,
-            stall_s=stall_s,
-            kv_bytes=kv_mib * MiB,
-            token_budget=token_budget,
-            max_running=max_running,
-            dtype=dtype,
-            max_pixels=max_pixels,
-        )
+        config = language_config(options)
         from aiodisagg.api import HttpConfig, HttpServer  # after the checks: torch takes seconds
         from aiodisagg.language.service import LanguageService
 
@@ -219,6 +198,7 @@ def language(
             async with HttpServer(service, host, port, http, debug=service.debug()) as server:
                 announce({"name": service.name, "url": server.url, "model": service.model_name})
                 await stop.wait()
+                await service.drain()
 
     run(serve)
 
@@ -248,7 +228,59 @@ def demo(**options: Any) -> None:
         raise click.ClickException(str(error)) from error
 
 
+def _both_options(command: Command) -> click.Command:
+    """Those of both kinds of peers, each once, and its own."""
+    made = click.command()(command)
+    known = {param.name: param for param in (*made.params, *encode.params, *language.params)}
+    left_out = ("zero_deepstack", "http_port", "http_host")  # there is one HTTP server, and it has all metrics
+    made.params = [param for name, param in known.items() if name not in left_out]
+    return made
+
+
+@click.option("--inter-token-ms", default=50.0, help="Pace that running streams are owed while images are encoded.")
+def both(
+    host: str,
+    port: int,
+    api_key: str | None,
+    max_requests: int,
+    peers: tuple[str, ...],
+    inter_token_ms: float,
+    verbose: int,
+    ready_fd: int | None,
+    parent: int | None,
+    **options: Any,
+) -> None:
+    """Run a peer that is both: an HTTP API, and a vision tower for itself and for other peers."""
+    begin(options["name"] or "both", verbose, parent)
+    announce = announcer(ready_fd)
+
+    async def serve(stop: asyncio.Event) -> None:
+        of_language, of_encode = language_config(options), encode_config(options)
+        from aiodisagg.api import HttpConfig, HttpServer  # after the checks: torch takes seconds
+        from aiodisagg.both.service import BothService
+
+        http = HttpConfig(api_key=api_key, max_requests=max_requests)
+        async with BothService(of_language, of_encode, inter_token_s=inter_token_ms / 1000) as service:
+            for address in peers:
+                service.add_peer(address)
+            async with HttpServer(service, host, port, http, debug=service.debug()) as server:
+                announce(
+                    {
+                        "name": service.name,
+                        "url": server.url,
+                        "model": service.model_name,
+                        "address": service.address,
+                        "incarnation": of_encode.incarnation,
+                    }
+                )
+                await stop.wait()
+                await service.drain()
+
+    run(serve)
+
+
 main.add_command(bench)
+main.add_command(_both_options(both))
 
 
 if __name__ == "__main__":

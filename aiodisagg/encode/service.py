@@ -7,8 +7,10 @@ import logging
 from contextlib import AsyncExitStack
 from types import TracebackType
 
+from prometheus_client.core import Metric
+
 from aiodisagg.bootstrap.client import BootstrapClient
-from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.bootstrap.registry import Load, PeerRecord, PeerState
 from aiodisagg.device.copies import open_accelerator
 from aiodisagg.encode.gate import Gate
 from aiodisagg.encode.handoff import HandOff
@@ -26,6 +28,8 @@ from aiodisagg.peer.driver import Driver
 from aiodisagg.peer.planes import Planes
 from aiodisagg.protocol.events import (
     CancelEncode,
+    DrainBegan,
+    Drained,
     DropSource,
     Fence,
     LinkLost,
@@ -82,6 +86,8 @@ class EncodeService:
         self._writers: dict[tuple[str, ItemKey], Session] = {}
         self._stack = AsyncExitStack()
         self._stopped = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._client: BootstrapClient | None = None
 
     async def __aenter__(self) -> EncodeService:
         try:
@@ -144,12 +150,24 @@ class EncodeService:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stopped.set()
+        self._drained.set()
         await self._stack.aclose()
 
     @property
     def address(self) -> str:
         """Where language peers link to this one."""
         return self._server.address
+
+    async def drain(self) -> None:
+        """Takes no new item and returns when those that are open have ended; other peers are told to go elsewhere.
+
+        Items whose receiver has no link are not waited for. The peer stays as it is: leave the context next.
+        """
+        logger.info("%s drains: %d items are open", self.name, len(self.sender.items))
+        if self._client is not None:
+            self._client.announce(PeerState.DRAINING)
+        self.driver.feed(DrainBegan())
+        await self._drained.wait()
 
     async def serve(self) -> None:
         """Returns when the context is left."""
@@ -174,24 +192,26 @@ class EncodeService:
 
     def metrics(self) -> str:
         """Everything this peer counts, in Prometheus' text format."""
+        return metrics.render(self.families())
+
+    def families(self) -> list[Metric]:
+        """The same, before it is text."""
         pipeline, sources = self.pipeline, self.sender.sources
-        return metrics.render(
-            [
-                metrics.byte_counters(self.sender.counters),
-                metrics.gauge("items_open", "Items of receivers that may still ask for rows.", len(self.sender.items)),
-                metrics.gauge("links", "Language peers with a link.", len(self._sessions)),
-                metrics.gauge("encode_jobs_waiting", "Jobs whose rows are not complete.", pipeline.waiting),
-                metrics.gauge("encode_patches_waiting", "Patches of those jobs.", self.load().patches),
-                metrics.gauge("source_bytes", "Rows kept, in use or cached.", sources.used_bytes),
-                metrics.gauge("leased_bytes", "Bytes of ended writes not yet fenced.", self._planes.leased_bytes),
-                metrics.counter("sources_started", "Items whose encoding was begun.", sources.started),
-                metrics.counter("source_hits", "Items whose rows were there or in the making.", sources.hits),
-                metrics.counter("items_encoded", "Items that left the tower.", pipeline.items_encoded),
-                metrics.counter("prepare_seconds", "Time that preparing took, over all threads.", pipeline.prepare_s),
-                metrics.counter("tower_seconds", "Time that the tower worked.", pipeline.tower_s),
-                metrics.counter("tower_batches", "Batches of the tower.", pipeline.batch_sizes.total()),
-            ]
-        )
+        return [
+            metrics.byte_counters(self.sender.counters),
+            metrics.gauge("items_open", "Items of receivers that may still ask for rows.", len(self.sender.items)),
+            metrics.gauge("links", "Language peers with a link.", len(self._sessions)),
+            metrics.gauge("encode_jobs_waiting", "Jobs whose rows are not complete.", pipeline.waiting),
+            metrics.gauge("encode_patches_waiting", "Patches of those jobs.", self.load().patches),
+            metrics.gauge("source_bytes", "Rows kept, in use or cached.", sources.used_bytes),
+            metrics.gauge("leased_bytes", "Bytes of ended writes not yet fenced.", self._planes.leased_bytes),
+            metrics.counter("sources_started", "Items whose encoding was begun.", sources.started),
+            metrics.counter("source_hits", "Items whose rows were there or in the making.", sources.hits),
+            metrics.counter("items_encoded", "Items that left the tower.", pipeline.items_encoded),
+            metrics.counter("prepare_seconds", "Time that preparing took, over all threads.", pipeline.prepare_s),
+            metrics.counter("tower_seconds", "Time that the tower worked.", pipeline.tower_s),
+            metrics.counter("tower_batches", "Batches of the tower.", pipeline.batch_sizes.total()),
+        ]
 
     # -- links ---------------------------------------------------------------------------------------------------
 
@@ -252,6 +272,8 @@ class EncodeService:
                 self._write(action)
             case Fence(peer, key):
                 self._fence(peer, key)
+            case Drained():
+                self._drained.set()
 
     def _write(self, action: Write) -> None:
         session = self._sessions.get(action.peer)
