@@ -57,8 +57,10 @@ class BothService:
     async def __aenter__(self) -> BothService:
         async with AsyncExitStack() as stack:
             half = await stack.enter_async_context(self.encode)
-            local = LocalEncoder(half.record(), half.load, self.gate)
-            self.language = await stack.enter_async_context(LanguageService(self._language, local=local))
+            language = LanguageService(
+                self._language, local=LocalEncoder(half.record(), half.load), watcher=self.gate
+            )  # fmt: skip
+            self.language = await stack.enter_async_context(language)
             self._stack = stack.pop_all()
         return self
 

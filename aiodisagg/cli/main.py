@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 
 import aiodisagg
 from aiodisagg.cli.bench import bench
+from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, both_command
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
 from aiodisagg.errors import AiodisaggError
 
@@ -116,11 +118,15 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @click.option("--http-host", default="127.0.0.1")
 @click.option("--retain-s", default=30.0, help="How long rows are kept for a receiver whose link is lost.")
 @click.option("--self-test-s", default=1.0, help="How long the tower may be measured at the start.")
+@click.option("--inter-token-ms", default=INTER_TOKEN_MS, help=INTER_TOKEN_HELP, hidden=True)
+@click.option("--steps-fd", type=int, hidden=True, help="Where an engine beside it tells of its steps.")
 @peer_options
 def encode(
     zero_deepstack: bool,
     http_port: int | None,
     http_host: str,
+    steps_fd: int | None,
+    inter_token_ms: float,
     verbose: int,
     ready_fd: int | None,
     parent: int | None,
@@ -132,7 +138,10 @@ def encode(
 
     async def serve(stop: asyncio.Event) -> None:
         config = encode_config(options)
+        from aiodisagg.encode.gate import SlackGate
         from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
+        from aiodisagg.encode.steps import StepReader
+        from aiodisagg.scheduler.slack import Slack
 
         encoder = None
         if zero_deepstack:
@@ -140,7 +149,11 @@ def encode(
 
             encoder = WithoutDeepStack(await asyncio.to_thread(load_encoder, config))
         async with AsyncExitStack() as stack:
-            service = await stack.enter_async_context(EncodeService(config, encoder=encoder))
+            gate = None
+            if steps_fd is not None:
+                gate = SlackGate(Slack(inter_token_ms / 1000))
+                await stack.enter_async_context(StepReader(gate, socket.socket(fileno=steps_fd)))
+            service = await stack.enter_async_context(EncodeService(config, encoder=encoder, gate=gate))
             facts = {"name": service.name, "address": service.address, "incarnation": config.incarnation}
             if http_port is not None:
                 from aiodisagg.peer.http import MetricsServer
@@ -228,59 +241,8 @@ def demo(**options: Any) -> None:
         raise click.ClickException(str(error)) from error
 
 
-def _both_options(command: Command) -> click.Command:
-    """Those of both kinds of peers, each once, and its own."""
-    made = click.command()(command)
-    known = {param.name: param for param in (*made.params, *encode.params, *language.params)}
-    left_out = ("zero_deepstack", "http_port", "http_host")  # there is one HTTP server, and it has all metrics
-    made.params = [param for name, param in known.items() if name not in left_out]
-    return made
-
-
-@click.option("--inter-token-ms", default=50.0, help="Pace that running streams are owed while images are encoded.")
-def both(
-    host: str,
-    port: int,
-    api_key: str | None,
-    max_requests: int,
-    peers: tuple[str, ...],
-    inter_token_ms: float,
-    verbose: int,
-    ready_fd: int | None,
-    parent: int | None,
-    **options: Any,
-) -> None:
-    """Run a peer that is both: an HTTP API, and a vision tower for itself and for other peers."""
-    begin(options["name"] or "both", verbose, parent)
-    announce = announcer(ready_fd)
-
-    async def serve(stop: asyncio.Event) -> None:
-        of_language, of_encode = language_config(options), encode_config(options)
-        from aiodisagg.api import HttpConfig, HttpServer  # after the checks: torch takes seconds
-        from aiodisagg.both.service import BothService
-
-        http = HttpConfig(api_key=api_key, max_requests=max_requests)
-        async with BothService(of_language, of_encode, inter_token_s=inter_token_ms / 1000) as service:
-            for address in peers:
-                service.add_peer(address)
-            async with HttpServer(service, host, port, http, debug=service.debug()) as server:
-                announce(
-                    {
-                        "name": service.name,
-                        "url": server.url,
-                        "model": service.model_name,
-                        "address": service.address,
-                        "incarnation": of_encode.incarnation,
-                    }
-                )
-                await stop.wait()
-                await service.drain()
-
-    run(serve)
-
-
 main.add_command(bench)
-main.add_command(_both_options(both))
+main.add_command(both_command(encode, language, encode_config, language_config))
 
 
 if __name__ == "__main__":

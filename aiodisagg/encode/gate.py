@@ -61,8 +61,12 @@ class SlackGate:
         self._began = self._clock()
 
     def step_ended(self, decodes: int) -> None:
+        self.stepped(self._clock() - self._began, decodes)
+
+    def stepped(self, step_s: float, decodes: int) -> None:
+        """A step took ``step_s``; on any thread."""
         with self._changed:
-            self._slack.stepped(self._clock() - self._began, decodes)
+            self._slack.stepped(step_s, decodes)
             if self._slack.free:
                 self._changed.notify_all()
 

@@ -59,12 +59,11 @@ class _Request:
 class LocalEncoder:
     """The encode half of the same peer: linked first of all, and what the peer registers as.
 
-    ``record``: of that half; its incarnation and addresses are the peer's. ``watcher``: of engine steps.
+    ``record``: of that half; its incarnation and addresses are the peer's.
     """
 
     record: PeerRecord
     load: Callable[[], Load]
-    watcher: StepWatcher
 
 
 def load_language_half(config: LanguageConfig) -> tuple[Planner, LanguageHalf, ModelFingerprint]:
@@ -86,10 +85,15 @@ class LanguageService:
         async with LanguageService(LanguageConfig(model=folder, bootstrap=("http://127.0.0.1:8500",))) as peer:
             async for delta in peer.generate(messages, SamplingParams(max_tokens=64)):
                 print(delta.text, end="")
+
+    Args:
+        local: for a peer that encodes as well. watcher: told of engine steps.
     """
 
-    def __init__(self, config: LanguageConfig, *, local: LocalEncoder | None = None) -> None:
-        self.config, self.local = config, local
+    def __init__(
+        self, config: LanguageConfig, *, local: LocalEncoder | None = None, watcher: StepWatcher | None = None
+    ) -> None:  # fmt: skip
+        self.config, self.local, self._watcher = config, local, watcher
         self.name = config.name or f"language-{config.incarnation[:6]}"
         self.model_name = config.model.resolve().name
         self.created = int(time.time())
@@ -130,7 +134,7 @@ class LanguageService:
                 engine_config,
                 layout=engine_layout,
                 stream=stream,
-                watcher=None if self.local is None else self.local.watcher,
+                watcher=self._watcher,
             )
         )
         self.rows = await self._stack.enter_async_context(
