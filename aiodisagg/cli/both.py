@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aiodisagg.cli.process import Announce, announcer, begin, run
+from aiodisagg.errors import AiodisaggError
 
 if TYPE_CHECKING:
     from aiodisagg.api.config import HttpConfig
@@ -115,18 +116,19 @@ async def _serve_separate(
         steps = StepSender(ours)
         stack.callback(steps.close)
         cluster = await stack.enter_async_context(Cluster(verbose=verbose))
-        with theirs:
-            child = ("encode", *arguments, "--steps-fd", str(theirs.fileno()))
-            tower = await cluster.start("tower", *child, pass_fds=[theirs.fileno()])
-        service = await stack.enter_async_context(LanguageService(config, watcher=steps))
-        service.add_peer(tower.facts["address"])
-        facts = {"address": tower.facts["address"], "incarnation": config.incarnation}
         try:
+            with theirs:
+                child = ("encode", *arguments, "--steps-fd", str(theirs.fileno()))
+                async with asyncio.TaskGroup() as group:  # both load at once
+                    starting = group.create_task(cluster.start("tower", *child, pass_fds=[theirs.fileno()]))
+                    service = await stack.enter_async_context(LanguageService(config, watcher=steps))
+            address = starting.result().facts["address"]
+            service.add_peer(address)
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(cluster.watch())
-                await front.serve(service, facts, stop)
+                await front.serve(service, {"address": address, "incarnation": config.incarnation}, stop)
                 watch.cancel()
-        except* Exception as errors:
+        except* AiodisaggError as errors:
             raise errors.exceptions[0] from None
         await _drain(cluster)
 

@@ -123,3 +123,23 @@ def test_a_second_signal_ends_at_once() -> None:
         assert process.stdout.readline() == "draining\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 130
+
+
+@pytest.mark.slow
+async def test_a_tower_of_its_own_process_is_a_peer_and_ends_with_the_other_half(moe: Path) -> None:
+    async with Cluster() as cluster:
+        bootstrap = (await cluster.start("bootstrap", "bootstrap", "--port", "0")).facts["url"]
+        options = ("--model", str(moe), "--bootstrap", bootstrap, "--port", "0", "--transports", "ipc")
+        both = await cluster.start("both", "both", "--name", "x", "--separate", *options)
+        await until_states(bootstrap, {"x": ("language", "ready"), "x-tower": ("encode", "ready")})
+        async with aiohttp.ClientSession(both.facts["url"]) as session:
+            ask = body(both.facts["model"], ImagePart(png(128, 96, 1)), "What is it?", max_tokens=8)
+            first = await answer(session, ask)
+            assert await answer(session, ask) == first
+            async with session.get("/debug/requests") as response:
+                (trace, _) = await response.json()
+            assert trace["items"][0]["peers"] == ["x-tower"]
+        cluster.signal("both", signal.SIGTERM)
+        code, said = await cluster.members.pop("both").process.wait()
+        assert code == 0 and "Traceback" not in said
+        await until_states(bootstrap, {})
