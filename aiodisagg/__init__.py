@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from aiodisagg.both.service import BothService
     from aiodisagg.encode.service import EncodeService
     from aiodisagg.engine.types import Delta, FinishReason, SamplingParams, Usage
     from aiodisagg.errors import AiodisaggError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AiodisaggError": "errors",
+    "BothService": "both.service",
     "ChatMessage": "models.base",
     "Delta": "engine.types",
     "EncodeConfig": "peer.config",
@@ -36,6 +38,7 @@ _HOMES = {
 
 __all__ = [
     "AiodisaggError",
+    "BothService",
     "ChatMessage",
     "Delta",
     "EncodeConfig",

@@ -69,6 +69,8 @@ class BootstrapClient:
         self._there: dict[str, dict[str, PeerEntry]] = {url: {} for url in self.urls}
         self._reached: set[str] = set()
         """Servers whose membership stream is open."""
+        self._news = {url: asyncio.Event() for url in self.urls}
+        """Set when a server should hear of a new state before the next heartbeat is due."""
 
     async def __aenter__(self) -> BootstrapClient:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
@@ -91,6 +93,20 @@ class BootstrapClient:
 
     # -- registration --------------------------------------------------------------------------------------------
 
+    def announce(self, state: PeerState) -> None:
+        """Tells every server of a new state, now or as soon as it can be reached."""
+        self.record = msgspec.structs.replace(self.record, state=state)
+        for news in self._news.values():
+            news.set()
+
+    async def _pause(self, url: str, seconds: float) -> None:
+        """Returns early when there is news."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._news[url].wait()
+        except TimeoutError:
+            pass
+
     async def _stay(self, url: str) -> None:
         retry_s = FIRST_RETRY_S
         while True:
@@ -100,8 +116,9 @@ class BootstrapClient:
                 self.registered.set()
                 retry_s = FIRST_RETRY_S
                 while True:
-                    await asyncio.sleep(lease.lease_s / 3)
-                    beat = Heartbeat(self._load())
+                    await self._pause(url, lease.lease_s / 3)
+                    self._news[url].clear()
+                    beat = Heartbeat(self._load(), self.record.state)
                     lease = await self._call("POST", url, "/heartbeat", msgspec.json.encode(beat))
             except BootstrapError as error:
                 level = logging.DEBUG if retry_s < LAST_RETRY_S else logging.WARNING

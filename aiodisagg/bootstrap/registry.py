@@ -20,6 +20,7 @@ import msgspec
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.protocol.rows import ModelFingerprint
 from aiodisagg.scheduler.advertise import ADVERTISED, PREFIX
+from aiodisagg.scheduler.cost import ServiceTimes
 
 HISTORY = 1024
 """Changes kept for watchers; one that is further behind gets a snapshot."""
@@ -67,6 +68,8 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     host: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """Boot id of its kernel; the client fills it in."""
     state: PeerState = PeerState.READY
+    times: ServiceTimes | None = None
+    """What its self-test measured, if it encodes."""
 
 
 class PeerEntry(msgspec.Struct, frozen=True, kw_only=True):

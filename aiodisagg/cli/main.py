@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import aiodisagg
 from aiodisagg.cli.bench import bench
+from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, both_command
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
 from aiodisagg.errors import AiodisaggError
+
+if TYPE_CHECKING:
+    from aiodisagg.api.config import HttpConfig
+    from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 
 Command = Callable[..., None]
 
@@ -45,31 +51,58 @@ def peer_options(command: Command) -> Command:
     return process_options(command)
 
 
-def _peer_settings(
-    model: Path,
-    bootstrap: tuple[str, ...],
-    bootstrap_token: str | None,
-    name: str,
-    secret_file: Path | None,
-    transports: str | None,
-    data_host: str,
-    device: str,
-    row_dtype: str,
-) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "model": model,
-        "bootstrap": bootstrap,
-        "bootstrap_token": bootstrap_token,
-        "name": name,
-        "data_host": data_host,
-        "device": device,
-        "row_dtype": row_dtype,
-    }
-    if secret_file is not None:
-        settings["secret"] = secret_file.read_bytes().strip()
-    if transports is not None:
-        settings["transports"] = tuple(part.strip() for part in transports.split(",") if part.strip())
+def _settings(options: dict[str, Any], *same: str, **other: Any) -> dict[str, Any]:
+    """Of a peer's configuration; ``same``: options that are called as its fields are."""
+    settings = {key: options[key] for key in (*_PEER, *same)} | other
+    if options["secret_file"] is not None:
+        settings["secret"] = options["secret_file"].read_bytes().strip()
+    if options["transports"] is not None:
+        settings["transports"] = tuple(part.strip() for part in options["transports"].split(",") if part.strip())
     return settings
+
+
+_PEER = ("model", "bootstrap", "bootstrap_token", "name", "data_host", "device", "row_dtype")
+
+
+def encode_config(options: dict[str, Any]) -> EncodeConfig:
+    """Raises ConfigError."""
+    from aiodisagg.peer.config import EncodeConfig, MiB
+
+    same = ("listen", "batch_patches", "prepare_threads", "retain_s", "self_test_s")
+    return EncodeConfig(**_settings(options, *same, source_bytes=options["source_mib"] * MiB))
+
+
+def language_config(options: dict[str, Any]) -> LanguageConfig:
+    """Raises ConfigError."""
+    from aiodisagg.peer.config import LanguageConfig, MiB
+    from aiodisagg.scheduler.admission import AdmissionConfig
+
+    same = (
+        "block_rows",
+        "window_blocks",
+        "failover_s",
+        "stall_s",
+        "hedge_s",
+        "token_budget",
+        "max_running",
+        "itl_budget_ms",
+        "overlap",
+        "prefix_cache",
+        "dtype",
+        "max_pixels",
+    )
+    sizes = {f"{what}_bytes": int(options[f"{what}_mib"] * MiB) for what in ("pool", "cache", "kv")}
+    line = {key: options[key] for key in ("max_queue", "max_ttft_s", "max_wait_s")}
+    return LanguageConfig(**_settings(options, *same, admission=AdmissionConfig(**line), **sizes))
+
+
+def http_config(options: dict[str, Any]) -> HttpConfig:
+    """Raises ConfigError."""
+    from aiodisagg.api.config import HttpConfig, read_keys
+
+    file: Path | None = options["keys_file"]
+    keys = () if file is None else read_keys(file.read_bytes())
+    return HttpConfig(api_key=options["api_key"], api_keys=keys, max_requests=options["max_requests"])
 
 
 @main.command()
@@ -95,43 +128,37 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @main.command()
 @click.option("--listen", default="unix:", help="Where links are accepted: unix:, unix:/path or tcp:host:port.")
 @click.option("--source-mib", default=1024, help="Memory for encoded items.")
-@click.option("--batch-patches", default=16384, help="Patches of one tower batch.")
+@click.option("--batch-patches", type=int, help="Patches of one tower batch; by device if not given.")
 @click.option("--prepare-threads", default=2)
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
 @click.option("--http-port", type=int, help="Serve /health and /metrics there; 0 takes a free port.")
 @click.option("--http-host", default="127.0.0.1")
 @click.option("--retain-s", default=30.0, help="How long rows are kept for a receiver whose link is lost.")
+@click.option("--self-test-s", default=1.0, help="How long the tower may be measured at the start.")
+@click.option("--inter-token-ms", default=INTER_TOKEN_MS, help=INTER_TOKEN_HELP, hidden=True)
+@click.option("--steps-fd", type=int, hidden=True, help="Where an engine beside it tells of its steps.")
 @peer_options
 def encode(
-    listen: str,
-    source_mib: int,
-    batch_patches: int,
-    prepare_threads: int,
     zero_deepstack: bool,
     http_port: int | None,
     http_host: str,
-    retain_s: float,
+    steps_fd: int | None,
+    inter_token_ms: float,
     verbose: int,
     ready_fd: int | None,
     parent: int | None,
-    **peer: Any,
+    **options: Any,
 ) -> None:
     """Run an encode peer: it runs the vision tower for language peers."""
-    begin(peer["name"] or "encode", verbose, parent)
+    begin(options["name"] or "encode", verbose, parent)
     announce = announcer(ready_fd)
 
     async def serve(stop: asyncio.Event) -> None:
-        from aiodisagg.peer.config import EncodeConfig, MiB
-
-        config = EncodeConfig(
-            **_peer_settings(**peer),
-            listen=listen,
-            source_bytes=source_mib * MiB,
-            batch_patches=batch_patches,
-            prepare_threads=prepare_threads,
-            retain_s=retain_s,
-        )
+        config = encode_config(options)
+        from aiodisagg.encode.gate import SlackGate
         from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
+        from aiodisagg.encode.steps import StepReader
+        from aiodisagg.scheduler.slack import Slack
 
         encoder = None
         if zero_deepstack:
@@ -139,7 +166,11 @@ def encode(
 
             encoder = WithoutDeepStack(await asyncio.to_thread(load_encoder, config))
         async with AsyncExitStack() as stack:
-            service = await stack.enter_async_context(EncodeService(config, encoder=encoder))
+            gate = None
+            if steps_fd is not None:
+                gate = SlackGate(Slack(inter_token_ms / 1000))
+                await stack.enter_async_context(StepReader(gate, socket.socket(fileno=steps_fd)))
+            service = await stack.enter_async_context(EncodeService(config, encoder=encoder, gate=gate))
             facts = {"name": service.name, "address": service.address, "incarnation": config.incarnation}
             if http_port is not None:
                 from aiodisagg.peer.http import MetricsServer
@@ -148,6 +179,7 @@ def encode(
                 facts["url"] = (await stack.enter_async_context(server)).url
             announce(facts)
             await stop.wait()
+            await service.drain()
 
     run(serve)
 
@@ -181,72 +213,28 @@ def encode(
 def language(
     host: str,
     port: int,
-    api_key: str | None,
-    keys_file: Path | None,
     peers: tuple[str, ...],
-    pool_mib: float,
-    block_rows: int,
-    window_blocks: int,
-    failover_s: float,
-    stall_s: float,
-    cache_mib: float,
-    hedge_s: float,
-    max_requests: int,
-    max_queue: int,
-    max_ttft_s: float,
-    max_wait_s: float,
-    kv_mib: int,
-    token_budget: int,
-    max_running: int,
-    itl_budget_ms: float,
-    overlap: bool,
-    prefix_cache: bool,
-    dtype: str | None,
-    max_pixels: int | None,
     verbose: int,
     ready_fd: int | None,
     parent: int | None,
-    **peer: Any,
+    **options: Any,
 ) -> None:
     """Run a language peer with an OpenAI-compatible HTTP API."""
-    begin(peer["name"] or "language", verbose, parent)
+    begin(options["name"] or "language", verbose, parent)
     announce = announcer(ready_fd)
-    keys_data = None if keys_file is None else keys_file.read_bytes()
 
     async def serve(stop: asyncio.Event) -> None:
-        from aiodisagg.peer.config import LanguageConfig, MiB
-        from aiodisagg.scheduler.admission import AdmissionConfig
-
-        config = LanguageConfig(
-            **_peer_settings(**peer),
-            pool_bytes=int(pool_mib * MiB),
-            block_rows=block_rows,
-            window_blocks=window_blocks,
-            failover_s=failover_s,
-            stall_s=stall_s,
-            cache_bytes=int(cache_mib * MiB),
-            hedge_s=hedge_s,
-            kv_bytes=kv_mib * MiB,
-            token_budget=token_budget,
-            max_running=max_running,
-            itl_budget_ms=itl_budget_ms,
-            overlap=overlap,
-            prefix_cache=prefix_cache,
-            admission=AdmissionConfig(max_queue=max_queue, max_ttft_s=max_ttft_s, max_wait_s=max_wait_s),
-            dtype=dtype,
-            max_pixels=max_pixels,
-        )
-        from aiodisagg.api import HttpConfig, HttpServer, read_keys  # after the checks: torch takes seconds
+        config, http = language_config(options), http_config(options)
+        from aiodisagg.api import HttpServer  # after the checks: torch takes seconds
         from aiodisagg.language.service import LanguageService
 
-        keys = () if keys_data is None else read_keys(keys_data)
-        http = HttpConfig(api_key=api_key, api_keys=keys, max_requests=max_requests)
         async with LanguageService(config) as service:
             for address in peers:
                 service.add_peer(address)
             async with HttpServer(service, host, port, http, debug=service.debug()) as server:
                 announce({"name": service.name, "url": server.url, "model": service.model_name})
                 await stop.wait()
+                await service.drain()
 
     run(serve)
 
@@ -277,6 +265,7 @@ def demo(**options: Any) -> None:
 
 
 main.add_command(bench)
+main.add_command(both_command(encode, language, encode_config, language_config, http_config))
 
 
 if __name__ == "__main__":

@@ -72,10 +72,13 @@ class Cluster:
     async def __aenter__(self) -> Cluster:
         return self
 
-    async def start(self, name: str, *arguments: str, prefix: Sequence[str] = ()) -> Member:
+    async def start(
+        self, name: str, *arguments: str, prefix: Sequence[str] = (), pass_fds: Sequence[int] = ()
+    ) -> Member:  # fmt: skip
         """Runs ``aiodisagg ARGUMENTS`` and waits until it is ready. Raises ProcessEnded if it does not get there.
 
-        ``prefix``: a command that runs another in its own process, such as ``ip netns exec NAME``.
+        ``prefix``: a command that runs another in its own process, such as ``ip netns exec NAME``. ``pass_fds``: of
+        this process, to be inherited under the same numbers.
         """
         read, write = os.pipe()
         command = [*prefix, sys.executable, "-m", "aiodisagg", *arguments, "--ready-fd", str(write)]
@@ -86,7 +89,7 @@ class Cluster:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 env=environment,
-                pass_fds=(write,),
+                pass_fds=(write, *pass_fds),
                 stdin=asyncio.subprocess.DEVNULL,
                 stderr=None if self._verbose else asyncio.subprocess.PIPE,
                 start_new_session=True,

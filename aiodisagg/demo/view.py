@@ -124,14 +124,13 @@ class Moved(msgspec.Struct):
 
 def moved_items(traces: Sequence[dict[str, Any]]) -> list[Moved]:
     """Those with the most rows kept first."""
-    found = [
-        Moved(
-            trace["request_id"], i, *item["peers"][-2:], item["rows"], item["rows_kept"], item["complete_s"] >= 0
-        )
-        for trace in traces
-        for i, item in enumerate(trace["items"])
-        if item["moves"]
-    ]  # fmt: skip
+    found = []
+    for trace in traces:
+        for i, item in enumerate(trace["items"]):
+            if item["moves"]:
+                left, to = item["peers"][-2:]
+                complete = item["complete_s"] >= 0
+                found.append(Moved(trace["request_id"], i, left, to, item["rows"], item["rows_kept"], complete))
     return sorted(found, key=lambda moved: -moved.rows_kept)
 
 

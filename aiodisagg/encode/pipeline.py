@@ -1,9 +1,11 @@
 """From encoded files to packed rows, off the event loop: prepare (CPU threads), then the tower (one thread, batched).
 
-The stages run at the same time. Between them lie at most ``2 * batch_patches`` prepared patches: at that bound
-preparing waits, and what waits before it is bounded by the source table, which admits jobs only as memory allows.
-An item of more than ``batch_patches`` patches runs in a batch of its own. A batch that fails is run again item by
-item, so that one bad item fails alone.
+What follows, copying out and sending, is the sessions' and the hand-off's; all of these run at the same time. Between
+preparing and the tower lie at most ``prepared_patches``: at that bound preparing waits, and what waits before it is
+bounded by the source table, which admits jobs only as memory allows.
+
+Batches are small where a large one gains nothing, so rows leave soon: a finished image does not wait for those behind
+it, and a long video's rows come by groups of frame pairs. What is cancelled is not begun, and left at the next batch.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ import asyncio
 import functools
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from aiodisagg.device.copies import DeviceBytes
+from aiodisagg.encode.gate import Gate, OpenGate
+from aiodisagg.encode.queue import Piece
+from aiodisagg.encode.tower import Made, Tower, WrongRows
 from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import ItemKind, Patches, VisionEncoder
 from aiodisagg.peer.driver import Tasks
@@ -30,15 +35,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BATCH_PATCHES = {"cpu": 256, "cuda": 4096}
+"""Budget of a batch by kind of device, where none is given: a CPU's tower is as fast with one small image as with many,
+an accelerator's from about a thousand patches on."""
+PREPARED_PATCHES = 32768
+"""Bound between the stages, unless a batch is larger: 192 MiB of pixels."""
+
 PipelineEvent = StageEntered | RowsReady | EncodeStopped
 
 
 @dataclass(slots=True)
 class _Job:
     start: StartEncode
+    order: int
     since: float
-    patches: Patches | None = None
-    cancelled: bool = False
+    left: int
+    """Patches whose rows do not exist yet."""
+    prepared: int = 0
+    """Patches of it that count as prepared and not yet encoded."""
+    begun: bool = False
+    end: EncodeStopped | None = None
+    """It will stop as soon as no piece of it is in the tower."""
     waiting: asyncio.Task[None] | None = None
     """Its preparing, until that runs on a thread: so far it may simply be cancelled."""
 
@@ -48,71 +65,91 @@ class EncodePipeline:
 
     Args:
         encoder: the encode half; ``encode`` is called on one thread only.
-        tell: gets StageEntered (``preparing``, ``prepared``, ``encoding``, ``encoded``), then RowsReady with all
-            rows, or EncodeStopped.
-        batch_patches: patch budget of a tower batch.
+        tell: gets StageEntered (``preparing``, ``prepared``, ``encoding``, ``encoded``; each with how long the one
+            before took), RowsReady for growing fronts of rows up to all of them, or EncodeStopped.
+        batch_patches: patch budget of a tower batch; None: by device. An image with more goes alone.
         keep_on_device: leave the rows where the tower made them; else they are brought to the host at once.
+        device: where the tower is, as torch names it.
+        gate: asked before each batch; None: nothing shares the device.
     """
 
     def __init__(
-        self, encoder: VisionEncoder, tell: Callable[[PipelineEvent], None], *, batch_patches: int,
-        prepare_threads: int, keep_on_device: bool = False,
+        self, encoder: VisionEncoder, tell: Callable[[PipelineEvent], None], *, batch_patches: int | None = None,
+        prepare_threads: int, keep_on_device: bool = False, device: str = "cpu", gate: Gate | None = None,
     ) -> None:  # fmt: skip
         self._keep_on_device = keep_on_device
-        self.encoder, self._tell, self._budget = encoder, tell, batch_patches
+        self.encoder, self._tell = encoder, tell
+        self.batch_patches = batch_patches or BATCH_PATCHES.get(device.partition(":")[0], BATCH_PATCHES["cuda"])
+        self._room_patches = max(PREPARED_PATCHES, 2 * self.batch_patches)
         self.batch_sizes: Counter[int] = Counter()
-        """Tower batches by how many items were in them."""
+        """Tower batches by how many items had a part in them."""
         self.items_encoded = 0
         self.tower_s = 0.0
+        self.prepare_s = 0.0
         self._jobs: dict[str, _Job] = {}
+        self._started = 0
         self._rows: dict[str, torch.Tensor] = {}
-        self._prepared: deque[_Job] = deque()
         self._prepared_patches = 0
         self._room = asyncio.Condition()
         self._slots = asyncio.Semaphore(prepare_threads)
         self._prepare_pool = ThreadPoolExecutor(prepare_threads, "aiodisagg-prepare")
-        self._tower_pool = ThreadPoolExecutor(1, "aiodisagg-tower")
         self._tasks = Tasks("encode")
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._tower = Tower(
+            encoder,
+            batch_patches=self.batch_patches,
+            began=lambda pieces: self._on_loop(self._began, pieces),
+            made=lambda made: self._on_loop(self._made, made),
+            gate=gate or OpenGate(),
+            to_host=not keep_on_device,
+            device=device,
+        )
 
     async def __aenter__(self) -> EncodePipeline:
-        self._tasks.start(self._run_tower(), "tower")
+        self._tower.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._closed = True
         await self._tasks.aclose()
         await asyncio.to_thread(self._prepare_pool.shutdown, cancel_futures=True)
-        await asyncio.to_thread(self._tower_pool.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._tower.close)
         self._rows.clear()
 
     @property
     def waiting(self) -> int:
-        """Jobs that have no rows yet."""
+        """Jobs whose rows are not complete."""
         return len(self._jobs)
 
+    @property
+    def patches(self) -> int:
+        """Patches of those jobs whose rows do not exist yet."""
+        return sum(job.left for job in self._jobs.values())
+
     def start(self, job: StartEncode) -> None:
-        self._jobs[job.digest] = entry = _Job(job, time.monotonic())
+        t, h, w = job.grid_thw
+        self._started += 1
+        entry = self._jobs[job.digest] = _Job(job, self._started, time.monotonic(), t * h * w)
         entry.waiting = self._tasks.start(self._prepare(entry), f"prepare {job.digest}")
 
     def cancel(self, digest: str) -> None:
-        """Stops a job at once while it waits; one that is on a thread when that is done with it."""
+        """Stops a job at once while it waits; one that is on a thread when that is done with it, unless the rows are
+        complete by then."""
         entry = self._jobs.get(digest)
         if entry is None:
             return
-        entry.cancelled = True
+        entry.end = entry.end or EncodeStopped(digest, "cancelled", "nobody wants it any more", True)
         if entry.waiting is not None:
             entry.waiting.cancel()
-            self._still_wanted(entry)
-        elif entry in self._prepared:
-            self._prepared.remove(entry)
-            assert entry.patches is not None
-            self._prepared_patches -= entry.patches.count
-            self._still_wanted(entry)
-            self._tasks.start(self._wake(), "room")
+            self._stop(entry)
+        elif entry.prepared:
+            self._leave_tower(entry)
 
     def rows(self, digest: str, start: int, stop: int) -> memoryview | DeviceBytes:
-        """Bytes of packed rows ``[start, stop)``. Valid until ``drop``. Raises KeyError before they are ready."""
+        """Bytes of packed rows ``[start, stop)``. Valid until ``drop``. Raises KeyError before any are ready."""
         import torch
 
         rows = self._rows[digest][start:stop]
@@ -123,36 +160,111 @@ class EncodePipeline:
     def drop(self, digest: str) -> None:
         self._rows.pop(digest, None)
 
+    # -- prepare -------------------------------------------------------------------------------------------------
+
     async def _prepare(self, entry: _Job) -> None:
+        digest = entry.start.digest
         async with self._slots:
             async with self._room:
-                await self._room.wait_for(lambda: self._prepared_patches < 2 * self._budget)
+                await self._room.wait_for(lambda: self._prepared_patches < self._room_patches)
             entry.waiting = None
             self._enter(entry, "preparing")
             try:
                 patches = await self._call_prepare(entry.start)
             except MediaError as error:
-                self._stop(entry, "invalid_media", str(error), retryable=False)
-                return
+                entry.end = EncodeStopped(digest, "invalid_media", str(error), False)
             except Exception as error:
-                logger.exception("item %s: preparing failed", entry.start.digest)
-                self._stop(entry, "prepare_failed", f"{type(error).__name__}: {error}", retryable=True)
-                return
-        if self._still_wanted(entry):
-            self._enter(entry, "prepared")
-            entry.patches = patches
-            self._prepared.append(entry)
-            self._prepared_patches += patches.count
-        await self._wake()
+                logger.exception("item %s: preparing failed", digest)
+                entry.end = EncodeStopped(digest, "prepare_failed", f"{type(error).__name__}: {error}", True)
+            self.prepare_s += time.monotonic() - entry.since
+        if entry.end is not None:
+            self._stop(entry)
+            return
+        self._enter(entry, "prepared")
+        entry.prepared = entry.left = patches.count
+        self._prepared_patches += patches.count
+        self._tower.add(digest, entry.order, patches, entry.start.rows)
 
     async def _call_prepare(self, job: StartEncode) -> Patches:
         call = functools.partial(self.encoder.prepare, ItemKind(job.kind), job.media, job.grid_thw, job.fps)
-        return await asyncio.get_running_loop().run_in_executor(self._prepare_pool, call)
+        return await self._loop.run_in_executor(self._prepare_pool, call)
+
+    def _make_room(self, entry: _Job, patches: int) -> None:
+        entry.prepared -= patches
+        self._prepared_patches -= patches
+        self._tasks.start(self._wake(), "room")
 
     async def _wake(self) -> None:
-        """There are prepared patches, or there is room for more."""
         async with self._room:
             self._room.notify_all()
+
+    # -- the tower -----------------------------------------------------------------------------------------------
+
+    def _on_loop(self, call: Callable[..., None], what: object) -> None:
+        self._loop.call_soon_threadsafe(call, what)
+
+    def _began(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            entry = self._jobs[piece.digest]
+            if not entry.begun and not self._closed:
+                entry.begun = True
+                self._enter(entry, "encoding")
+
+    def _made(self, made: Made) -> None:
+        if self._closed:
+            return
+        self.tower_s += made.seconds
+        self.batch_sizes[len(made.pieces)] += 1
+        for piece, rows in zip(made.pieces, made.rows, strict=True):
+            entry = self._jobs[piece.digest]
+            self._tower.brought(piece)
+            self._make_room(entry, piece.patches)
+            entry.left -= piece.patches
+            if isinstance(rows, Exception):
+                self._failed(entry, rows)
+            elif entry.end is None or (piece.last and entry.end.code == "cancelled"):
+                self._publish(entry, piece, rows)
+            if entry.end is not None and self._jobs.get(piece.digest) is entry:
+                self._leave_tower(entry)
+
+    def _failed(self, entry: _Job, error: Exception) -> None:
+        digest = entry.start.digest
+        logger.error("item %s: the tower failed", digest, exc_info=error)
+        what = str(error) if isinstance(error, AiodisaggError) else f"{type(error).__name__}: {error}"
+        wrong = isinstance(error, WrongRows)
+        code = "wrong_shape" if wrong else "encode_failed"
+        entry.end = entry.end or EncodeStopped(digest, code, what, retryable=not wrong)
+
+    def _publish(self, entry: _Job, piece: Piece, rows: torch.Tensor) -> None:
+        """The rows up to the end of this piece exist now."""
+        job = entry.start
+        self._rows[job.digest] = rows
+        if not piece.last:
+            self._tell_of(RowsReady(job.digest, job.rows // job.grid_thw[0] * piece.stop))
+            return
+        self.items_encoded += 1
+        del self._jobs[job.digest]
+        self._tell_of(StageEntered(job.digest, "encoded", time.monotonic() - entry.since))
+        self._tell_of(RowsReady(job.digest, job.rows))
+
+    # -- ends and words ------------------------------------------------------------------------------------------
+
+    def _leave_tower(self, entry: _Job) -> None:
+        """Takes out what has not begun; stops at once unless a piece is in the tower."""
+        if not self._tower.cancel(entry.start.digest):
+            self._stop(entry)
+
+    def _stop(self, entry: _Job) -> None:
+        assert entry.end is not None
+        if entry.prepared:
+            self._make_room(entry, entry.prepared)
+        del self._jobs[entry.start.digest]
+        self._tell_of(entry.end)
+
+    def _enter(self, entry: _Job, stage: str) -> None:
+        now = time.monotonic()
+        self._tell_of(StageEntered(entry.start.digest, stage, now - entry.since))
+        entry.since = now
 
     def _tell_of(self, event: PipelineEvent) -> None:
         """A job that the listener has no place for must not stop the others."""
@@ -160,93 +272,3 @@ class EncodePipeline:
             self._tell(event)
         except Exception:
             logger.exception("%r was refused", event)
-
-    def _still_wanted(self, entry: _Job) -> bool:
-        if entry.cancelled:
-            self._stop(entry, "cancelled", "nobody wants it any more", retryable=True)
-        return not entry.cancelled
-
-    def _enter(self, entry: _Job, stage: str) -> None:
-        now = time.monotonic()
-        self._tell_of(StageEntered(entry.start.digest, stage, now - entry.since))
-        entry.since = now
-
-    def _stop(self, entry: _Job, code: str, message: str, *, retryable: bool) -> None:
-        del self._jobs[entry.start.digest]
-        self._tell_of(EncodeStopped(entry.start.digest, code, message, retryable))
-
-    async def _run_tower(self) -> None:
-        while True:
-            async with self._room:
-                await self._room.wait_for(lambda: bool(self._prepared))
-            batch = self._next_batch()
-            for entry in batch:
-                self._enter(entry, "encoding")
-            await self._wake()
-            await self._encode(batch)
-
-    def _next_batch(self) -> list[_Job]:
-        batch: list[_Job] = []
-        patches = 0
-        while self._prepared:
-            assert self._prepared[0].patches is not None
-            size = self._prepared[0].patches.count
-            if batch and patches + size > self._budget:
-                break
-            batch.append(self._prepared.popleft())
-            patches += size
-        self._prepared_patches -= patches
-        return batch
-
-    async def _encode(self, batch: Sequence[_Job]) -> None:
-        began = time.monotonic()
-        try:
-            results = await self._call_tower([entry.patches for entry in batch if entry.patches is not None])
-            if len(results) != len(batch):
-                raise RuntimeError(f"the encoder made {len(results)} tensors of {len(batch)} items")
-        except Exception as error:
-            if len(batch) > 1:
-                for entry in batch:
-                    await self._encode([entry])
-                return
-            logger.exception("item %s: the tower failed", batch[0].start.digest)
-            what = str(error) if isinstance(error, AiodisaggError) else f"{type(error).__name__}: {error}"
-            self._stop(batch[0], "encode_failed", what, retryable=True)
-            return
-        self.tower_s += time.monotonic() - began
-        self.batch_sizes[len(batch)] += 1
-        self.items_encoded += len(batch)
-        for entry, rows in zip(batch, results, strict=True):
-            self._finish(entry, rows)
-
-    async def _call_tower(self, patches: list[Patches]) -> list[torch.Tensor]:
-        return await asyncio.get_running_loop().run_in_executor(self._tower_pool, self._encode_rows, patches)
-
-    def _encode_rows(self, patches: list[Patches]) -> list[torch.Tensor]:
-        """On the tower's thread. The rows exist when this returns: copies on other streams need not wait for them."""
-        import torch
-
-        if not self._keep_on_device:
-            return [_alone(rows.to("cpu")) for rows in self.encoder.encode(patches)]
-        made = [_alone(rows) for rows in self.encoder.encode(patches)]
-        if made and made[0].is_cuda:
-            torch.cuda.current_stream(made[0].device).synchronize()
-        return made
-
-    def _finish(self, entry: _Job, rows: torch.Tensor) -> None:
-        job, layout = entry.start, self.encoder.layout
-        entry.patches = None
-        found, planned = (*rows.shape, str(rows.dtype).removeprefix("torch.")), (job.rows, layout.width, layout.dtype)
-        if found != planned:
-            self._stop(entry, "wrong_shape", f"the encoder made {found}, the plan says {planned}", retryable=False)
-            return
-        del self._jobs[job.digest]
-        self._rows[job.digest] = rows
-        self._tell_of(StageEntered(job.digest, "encoded", time.monotonic() - entry.since))
-        self._tell_of(RowsReady(job.digest, job.rows))
-
-
-def _alone(rows: torch.Tensor) -> torch.Tensor:
-    """Contiguous rows in memory of their own: a piece of a batch would keep all of the batch's rows alive."""
-    own = rows.contiguous()
-    return own.clone() if own.untyped_storage().nbytes() > own.nbytes else own

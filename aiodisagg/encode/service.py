@@ -7,11 +7,15 @@ import logging
 from contextlib import AsyncExitStack
 from types import TracebackType
 
+from prometheus_client.core import Metric
+
 from aiodisagg.bootstrap.client import BootstrapClient
-from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.bootstrap.registry import Load, PeerRecord, PeerState
 from aiodisagg.device.copies import open_accelerator
+from aiodisagg.encode.gate import Gate
 from aiodisagg.encode.handoff import HandOff
 from aiodisagg.encode.pipeline import EncodePipeline
+from aiodisagg.encode.selftest import self_test
 from aiodisagg.encode.session import Session, WriterEvent
 from aiodisagg.errors import LinkClosed, LinkError, RemoteProtocolError
 from aiodisagg.link.hello import Hello, PeerRole
@@ -24,6 +28,8 @@ from aiodisagg.peer.driver import Driver
 from aiodisagg.peer.planes import Planes
 from aiodisagg.protocol.events import (
     CancelEncode,
+    DrainBegan,
+    Drained,
     DropSource,
     Fence,
     LinkLost,
@@ -41,6 +47,7 @@ from aiodisagg.protocol.events import (
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.sending import Sender, SenderConfig
 from aiodisagg.scheduler.advertise import advertise
+from aiodisagg.scheduler.cost import ServiceTimes
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +71,24 @@ class EncodeService:
 
     Args:
         encoder: instead of the checkpoint's vision tower; anything that satisfies ``VisionEncoder``.
+        gate: asked before the tower begins a batch; for a tower that shares its device.
+        role: what it says of itself; ``BOTH`` for the encode half of such a peer.
     """
 
-    def __init__(self, config: EncodeConfig, *, encoder: VisionEncoder | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: EncodeConfig, *, encoder: VisionEncoder | None = None, gate: Gate | None = None,
+        role: PeerRole = PeerRole.ENCODE,
+    ) -> None:  # fmt: skip
+        self.config, self.role = config, role
+        self._gate = gate
         self.name = config.name or f"encode-{config.incarnation[:6]}"
         self._encoder = encoder
         self._sessions: dict[str, Session] = {}
         self._writers: dict[tuple[str, ItemKey], Session] = {}
         self._stack = AsyncExitStack()
         self._stopped = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._client: BootstrapClient | None = None
 
     async def __aenter__(self) -> EncodeService:
         try:
@@ -86,6 +101,10 @@ class EncodeService:
         config = self.config
         encoder = self._encoder if self._encoder is not None else await asyncio.to_thread(load_encoder, config)
         self.model = encoder.fingerprint
+        self.times: ServiceTimes | None = None
+        if config.self_test_s > 0:
+            threads = config.prepare_threads
+            self.times = await asyncio.to_thread(self_test, encoder, config.self_test_s, prepare_threads=threads)
         sender_config = SenderConfig(retain_s=config.retain_s, capacity_bytes=config.source_bytes)
         self.sender = Sender(encoder.fingerprint, sender_config)
         self.driver: Driver[SenderEvent, SenderAction] = Driver(self.sender, self._act, TimerFired)
@@ -102,29 +121,29 @@ class EncodeService:
             batch_patches=config.batch_patches,
             prepare_threads=config.prepare_threads,
             keep_on_device=accelerator is not None,
+            device=config.device,
+            gate=self._gate,
         )
         self.pipeline = await self._stack.enter_async_context(pipeline)
         self._planes = Planes(config.transports, config.data_host)
         self._stack.push_async_callback(self._planes.aclose)
         await self._planes.open(None, lambda *_: False, incarnation=config.incarnation)
         self._hello = Hello.here(
-            name=self.name, incarnation=config.incarnation, role=PeerRole.ENCODE, model=encoder.fingerprint
+            name=self.name,
+            incarnation=config.incarnation,
+            role=self.role,
+            model=encoder.fingerprint,
+            times=self.times,
         )
         server = LinkServer(
             config.listen, lambda: self._hello, on_link=self._serve_link, secret=config.secret, config=config.link
         )
         self._server = await self._stack.enter_async_context(server)
-        record = PeerRecord(
-            name=self.name,
-            incarnation=config.incarnation,
-            role=PeerRole.ENCODE,
-            addresses=(self.address,),
-            transports=tuple(self._planes.open_transports),
-            model=encoder.fingerprint,
-        )
         if config.bootstrap:
-            client = BootstrapClient(config.bootstrap, record, load=self.load, token=config.bootstrap_token)
-            await self._stack.enter_async_context(client)
+            self._client = BootstrapClient(
+                config.bootstrap, self.record(), load=self.load, token=config.bootstrap_token
+            )  # fmt: skip
+            await self._stack.enter_async_context(self._client)
         logger.info("%s encodes %s at %s", self.name, encoder.fingerprint.architecture, self.address)
         return self
 
@@ -132,12 +151,24 @@ class EncodeService:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stopped.set()
+        self._drained.set()
         await self._stack.aclose()
 
     @property
     def address(self) -> str:
         """Where language peers link to this one."""
         return self._server.address
+
+    async def drain(self) -> None:
+        """Takes no new item and returns when those that are open have ended; other peers are told to go elsewhere.
+
+        Items whose receiver has no link are not waited for. The peer stays as it is: leave the context next.
+        """
+        logger.info("%s drains: %d items are open", self.name, len(self.sender.items))
+        if self._client is not None:
+            self._client.announce(PeerState.DRAINING)
+        self.driver.feed(DrainBegan())
+        await self._drained.wait()
 
     async def serve(self) -> None:
         """Returns when the context is left."""
@@ -153,24 +184,40 @@ class EncodeService:
             digests=advertise(sources.newest()),
         )
 
+    def record(self) -> PeerRecord:
+        """What a bootstrap server is told of this peer."""
+        return PeerRecord(
+            name=self.name,
+            incarnation=self.config.incarnation,
+            role=self.role,
+            addresses=(self.address,),
+            transports=tuple(self._planes.open_transports),
+            model=self.model,
+            times=self.times,
+        )
+
     def metrics(self) -> str:
         """Everything this peer counts, in Prometheus' text format."""
+        return metrics.render(self.families())
+
+    def families(self) -> list[Metric]:
+        """The same, before it is text."""
         pipeline, sources = self.pipeline, self.sender.sources
-        return metrics.render(
-            [
-                metrics.byte_counters(self.sender.counters),
-                metrics.gauge("items_open", "Items of receivers that may still ask for rows.", len(self.sender.items)),
-                metrics.gauge("links", "Language peers with a link.", len(self._sessions)),
-                metrics.gauge("encode_jobs_waiting", "Jobs that have no rows yet.", pipeline.waiting),
-                metrics.gauge("source_bytes", "Rows kept, in use or cached.", sources.used_bytes),
-                metrics.gauge("leased_bytes", "Bytes of ended writes not yet fenced.", self._planes.leased_bytes),
-                metrics.counter("sources_started", "Items whose encoding was begun.", sources.started),
-                metrics.counter("source_hits", "Items whose rows were there or in the making.", sources.hits),
-                metrics.counter("items_encoded", "Items that left the tower.", pipeline.items_encoded),
-                metrics.counter("tower_seconds", "Time that the tower worked.", pipeline.tower_s),
-                metrics.counter("tower_batches", "Batches of the tower.", pipeline.batch_sizes.total()),
-            ]
-        )
+        return [
+            metrics.byte_counters(self.sender.counters),
+            metrics.gauge("items_open", "Items of receivers that may still ask for rows.", len(self.sender.items)),
+            metrics.gauge("links", "Language peers with a link.", len(self._sessions)),
+            metrics.gauge("encode_jobs_waiting", "Jobs whose rows are not complete.", pipeline.waiting),
+            metrics.gauge("encode_patches_waiting", "Patches of those jobs.", self.load().patches),
+            metrics.gauge("source_bytes", "Rows kept, in use or cached.", sources.used_bytes),
+            metrics.gauge("leased_bytes", "Bytes of ended writes not yet fenced.", self._planes.leased_bytes),
+            metrics.counter("sources_started", "Items whose encoding was begun.", sources.started),
+            metrics.counter("source_hits", "Items whose rows were there or in the making.", sources.hits),
+            metrics.counter("items_encoded", "Items that left the tower.", pipeline.items_encoded),
+            metrics.counter("prepare_seconds", "Time that preparing took, over all threads.", pipeline.prepare_s),
+            metrics.counter("tower_seconds", "Time that the tower worked.", pipeline.tower_s),
+            metrics.counter("tower_batches", "Batches of the tower.", pipeline.batch_sizes.total()),
+        ]
 
     # -- links ---------------------------------------------------------------------------------------------------
 
@@ -231,6 +278,8 @@ class EncodeService:
                 self._write(action)
             case Fence(peer, key):
                 self._fence(peer, key)
+            case Drained():
+                self._drained.set()
 
     def _write(self, action: Write) -> None:
         session = self._sessions.get(action.peer)

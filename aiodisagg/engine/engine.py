@@ -20,6 +20,7 @@ from aiodisagg.engine.pace import Pace
 from aiodisagg.engine.prefix import PageKeys
 from aiodisagg.engine.rows import RequestRows
 from aiodisagg.engine.schedule import Scheduler
+from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import Outbox, RequestHandle
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.engine.worker import StepThread
@@ -52,6 +53,7 @@ class Engine:
         config: sizes and budgets.
         layout: what rows must be; None takes any whole number of DeepStack levels that a request's rows agree on.
         stream: carries delivered bytes to the model's device, beside its computing; for a model on an accelerator.
+        watcher: told around every step, on the step thread.
 
     ``submit`` belongs to the loop; ``deliver``, ``deliver_bytes``, ``fail``, ``cancel`` and ``stats`` may be called on
     any thread. Raises ConfigError if the model or the pool cannot work as configured.
@@ -66,8 +68,9 @@ class Engine:
         *,
         layout: RowLayout | None = None,
         stream: SideStream | None = None,
+        watcher: StepWatcher | None = None,
     ) -> None:
-        self._stream = stream
+        self._stream, self._watcher = stream, watcher
         self.config = config or EngineConfig()
         self._decode, self._eos_ids = decode, eos_ids
         self._runner = Runner(model, self.config)
@@ -109,6 +112,7 @@ class Engine:
             ended=self._forget,
             stopped=lambda: loop.call_soon_threadsafe(self._stopped.set),
             pace=self._pace,
+            watcher=self._watcher,
         )
         self._steps.start()
         return self

@@ -24,6 +24,7 @@ from aiodisagg.engine.config import EngineStats
 from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.sampling import sample_batch
 from aiodisagg.engine.schedule import Scheduler, Segment, Step
+from aiodisagg.engine.steps import StepWatcher, Unwatched
 from aiodisagg.engine.stream import Outbox, RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, Usage
 from aiodisagg.errors import AiodisaggError, EngineError
@@ -56,6 +57,7 @@ class StepThread:
         pace: is told how long steps take.
         ended: called on the step thread with the id of each request that is over, before its reader is woken.
         stopped: called on the step thread as the last thing it does.
+        watcher: told around every step, and with 0 decodes when there is nothing to do or never will be.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class StepThread:
         ended: Callable[[str], None],
         stopped: Callable[[], object],
         pace: Pace | None = None,
+        watcher: StepWatcher | None = None,
     ) -> None:
+        self._watcher = watcher or Unwatched()
         self._runner, self._scheduler, self._eos_ids, self._outbox = runner, scheduler, eos_ids, outbox
         self._ended, self._stopped, self._pace = ended, stopped, pace
         self._sequences: dict[str, EngineSequence] = {}
@@ -132,6 +136,7 @@ class StepThread:
             for command in left:
                 if isinstance(command, EngineSequence):
                     self._sequences[command.request_id] = command
+            self._watcher.step_ended(0)
             for request_id in tuple(self._sequences):
                 self._finish(request_id, error=EngineError(request_id, why))
             self._publish()
@@ -185,7 +190,9 @@ class StepThread:
         if step.admitted:  # encoding can begin while this step computes
             self._publish()
         if step.segments:
+            self._watcher.step_began()
             self._compute(step)
+        self._watcher.step_ended(sum(segment.samples for segment in step.segments))
         self._publish()
         return bool(step.segments or step.admitted or step.preempted)
 

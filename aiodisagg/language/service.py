@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import msgspec
+from prometheus_client.core import Metric
+
 from aiodisagg.bootstrap.client import BootstrapClient
-from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.bootstrap.registry import Load, PeerRecord, PeerState
 from aiodisagg.device.copies import DeviceBytes, open_accelerator
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
+from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
 from aiodisagg.errors import (
@@ -25,6 +29,7 @@ from aiodisagg.errors import (
     EncodeFailed,
     InvalidRequest,
     MediaError,
+    Overloaded,
     PoisonItem,
     PromptTooLong,
 )
@@ -64,6 +69,17 @@ class _Request:
     keys: list[ItemKey] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class LocalEncoder:
+    """The encode half of the same peer: linked first of all, and what the peer registers as.
+
+    ``record``: of that half; its incarnation and addresses are the peer's.
+    """
+
+    record: PeerRecord
+    load: Callable[[], Load]
+
+
 def load_language_half(config: LanguageConfig) -> tuple[Planner, LanguageHalf, ModelFingerprint]:
     """Planner, language half and row fingerprint of the folder. Blocking; raises CheckpointError, ConfigError."""
     from aiodisagg.models.loading import check_device, fingerprint, load_language
@@ -86,12 +102,18 @@ class LanguageService:
 
     Args:
         loaded: planner, language half and row fingerprint, instead of the folder's.
+        local: for a peer that encodes as well. watcher: told of engine steps.
     """
 
     def __init__(
-        self, config: LanguageConfig, *, loaded: tuple[Planner, LanguageHalf, ModelFingerprint] | None = None
+        self,
+        config: LanguageConfig,
+        *,
+        loaded: tuple[Planner, LanguageHalf, ModelFingerprint] | None = None,
+        local: LocalEncoder | None = None,
+        watcher: StepWatcher | None = None,
     ) -> None:
-        self.config, self._loaded = config, loaded
+        self.config, self._loaded, self.local, self._watcher = config, loaded, local, watcher
         self.name = config.name or f"language-{config.incarnation[:6]}"
         self.model_name = config.model.resolve().name
         self.created = int(time.time())
@@ -99,6 +121,10 @@ class LanguageService:
         self._items: dict[ItemKey, _Item] = {}
         self._stack = AsyncExitStack()
         self._stopped = asyncio.Event()
+        self._client: BootstrapClient | None = None
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def __aenter__(self) -> LanguageService:
         try:
@@ -129,7 +155,15 @@ class LanguageService:
             self._stack.callback(accelerator.close)
         stream = None if accelerator is None else accelerator.inward
         self.engine = await self._stack.enter_async_context(
-            Engine(half.causal, planner.decode, planner.eos_ids, engine_config, layout=engine_layout, stream=stream)
+            Engine(
+                half.causal,
+                planner.decode,
+                planner.eos_ids,
+                engine_config,
+                layout=engine_layout,
+                stream=stream,
+                watcher=self._watcher,
+            )
         )
         self.rows = await self._stack.enter_async_context(
             RowReceiver(
@@ -147,6 +181,8 @@ class LanguageService:
         self._stack.push_async_callback(self.admission.aclose)
         self._tasks = Tasks(self.name)
         self._stack.push_async_callback(self._tasks.aclose)
+        if self.local is not None:
+            self.add_peer(self.local.record.addresses[0])
         if config.bootstrap:
             await self._join(model)
         return self
@@ -155,6 +191,7 @@ class LanguageService:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stopped.set()
+        self._idle.set()
         await self._stack.aclose()
 
     # -- membership ----------------------------------------------------------------------------------------------
@@ -168,7 +205,9 @@ class LanguageService:
             transports=tuple(self.rows.planes.open_transports),
             model=model,
         )
-        client = BootstrapClient(
+        if self.local is not None:
+            record = msgspec.structs.replace(self.local.record, name=self.name, role=PeerRole.BOTH)
+        self._client = client = BootstrapClient(
             self.config.bootstrap, record, load=self.load, token=self.config.bootstrap_token
         )  # fmt: skip
         await self._stack.enter_async_context(client)
@@ -195,7 +234,17 @@ class LanguageService:
 
     def load(self) -> Load:
         """How busy this peer is, for the bootstrap server."""
-        return Load(queued=len(self.rows.unplaced), active=len(self.traces.open))
+        local = Load() if self.local is None else self.local.load()
+        queued, active = len(self.rows.unplaced) + local.queued, len(self.traces.open) + local.active
+        return Load(queued=queued, active=active, patches=local.patches)
+
+    async def drain(self) -> None:
+        """Takes no new request and returns when those that are open have ended. Leave the context next."""
+        logger.info("%s drains: %d requests are open", self.name, len(self.traces.open))
+        self._draining = True
+        if self._client is not None:
+            self._client.announce(PeerState.DRAINING)
+        await self._idle.wait()
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -225,7 +274,10 @@ class LanguageService:
         request_id = request_id or secrets.token_hex(8)
         if request_id in self.traces.open:
             raise InvalidRequest("request_id", f"{request_id!r} is in use")
+        if self._draining:
+            raise Overloaded(1.0, "this peer is about to end")
         trace = self.traces.begin(request_id)
+        self._idle.clear()
         request = _Request()
         try:
             plan = await asyncio.to_thread(self._planner.plan, messages)
@@ -311,6 +363,8 @@ class LanguageService:
             self.rows.cancel(key)
             self._items.pop(key, None)
         self.traces.end(trace, request.keys, state, error)
+        if not self.traces.open:
+            self._idle.set()
 
     # -- what becomes of items -----------------------------------------------------------------------------------
 
@@ -338,30 +392,34 @@ class LanguageService:
 
     def ready(self) -> tuple[bool, str]:
         """Can requests with images be served now, and if not, why."""
+        if self._draining:
+            return False, "draining"
         return (True, "ok") if self.peers.linked else (False, "no encode peer is linked")
 
     def metrics(self) -> str:
         """Everything this peer counts, in Prometheus' text format."""
+        return metrics.render(self.families())
+
+    def families(self) -> list[Metric]:
+        """The same, before it is text."""
         stats = self.engine.stats()
-        return metrics.render(
-            [
-                *self.rows.metrics(),
-                *self.admission.metrics(),
-                metrics.gauge("requests_waiting", "Requests without KV pages.", stats.waiting),
-                metrics.gauge("requests_running", "Requests with KV pages.", stats.running),
-                metrics.gauge("kv_pages_free", "Free KV pages.", stats.pages_free),
-                metrics.gauge("kv_pages_used", "Used KV pages.", stats.pages_used),
-                metrics.gauge("kv_pages_idle", "Free KV pages that a prompt may still reuse.", stats.pages_idle),
-                metrics.counter("prefix_hits", "Admissions that found pages to reuse.", stats.prefix_hits),
-                metrics.counter("prefix_tokens", "Tokens in pages that were reused.", stats.tokens_reused),
-                metrics.counter("prefix_evictions", "Reusable pages that were taken.", stats.evictions),
-                metrics.counter("prefill_tokens", "Prompt tokens computed.", stats.tokens_prefilled),
-                metrics.counter("decode_tokens", "Tokens sampled.", stats.tokens_decoded),
-                metrics.counter("rows_used", "Rows fed to the model.", stats.rows_used),
-                metrics.counter("preemptions", "Requests that lost their pages.", stats.preemptions),
-                metrics.counter("requests_failed", "Requests that the engine failed.", stats.failed),
-            ]
-        )
+        return [
+            *self.rows.metrics(),
+            *self.admission.metrics(),
+            metrics.gauge("requests_waiting", "Requests without KV pages.", stats.waiting),
+            metrics.gauge("requests_running", "Requests with KV pages.", stats.running),
+            metrics.gauge("kv_pages_free", "Free KV pages.", stats.pages_free),
+            metrics.gauge("kv_pages_used", "Used KV pages.", stats.pages_used),
+            metrics.gauge("kv_pages_idle", "Free KV pages that a prompt may still reuse.", stats.pages_idle),
+            metrics.counter("prefix_hits", "Admissions that found pages to reuse.", stats.prefix_hits),
+            metrics.counter("prefix_tokens", "Tokens in pages that were reused.", stats.tokens_reused),
+            metrics.counter("prefix_evictions", "Reusable pages that were taken.", stats.evictions),
+            metrics.counter("prefill_tokens", "Prompt tokens computed.", stats.tokens_prefilled),
+            metrics.counter("decode_tokens", "Tokens sampled.", stats.tokens_decoded),
+            metrics.counter("rows_used", "Rows fed to the model.", stats.rows_used),
+            metrics.counter("preemptions", "Requests that lost their pages.", stats.preemptions),
+            metrics.counter("requests_failed", "Requests that the engine failed.", stats.failed),
+        ]
 
     def debug(self) -> dict[str, Callable[[], object]]:
         """What a person looks at: recent requests with the stages of their items, and the peers."""

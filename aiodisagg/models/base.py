@@ -125,6 +125,13 @@ class Patches:
         t, h, w = self.grid_thw
         return t * h * w
 
+    def frame_pairs(self, start: int, stop: int) -> Patches:
+        """Those of the frame pairs ``[start, stop)`` alone; nothing is copied."""
+        t, h, w = self.grid_thw
+        if (start, stop) == (0, t) or t == 1:
+            return self
+        return Patches(self.pixel_values[start * h * w : stop * h * w], (stop - start, h, w))
+
 
 class VisionEncoder(Protocol):
     """The encode half. ``prepare`` is CPU work, thread-safe; ``encode`` is device work, one call at a time."""
@@ -136,4 +143,7 @@ class VisionEncoder(Protocol):
         """Decodes and cuts into patches. Raises MediaError if the media do not give ``grid_thw``."""
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
-        """Runs the tower once over a batch: for each item packed rows [rows, (1+k)*h] of ``layout.dtype``."""
+        """Runs the tower once over a batch: for each item packed rows [rows, (1+k)*h] of ``layout.dtype``.
+
+        A video may come in pieces, some of its frame pairs each: together they must give the rows of the whole.
+        """

@@ -74,16 +74,21 @@ class EncodeConfig(PeerConfig):
 
     source_bytes: int = 1024 * MiB
     """Memory for encoded items: those in transfer and, as far as it goes, a cache of earlier ones."""
-    batch_patches: int = 16384
-    """Patches of one tower batch; an item with more goes alone."""
+    batch_patches: int | None = None
+    """Patches of one tower batch; an image with more goes alone. None: as the device gains from batching, few on a CPU.
+    Rows leave batch by batch."""
     prepare_threads: int = 2
+    self_test_s: float = 1.0
+    """How long the tower may be measured at the start; 0: not at all."""
     retain_s: float = 30.0
     """How long rows are kept for a receiver whose link is lost."""
 
     def __post_init__(self) -> None:
         PeerConfig.__post_init__(self)
         check("source_bytes", self.source_bytes)
-        check("batch_patches", self.batch_patches)
+        if self.batch_patches is not None:
+            check("batch_patches", self.batch_patches)
+        check("self_test_s", self.self_test_s, exclusive=False)
         check("prepare_threads", self.prepare_threads)
         check("retain_s", self.retain_s)
 

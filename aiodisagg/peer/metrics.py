@@ -38,6 +38,19 @@ def byte_counters(counters: ByteCounters) -> Metric:
     return family
 
 
+def beside(first: Iterable[Metric], second: Iterable[Metric], prefix: str) -> list[Metric]:
+    """Both halves of a peer: what the second calls as the first does gets a prefix."""
+    found = list(first)
+    taken = {metric.name for metric in found}
+    for metric in second:
+        if metric.name in taken:
+            renamed = metric.name.replace("aiodisagg_", f"aiodisagg_{prefix}_", 1)
+            metric.samples = [s._replace(name=s.name.replace(metric.name, renamed, 1)) for s in metric.samples]
+            metric.name = renamed
+        found.append(metric)
+    return found
+
+
 def render(metrics: Iterable[Metric]) -> str:
     """The text of one scrape."""
     registry = CollectorRegistry()

@@ -250,11 +250,17 @@ class WritesFenced:
     key: ItemKey
 
 
+@dataclass(frozen=True, slots=True)
+class DrainBegan:
+    """From now on new items are refused, for other peers to take; those that are open go on. Ends in Drained."""
+
+
 SenderEvent = (
     MessageReceived
     | LinkUp
     | LinkLost
     | TimerFired
+    | DrainBegan
     | StageEntered
     | RowsReady
     | EncodeStopped
@@ -313,4 +319,9 @@ class DropSource:
     digest: str
 
 
-SenderAction = Send | StartEncode | CancelEncode | Write | Fence | DropSource
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """No receiver with a link has an open item any more."""
+
+
+SenderAction = Send | StartEncode | CancelEncode | Write | Fence | DropSource | Drained

@@ -8,6 +8,8 @@ from aiodisagg.errors import InvalidTransition, RemoteProtocolError
 from aiodisagg.protocol.counters import ByteCounters
 from aiodisagg.protocol.events import (
     ChunkWritten,
+    DrainBegan,
+    Drained,
     EncodeStopped,
     LinkLost,
     LinkUp,
@@ -43,6 +45,8 @@ class Sender:
         self.counters = ByteCounters(layout)
         self.sources = SourceTable(self.config.capacity_bytes, layout.row_bytes)
         self.items: dict[User, OutgoingItem] = {}
+        self._draining = False
+        self._drained = False
         self._timers: list[tuple[float, User]] = []
         self._armed: dict[User, float] = {}
 
@@ -82,12 +86,18 @@ class Sender:
             case LinkLost(peer) | LinkUp(peer):
                 for item in [item for item in self.items.values() if item.peer == peer]:
                     actions += self._step(item, event, now)
+            case DrainBegan():
+                self._draining = True
             case TimerFired():
                 while (due := self.next_timer()) is not None and due <= now:
                     user = heapq.heappop(self._timers)[1]
                     del self._armed[user]
                     actions += self._step(self.items[user], event, now)
-        return actions + self.sources.admit()
+        actions += self.sources.admit()
+        if self._draining and not self._drained and not any(item.linked for item in self.items.values()):
+            self._drained = True
+            actions.append(Drained())
+        return actions
 
     def _users(self, digest: str, event: RowsReady | StageEntered, now: float) -> list[SenderAction]:
         source = self.sources.get(digest)
@@ -140,6 +150,8 @@ class Sender:
         shape = (want.kind, want.grid_thw, want.rows)
         if known is not None and (known.job.kind, known.job.grid_thw, known.job.rows) != shape:
             raise RemoteProtocolError(peer, f"item {want.key}: {want.digest} is not {shape}")
+        if item is None and self._draining:
+            return [Send(peer, Refuse(want.key, want.epoch, "draining", "this peer is about to end", True))]
         if item is None:
             item = OutgoingItem(peer, want, self.model, self._row_bytes, self.counters, self.config, now)
             self.items[peer, want.key] = item

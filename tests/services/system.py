@@ -75,7 +75,9 @@ class System:
 
 
 def encode_config(folder: Path, **settings: Any) -> EncodeConfig:
-    return EncodeConfig(**{"model": folder, "row_dtype": "float32", "transports": ("memory",), **settings})
+    return EncodeConfig(
+        **{"model": folder, "row_dtype": "float32", "transports": ("memory",), "self_test_s": 0.0, **settings}
+    )
 
 
 def language_config(folder: Path, **settings: Any) -> LanguageConfig:

@@ -1,0 +1,120 @@
+"""BothService: an encode peer and a language peer that are one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+
+from aiodisagg.encode.gate import SlackGate
+from aiodisagg.encode.service import EncodeService
+from aiodisagg.engine.types import Delta, SamplingParams
+from aiodisagg.language.service import LanguageService, LocalEncoder
+from aiodisagg.link.hello import PeerRole
+from aiodisagg.models.base import ChatMessage, VisionEncoder
+from aiodisagg.peer import metrics
+from aiodisagg.peer.config import EncodeConfig, LanguageConfig, check
+from aiodisagg.scheduler.slack import Slack
+
+INTER_TOKEN_S = 0.05
+
+
+class BothService:
+    """Answers chats, encoding their images itself or on other peers, whoever is done first; and encodes for others.
+
+    The halves are the two services as they are, joined by a link and a data plane inside the process; the encode half
+    is one candidate among the encode peers. The peer registers once, as ``both``. What it does is a matter of what
+    waits in its queues: the tower works at full speed while no stream decodes, and else in the slack of engine steps.
+
+    ::
+
+        language = LanguageConfig(model=folder, bootstrap=("http://127.0.0.1:8500",))
+        async with BothService(language, EncodeConfig(model=folder)) as peer:
+            async for delta in peer.generate(messages, SamplingParams(max_tokens=64)):
+                print(delta.text, end="")
+
+    Args:
+        language: also says where the peer registers. encode: its ``bootstrap`` is not used.
+        inter_token_s: pace that running streams are owed, see :class:`~aiodisagg.scheduler.slack.Slack`.
+        encoder: instead of the checkpoint's vision tower.
+    """
+
+    def __init__(
+        self, language: LanguageConfig, encode: EncodeConfig, *, inter_token_s: float = INTER_TOKEN_S,
+        encoder: VisionEncoder | None = None,
+    ) -> None:  # fmt: skip
+        check("inter_token_s", inter_token_s)
+        # By name the halves are one; inside the process rows need no detour.
+        name = language.name or encode.name or f"both-{encode.incarnation[:6]}"
+        self._language = dataclasses.replace(language, name=name, transports=_with_memory(language.transports))
+        encode = dataclasses.replace(encode, name=name, bootstrap=(), transports=_with_memory(encode.transports))
+        self.name, self.model_name = name, language.model.resolve().name
+        self.gate = SlackGate(Slack(inter_token_s))
+        self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> BothService:
+        async with AsyncExitStack() as stack:
+            half = await stack.enter_async_context(self.encode)
+            language = LanguageService(
+                self._language, local=LocalEncoder(half.record(), half.load), watcher=self.gate
+            )  # fmt: skip
+            self.language = await stack.enter_async_context(language)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    @property
+    def address(self) -> str:
+        """Where other language peers link to this one."""
+        return self.encode.address
+
+    @property
+    def created(self) -> int:
+        return self.language.created
+
+    def add_peer(self, address: str) -> None:
+        """Keeps a link to another peer that encodes; what the bootstrap server's membership does by itself."""
+        self.language.add_peer(address)
+
+    def generate(
+        self, messages: Sequence[ChatMessage], sampling: SamplingParams, *, request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Delta, None]:  # fmt: skip
+        """As ``LanguageService.generate``."""
+        return self.language.generate(messages, sampling, request_id=request_id, timeout_s=timeout_s)
+
+    def ready(self) -> tuple[bool, str]:
+        """Can requests be served now, and if not, why."""
+        return self.language.ready()
+
+    def metrics(self) -> str:
+        """Everything both halves count; what both call the same begins with ``aiodisagg_encode_`` for the tower's."""
+        gate = [
+            metrics.counter("tower_waits", "Batches that waited for slack.", self.gate.waits),
+            metrics.counter("tower_waited_seconds", "How long they did.", self.gate.waited_s),
+        ]
+        halves = metrics.beside(self.language.families(), self.encode.families(), "encode")
+        return metrics.render([*halves, *gate])
+
+    def debug(self) -> dict[str, Callable[[], object]]:
+        """As ``LanguageService.debug``."""
+        return self.language.debug()
+
+    async def drain(self) -> None:
+        """Finishes the open requests, which may still need the own tower, then what others asked for."""
+        await self.language.drain()
+        await self.encode.drain()
+
+    async def serve(self) -> None:
+        """Returns when the context is left."""
+        await self.language.serve()
+
+
+def _with_memory(transports: tuple[str, ...]) -> tuple[str, ...]:
+    return transports if "memory" in transports else ("memory", *transports)

@@ -1,0 +1,148 @@
+"""``aiodisagg both``: a peer with both halves, in one process or, with ``--separate``, the tower in one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aiodisagg.cli.process import Announce, announcer, begin, run
+from aiodisagg.errors import AiodisaggError
+
+if TYPE_CHECKING:
+    from aiodisagg.api.config import HttpConfig
+    from aiodisagg.both.service import BothService
+    from aiodisagg.demo.cluster import Cluster
+    from aiodisagg.language.service import LanguageService
+    from aiodisagg.peer.config import EncodeConfig, LanguageConfig
+
+INTER_TOKEN_MS = 50.0
+INTER_TOKEN_HELP = "Pace that running streams are owed while images are encoded."
+TOKEN_VARIABLE = "AIODISAGG_BOOTSTRAP_TOKEN"
+_LEFT_OUT = ("zero_deepstack", "http_port", "http_host", "steps_fd")
+"""Of an encode peer's options: there is one HTTP server, and it has all metrics."""
+
+
+def both_command(
+    encode: click.Command,
+    language: click.Command,
+    encode_config: Callable[[dict[str, Any]], EncodeConfig],
+    language_config: Callable[[dict[str, Any]], LanguageConfig],
+    http_config: Callable[[dict[str, Any]], HttpConfig],
+) -> click.Command:
+    """The command, with the options of both kinds of peers, each once, and its own."""
+
+    @click.command()
+    @click.option("--inter-token-ms", default=INTER_TOKEN_MS, help=INTER_TOKEN_HELP)
+    @click.option("--separate", is_flag=True, help="Run the tower in a process of its own; it registers as one, too.")
+    def both(
+        host: str,
+        port: int,
+        peers: tuple[str, ...],
+        inter_token_ms: float,
+        separate: bool,
+        verbose: int,
+        ready_fd: int | None,
+        parent: int | None,
+        **options: Any,
+    ) -> None:
+        """Run a peer that is both: an HTTP API, and a vision tower for itself and for other peers."""
+        begin(options["name"] or "both", verbose, parent)
+        announce = announcer(ready_fd)
+
+        async def serve(stop: asyncio.Event) -> None:
+            of_language, of_encode = language_config(options), encode_config(options)
+            front = _Front(http_config(options), host, port, peers, announce)
+            if not separate:
+                from aiodisagg.both.service import BothService
+
+                async with BothService(of_language, of_encode, inter_token_s=inter_token_ms / 1000) as service:
+                    facts = {"address": service.address, "incarnation": of_encode.incarnation}
+                    await front.serve(service, facts, stop)
+                return
+            arguments = _arguments(encode, options | {"name": f"{options['name'] or 'both'}-tower"})
+            arguments += ["--inter-token-ms", str(inter_token_ms)]
+            if options["bootstrap_token"]:  # not where everybody reads it
+                os.environ[TOKEN_VARIABLE] = options["bootstrap_token"]
+            await _serve_separate(front, of_language, arguments, verbose, stop)
+
+        run(serve)
+
+    known = {param.name: param for param in (*both.params, *encode.params, *language.params)}
+    both.params = [param for name, param in known.items() if name not in _LEFT_OUT]
+    return both
+
+
+class _Front:
+    """The HTTP API of whichever service answers."""
+
+    def __init__(
+        self, http: HttpConfig, host: str, port: int, peers: tuple[str, ...], announce: Announce
+    ) -> None:  # fmt: skip
+        self._http, self._host, self._port, self._peers, self._announce = http, host, port, peers, announce
+
+    async def serve(
+        self, service: BothService | LanguageService, facts: dict[str, str], stop: asyncio.Event
+    ) -> None:  # fmt: skip
+        """Returns when the service has drained."""
+        from aiodisagg.api import HttpServer
+
+        for address in self._peers:
+            service.add_peer(address)
+        async with HttpServer(service, self._host, self._port, self._http, debug=service.debug()) as server:
+            self._announce({"name": service.name, "url": server.url, "model": service.model_name, **facts})
+            await stop.wait()
+            await service.drain()
+
+
+async def _serve_separate(
+    front: _Front, config: LanguageConfig, arguments: list[str], verbose: int, stop: asyncio.Event
+) -> None:
+    """The tower is a child: it is told of every engine step, and its end is this peer's."""
+    from aiodisagg.demo.cluster import Cluster
+    from aiodisagg.encode.steps import StepSender, step_pair
+    from aiodisagg.language.service import LanguageService
+
+    async with AsyncExitStack() as stack:
+        ours, theirs = step_pair()
+        steps = StepSender(ours)
+        stack.callback(steps.close)
+        cluster = await stack.enter_async_context(Cluster(verbose=verbose))
+        try:
+            with theirs:
+                child = ("encode", *arguments, "--steps-fd", str(theirs.fileno()))
+                async with asyncio.TaskGroup() as group:  # both load at once
+                    starting = group.create_task(cluster.start("tower", *child, pass_fds=[theirs.fileno()]))
+                    service = await stack.enter_async_context(LanguageService(config, watcher=steps))
+            address = starting.result().facts["address"]
+            service.add_peer(address)
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(cluster.watch())
+                await front.serve(service, {"address": address, "incarnation": config.incarnation}, stop)
+                watch.cancel()
+        except* AiodisaggError as errors:
+            raise errors.exceptions[0] from None
+        await _drain(cluster)
+
+
+async def _drain(cluster: Cluster) -> None:
+    """The tower finishes what other peers asked it for."""
+    cluster.signal("tower", signal.SIGTERM)
+    await cluster.members.pop("tower").process.wait()
+
+
+def _arguments(command: click.Command, options: dict[str, Any]) -> list[str]:
+    """What makes ``command`` see these options as they are here; the token is left out."""
+    found: list[str] = []
+    for param in command.params:
+        value = options.get(param.name or "")
+        if value is None or param.name == "bootstrap_token" or param.name in _LEFT_OUT:
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            found += [param.opts[-1], str(one)]
+    return found

@@ -1,0 +1,95 @@
+"""When the tower's thread may begin a sub-batch: at once, or as the engine beside it leaves slack."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from aiodisagg.scheduler.slack import Slack
+
+
+class Gate(Protocol):
+    """Asked by the tower's thread before each sub-batch, told after it."""
+
+    @property
+    def open(self) -> bool:
+        """Whether ``wait`` would return at once."""
+
+    def wait(self) -> bool:
+        """Blocks until a sub-batch may begin. False: the gate was closed."""
+
+    def spent(self, tower_s: float) -> None:
+        """A sub-batch kept the tower busy for so long."""
+
+    def close(self) -> None:
+        """Ends every wait."""
+
+
+class OpenGate:
+    """A tower that shares nothing with anybody."""
+
+    open = True
+
+    def wait(self) -> bool:
+        return True
+
+    def spent(self, tower_s: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SlackGate:
+    """Between an engine's step thread and a tower's thread of one process: a :class:`Slack` account under a lock.
+
+    The engine is never held up: ``step_began`` and ``step_ended`` take the lock for microseconds.
+    """
+
+    def __init__(self, slack: Slack, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._slack, self._clock = slack, clock
+        self._changed = threading.Condition()
+        self._began = 0.0
+        self._closed = False
+        self.waits = 0
+        """How often a sub-batch had to wait for slack."""
+        self.waited_s = 0.0
+
+    # -- the engine's thread -------------------------------------------------------------------------------------
+
+    def step_began(self) -> None:
+        self._began = self._clock()
+
+    def step_ended(self, decodes: int) -> None:
+        self.stepped(self._clock() - self._began, decodes)
+
+    def stepped(self, step_s: float, decodes: int) -> None:
+        """A step took ``step_s``; on any thread."""
+        with self._changed:
+            self._slack.stepped(step_s, decodes)
+            if self._slack.free:
+                self._changed.notify_all()
+
+    # -- the tower's thread --------------------------------------------------------------------------------------
+
+    @property
+    def open(self) -> bool:
+        return self._closed or self._slack.free
+
+    def wait(self) -> bool:
+        with self._changed:
+            if not self.open:
+                began = self._clock()
+                self.waits += 1
+                self._changed.wait_for(lambda: self.open)
+                self.waited_s += self._clock() - began
+            return not self._closed
+
+    def spent(self, tower_s: float) -> None:
+        with self._changed:
+            self._slack.spent(tower_s)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -1,0 +1,253 @@
+"""The tower's thread: takes batches from its queue, runs them, and brings what they made to the loop.
+
+It decides when it may start and what to start then, under one lock and at the last moment: what was cancelled, or is
+needed sooner, is known by then. On an accelerator a batch is launched while the one before is still computed, on a
+stream of the thread's own; a batch's rows exist when they are brought, so that copies on other streams need not wait.
+
+A batch that fails is run again piece by piece, so that one bad item fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiodisagg.encode.gate import Gate
+from aiodisagg.encode.queue import Piece, TowerQueue
+from aiodisagg.errors import AiodisaggError
+from aiodisagg.models.base import Patches, VisionEncoder
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class WrongRows(AiodisaggError):
+    """An encoder made other rows than the plan says."""
+
+
+@dataclass(slots=True)
+class _Item:
+    """An item in the tower's hands. ``whole``: room for all its rows, filled as its pieces are computed."""
+
+    patches: Patches
+    frames: int
+    rows: int
+    whole: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What became of a batch: for each piece its item's rows, computed up to and with the piece, or why there are none.
+
+    ``seconds``: how long it kept the tower.
+    """
+
+    pieces: Sequence[Piece]
+    rows: Sequence[torch.Tensor | Exception]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    pieces: list[Piece]
+    items: list[_Item]
+    rows: list[torch.Tensor]
+    event: Any
+    """Of the device, behind the rows; None: they exist."""
+    began: float
+
+
+class Tower:
+    """Owns the thread. ``add`` and ``cancel`` may be called on any thread.
+
+    Args:
+        encoder: ``encode`` is called on this thread only. batch_patches: budget of a batch.
+        began: called on the tower's thread with the pieces of a batch, before it runs.
+        made: called on the tower's thread with what became of it.
+        gate: asked before each batch.
+        to_host: bring the rows to the host at once; else they stay where the tower made them.
+        device: as torch names it; on an accelerator the thread has a stream of its own.
+    """
+
+    def __init__(
+        self, encoder: VisionEncoder, *, batch_patches: int, began: Callable[[list[Piece]], None],
+        made: Callable[[Made], None], gate: Gate, to_host: bool, device: str,
+    ) -> None:  # fmt: skip
+        self._encoder, self._began, self._made, self._gate = encoder, began, made, gate
+        self._to_host, self._device = to_host, device
+        self._queue = TowerQueue(batch_patches)
+        self._items: dict[str, _Item] = {}
+        self._running: Counter[str] = Counter()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._idle_since = 0.0
+        self._thread = threading.Thread(target=self._run, name="aiodisagg-tower", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def add(self, digest: str, order: int, patches: Patches, rows: int) -> None:
+        """Queues an item of ``rows``; it is cut between frame pairs if they have equally many."""
+        t = patches.grid_thw[0]
+        frames = t if rows % t == 0 else 1
+        with self._wake:
+            self._items[digest] = _Item(patches, frames, rows)
+            self._queue.add(digest, order, frames, patches.count // frames)
+            self._wake.notify()
+
+    def cancel(self, digest: str) -> bool:
+        """Takes out what has not begun; whether a piece is in the tower and still to be brought."""
+        with self._wake:
+            self._items.pop(digest, None)
+            self._queue.cancel(digest)
+            return digest in self._running
+
+    def brought(self, piece: Piece) -> None:
+        """For the receiver of ``made``: this piece has been dealt with."""
+        with self._wake:
+            self._running[piece.digest] -= 1
+            if not self._running[piece.digest]:
+                del self._running[piece.digest]
+
+    def close(self) -> None:
+        """Returns when the thread has ended, after the batch it is in; what waits is dropped. Blocking."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._gate.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # -- on the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        launched: _Launched | None = None
+        with _own_stream(self._device):
+            while True:
+                if launched is not None and not (self._queue and self._gate.open):  # nothing to compute beside it
+                    self._finish(launched)
+                    launched = None
+                elif batch := self._next():
+                    before, launched = launched, self._launch(*batch)
+                    if before is not None:
+                        self._finish(before)
+                    if launched is not None and launched.event is None:
+                        self._finish(launched)
+                        launched = None
+                elif self._closing:
+                    if launched is not None:
+                        self._finish(launched)
+                    return
+
+    def _next(self) -> tuple[list[Piece], list[_Item]] | None:
+        """Waits for work, then for slack; what is chosen is what is wanted most by then."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._queue or self._closing)
+        if not self._gate.wait():
+            return None
+        with self._wake:
+            if self._closing:
+                return None
+            pieces = self._queue.take()
+            items = [self._items[piece.digest] for piece in pieces]
+            for piece in pieces:
+                self._running[piece.digest] += 1
+                if piece.last:
+                    del self._items[piece.digest]
+        return (pieces, items) if pieces else None
+
+    def _launch(self, pieces: list[Piece], items: list[_Item]) -> _Launched | None:
+        self._began(pieces)
+        began = time.monotonic()
+        try:
+            rows, event = self._encode(pieces, items)
+        except Exception as error:
+            self._again(pieces, items, began, error)
+            return None
+        return _Launched(pieces, items, rows, event, began)
+
+    def _encode(self, pieces: list[Piece], items: list[_Item]) -> tuple[list[torch.Tensor], Any]:
+        batch = [item.patches.frame_pairs(piece.start, piece.stop) for piece, item in zip(pieces, items, strict=True)]
+        rows = self._encoder.encode(batch)
+        if len(rows) != len(batch):
+            raise RuntimeError(f"the encoder made {len(rows)} tensors of {len(batch)} items")
+        if self._to_host:
+            rows = [one.to("cpu") for one in rows]
+        placed = [self._place(*each) for each in zip(pieces, items, rows, strict=True)]
+        return placed, _event_behind(placed)
+
+    def _place(self, piece: Piece, item: _Item, rows: torch.Tensor) -> torch.Tensor:
+        """Contiguous rows in memory of their item's own: a part of a batch would keep all of the batch's rows alive."""
+        layout, per_frame = self._encoder.layout, item.rows // item.frames
+        found = (*rows.shape, str(rows.dtype).removeprefix("torch."))
+        planned = (per_frame * (piece.stop - piece.start), layout.width, layout.dtype)
+        if found != planned:
+            raise WrongRows(f"the encoder made {found}, the plan says {planned}")
+        if piece.stop - piece.start == item.frames:
+            own = rows.contiguous()
+            return own.clone() if own.untyped_storage().nbytes() > own.nbytes else own
+        if item.whole is None:
+            item.whole = rows.new_empty((item.rows, layout.width))
+        item.whole[per_frame * piece.start : per_frame * piece.stop] = rows
+        return item.whole
+
+    def _finish(self, launched: _Launched) -> None:
+        try:
+            if launched.event is not None:
+                launched.event.synchronize()
+        except Exception as error:
+            self._again(launched.pieces, launched.items, launched.began, error)
+            return
+        self._bring(launched.pieces, launched.rows, launched.began)
+
+    def _again(self, pieces: list[Piece], items: list[_Item], began: float, error: Exception) -> None:
+        if len(pieces) == 1:
+            self.cancel(pieces[0].digest)  # before the loop knows of it: the next batch is chosen at once
+            self._bring(pieces, [error], began)
+            return
+        logger.warning("a batch of %d items raised %r; doing them one by one", len(pieces), error)
+        for piece, item in zip(pieces, items, strict=True):
+            began = time.monotonic()
+            try:
+                rows, event = self._encode([piece], [item])
+                if event is not None:
+                    event.synchronize()
+            except Exception as alone:
+                self.cancel(piece.digest)
+                self._bring([piece], [alone], began)
+            else:
+                self._bring([piece], rows, began)
+
+    def _bring(self, pieces: list[Piece], rows: Sequence[torch.Tensor | Exception], began: float) -> None:
+        now = time.monotonic()
+        seconds = now - max(began, self._idle_since)  # a batch that was launched early waited for the one before
+        self._idle_since = now
+        self._gate.spent(seconds)
+        self._made(Made(pieces, rows, seconds))
+
+
+def _own_stream(device: str) -> AbstractContextManager[Any]:
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return nullcontext()
+    torch.cuda.synchronize(device)  # the weights were brought on another stream
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def _event_behind(rows: Sequence[torch.Tensor]) -> Any:
+    import torch
+
+    if not rows or not rows[0].is_cuda:
+        return None
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(rows[0].device))
+    return event

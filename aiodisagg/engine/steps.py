@@ -1,0 +1,22 @@
+"""Who wants to know when the engine steps: a tower that works in the slack between steps."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class StepWatcher(Protocol):
+    """Told on the step thread, around every step; must not block and must not raise."""
+
+    def step_began(self) -> None: ...
+
+    def step_ended(self, decodes: int) -> None:
+        """``decodes``: requests that got a token in it; 0 also when there was nothing to do, or will not be again."""
+
+
+class Unwatched:
+    """Nobody does."""
+
+    def step_began(self) -> None: ...
+
+    def step_ended(self, decodes: int) -> None: ...

@@ -1,0 +1,137 @@
+"""The gate between a step thread and a tower's thread, and the same across two processes' sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from aiodisagg.encode.gate import SlackGate
+from aiodisagg.encode.steps import StepReader, StepSender, step_pair
+from aiodisagg.scheduler.slack import Slack
+from tests.conftest import LOOPS
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+PATIENCE_S = 20.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def waiting(gate: SlackGate) -> tuple[threading.Thread, list[bool]]:
+    """A tower's thread that waits at the gate, and what it was told."""
+    told: list[bool] = []
+    asked = threading.Event()
+
+    def wait() -> None:
+        asked.set()
+        told.append(gate.wait())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert asked.wait(PATIENCE_S)
+    return thread, told
+
+
+def overdrawn(clock: Clock | None = None) -> SlackGate:
+    """Streams decode, and the tower has used up what they leave."""
+    gate = SlackGate(Slack(0.05), clock=clock or Clock())
+    gate.step_began()
+    gate.step_ended(2)
+    gate.spent(0.08)
+    assert not gate.open
+    return gate
+
+
+def test_a_step_lets_the_tower_go_on_once_enough_is_earned() -> None:
+    gate = overdrawn(clock := Clock())
+    thread, told = waiting(gate)
+    gate.step_began()
+    clock.now += 0.03
+    gate.step_ended(2)  # earned 20 of the 30 ms that are owed
+    assert not gate.open and not told
+    gate.step_began()
+    clock.now += 0.03
+    gate.step_ended(2)
+    thread.join(PATIENCE_S)
+    assert told == [True] and gate.waits <= 1
+
+
+@pytest.mark.parametrize("end", [lambda gate: gate.step_ended(0), lambda gate: gate.close()], ids=["idle", "closed"])
+def test_nobody_waits_for_an_engine_that_is_idle_or_gone(end: Callable[[SlackGate], None]) -> None:
+    gate = overdrawn()
+    thread, told = waiting(gate)
+    end(gate)
+    thread.join(PATIENCE_S)
+    assert told == [gate._closed is False]
+
+
+def test_a_tower_that_shares_with_nobody_never_waits() -> None:
+    gate = SlackGate(Slack(0.05))
+    for _ in range(10):
+        assert gate.wait()
+        gate.spent(10.0)
+    assert gate.waits == 0
+
+
+class Watched(SlackGate):
+    """Says when it was told of a step."""
+
+    def __init__(self) -> None:
+        super().__init__(Slack(0.05))
+        self.steps: asyncio.Queue[tuple[float, int]] = asyncio.Queue()
+
+    def stepped(self, step_s: float, decodes: int) -> None:
+        super().stepped(step_s, decodes)
+        self.steps.put_nowait((step_s, decodes))
+
+
+async def told(gate: Watched) -> tuple[float, int]:
+    async with asyncio.timeout(PATIENCE_S):
+        return await gate.steps.get()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)
+async def test_steps_reach_the_other_process_and_idleness_is_said_once() -> None:
+    ours, theirs = step_pair()
+    sender, gate = StepSender(ours, clock=(clock := Clock())), Watched()
+    async with StepReader(gate, theirs):
+        for decodes in (0, 3, 0, 0, 1):
+            sender.step_began()
+            clock.now += 0.25
+            sender.step_ended(decodes)
+        assert [await told(gate) for _ in range(3)] == [(0.25, 3), (0.25, 0), (0.25, 1)]
+        sender.close()
+        assert await told(gate) == (0.0, 0) and gate.open  # the engine is gone
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)
+async def test_an_engine_that_is_not_heard_of_holds_nobody_back() -> None:
+    ours, theirs = step_pair()
+    sender, gate = StepSender(ours), Watched()
+    async with StepReader(gate, theirs, silence_s=0.01):
+        sender.step_began()
+        sender.step_ended(3)
+        assert (await told(gate))[1] == 3
+        assert await told(gate) == (0.0, 0) and gate.open
+    sender.close()
+
+
+def test_an_engine_does_not_wait_for_a_tower_that_does_not_read() -> None:
+    ours, theirs = step_pair()
+    sender = StepSender(ours)
+    for _ in range(10_000):
+        sender.step_began()
+        sender.step_ended(1)
+    theirs.close()
+    sender.step_ended(1)
+    sender.close()

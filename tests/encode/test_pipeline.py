@@ -1,0 +1,354 @@
+"""The pipeline with a tower that stands still when told to: batches, order, partial rows, cancelling, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from aiodisagg.encode import pipeline as pipeline_module
+from aiodisagg.encode import tower as tower_module
+from aiodisagg.encode.gate import SlackGate
+from aiodisagg.encode.pipeline import EncodePipeline, PipelineEvent
+from aiodisagg.errors import MediaError
+from aiodisagg.models.base import ItemKind, Patches
+from aiodisagg.protocol.events import EncodeStopped, RowsReady, StageEntered, StartEncode
+from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
+from aiodisagg.scheduler.slack import Slack
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+PATIENCE_S = 5.0
+
+
+class Stepped:
+    """A VisionEncoder that waits for a permit before each tower call; row ``i`` of item ``n`` is ``[n, i]``.
+
+    ``calls``: the (item, patches) of each tower call as it begins. ``slow``: items whose preparing waits for an event.
+    """
+
+    def __init__(self, permits: int = 0) -> None:
+        self.fingerprint = ModelFingerprint("Stepped", 2, 0, "float32", "stepped")
+        self.layout = RowLayout.of(self.fingerprint)
+        self.calls: queue.Queue[list[tuple[int, int]]] = queue.Queue()
+        self.permits = threading.Semaphore(permits)
+        self.slow: dict[int, threading.Event] = {}
+        self.bad: set[int] = set()
+        self.threads: set[str] = set()
+
+    def prepare(self, kind: ItemKind, media: Sequence[bytes], grid_thw: tuple[int, int, int], fps: float) -> Patches:
+        number, patches = int(media[0]), grid_thw[0] * grid_thw[1] * grid_thw[2]
+        if number in self.slow and not self.slow[number].wait(PATIENCE_S):
+            raise TimeoutError
+        if number < 0:
+            raise MediaError("image", "negative")
+        return Patches(torch.stack([torch.full((patches,), number), torch.arange(patches)], 1), grid_thw)
+
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        self.threads.add(threading.current_thread().name)
+        numbers = [int(patches.pixel_values[0, 0]) for patches in batch]
+        self.calls.put([(number, patches.count) for number, patches in zip(numbers, batch, strict=True)])
+        if not self.permits.acquire(timeout=PATIENCE_S):
+            raise TimeoutError
+        if self.bad & set(numbers):
+            raise ValueError(f"cannot encode {self.bad & set(numbers)}")
+        both = torch.cat([patches.pixel_values[::4] for patches in batch]).float()
+        both[:, 1] /= 4
+        return list(torch.split(both, [patches.count // 4 for patches in batch]))
+
+
+class Bench:
+    """A pipeline and what it told."""
+
+    def __init__(self, encoder: Stepped, **settings: Any) -> None:
+        self.encoder, self.told = encoder, []  # type: ignore[var-annotated]
+        self._news = asyncio.Event()
+        settings = {"batch_patches": 64, "prepare_threads": 2, **settings}
+        self.pipeline = EncodePipeline(encoder, self._tell, **settings)
+
+    def _tell(self, event: PipelineEvent) -> None:
+        self.told.append(event)
+        self._news.set()
+
+    def start(self, number: int, t: int = 1, h: int = 4, w: int = 4) -> str:
+        media, rows = (str(number).encode(),), t * h * w // 4
+        kind = "image" if t == 1 else "video"
+        self.pipeline.start(StartEncode(str(number), kind, (t, h, w), rows, 0.0, media))
+        return str(number)
+
+    async def until(self, event: object, times: int = 1) -> None:
+        """Returns when so many equal events were told, times of stages aside."""
+        async with asyncio.timeout(PATIENCE_S):
+            while [_plain(told) for told in self.told].count(event) < times:
+                self._news.clear()
+                await self._news.wait()
+
+    async def prepared(self, *digests: str) -> None:
+        for digest in digests:
+            await self.until(("prepared", digest))
+
+    async def call(self) -> list[tuple[int, int]]:
+        """Waits for the tower's next call."""
+        return await asyncio.to_thread(self.encoder.calls.get, timeout=PATIENCE_S)
+
+    def read(self, digest: str, start: int, stop: int) -> list[list[float]]:
+        data = self.pipeline.rows(digest, start, stop)
+        return torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, 2).tolist()  # type: ignore[arg-type]
+
+    def ends(self) -> dict[str, str]:
+        return {event.digest: event.code for event in self.told if isinstance(event, EncodeStopped)}
+
+
+def _plain(event: PipelineEvent) -> object:
+    return (event.stage, event.digest) if isinstance(event, StageEntered) else event
+
+
+@asynccontextmanager
+async def bench(encoder: Stepped, **settings: Any) -> AsyncIterator[Bench]:
+    made = Bench(encoder, **settings)
+    async with made.pipeline:
+        try:
+            yield made
+        finally:
+            for event in encoder.slow.values():
+                event.set()
+            encoder.permits.release(1000)
+    assert encoder.threads <= {"aiodisagg-tower"}
+
+
+async def test_batches_are_full_under_load() -> None:
+    """Whatever keeps items from meeting in front of the tower, a lock or a stage that waits for another, fails here."""
+    async with bench(encoder := Stepped()) as made:
+        digests = [made.start(0)]
+        assert await made.call() == [(0, 16)]
+        digests += [made.start(n) for n in range(1, 9)]
+        await made.prepared(*digests)  # preparing goes on while the tower works
+        encoder.permits.release(3)
+        for digest in digests:
+            await made.until(RowsReady(digest, 4))
+        assert made.pipeline.batch_sizes == {1: 1, 4: 2}
+        assert made.pipeline.items_encoded == 9 and not made.pipeline.waiting and not made.pipeline.patches
+        assert all(made.read(d, 0, 4) == [[float(d), i] for i in range(4)] for d in digests)
+
+
+async def test_rows_of_a_finished_image_leave_before_its_neighbours_are_done() -> None:
+    async with bench(encoder := Stepped(), batch_patches=16) as made:
+        first, second = made.start(1), made.start(2)
+        await made.prepared(first, second)
+        encoder.permits.release()
+        await made.until(RowsReady(first, 4))
+        assert [await made.call(), await made.call()] == [[(1, 16)], [(2, 16)]]
+        assert made.read(first, 0, 4)[3] == [1, 3] and made.pipeline.waiting == 1
+
+
+async def test_rows_of_a_video_leave_by_groups_of_frame_pairs() -> None:
+    async with bench(encoder := Stepped(), batch_patches=48) as made:
+        video = made.start(5, t=8)  # 16 patches a frame pair, 3 to a batch
+        for pairs in (3, 6, 8):
+            assert await made.call() == [(5, 16 * min(3, pairs if pairs < 8 else 2))]
+            encoder.permits.release()
+            await made.until(RowsReady(video, 4 * pairs))
+            assert made.read(video, 0, 4 * pairs) == [[5, i] for i in range(4 * pairs)]
+        assert [e.stop for e in made.told if isinstance(e, RowsReady)] == [12, 24, 32]
+        stages = [e.stage for e in made.told if isinstance(e, StageEntered)]
+        assert stages == ["preparing", "prepared", "encoding", "encoded"]
+        assert made.pipeline.items_encoded == 1
+
+
+async def test_an_image_behind_a_video_shares_its_last_batch() -> None:
+    async with bench(encoder := Stepped(), batch_patches=48) as made:
+        video, image = made.start(5, t=4), made.start(6)
+        await made.prepared(video, image)
+        encoder.permits.release(2)
+        await made.until(RowsReady(image, 4))
+        assert [await made.call(), await made.call()] == [[(5, 48)], [(5, 16), (6, 16)]]
+        assert made.read(video, 12, 16) == [[5, i] for i in range(12, 16)]
+
+
+async def test_what_is_needed_first_is_encoded_first_whatever_is_prepared_first() -> None:
+    encoder = Stepped()
+    encoder.slow[1] = threading.Event()
+    async with bench(encoder, batch_patches=16) as made:
+        held = made.start(0)
+        await made.call()
+        slow, quick, last = made.start(1), made.start(2), made.start(3)
+        await made.prepared(quick, last)
+        encoder.slow[1].set()
+        await made.prepared(slow)
+        encoder.permits.release(4)
+        assert [(await made.call())[0][0] for _ in range(3)] == [1, 2, 3]
+        await made.until(RowsReady(held, 4))
+
+
+async def test_cancelling_reaches_a_video_in_the_middle_of_its_batches() -> None:
+    async with bench(encoder := Stepped(), batch_patches=16) as made:
+        video, image = made.start(5, t=100), made.start(6)
+        await made.prepared(video, image)
+        encoder.permits.release()
+        await made.until(RowsReady(video, 4))
+        assert [await made.call(), await made.call()] == [[(5, 16)]] * 2  # one is done, one is in the tower
+        made.pipeline.cancel(video)
+        assert made.ends() == {}
+        encoder.permits.release()
+        await made.until(EncodeStopped(video, "cancelled", "nobody wants it any more", True))
+        assert [e.stop for e in made.told if isinstance(e, RowsReady)] == [4]
+        assert await made.call() == [(6, 16)]
+        encoder.permits.release()
+        await made.until(RowsReady(image, 4))
+        assert made.pipeline._prepared_patches == 0
+
+
+async def test_an_image_that_is_cancelled_in_the_tower_is_complete_all_the_same() -> None:
+    async with bench(encoder := Stepped()) as made:
+        image = made.start(1)
+        await made.call()
+        made.pipeline.cancel(image)
+        encoder.permits.release()
+        await made.until(RowsReady(image, 4))
+        assert made.ends() == {}
+
+
+async def test_cancelled_items_never_reach_the_tower() -> None:
+    encoder = Stepped()
+    encoder.slow[2] = threading.Event()
+    async with bench(encoder, prepare_threads=1) as made:
+        digests = [made.start(n) for n in range(5)]
+        await made.call()
+        await made.prepared("1")
+        await made.until(("preparing", "2"))
+        for digest in digests[1:]:
+            made.pipeline.cancel(digest)
+        assert set(made.ends()) == {"1", "3", "4"}  # 2 is on a thread
+        encoder.slow[2].set()
+        encoder.permits.release()
+        await made.until(RowsReady("0", 4))
+        await made.until(EncodeStopped("2", "cancelled", "nobody wants it any more", True))
+        assert made.encoder.calls.empty() and made.pipeline.waiting == 0
+
+
+async def test_a_bad_item_fails_alone() -> None:
+    encoder = Stepped()
+    encoder.bad = {2}
+    async with bench(encoder) as made:
+        digests = [made.start(0)]
+        await made.call()
+        digests += [made.start(n) for n in range(1, 4)]
+        await made.prepared(*digests)
+        encoder.permits.release(10)
+        for digest in ("0", "1", "3"):
+            await made.until(RowsReady(digest, 4))
+        assert made.ends() == {"2": "encode_failed"}
+        assert [await made.call() for _ in range(4)] == [[(1, 16), (2, 16), (3, 16)], [(1, 16)], [(2, 16)], [(3, 16)]]
+
+
+async def test_a_video_that_fails_in_the_middle_stops_there() -> None:
+    async with bench(encoder := Stepped(), batch_patches=16) as made:
+        video = made.start(5, t=3)
+        await made.call()
+        encoder.permits.release()
+        await made.until(RowsReady(video, 4))
+        await made.call()
+        encoder.bad = {5}
+        encoder.permits.release()
+        await made.until(EncodeStopped(video, "encode_failed", "ValueError: cannot encode {5}", True))
+        assert made.pipeline.waiting == 0 and encoder.calls.empty()
+        assert made.pipeline._prepared_patches == 0
+
+
+async def test_rows_that_are_not_the_plans_stop_the_item_for_good() -> None:
+    async with bench(Stepped(10)) as made:
+        made.pipeline.start(StartEncode("9", "image", (1, 4, 4), 5, 0.0, (b"9",)))
+        said = "the encoder made (4, 2, 'float32'), the plan says (5, 2, 'float32')"
+        await made.until(EncodeStopped("9", "wrong_shape", said, False))
+
+
+async def test_media_that_cannot_be_prepared_are_the_clients_fault() -> None:
+    async with bench(Stepped(10)) as made:
+        bad, good = made.start(-1), made.start(1)
+        await made.until(RowsReady(good, 4))
+        await made.until(EncodeStopped(bad, "invalid_media", "image: negative", False))
+
+
+async def test_preparing_waits_while_enough_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "PREPARED_PATCHES", 0)
+    async with bench(encoder := Stepped(), batch_patches=16) as made:  # room for two batches
+        digests = [made.start(n) for n in range(5)]
+        await made.call()
+        await made.prepared("1")
+        for n in range(5):
+            seen = {e.digest for e in made.told if isinstance(e, StageEntered)}
+            assert len(seen) <= 2 + 1 + n
+            encoder.permits.release()
+            await made.until(RowsReady(digests[n], 4))
+
+
+async def test_a_tower_without_slack_waits_and_then_takes_what_is_wanted_most() -> None:
+    clock = iter([0.0, 0.01, *[0.5] * 100])
+    gate = SlackGate(Slack(0.05), clock=lambda: next(clock))
+    encoder = Stepped(100)
+    encoder.slow[1] = threading.Event()
+    gate.step_began()
+    gate.step_ended(3)  # earned 40 ms
+    gate.spent(0.2)  # and overdrew
+    async with bench(encoder, batch_patches=16, gate=gate) as made:
+        slow, quick = made.start(1), made.start(2)
+        await made.prepared(quick)
+        encoder.slow[1].set()
+        await made.prepared(slow)
+        assert encoder.calls.empty()
+        gate.step_ended(0)  # the last stream ended
+        assert [await made.call(), await made.call()] == [[(1, 16)], [(2, 16)]]
+        await made.until(RowsReady(quick, 4))
+
+
+async def test_a_closed_pipeline_does_not_wait_for_slack() -> None:
+    gate = SlackGate(Slack(0.05))
+    gate.step_began()
+    gate.step_ended(3)
+    gate.spent(1000.0)
+    async with bench(encoder := Stepped(100), gate=gate) as made:
+        await made.prepared(made.start(1))
+    assert encoder.calls.empty()
+
+
+class Event:
+    """Of a device: computing is behind it until ``done``."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def synchronize(self) -> None:
+        if not self.done.wait(PATIENCE_S):
+            raise TimeoutError
+
+
+async def test_on_a_device_the_next_batch_is_launched_while_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+
+    def event_behind(rows: object) -> Event:
+        events.append(event := Event())
+        return event
+
+    monkeypatch.setattr(tower_module, "_event_behind", event_behind)
+    async with bench(encoder := Stepped(), batch_patches=16, keep_on_device=True) as made:
+        digests = [made.start(n) for n in range(3)]
+        await made.prepared(*digests)
+        encoder.permits.release(10)
+        assert [await made.call(), await made.call()] == [[(0, 16)], [(1, 16)]]
+        assert not any(isinstance(event, RowsReady) for event in made.told)
+        events[0].done.set()
+        await made.until(RowsReady("0", 4))
+        assert await made.call() == [(2, 16)]
+        assert [e.digest for e in made.told if isinstance(e, RowsReady)] == ["0"]
+        for event in events[1:]:
+            event.done.set()
+        await made.until(RowsReady("1", 4))
+        while len(events) < 3:
+            await asyncio.to_thread(lambda: None)
+        events[2].done.set()
+        await made.until(RowsReady("2", 4))

@@ -1,0 +1,85 @@
+"""Which pieces the tower takes next: order, budget, cuts between frame pairs, cancelling."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiodisagg.encode.queue import Piece, TowerQueue
+
+
+def names(batch: list[Piece]) -> list[tuple[str, int, int]]:
+    return [(piece.digest, piece.start, piece.stop) for piece in batch]
+
+
+def test_what_was_asked_for_first_goes_first_whenever_it_was_prepared() -> None:
+    queue = TowerQueue(budget=10)
+    for digest, order in (("c", 3), ("a", 1), ("b", 2)):
+        queue.add(digest, order, 1, 10)
+    assert [queue.take()[0].digest for _ in range(3)] == ["a", "b", "c"]
+    assert not queue and queue.take() == []
+
+
+def test_a_batch_is_filled_from_the_front_and_never_with_what_does_not_fit() -> None:
+    queue = TowerQueue(budget=10)
+    for order, (digest, patches) in enumerate((("a", 4), ("b", 4), ("large", 5), ("small", 1))):
+        queue.add(digest, order, 1, patches)
+    assert names(queue.take()) == [("a", 0, 1), ("b", 0, 1)]  # "small" would fit, but must not overtake "large"
+    assert names(queue.take()) == [("large", 0, 1), ("small", 0, 1)]
+
+
+def test_an_image_larger_than_the_budget_goes_alone() -> None:
+    queue = TowerQueue(budget=10)
+    for order, (digest, patches) in enumerate((("a", 1), ("huge", 99), ("b", 1))):
+        queue.add(digest, order, 1, patches)
+    assert [names(queue.take()) for _ in range(3)] == [[("a", 0, 1)], [("huge", 0, 1)], [("b", 0, 1)]]
+
+
+def test_a_video_is_cut_between_frame_pairs_and_fills_batches() -> None:
+    queue = TowerQueue(budget=10)
+    queue.add("image", 0, 1, 4)
+    queue.add("video", 1, 5, 3)
+    queue.add("next", 2, 1, 3)
+    taken = [names(queue.take()) for _ in range(3)]
+    assert taken == [[("image", 0, 1), ("video", 0, 2)], [("video", 2, 5)], [("next", 0, 1)]]
+
+
+def test_frame_pairs_larger_than_the_budget_go_one_by_one() -> None:
+    queue = TowerQueue(budget=10)
+    queue.add("video", 0, 3, 50)
+    batches = [queue.take() for _ in range(3)]
+    assert [names(batch) for batch in batches] == [[("video", i, i + 1)] for i in range(3)]
+    assert [batch[0].last for batch in batches] == [False, False, True]
+
+
+def test_cancelling_takes_out_what_has_not_begun() -> None:
+    queue = TowerQueue(budget=10)
+    queue.add("video", 0, 4, 5)
+    queue.add("image", 1, 1, 5)
+    assert names(queue.take()) == [("video", 0, 2)]
+    for digest in ("video", "video", "unknown"):
+        queue.cancel(digest)
+    assert names(queue.take()) == [("image", 0, 1)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 20)), min_size=1, max_size=12),
+    st.integers(1, 24),
+    st.randoms(use_true_random=False),
+)
+def test_every_frame_pair_is_taken_once_in_order_and_within_the_budget(
+    items: list[tuple[int, int]], budget: int, draw: object
+) -> None:
+    queue = TowerQueue(budget)
+    orders = list(range(len(items)))
+    draw.shuffle(orders)  # type: ignore[attr-defined]
+    for order in orders:
+        queue.add(f"{order:02d}", order, *items[order])
+    taken: list[tuple[str, int]] = []
+    while batch := queue.take():
+        patches = sum(piece.patches for piece in batch)
+        assert patches <= budget or (len(batch) == 1 and batch[0].stop - batch[0].start == 1)
+        for piece in batch:
+            taken += [(piece.digest, frame) for frame in range(piece.start, piece.stop)]
+            assert piece.last == (piece.stop == items[int(piece.digest)][0])
+    assert taken == [(f"{order:02d}", frame) for order, (frames, _) in enumerate(items) for frame in range(frames)]
