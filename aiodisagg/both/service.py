@@ -10,11 +10,13 @@ from types import TracebackType
 from aiodisagg.encode.gate import SlackGate
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.engine.types import Delta, SamplingParams
+from aiodisagg.language.admission import DEFAULT_TENANT
 from aiodisagg.language.service import LanguageService, LocalEncoder
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, VisionEncoder
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import EncodeConfig, LanguageConfig, check
+from aiodisagg.scheduler.shares import Tenant
 from aiodisagg.scheduler.slack import Slack
 
 INTER_TOKEN_S = 0.05
@@ -83,11 +85,19 @@ class BothService:
         self.language.add_peer(address)
 
     def generate(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams, *, request_id: str | None = None,
+        self,
+        messages: Sequence[ChatMessage],
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
         timeout_s: float | None = None,
-    ) -> AsyncGenerator[Delta, None]:  # fmt: skip
+        tenant: Tenant = DEFAULT_TENANT,
+        priority: int = 0,
+    ) -> AsyncGenerator[Delta, None]:
         """As ``LanguageService.generate``."""
-        return self.language.generate(messages, sampling, request_id=request_id, timeout_s=timeout_s)
+        return self.language.generate(
+            messages, sampling, request_id=request_id, timeout_s=timeout_s, tenant=tenant, priority=priority
+        )
 
     def ready(self) -> tuple[bool, str]:
         """Can requests be served now, and if not, why."""
