@@ -1,4 +1,4 @@
-"""From JPEG bytes to the first token, through the services: an encode peer in a process of its own, a language peer here.
+"""From JPEG bytes to the first token through the services: an encode peer in its own process, a language peer here.
 
 Used by ``gpu_engine.py``. Every picture is a new one, so no cache helps.
 """
@@ -158,7 +158,7 @@ async def _cases(
         answers = []
         for i in range(times + 1):  # the first one warms up
             answers.append(await ask(service, said, pictures(images), tokens))
-            bench.say(f"serve: {name}, {'warming' if not i else i}: first token {answers[-1].first_s * 1e3:.1f} ms")
+            bench.say(f"serve: {name}, {i or 'warming'}: first token {answers[-1].first_s * 1e3:.1f} ms")
         firsts = [a.first_s for a in answers[1:]]
         found[name] = {"ttft_ms": statistics.median(firsts) * 1e3, "all_ms": [round(f * 1e3, 1) for f in firsts]}
         bench.save()

@@ -92,7 +92,7 @@ def rotate_store(
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepInputs, scaling: float
 ) -> torch.Tensor:
-    """Attention of queries [T, heads, d] over a layer of the pool: each segment to its past and, causally, itself."""
+    """Attention of queries [T, heads, d] over a layer of the pool: each segment to its past and itself, causally."""
     out = torch.empty_like(query)
     group = query.shape[1] // keys.shape[1]
     at = 0

@@ -3,8 +3,9 @@
 Decoding a JPEG is left to the CPU; resizing, normalising and cutting cost it as much again, and what then goes to the
 device is eight times the bytes of the decoded picture. The resize is Pillow's own (``Resample.c``, 8 bits a channel):
 first along rows, then along columns, each a sum of integer weights of 22 bits that is rounded and clipped to a byte.
-In integers it is exact on every device. (Pillow 13 takes the columns first for some sizes, which rounds differently:
-there, pictures that change in both directions may be a level off here and there; older ones agree in every bit.)
+In integers it is exact on every device. Pillow 13 takes the columns first for some sizes, which rounds and clips other
+values in between: there, a picture that changes in both directions may differ by a level here and there (white noise,
+which is clipped a lot, by more); older ones agree in every bit.
 """
 
 from __future__ import annotations

@@ -6,15 +6,21 @@ import asyncio
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from test_engine_exact import NEW, cases
-from tiny_engine import ask, make_engine, tiny_model
+from tiny_engine import HIDDEN, ask, make_engine, tiny_model
 
+from aiodisagg.engine import experts as experts_module
+from aiodisagg.engine import kernels, triton_attention, triton_experts, triton_layers
 from aiodisagg.engine.decoder import unsupported
 from aiodisagg.engine.device_runner import DeviceRunner
 from aiodisagg.engine.engine import Engine
-from aiodisagg.engine.experts import Experts, run_grouped, run_loop
-from aiodisagg.engine.kernels import Kernels
+from aiodisagg.engine.experts import Experts, choose_experts, run_grouped, run_loop
+from aiodisagg.engine.graphs import DecodeGraphs
+from aiodisagg.engine.inputs import Piece
+from aiodisagg.engine.kernels import Kernels, Shapes, choose_kernels, new_inputs
 
 pytestmark = pytest.mark.anyio
 
@@ -54,3 +60,119 @@ async def test_level_after_the_last_layer() -> None:
     (plan, rows, expected), *_ = (c for c in cases("moe", 4) if c[0].items)
     async with on_device(tiny_model("moe"), GROUPED) as engine:
         assert (await ask(engine, plan, rows, max_tokens=NEW)).tokens == expected
+
+
+def interpreted(model: Any, **config: Any) -> Engine:
+    """As :func:`on_device`, by Triton's kernels."""
+    engine = on_device(model, LOOP, **config)
+    runner = engine._runner.device_runner
+    assert runner is not None
+    runner.decoder.kernels = Kernels(
+        triton_layers.add_norm,
+        triton_layers.rotate_store,
+        triton_attention.attend,
+        triton_layers.route,
+        fast=frozenset({"add_norm", "rotate_store", "attend", "route"}),
+    )
+    runner.decoder.experts = Experts({"triton": triton_experts.run_experts}, ((0, "triton"),))
+    return engine
+
+
+def test_a_mixed_step_by_triton_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode, a later chunk with rows of an item, and a prompt, in one step."""
+    monkeypatch.setattr(triton_attention, "splits", lambda entries, kv_heads: 2)
+    engine = interpreted(tiny_model("moe"))
+    runner, pool = engine._runner.device_runner, engine._runner.pool
+    assert runner is not None
+    fast, pieces = runner.decoder.kernels, [Piece(1, 18, [3, 1]), Piece(4, 7, [0]), Piece(3, 3, [5])]
+    step = runner._new_inputs(8, 3)
+    ids, positions = np.arange(8), np.arange(24).reshape(3, 8)
+    rows = torch.randn(8, 4 * HIDDEN)
+    logits = []
+    with torch.inference_mode():
+        for chosen in (Kernels(), fast):
+            runner.decoder.kernels = chosen
+            torch.manual_seed(3)
+            for cache in (pool.keys, pool.values):
+                cache.normal_()
+            step.fill(pieces, ids, positions, visual=np.array([2, 3]), sampled=[0, 4, 7])
+            logits.append(runner.decoder(step, pool, rows))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+    engine._runner.release()
+
+
+def test_a_padded_step_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph replays: two requests in a step for four, over a pool whose other slots are NaN."""
+    monkeypatch.setattr(triton_attention, "splits", lambda entries, kv_heads: 2)
+    engine = interpreted(tiny_model("moe"))
+    runner, pool = engine._runner.device_runner, engine._runner.pool
+    assert runner is not None
+    pieces = [Piece(1, 20, [3, 1]), Piece(1, 2, [0])]
+    draw = torch.Generator().manual_seed(1)
+    ids, positions = np.array([5, 9]), np.array([[19, 1]] * 3)
+    logits, kept = [], []
+    for pad_to in (None, (4, 4, 0)):
+        for cache in (pool.keys, pool.values):
+            cache.fill_(float("nan"))
+            for piece in pieces:
+                slots = [piece.pages[i // 16] * 16 + i % 16 for i in range(piece.total - 1)]
+                cache[:, slots] = torch.randn(4, piece.total - 1, 2, 16, generator=draw.manual_seed(len(slots)))
+        step = runner._new_inputs(4, 4)
+        step.fill(pieces, ids, positions, pad_to=pad_to)
+        with torch.inference_mode():
+            logits.append(runner.decoder(step, pool, every=True)[:2].clone())
+        kept.append(pool.keys.nan_to_num(nan=7.0))
+    assert torch.isfinite(logits[0]).all()
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)  # products of other sizes round otherwise
+    torch.testing.assert_close(kept[0], kept[1], atol=1e-5, rtol=1e-5)  # padding wrote nowhere
+    engine._runner.release()
+
+
+def test_experts_that_fail_or_differ_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left is right, if slow."""
+    shapes = Shapes(HIDDEN, 4, 2, 16, 8, 2, 16, torch.float32, torch.device("cpu"))
+    gate_up, down = torch.randn(8, 48, HIDDEN), torch.randn(8, HIDDEN, 24)
+
+    def wrong(*tensors: torch.Tensor) -> torch.Tensor:
+        return run_loop(*tensors) * 1.1  # type: ignore[arg-type]
+
+    def broken(*tensors: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    ways = {"wrong": wrong, "broken": broken, "grouped": run_grouped}
+    monkeypatch.setattr(experts_module, "_candidates", lambda: ways)
+    found = choose_experts(shapes, gate_up, down)
+    assert (set(found.ways), found.name_for(1)) == ({"grouped", "loop"}, "grouped")
+    ways.pop("grouped")
+    found = choose_experts(shapes, gate_up, down)
+    assert found.name_for(1) == "loop"
+    assert not found.captured
+
+
+def test_kernels_that_fail_or_differ_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(*args: Any, **named: Any) -> torch.Tensor:
+        return kernels.add_norm(*args, **named) + 0.01
+
+    def broken(*args: Any, **named: Any) -> torch.Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(triton_layers, "add_norm", off)
+    monkeypatch.setattr(triton_attention, "attend", broken)
+    found = choose_kernels(Shapes(HIDDEN, 4, 2, 16, 8, 2, 16, torch.float32, torch.device("cpu")))
+    assert found.fast == {"rotate_store", "route"}
+    assert (found.add_norm, found.attend) == (kernels.add_norm, kernels.attend)
+    assert not found.padded
+
+
+def test_a_model_with_another_layer_is_left_to_transformers() -> None:
+    model = copy.deepcopy(tiny_model("text"))
+    model.model.config.hidden_act = "gelu"
+    assert unsupported(model) == "its activation is gelu"
+    assert "no model.layers" in str(unsupported(torch.nn.Linear(1, 1)))
+
+
+def test_ladder_takes_the_next_size() -> None:
+    graphs = DecodeGraphs(new_inputs(Shapes(8, 2, 1, 8, 0, 0, 16, torch.float32, torch.device("cpu")), tokens=8,
+                                     segments=8, pages=8), lambda step: step.ids, (1, 2, 4, 8, 16))  # fmt: skip
+    assert graphs.ladder == (1, 2, 4, 8)  # no size that the inputs have no room for
+    assert graphs.size_for(1) is None  # nothing is captured yet

@@ -72,13 +72,14 @@ def test_rope_in_place(head_dim: int) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (70, 96), (64, 90), (160, 224), (33, 20)])
 def test_resize_is_pillows(height: int, width: int) -> None:
-    image = noise(90, 70)
-    wanted = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    found = resize(torch.from_numpy(np.array(image))[None], height, width)[0].numpy()
-    off = np.abs(found - wanted)
-    # Pillow 13 may take the columns first, which rounds a pixel in between to another byte.
-    both = (height, width) != (70, 90) and height != 70 and width != 90
-    assert off.max() <= (1 if both and int(PIL.__version__.split(".")[0]) >= 13 else 0)
+    exact = int(PIL.__version__.split(".")[0]) < 13 or height == 70 or width == 90
+    for image in (noise(90, 70), noise(9, 7).resize((90, 70), Image.Resampling.BICUBIC)):
+        wanted = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+        off = np.abs(resize(torch.from_numpy(np.array(image))[None], height, width)[0].numpy() - wanted)
+        # Pillow 13 may take the columns first: other bytes in between, and others are clipped where there is noise.
+        assert off.max() == 0 if exact else np.mean(off) < 0.5
+    if not exact:
+        assert off.max() <= 2  # of what looks like a picture
 
 
 @pytest.mark.parametrize("item", range(len(ITEMS)))
