@@ -14,7 +14,8 @@ import click
 import aiodisagg
 from aiodisagg.cli.bench import bench
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.peer.tls import Tls
 
 Command = Callable[..., None]
 
@@ -27,6 +28,9 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+_FILE = click.Path(path_type=Path, exists=True)
+
+
 def peer_options(command: Command) -> Command:
     """Options of both kinds of peers."""
     for option in (
@@ -35,6 +39,9 @@ def peer_options(command: Command) -> Command:
         click.option("--bootstrap-token", envvar="AIODISAGG_BOOTSTRAP_TOKEN", help="Token of the bootstrap servers."),
         click.option("--name", default="", help="For people."),
         click.option("--secret-file", type=click.Path(path_type=Path, exists=True), help="Shared by all peers."),
+        click.option("--tls-certificate", type=_FILE, help="PEM; encrypts what leaves the host. Needs the next two."),
+        click.option("--tls-key", type=_FILE, help="Of the certificate."),
+        click.option("--tls-authority", type=_FILE, help="Who signs the certificates of all peers."),
         click.option("--transports", help="Data planes that may be used, best first, with commas."),
         click.option("--data-host", default="127.0.0.1", help="Interface on which network transports receive."),
         click.option("--device", default="cpu", help="As torch names it."),
@@ -50,6 +57,9 @@ def _peer_settings(
     bootstrap_token: str | None,
     name: str,
     secret_file: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    tls_authority: Path | None,
     transports: str | None,
     data_host: str,
     device: str,
@@ -66,6 +76,10 @@ def _peer_settings(
     }
     if secret_file is not None:
         settings["secret"] = secret_file.read_bytes().strip()
+    if tls_certificate is not None and tls_key is not None and tls_authority is not None:
+        settings["tls"] = Tls(tls_certificate, tls_key, tls_authority)
+    elif tls_certificate or tls_key or tls_authority:
+        raise ConfigError("tls", "--tls-certificate, --tls-key and --tls-authority go together")
     if transports is not None:
         settings["transports"] = tuple(part.strip() for part in transports.split(",") if part.strip())
     return settings

@@ -53,6 +53,9 @@ class Wire(asyncio.BufferedProtocol):
         self._chunk: Chunk | None = None
         self._whole = True
         self._aborted = False
+        self._room = asyncio.Event()
+        self._room.set()
+        self._bulk = False
         self.broken = ""
         """Why this side ended the stream, if it did."""
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -63,6 +66,7 @@ class Wire(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._room.set()
         self._side.lost(self)
         self._ended.set_result(None)
 
@@ -71,6 +75,14 @@ class Wire(asyncio.BufferedProtocol):
         self.abort()
         if self._transport is not None:
             await asyncio.shield(self._ended)
+
+    async def send(self, data: bytes | memoryview) -> None:
+        """Bulk through asyncio's own buffers, for streams that have to be encrypted; returns when there is room again.
+        The data must not change before the peer has answered or the connection is lost."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._bulk = True
+            self._transport.write(data)
+            await self._room.wait()
 
     def say(self, word: Word) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -82,12 +94,14 @@ class Wire(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def pause_writing(self) -> None:
-        """A peer that does not read our answers is not read either."""
-        if self._transport is not None:
+        """A peer that does not read our answers is not read either; that it does not read our bulk is its right."""
+        self._room.clear()
+        if self._transport is not None and not self._bulk:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        self._room.set()
+        if self._transport is not None and not self._transport.is_closing() and not self._bulk:
             self._transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
