@@ -1,9 +1,10 @@
 """Plain TCP: bytes go from the source into the socket and from the socket into the lent range, on the loop's thread.
 
 The fast path between hosts without RDMA, on asyncio and uvloop alike. The receiver asks ``admit`` before each
-``recv``; a lease that is withdrawn ends a chunk in its middle, the rest is read and dropped. Since all of this
-happens in single turns of one loop, ``revoke`` has nothing to wait for. The sender gives slices of the sources to ``send`` on a socket of its own beside the one that asyncio reads answers from: asyncio's transports
-would copy (:mod:`aiodisagg.transport.stream_line`). What is sent when, and when a write has ended:
+``recv``; a lease that is withdrawn ends a chunk in its middle, the rest is read and dropped. Since all of this happens
+in single turns of one loop, ``revoke`` has nothing to wait for. The sender gives slices of the sources to ``send`` on
+a socket of its own beside the one that asyncio reads answers from: asyncio's transports would copy
+(:mod:`aiodisagg.transport.stream_line`; with TLS they have to). What is sent when, and when a write has ended:
 :mod:`aiodisagg.transport.chunks`.
 
 Memory beyond the pools: nothing but kernel sockets, 4 KiB per connection, and 256 KiB where bytes were dropped.
