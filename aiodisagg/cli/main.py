@@ -17,7 +17,8 @@ import aiodisagg
 from aiodisagg.cli.bench import bench
 from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, both_command
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.peer.tls import Tls
 
 if TYPE_CHECKING:
     from aiodisagg.api.config import HttpConfig
@@ -34,6 +35,9 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+_FILE = click.Path(path_type=Path, exists=True)
+
+
 def peer_options(command: Command) -> Command:
     """Options of both kinds of peers."""
     for option in (
@@ -42,6 +46,9 @@ def peer_options(command: Command) -> Command:
         click.option("--bootstrap-token", envvar="AIODISAGG_BOOTSTRAP_TOKEN", help="Token of the bootstrap servers."),
         click.option("--name", default="", help="For people."),
         click.option("--secret-file", type=click.Path(path_type=Path, exists=True), help="Shared by all peers."),
+        click.option("--tls-certificate", type=_FILE, help="PEM; encrypts what leaves the host. Needs the next two."),
+        click.option("--tls-key", type=_FILE, help="Of the certificate."),
+        click.option("--tls-authority", type=_FILE, help="Who signs the certificates of all peers."),
         click.option("--transports", help="Data planes that may be used, best first, with commas."),
         click.option("--data-host", default="127.0.0.1", help="Interface on which network transports receive."),
         click.option("--device", default="cpu", help="As torch names it."),
@@ -56,6 +63,11 @@ def _settings(options: dict[str, Any], *same: str, **other: Any) -> dict[str, An
     settings = {key: options[key] for key in (*_PEER, *same)} | other
     if options["secret_file"] is not None:
         settings["secret"] = options["secret_file"].read_bytes().strip()
+    tls = [options[f"tls_{what}"] for what in ("certificate", "key", "authority")]
+    if all(tls):
+        settings["tls"] = Tls(*tls)
+    elif any(tls):
+        raise ConfigError("tls", "--tls-certificate, --tls-key and --tls-authority go together")
     if options["transports"] is not None:
         settings["transports"] = tuple(part.strip() for part in options["transports"].split(",") if part.strip())
     return settings

@@ -125,7 +125,8 @@ class EncodeService:
             gate=self._gate,
         )
         self.pipeline = await self._stack.enter_async_context(pipeline)
-        self._planes = Planes(config.transports, config.data_host)
+        tls = config.tls.contexts() if config.tls is not None else None
+        self._planes = Planes(config.transports, config.data_host, tls)
         self._stack.push_async_callback(self._planes.aclose)
         await self._planes.open(None, lambda *_: False, incarnation=config.incarnation)
         self._hello = Hello.here(
@@ -136,8 +137,9 @@ class EncodeService:
             times=self.times,
         )
         server = LinkServer(
-            config.listen, lambda: self._hello, on_link=self._serve_link, secret=config.secret, config=config.link
-        )
+            config.listen, lambda: self._hello, on_link=self._serve_link, secret=config.secret, config=config.link,
+            ssl=None if tls is None else tls[0],
+        )  # fmt: skip
         self._server = await self._stack.enter_async_context(server)
         if config.bootstrap:
             self._client = BootstrapClient(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl as tls
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,9 +64,10 @@ class EncodePeers:
 
     def __init__(
         self, hello: Callable[[], Hello], tell: Callable[[LinkEvent], None], *, model: ModelFingerprint,
-        secret: bytes | None, config: LinkConfig,
+        secret: bytes | None, config: LinkConfig, ssl: tls.SSLContext | None = None,
     ) -> None:  # fmt: skip
         self._hello, self._tell, self._model, self._secret, self._config = hello, tell, model, secret, config
+        self._ssl = ssl
         self._by_address: dict[str, EncodePeer] = {}
         self._linked: dict[str, EncodePeer] = {}
         self._tasks = Tasks("links")
@@ -157,7 +159,9 @@ class EncodePeers:
         try:
             while peer.wanted:
                 try:
-                    link = await dial(peer.address, self._hello(), secret=self._secret, config=self._config)
+                    link = await dial(
+                        peer.address, self._hello(), secret=self._secret, config=self._config, ssl=self._ssl
+                    )
                 except AiodisaggError as error:
                     self._not_reached(peer, error)
                 else:

@@ -108,7 +108,8 @@ class RowReceiver:
         self._taker = await self._stack.enter_async_context(
             Taker(memory, self._deliver, self._taken, checksum=config.checksum)
         )
-        self.planes = Planes(config.transports, config.data_host)
+        tls = config.tls.contexts() if config.tls is not None else None
+        self.planes = Planes(config.transports, config.data_host, tls)
         self._stack.push_async_callback(self.planes.aclose)
         await self.planes.open(memory.arena, self.pool.admits, incarnation=config.incarnation)
         self._tasks = Tasks(f"{self.name} rows")
@@ -121,7 +122,8 @@ class RowReceiver:
             transports={**self.planes.describe(), **memory.describe()},
         )
         self.peers = EncodePeers(
-            lambda: hello, self._heard, model=self.model, secret=config.secret, config=config.link
+            lambda: hello, self._heard, model=self.model, secret=config.secret, config=config.link,
+            ssl=None if tls is None else tls[1],
         )  # fmt: skip
         self._stack.push_async_callback(self.peers.aclose)
         self.placing = Placing(self.peers, row_bytes, HealthConfig(hedge_slack_s=config.hedge_s))

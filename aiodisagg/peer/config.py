@@ -10,6 +10,7 @@ from pathlib import Path
 from aiodisagg.errors import ConfigError
 from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
+from aiodisagg.peer.tls import Tls
 from aiodisagg.protocol.rows import DTYPE_BYTES
 from aiodisagg.scheduler.admission import AdmissionConfig
 
@@ -43,6 +44,9 @@ class PeerConfig:
     secret: bytes | None = field(default=None, repr=False)
     """Shared by all peers, at least 16 bytes; needed as soon as a link leaves the host."""
     bootstrap_token: str | None = field(default=None, repr=False)
+    tls: Tls | None = None
+    """Encrypts links over TCP and ``stream``, and switches on ``zmq``'s own encryption. ``mooncake`` has none: leave it
+    out of ``transports``, or keep its network to yourselves."""
     transports: tuple[str, ...] = TRANSPORTS
     """Data planes that may be used, best first."""
     data_host: str = "127.0.0.1"

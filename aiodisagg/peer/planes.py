@@ -5,32 +5,39 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from aiodisagg.errors import TransportError, TransportUnavailable
 from aiodisagg.link.hello import Hello
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Admit, Remote, Transport
 
+TlsContexts = tuple[ssl.SSLContext, ssl.SSLContext]
+"""For those who connect, and for connecting to others."""
+
 logger = logging.getLogger(__name__)
 
 _LOCAL = frozenset({"memory", "ipc"})
 
 
-def make_transport(name: str, host: str) -> Transport:
+def make_transport(name: str, host: str, tls: TlsContexts | None = None) -> Transport:
     """A transport by its name; its module, and with it third-party code, is imported only now.
+
+    ``tls``: what leaves the host is encrypted, by transports that can.
 
     Raises:
         TransportUnavailable: this machine lacks what it needs.
     """
-    factories: dict[str, tuple[str, str, dict[str, str]]] = {
+    factories: dict[str, tuple[str, str, dict[str, Any]]] = {  # Any: arguments of classes not yet imported
         "memory": ("aiodisagg.transport.memory", "MemoryTransport", {}),
         "ipc": ("aiodisagg.transport.ipc", "IpcTransport", {}),
         "mooncake": ("aiodisagg.transport.mooncake", "MooncakeTransport", {"host": host}),
         "mooncake-tcp": ("aiodisagg.transport.mooncake", "MooncakeTcpTransport", {"host": host}),
-        "stream": ("aiodisagg.transport.stream", "StreamTransport", {"host": host}),
-        "zmq": ("aiodisagg.transport.zmq", "ZmqTransport", {"host": host}),
+        "stream": ("aiodisagg.transport.stream", "StreamTransport", {"host": host, "tls": tls}),
+        "zmq": ("aiodisagg.transport.zmq", "ZmqTransport", {"host": host, "encrypt": tls is not None}),
     }
     module, kind, arguments = factories[name]
     try:
@@ -52,18 +59,18 @@ class Planes:
     """All transports of a process, opened together.
 
     Args:
-        names: wanted, best first. host: where network transports listen.
+        names: wanted, best first. host: where network transports listen. tls: as ``make_transport``.
     """
 
-    def __init__(self, names: Sequence[str], host: str) -> None:
-        self._names, self._host = tuple(names), host
+    def __init__(self, names: Sequence[str], host: str, tls: TlsContexts | None = None) -> None:
+        self._names, self._host, self._tls = tuple(names), host, tls
         self.open_transports: dict[str, Transport] = {}
 
     async def open(self, arena: Arena | None, admit: Admit, *, incarnation: str) -> None:
         """Opens every transport that works here. Raises TransportUnavailable if none does."""
         for name in self._names:
             try:
-                transport = make_transport(name, self._host)
+                transport = make_transport(name, self._host, self._tls)
                 await transport.open(arena, admit, incarnation=incarnation)
             except TransportUnavailable as error:
                 logger.info("transport %s is not available: %s", name, error)

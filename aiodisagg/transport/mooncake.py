@@ -43,7 +43,7 @@ from aiodisagg.errors import (
     WriteRefused,
 )
 from aiodisagg.transport.arena import Arena
-from aiodisagg.transport.attach import BarList
+from aiodisagg.transport.attach import MAX_LEASE, BarList
 from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
 from aiodisagg.transport.description import pack, unpack
 from aiodisagg.transport.mooncake_open import MAX_PLACES, Opened, Openers, open_engine, reach
@@ -66,7 +66,6 @@ log = logging.getLogger(__name__)
 
 RDMA_CHUNK_BYTES, TCP_CHUNK_BYTES = 4 << 20, 256 << 20
 _BARRED_PEERS = 1024
-_MAX_LEASE = 2**62
 
 
 class _Pool(msgspec.Struct, frozen=True, array_like=True):
@@ -230,7 +229,7 @@ class MooncakeTransport(Transport):
 
     async def revoke(self, peer: str, leases: Sequence[int]) -> None:
         self._engaged()
-        wanted = [lease for lease in leases if 0 <= lease < _MAX_LEASE]
+        wanted = [lease for lease in leases if 0 <= lease < MAX_LEASE]
         barred = self._barred.setdefault(peer, BarList(BARRED_PER_PEER))
         self._barred.move_to_end(peer)
         if len(self._barred) > _BARRED_PEERS:

@@ -1,10 +1,10 @@
 """Plain TCP: bytes go from the source into the socket and from the socket into the lent range, on the loop's thread.
 
 The fast path between hosts without RDMA, on asyncio and uvloop alike. The receiver asks ``admit`` before each
-``recv`` of at most 1 MiB; a lease that is withdrawn ends a chunk in its middle, the rest is read and dropped. Since
-all of this happens in single turns of one loop, ``revoke`` has nothing to wait for. The sender gives slices of the
-sources to ``send`` on a socket of its own beside the one that asyncio reads answers from: asyncio's transports
-would copy (:mod:`aiodisagg.transport.stream_line`). What is sent when, and when a write has ended:
+``recv``; a lease that is withdrawn ends a chunk in its middle, the rest is read and dropped. Since all of this happens
+in single turns of one loop, ``revoke`` has nothing to wait for. The sender gives slices of the sources to ``send`` on
+a socket of its own beside the one that asyncio reads answers from: asyncio's transports would copy
+(:mod:`aiodisagg.transport.stream_line`; with TLS they have to). What is sent when, and when a write has ended:
 :mod:`aiodisagg.transport.chunks`.
 
 Memory beyond the pools: nothing but kernel sockets, 4 KiB per connection, and 256 KiB where bytes were dropped.
@@ -18,6 +18,8 @@ import ipaddress
 import logging
 import secrets
 import socket
+import ssl
+import weakref
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -50,6 +52,7 @@ class _Pool(msgspec.Struct, frozen=True, array_like=True):
     host: str
     port: int
     incarnation: str
+    tls: bool = False
 
 
 class _Receiving:
@@ -58,7 +61,7 @@ class _Receiving:
     def __init__(self, arena: Arena, admit: Admit, incarnation: str) -> None:
         self._arena, self._admit, self._incarnation = arena, admit, incarnation
         self._session = secrets.randbits(62)
-        self.wires: set[Wire] = set()
+        self.wires: weakref.WeakSet[Wire] = weakref.WeakSet()  # of one whose TLS handshake fails we never hear again
 
     def heard(self, wire: Wire, word: Word) -> None:
         match word:
@@ -135,6 +138,8 @@ class StreamTransport(Transport):
         chunk_bytes: largest piece of a write; how long one of more than 1 MiB waits for a huge one.
         window: unanswered chunks per connection.
         connect_timeout_s: for the connection and the peer's answer.
+        tls: for those who connect, and for connecting to others: everything is encrypted, and peers prove themselves
+            as the contexts demand. The address must be in a peer's certificate if its name is checked.
         stall_s: a peer that takes no bytes and answers no chunk for so long is given up, though its connection lives.
     """
 
@@ -149,6 +154,7 @@ class StreamTransport(Transport):
         host: str = "127.0.0.1",
         port: int = 0,
         advertise: str | None = None,
+        tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         window: int = 4,
         connect_timeout_s: float = 5.0,
@@ -158,6 +164,8 @@ class StreamTransport(Transport):
             raise ConfigError("chunk_bytes" if chunk_bytes < 1 else "window", "must be positive")
         self._host, self._advertise = _address("host", host), _address("advertise", advertise or host)
         self._port, self._chunk_bytes, self._window = port, chunk_bytes, window
+        self._server_tls = tls[0] if tls is not None else None
+        self._client_tls = tls[1] if tls is not None else None
         self._connect_timeout_s, self._stall_s = connect_timeout_s, stall_s
         self._state = "new"
         self._incarnation = ""
@@ -176,7 +184,7 @@ class StreamTransport(Transport):
         self._receiving = _Receiving(arena, admit, incarnation)
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                self._receiving.made, self._host, self._port, reuse_address=True
+                self._receiving.made, self._host, self._port, reuse_address=True, ssl=self._server_tls
             )
         except OSError as error:
             self._state = "closed"
@@ -187,7 +195,7 @@ class StreamTransport(Transport):
         self._check_open()
         if self._receiving is None:
             raise TransportUnavailable(NAME, "opened without a pool")
-        return pack(NAME, _Pool(self._advertise, self._port, self._incarnation))
+        return pack(NAME, _Pool(self._advertise, self._port, self._incarnation, self._server_tls is not None))
 
     async def connect(self, description: bytes, *, peer: str) -> StreamRemote:
         self._check_open()
@@ -196,6 +204,9 @@ class StreamTransport(Transport):
             host = _address("host", pool.host)
         except ConfigError as error:
             raise TransportUnavailable(NAME, f"the peer's description: {error}", peer=peer) from error
+        if pool.tls != (self._client_tls is not None):
+            text = "the peer wants TLS, and none is set up here" if pool.tls else "the peer has no TLS, which is wanted"
+            raise TransportUnavailable(NAME, text, peer=peer)
         remote = StreamRemote(peer)
         self._remotes.add(remote)
         try:
@@ -224,9 +235,13 @@ class StreamTransport(Transport):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await loop.sock_connect(sock, (host, port))
-            line = Line(NAME, remote.peer, sock.dup(), self._window, self._stall_s, remote.lose)
+            tls = self._client_tls
+            own = sock.dup() if tls is None else None
+            line = Line(NAME, remote.peer, own, self._window, self._stall_s, remote.lose)
             remote.lines.append(line)
-            await loop.create_connection(lambda: line.wire, sock=sock)
+            await loop.create_connection(
+                lambda: line.wire, sock=sock, ssl=tls, server_hostname=host if tls is not None else None
+            )
         except BaseException:
             sock.close()
             raise

@@ -15,6 +15,7 @@ from aiodisagg.transport.stream import StreamTransport
 from aiodisagg.transport.testing import ConformanceError, Kit, check_transport
 from aiodisagg.transport.zmq import ZmqTransport
 from tests.conftest import LOOPS
+from tests.transport.certificate import contexts
 
 MAKERS: dict[str, Callable[[], Transport]] = {
     "memory": MemoryTransport,
@@ -46,6 +47,21 @@ async def test_conformance(transport: str, check: str, no_leaks: None) -> None:
 )
 async def test_conformance_of_zmq_with_curve(check: str, no_leaks: None) -> None:
     await CHECKS[check](Kit(lambda: ZmqTransport(encrypt=True, chunk_bytes=1 << 20, connect_timeout_s=10)))
+
+
+@pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)
+@pytest.mark.parametrize(
+    "check",
+    [
+        "bytes_are_exact_and_nothing_else_changes",
+        "slices_scatter_and_gather",
+        "source_is_free_after_cancel_and_fence",
+        "closed_peer_is_gone",
+        "huge_write_leaves_the_loop_free",
+    ],
+)
+async def test_conformance_of_stream_with_tls(check: str, no_leaks: None) -> None:
+    await CHECKS[check](Kit(lambda: StreamTransport(tls=contexts(), connect_timeout_s=10)))
 
 
 class Forgetful(MemoryTransport):
