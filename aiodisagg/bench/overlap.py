@@ -194,8 +194,8 @@ async def bench_overlap(options: OverlapOptions, say: Callable[[str], None] = la
         # One image a tower batch: on one core a batch takes as long, and its first rows come with its last.
         encode = ("encode", *common, "--prepare-threads", "1", "--batch-patches", "64")
         address = (await cluster.start("encode", *encode, prefix=on_first)).facts["address"]
-        language = ("language", *common, "--peer", address, "--port", "0")
-        language += ("--itl-budget-ms", str(options.itl_budget_ms))
+        pace = ("--itl-budget-ms", str(options.itl_budget_ms))
+        language = ("language", *common, *pace, "--peer", address, "--port", "0")
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=REQUEST_S)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=timeout))
         peers = []
