@@ -45,12 +45,14 @@ _PIN = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execvp(s
 
 @dataclass(frozen=True, slots=True)
 class OverlapOptions:
-    """``requests``: measured ones of each client in a round. ``tokens``: of a mean answer."""
+    """``requests``: measured ones of each client in a round. ``tokens``: of a mean answer. A decode step of eight
+    takes about 70 ms on one core, hence ``itl_budget_ms``; it is the same for both modes."""
 
     concurrency: tuple[int, ...] = (8, 16)
     rounds: int = 5
     requests: int = 2
     tokens: int = 128
+    itl_budget_ms: float = 200.0
     transport: str = "ipc"
     quick: bool = False
     verbose: int = 0
@@ -98,6 +100,7 @@ class OverlapReport(msgspec.Struct, frozen=True):
     rounds: int
     requests: int
     tokens: int
+    itl_budget_ms: float
     transport: str
     cpus: list[int]
     compared: list[Compared]
@@ -191,7 +194,8 @@ async def bench_overlap(options: OverlapOptions, say: Callable[[str], None] = la
         # One image a tower batch: on one core a batch takes as long, and its first rows come with its last.
         encode = ("encode", *common, "--prepare-threads", "1", "--batch-patches", "64")
         address = (await cluster.start("encode", *encode, prefix=on_first)).facts["address"]
-        language = ("language", *common, "--peer", address, "--port", "0")
+        pace = ("--itl-budget-ms", str(options.itl_budget_ms))
+        language = ("language", *common, *pace, "--peer", address, "--port", "0")
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=REQUEST_S)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=timeout))
         peers = []
@@ -202,7 +206,9 @@ async def bench_overlap(options: OverlapOptions, say: Callable[[str], None] = la
         for peer in peers:  # whatever is slow only once
             await peer.run(_load(4, options.tokens // 4, Random(-1)), 2, Random(peer.mode))
         compared = [await _compare(peers, concurrency, options, say) for concurrency in options.concurrency]
-    return OverlapReport(options.rounds, options.requests, options.tokens, options.transport, cpus, compared)
+    return OverlapReport(
+        options.rounds, options.requests, options.tokens, options.itl_budget_ms, options.transport, cpus, compared
+    )
 
 
 async def _compare(

@@ -118,6 +118,7 @@ def bench_resume_command(json_file: Path | None, plot_file: Path | None, **optio
 @click.option("--rounds", default=5, type=click.IntRange(min=1), help="Both modes once in each.")
 @click.option("--requests", default=2, type=click.IntRange(min=1), help="Measured ones of each client in a round.")
 @click.option("--tokens", default=128, type=click.IntRange(min=4), help="Of a mean answer.")
+@click.option("--itl-budget-ms", default=200.0, help="Of both modes: what prefill may cost a running answer.")
 @click.option("--transport", default="ipc")
 @click.option("--quick", is_flag=True, help="A tiny model and short answers: shows that it works, not how fast.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -12,6 +13,7 @@ import torch
 from tiny_engine import (
     Answer,
     ask,
+    changed,
     deliver_all,
     make_engine,
     make_plan,
@@ -20,6 +22,7 @@ from tiny_engine import (
     read,
     submit,
     tiny_model,
+    with_text,
 )
 
 from aiodisagg.engine.engine import Engine
@@ -129,6 +132,61 @@ async def test_prefill_runs_before_the_last_rows_are_there() -> None:
         engine.deliver(handle.request_id, 1, 0, rows[1])
         assert (await read(handle)).tokens == expected
         assert engine.stats().tokens_prefilled == 4 + plan.tokens, "nothing was computed twice"
+
+
+async def serve(
+    engine: Engine, plan: PromptPlan, rows: Sequence[torch.Tensor], rng: random.Random
+) -> tuple[list[int], list[int]]:
+    """Tokens and the items that were asked for, whose rows come in pieces of any size, in any order."""
+    handle = submit(engine, plan, max_tokens=NEW)
+    asked: list[int] = []
+
+    async def encode() -> None:
+        async for needed in handle.needs():
+            asked.extend(needed)
+            pieces = []
+            for i in needed:
+                cuts = sorted({0, len(rows[i]), *(rng.randrange(len(rows[i])) for _ in range(3))})
+                pieces += [(i, start, stop) for start, stop in itertools.pairwise(cuts)]
+            rng.shuffle(pieces)
+            for i, start, stop in pieces:
+                engine.deliver(handle.request_id, i, start, rows[i][start:stop])
+                await asyncio.sleep(0)
+
+    encoding = asyncio.create_task(encode())
+    answer = await asyncio.wait_for(read(handle), 60)
+    await encoding
+    return answer.tokens, asked
+
+
+@pytest.mark.parametrize(("seed", "overlap"), [(0, True), (1, True), (2, False)])
+async def test_rows_in_any_order_with_reuse_and_preemption(seed: int, overlap: bool) -> None:
+    """Chats that begin alike, their next turns, and the same with another picture, twice, in a pool for two of them."""
+    model, rng = tiny_model("moe"), random.Random(seed)
+    first = make_plan([3, (1, 4, 5), 4, (2, 3, 3), 3], seed=seed)
+    rows = make_rows(first, 3, seed=seed)
+    answer = plain_loop(model, first, rows, NEW)
+    other, other_rows = changed(first, 1, digest="f" * 32), [rows[0], rows[1].flip(0)]
+    prompts = [
+        (first, rows),
+        (with_text(first, answer), rows),
+        (with_text(first, [*answer, 5, 6, 7, 8, 9]), rows),
+        (other, other_rows),
+        (with_text(other, [9, 8, 7]), other_rows),
+    ]
+    expected = [plain_loop(model, plan, its_rows, NEW) for plan, its_rows in prompts]
+    rng.shuffle(order := list(range(len(prompts))))
+    config = {"num_pages": 24, "page_size": 4, "token_budget": 24, "itl_budget_ms": 1.0, "coalesce_tokens": 8}
+    async with make_engine(model, overlap=overlap, **config) as engine:
+        for _ in range(2):
+            served = await asyncio.gather(*(serve(engine, *prompts[i], rng) for i in order))
+            assert {i: tokens for i, (tokens, _) in zip(order, served, strict=True)} == dict(enumerate(expected))
+        alone = [await serve(engine, *prompts[i], rng) for i in (2, 2)]
+        stats = engine.stats()
+    assert [tokens for tokens, _ in alone] == [expected[2]] * 2
+    assert alone[1][1] == [], "what was just answered needs no picture"
+    assert stats.preemptions and stats.evictions and stats.tokens_reused and stats.rows_used
+    assert stats.pages_used == 0 and stats.pages_free == 24
 
 
 @pytest.mark.parametrize("budget", [8, 64])

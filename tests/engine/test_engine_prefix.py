@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import ask, deliver_all, make_engine, make_plan, make_rows, plain_loop, read, submit, tiny_model
+from tiny_engine import (
+    ask,
+    changed,
+    deliver_all,
+    make_engine,
+    make_plan,
+    make_rows,
+    plain_loop,
+    read,
+    submit,
+    tiny_model,
+    with_text,
+)
 
 from aiodisagg.engine.prefix import PageKeys
 from aiodisagg.engine.stream import RequestHandle
@@ -23,12 +34,6 @@ PAGE = 4
 
 def keys(plan: PromptPlan, page_size: int = PAGE) -> list[bytes]:
     return PageKeys(plan, page_size).keys
-
-
-def changed(plan: PromptPlan, index: int, **what: Any) -> PromptPlan:
-    """The same plan, but for one item."""
-    items = [replace(item, **what) if i == index else item for i, item in enumerate(plan.items)]
-    return replace(plan, items=tuple(items))
 
 
 def same(a: list[bytes], b: list[bytes]) -> int:
@@ -92,16 +97,6 @@ def test_an_answer_has_the_keys_of_the_prompt_that_repeats_it() -> None:
 # -- in the engine -------------------------------------------------------------------------------------------------
 
 NEW = 12
-
-
-def with_text(plan: PromptPlan, ids: Sequence[int]) -> PromptPlan:
-    """The prompt followed by more text: a next turn."""
-    where = np.tile(np.arange(plan.tokens, plan.tokens + len(ids)) + plan.delta, (3, 1))
-    return replace(
-        plan,
-        input_ids=np.concatenate([plan.input_ids, np.array(ids)]),
-        positions=np.concatenate([plan.positions, where], axis=1),
-    )
 
 
 async def first_need(handle: RequestHandle) -> tuple[int, ...]:

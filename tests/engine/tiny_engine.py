@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -86,6 +86,22 @@ def make_plan(parts: Sequence[int | tuple[int, int, int]], seed: int = 0) -> Pro
         items.append(PlannedItem(f"{seed:016x}{n:016x}", kind, (t, 2 * h, 2 * w), t * h * w, tuple(spans), (b"",) * t))
     where = np.array(positions, dtype=np.int64).T.reshape(3, -1)
     return PromptPlan(np.array(ids, dtype=np.int64), where, int(where.max()) + 1 - len(ids), tuple(items))
+
+
+def changed(plan: PromptPlan, index: int, **what: Any) -> PromptPlan:
+    """The same plan, but for one item."""
+    items = [replace(item, **what) if i == index else item for i, item in enumerate(plan.items)]
+    return replace(plan, items=tuple(items))
+
+
+def with_text(plan: PromptPlan, ids: Sequence[int]) -> PromptPlan:
+    """The prompt followed by more text: a next turn."""
+    where = np.tile(np.arange(plan.tokens, plan.tokens + len(ids)) + plan.delta, (3, 1))
+    return replace(
+        plan,
+        input_ids=np.concatenate([plan.input_ids, np.array(ids)]),
+        positions=np.concatenate([plan.positions, where], axis=1),
+    )
 
 
 def make_rows(plan: PromptPlan, levels: int, seed: int = 0) -> list[torch.Tensor]:

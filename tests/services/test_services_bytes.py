@@ -51,7 +51,7 @@ async def test_a_request_costs_the_bytes_of_its_visual_rows_and_less_than_a_hund
     encoder = Instant(wide, "bfloat16")
     async with system(
         wide, encoder=encoder, transports=transports, row_dtype="bfloat16", pool_bytes=64 * MiB, block_rows=256,
-        token_budget=2048, cache_bytes=0,
+        token_budget=2048, cache_bytes=0, prefix_cache=False,
     ) as made:  # fmt: skip
         before = moved(made)
         for messages in prompts:
@@ -76,7 +76,7 @@ async def test_a_request_costs_the_bytes_of_its_visual_rows_and_less_than_a_hund
 async def test_every_prompt_costs_its_visual_rows_and_text_costs_nothing(moe: Path) -> None:
     layout = halves(moe).language.layout
     row_bytes = layout.row_bytes
-    async with system(moe, transports=("ipc",), block_rows=3, blocks=3, cache_bytes=0) as made:
+    async with system(moe, transports=("ipc",), block_rows=3, blocks=3, cache_bytes=0, prefix_cache=False) as made:
         for name, messages in PROMPTS.items():
             before = made.language.receiver.counters.total("received")
             links = made.language.peers.link_bytes
@@ -95,7 +95,7 @@ async def test_every_prompt_costs_its_visual_rows_and_text_costs_nothing(moe: Pa
 
 async def test_an_image_that_an_encoder_knows_is_not_sent_to_it_as_work_again(moe: Path) -> None:
     messages = chat(ImagePart(png(96, 96, 9)), "Again?")
-    async with system(moe, cache_bytes=0) as made:
+    async with system(moe, cache_bytes=0, prefix_cache=False) as made:
         answers = {await made.ask(messages, 4) for _ in range(3)}
         assert len(answers) == 1
         assert made.encoders[0].pipeline.items_encoded == 1

@@ -1,0 +1,67 @@
+"""A chat goes on: pictures whose pages are still there are neither asked for, encoded nor sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aiodisagg.models.base import ChatMessage, ImagePart
+from tests.models.halves import chat, halves, png
+from tests.services.system import System, system
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+TOKENS = 8
+FIRST = chat(ImagePart(png(96, 128, 21)), "A harbour, early in the day. What do you see in it?")
+TURN = [*FIRST, *chat("Boats, and a man who mends a net.", role="assistant")]
+
+
+def truth(moe: Path, messages: list[ChatMessage]) -> tuple[int, ...]:
+    both = halves(moe)
+    return tuple(both.true_tokens(both.ask(messages), TOKENS))
+
+
+def counts(made: System) -> tuple[int, int, int]:
+    """(items encoded, items found at the encode peer, bytes of rows received)."""
+    (encoder,) = made.encoders
+    received = made.language.receiver.counters.total("received")
+    return encoder.pipeline.items_encoded, encoder.sender.sources.hits, received
+
+
+def stages(made: System) -> list[str]:
+    return [item.stage for item in made.language.traces.recent()[-1].items]
+
+
+async def test_a_second_turn_costs_no_vision(moe: Path) -> None:
+    again = [*TURN, *chat("Which of them is the largest?")]
+    with_new = [*TURN, *chat("And in this one?", ImagePart(png(64, 64, 22)))]
+    async with system(moe) as made:
+        assert await made.ask(FIRST, TOKENS) == truth(moe, FIRST)
+        before = counts(made)
+        assert before[0] == 1 and stages(made) == ["complete"]
+        assert await made.ask(again, TOKENS) == truth(moe, again)
+        assert counts(made) == before and stages(made) == ["reused"]
+        assert await made.ask(with_new, TOKENS) == truth(moe, with_new)
+        row_bytes = made.language.rows.layout.row_bytes
+        assert counts(made) == (2, 0, before[2] + 4 * row_bytes) and stages(made) == ["reused", "complete"]
+        found = dict(line.rsplit(" ", 1) for line in made.language.metrics().splitlines() if not line.startswith("#"))
+    assert float(found["aiodisagg_prefix_hits_total"]) == 2
+    assert float(found["aiodisagg_prefix_tokens_total"]) >= 2 * 16 and float(found["aiodisagg_kv_pages_idle"]) > 0
+
+
+async def test_another_picture_of_the_same_size_is_another_prompt(moe: Path) -> None:
+    other = chat(ImagePart(png(96, 128, 23)), "A harbour, early in the day. What do you see in it?")
+    async with system(moe) as made:
+        assert await made.ask(FIRST, TOKENS) == truth(moe, FIRST)
+        assert await made.ask(other, TOKENS) == truth(moe, other)
+        assert counts(made)[0] == 2
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_what_measurements_switch_off_changes_no_answer(moe: Path, overlap: bool) -> None:
+    async with system(moe, prefix_cache=False, overlap=overlap, itl_budget_ms=0.0) as made:
+        for _ in range(2):
+            assert await made.ask(FIRST, TOKENS) == truth(moe, FIRST)
+        assert counts(made)[1] == 1 and stages(made) == ["complete"]
+        assert made.language.engine.stats().tokens_reused == 0
