@@ -59,7 +59,7 @@ def _system(
     from rich.console import Console
 
     from aiodisagg.bench.compare import CompareOptions, bench_compare
-    from aiodisagg.bench.compare_view import compare_table, plot_compare
+    from aiodisagg.bench.compare_view import best_table, compare_table, plot_compare
     from aiodisagg.bench.shapes import Setting
 
     if plot_file is not None:
@@ -83,7 +83,10 @@ def _system(
         )  # fmt: skip
     with progress() as say:
         report = uvloop.run(bench_compare(given, say))
-    Console(width=None if sys.stdout.isatty() else 160).print(compare_table(report))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(compare_table(report))
+    if len(report.shapes) > 1:
+        console.print(best_table(report))
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     if plot_file is not None:
