@@ -48,6 +48,8 @@ def _split(*options: str) -> tuple[Part, ...]:
 
 
 SHAPES: dict[str, tuple[Part, ...]] = {
+    "single": _replica(0),
+    "single-both": (Part("both-0", "both", 0),),
     "dp2": (*_replica(0), *_replica(1)),
     "dp2-waits": (*_replica(0, "--no-overlap"), *_replica(1, "--no-overlap")),
     "1+1": _split(),

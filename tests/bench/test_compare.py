@@ -72,7 +72,7 @@ def test_on_gpus_a_place_is_a_device() -> None:
 
 
 async def test_what_cannot_be_started_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none of dp2"):
+    with pytest.raises(ConfigError, match="none of single"):
         async with started("3+4", SETTING):
             pass
     with pytest.raises(ProcessEnded, match="no such folder"):
