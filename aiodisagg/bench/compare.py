@@ -61,6 +61,11 @@ class CompareOptions:
     probes: int = 3
     capacity: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for key in ("shapes", "mixes", "loads", "seeds"):
+            if not getattr(self, key):
+                raise ConfigError(key, "at least one is needed")
+
     def mix(self, name: str) -> Mix:
         """Raises ConfigError."""
         if not self.small:

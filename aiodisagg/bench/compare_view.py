@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 
 from rich.table import Table
@@ -52,6 +53,33 @@ def _beside(spread: Spread | None, base: Spread | None, part: str) -> tuple[str,
     return milliseconds(value), "-" if base is None else f"x{value / getattr(base, part):.2f}"
 
 
+_TIMES = (("ttft_ms", "mean", "TTFT mean"), ("ttft_ms", "p99", "TTFT p99"), ("itl_ms", "p99", "ITL p99"))
+
+
+def best_table(report: CompareReport) -> Table:
+    """The last shape against the best of the others in each cell: times and requests a second as ratios."""
+    last, others = report.shapes[-1], report.shapes[:-1]
+    found = Table(title=f"{last} against the best of {', '.join(others)}", title_justify="left")
+    for column in ("mix", "load", *(title for *_, title in _TIMES), "requests/s"):
+        found.add_column(column, justify="right")
+    for own in (cell for cell in report.cells if cell.shape == last):
+        rivals = [report.cell(shape, own.mix, own.load) for shape in others]
+        ratios = []
+        for name, part, _ in _TIMES:
+            mine = _value(own, name, part)
+            best = min((value for one in rivals if (value := _value(one, name, part)) is not None), default=None)
+            ratios.append("-" if mine is None or best is None else f"x{mine / best:.2f}")
+        most = max((one.all.requests_per_s for one in rivals), default=0.0)
+        ratios.append(f"x{own.all.requests_per_s / most:.2f}" if most else "-")
+        found.add_row(own.mix, f"{own.load:g}", *ratios)
+    return found
+
+
+def _value(cell: Cell, name: str, part: str) -> float | None:
+    spread: Spread | None = getattr(cell.all, name)
+    return None if spread is None else float(getattr(spread, part))
+
+
 def plot_compare(report: CompareReport, file: Path) -> None:
     """Writes a PNG: for each mix the mean and p99 TTFT and the p99 ITL of every shape over the load.
 
@@ -63,17 +91,18 @@ def plot_compare(report: CompareReport, file: Path) -> None:
     from matplotlib import pyplot
 
     mixes = list(dict.fromkeys(cell.mix for cell in report.cells))
-    kinds = (("ttft_ms", "mean", "mean TTFT, ms"), ("ttft_ms", "p99", "p99 TTFT, ms"), ("itl_ms", "p99", "p99 ITL, ms"))
     figure, axes = pyplot.subplots(
-        len(mixes), len(kinds), figsize=(12, 3.8 * len(mixes)), layout="constrained", squeeze=False
+        len(mixes), len(_TIMES), figsize=(12, 3.8 * len(mixes)), layout="constrained", squeeze=False
     )
     for mix, line in zip(mixes, axes, strict=True):
-        for (name, part, title), axis in zip(kinds, line, strict=True):
+        for (name, part, title), axis in zip(_TIMES, line, strict=True):
             for shape in report.shapes:
                 cells = [cell for cell in report.cells if (cell.shape, cell.mix) == (shape, mix)]
-                values = [getattr(getattr(cell.all, name), part, float("nan")) for cell in cells]
-                axis.plot([cell.load for cell in cells], values, "o-", label=shape)
-            axis.set(title=f"{mix}: {title}", xlabel=f"load, of {report.shapes[0]}'s capacity", ylim=(0, None))
+                values = [_value(cell, name, part) for cell in cells]
+                axis.plot(
+                    [cell.load for cell in cells], [nan if one is None else one for one in values], "o-", label=shape
+                )
+            axis.set(title=f"{mix}: {title}, ms", xlabel=f"load, of {report.shapes[0]}'s capacity", ylim=(0, None))
             axis.legend()
     figure.suptitle(f"{report.model} on {report.places}")
     figure.savefig(file, dpi=110)

@@ -1,7 +1,7 @@
 """Ways to lay a system out on the same machine: which peers there are, and the core or GPU that each has to itself.
 
 A shape is a line of parts. ``dp2`` are the replicas everything is compared with: each place holds a whole model, as two
-processes that share its core, with nothing between the places but a balancer in the client.
+processes that share its core (``dp2-both``: as one), with nothing between the places but a balancer in the client.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ READY_S = 60.0
 class Part:
     """A process: ``aiodisagg COMMAND OPTIONS``.
 
-    ``place``: index into the cores or GPUs that a shape is given. ``peers``: names of the encode peers it is told of.
+    ``place``: index into the cores or GPUs that a shape is given. ``peers``: names of the encode peers it is told of;
+    parts that ``meet`` find each other through a bootstrap server instead.
     """
 
     name: str
@@ -34,11 +35,7 @@ class Part:
     place: int
     options: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
-
-    @property
-    def meets(self) -> bool:
-        """Whether it finds its peers through a bootstrap server."""
-        return self.command == "both"
+    meets: bool = False
 
 
 def _replica(place: int, *options: str) -> tuple[Part, ...]:
@@ -51,11 +48,14 @@ def _split(*options: str) -> tuple[Part, ...]:
 
 
 SHAPES: dict[str, tuple[Part, ...]] = {
+    "single": _replica(0),
+    "single-both": (Part("both-0", "both", 0),),
     "dp2": (*_replica(0), *_replica(1)),
     "dp2-waits": (*_replica(0, "--no-overlap"), *_replica(1, "--no-overlap")),
     "1+1": _split(),
     "1+1-waits": _split("--no-overlap"),
-    "2both": (Part("both-0", "both", 0), Part("both-1", "both", 1)),
+    "dp2-both": (Part("both-0", "both", 0), Part("both-1", "both", 1)),
+    "2both": (Part("both-0", "both", 0, meets=True), Part("both-1", "both", 1, meets=True)),
 }
 
 

@@ -34,7 +34,7 @@ def _names(text: str) -> tuple[str, ...]:
 @click.option("--places", default="0,1", help="Numbers of the cores or GPUs.")
 @click.option("--encode-options", default="", help="More options of encode peers, with spaces.")
 @click.option("--language-options", default="", help="More options of language peers, with spaces.")
-@click.option("--quick", is_flag=True, help="A tiny model, two shapes, one load: shows that it works, not how fast.")
+@click.option("--quick", is_flag=True, help="A tiny model, first and last shape, one load: shows that it works.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write a PNG; needs the extra bench.")
@@ -59,7 +59,7 @@ def _system(
     from rich.console import Console
 
     from aiodisagg.bench.compare import CompareOptions, bench_compare
-    from aiodisagg.bench.compare_view import compare_table, plot_compare
+    from aiodisagg.bench.compare_view import best_table, compare_table, plot_compare
     from aiodisagg.bench.shapes import Setting
 
     if plot_file is not None:
@@ -77,13 +77,17 @@ def _system(
         concurrency=concurrency, capacity=dict(zip(names, known, strict=False)),
     )  # fmt: skip
     if quick:
+        two = tuple(dict.fromkeys((given.shapes[0], given.shapes[-1])))
         given = replace(
-            given, size="tiny", shapes=given.shapes[:1] + given.shapes[2:3], mixes=names[:1], loads=(0.5,), seeds=(0,),
-            requests=12, warmup=1, probes=1, concurrency=4,
+            given, size="tiny", shapes=two, mixes=names[:1], loads=(0.5,), seeds=(0,), requests=12, warmup=1, probes=1,
+            concurrency=4,
         )  # fmt: skip
     with progress() as say:
         report = uvloop.run(bench_compare(given, say))
-    Console(width=None if sys.stdout.isatty() else 160).print(compare_table(report))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(compare_table(report))
+    if len(report.shapes) > 1:
+        console.print(best_table(report))
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     if plot_file is not None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from aiodisagg.bench.compare import Cell, CompareReport
-from aiodisagg.bench.compare_view import compare_table, plot_compare
+from aiodisagg.bench.compare_view import best_table, compare_table, plot_compare
 from aiodisagg.bench.control import Controlled, ControlReport
 from aiodisagg.bench.serve import Client, Run, ServeReport, write_report
 from aiodisagg.bench.serve_metrics import Outcome, Spread, Unloaded, by_group, summarize
@@ -73,6 +73,20 @@ def test_tables_of_system(tmp_path: Path) -> None:
     text = text_of(compare_table(COMPARED), tmp_path / "out")
     for said in ("load 1.0 is servegen 2.00 requests/s", "1+1", "3000", "x2.00", "10.0-3000", "good 2x"):
         assert said in text, said
+
+
+def test_the_last_shape_against_the_best_of_the_others(tmp_path: Path) -> None:
+    """dp2: first token after 1.5 s; 1+1 after 3 s; the last after 2 s; gaps and rates are in proportion."""
+    third = replace_shapes([*COMPARED.cells, cell_of("2both", 0.2, 0.5), cell_of("2both", 0.5, 0.0)])
+    lines = [line.split() for line in text_of(best_table(third), tmp_path / "out").splitlines() if "servegen" in line]
+    assert [[cell for cell in line if cell != "│"] for line in lines] == [
+        ["servegen", "0.2", "x1.33", "x1.33", "x1.00", "x0.86"],
+        ["servegen", "0.5", "x1.00", "x1.00", "x1.00", "x1.00"],
+    ]
+
+
+def replace_shapes(cells: list[Cell]) -> CompareReport:
+    return msgspec.structs.replace(COMPARED, cells=cells, shapes=list(dict.fromkeys(cell.shape for cell in cells)))
 
 
 def test_table_of_control(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ async def test_a_server_that_never_answers_times_out() -> None:
 async def test_the_key_and_the_models() -> None:
     _, server = await ask(answer_of([0.1]), key="secret")
     assert server.headers[0]["Authorization"] == "Bearer secret"
+    assert server.headers[0]["Content-Length"] == str(HELLO.size_bytes), "not every server takes a body in chunks"
+    assert "Transfer-Encoding" not in server.headers[0]
     async with serving(FakeServer(lambda body: 200)) as server, open_session(None) as session:
         assert await ChatClient(session, FakeClock()).models(server.url) == ["fake-vl"]
 

@@ -46,6 +46,13 @@ def test_a_split_has_a_core_for_each_half_and_may_wait() -> None:
         assert "--no-overlap" not in SETTING.command(encode)[0]
 
 
+def test_flexible_peers_meet_and_replicas_do_not() -> None:
+    both = [(part.command, part.place, part.meets) for part in SHAPES["2both"]]
+    assert both == [("both", 0, True), ("both", 1, True)]
+    others = [part for name, parts in SHAPES.items() if name != "2both" for part in parts]
+    assert not any(part.meets for part in others)
+
+
 def test_options_go_to_those_that_know_them() -> None:
     encode, language = (" ".join(SETTING.command(part)[0]) for part in SHAPES["1+1"])
     assert encode.startswith("encode --name encode --model m ") and "--source-mib 9" in encode
@@ -65,7 +72,7 @@ def test_on_gpus_a_place_is_a_device() -> None:
 
 
 async def test_what_cannot_be_started_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none of dp2"):
+    with pytest.raises(ConfigError, match="none of single"):
         async with started("3+4", SETTING):
             pass
     with pytest.raises(ProcessEnded, match="no such folder"):
