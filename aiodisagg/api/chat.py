@@ -22,11 +22,12 @@ import msgspec
 from aiohttp import web
 
 from aiodisagg.api.backend import ChatBackend
+from aiodisagg.api.budget import Budget, Share
 from aiodisagg.api.callers import Caller, tenant_of, timeout_of
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
-from aiodisagg.api.parse import chat_messages, media_urls, parse_request, sampling_of
+from aiodisagg.api.parse import chat_messages, check_text, media_urls, parse_request, sampling_of
 from aiodisagg.api.schema import (
     AnswerMessage,
     ChatChunk,
@@ -70,6 +71,7 @@ class ChatHandler:
     def __init__(self, backend: ChatBackend, config: HttpConfig, fetcher: MediaFetcher, executor: Executor) -> None:
         self._backend, self._config, self._fetcher, self._executor = backend, config, fetcher, executor
         self._in_use: set[str] = set()
+        self._budget = Budget(config.max_held_bytes)
 
     async def __call__(self, request: web.Request, request_id: str, caller: Caller) -> web.StreamResponse:
         """The backend gets ``request_id`` too, so that its traces have the client's name for the request; while
@@ -77,7 +79,8 @@ class ChatHandler:
         own_id = next(name for name in self._names(request_id) if name not in self._in_use)
         self._in_use.add(own_id)
         try:
-            return await self._answer(request, request_id, own_id, caller)
+            with self._budget.share() as share:
+                return await self._answer(request, request_id, own_id, caller, share)
         finally:
             self._in_use.remove(own_id)
 
@@ -86,19 +89,23 @@ class ChatHandler:
         yield request_id
         yield from (f"{request_id}-{n}" for n in itertools.count(2))
 
-    async def _answer(self, request: web.Request, request_id: str, own_id: str, caller: Caller) -> web.StreamResponse:
+    async def _answer(
+        self, request: web.Request, request_id: str, own_id: str, caller: Caller, share: Share
+    ) -> web.StreamResponse:
         tenant, timeout_s = tenant_of(request, caller), timeout_of(request, self._config.request_timeout_s)
-        chat = await self._parse(await self._read_body(request))
+        chat = await self._parse(await self._read_body(request, share))
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         logger.info("%s is %s: %d messages", own_id, completion_id, len(chat.messages))
         if chat.model != self._backend.model_name:
             raise model_not_found(chat.model)
         sampling = sampling_of(chat, self._config.default_max_tokens)
         limits = _Limits(tenant, chat.priority or 0, timeout_s, asyncio.get_running_loop().time() + timeout_s)
-        messages = await self._messages(chat, limits)
+        body_bytes = share.held
+        messages = await self._messages(chat, limits, share)
         # The body may be tens of megabytes, and the messages hold what is needed of it.
         stream, with_usage = bool(chat.stream), bool(chat.stream_options and chat.stream_options.include_usage)
         del chat
+        share.give_back(body_bytes)
         answer = self._generate(messages, sampling, own_id, limits)
         del messages
         async with aclosing(answer) as deltas:
@@ -109,7 +116,7 @@ class ChatHandler:
 
     # -- in -------------------------------------------------------------------------------------------------------
 
-    async def _read_body(self, request: web.Request) -> bytearray:
+    async def _read_body(self, request: web.Request, share: Share) -> bytearray:
         limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
         if request.content_type != "application/json":
             raise Refused(415, "the content type must be application/json", code="unsupported_media_type")
@@ -122,6 +129,7 @@ class ChatHandler:
         try:
             async with asyncio.timeout(timeout_s):
                 async for piece in request.content.iter_any():
+                    share.take(len(piece))
                     body += piece
                     if len(body) > limit:
                         raise too_large
@@ -136,11 +144,12 @@ class ChatHandler:
             return parse_request(body)
         return await asyncio.get_running_loop().run_in_executor(self._executor, parse_request, body)
 
-    async def _messages(self, chat: ChatRequest, limits: _Limits) -> list[ChatMessage]:
+    async def _messages(self, chat: ChatRequest, limits: _Limits, share: Share) -> list[ChatMessage]:
+        check_text(chat, self._config.max_text_chars)
         urls = media_urls(chat, self._config.max_media_files)
         try:
             async with asyncio.timeout_at(limits.deadline):
-                return chat_messages(chat, await self._fetcher.load(urls))
+                return chat_messages(chat, await self._fetcher.load(urls, share))
         except TimeoutError as error:
             raise DeadlineExceeded("loading media", limits.timeout_s) from error
 

@@ -61,6 +61,10 @@ class HttpConfig:
     divided evenly among their tenants and the operator and kept for them; the other half is for whoever comes first."""
     max_body_bytes: int = 64 * MiB
     """Largest request body; more is a 413."""
+    max_held_bytes: int = 4096 * MiB
+    """Bodies and media of all requests together, until they are answered; a request beyond that is a 429."""
+    max_text_chars: int = 2 * MiB
+    """Text of a request. More takes seconds to tokenize, and fits no model."""
     body_timeout_s: float = 60.0
     """A body that has not arrived after this long is a 408."""
     write_timeout_s: float = 60.0

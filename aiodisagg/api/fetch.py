@@ -20,6 +20,7 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from aiodisagg.api.addresses import AddressGuard, AddressRefused
+from aiodisagg.api.budget import Share
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.data_url import decode_data_url
 from aiodisagg.api.parse import MediaUrl
@@ -63,9 +64,12 @@ class MediaFetcher:
     ) -> None:
         await self._session.close()
 
-    async def load(self, urls: Sequence[MediaUrl]) -> list[bytes]:
-        """The files, in order. Raises MediaError for the first that fails, which stops the others."""
-        load = _Load(self._config.max_media_total_bytes)
+    async def load(self, urls: Sequence[MediaUrl], share: Share) -> list[bytes]:
+        """The files, in order, counted in ``share``.
+
+        Raises MediaError for the first that fails, or Overloaded, which stops the others.
+        """
+        load = _Load(self._config.max_media_total_bytes, share)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._load_one(url, load)) for url in urls]
@@ -162,14 +166,16 @@ class MediaFetcher:
 class _Load:
     """What one request may still load, and how much of it at once."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, share: Share) -> None:
         self._max_bytes = self._left = max_bytes
+        self._share = share
         self.slots = asyncio.Semaphore(_PER_REQUEST)
 
     def take(self, size_bytes: int, param: str) -> None:
         self._left -= size_bytes
         if self._left < 0:
             raise MediaError(param, f"the request's media have more than {self._max_bytes} bytes together")
+        self._share.take(size_bytes)
 
 
 def _is_within(host: str, domain: str) -> bool:

@@ -94,6 +94,15 @@ def _refuse_unsupported(request: ChatRequest) -> None:
         raise InvalidRequest("stream_options", "is only allowed when stream is true")
 
 
+def check_text(request: ChatRequest, max_chars: int) -> None:
+    """Raises InvalidRequest if the messages have more text than that."""
+    parts = (part for message in request.messages for part in _parts(message))
+    chars = sum(len(part.text) for part in parts if isinstance(part, Text))
+    if chars > max_chars:
+        message = f"{chars} characters of text are more than {max_chars}"
+        raise InvalidRequest("messages", message, code="context_length_exceeded")
+
+
 def media_urls(request: ChatRequest, max_files: int) -> list[MediaUrl]:
     """The media of a request in prompt order, its messages checked. Raises InvalidRequest."""
     if not request.messages:

@@ -16,6 +16,8 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Stop = Annotated[str, Meta(max_length=1024)]
+"""What may become one is looked for at every token."""
 
 # -- in -----------------------------------------------------------------------------------------------------------
 
@@ -73,7 +75,7 @@ class ChatRequest(msgspec.Struct):
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     """Extension; 0 and -1 mean all."""
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | list[Stop] | None = None
     priority: Annotated[int, Meta(ge=-8, le=8)] | None = None
     """Extension: among the requests of one tenant, lower goes first."""
     # Read to be refused: ignoring one of these would give the client something else than it asked for.

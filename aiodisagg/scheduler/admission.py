@@ -20,8 +20,8 @@ first token still meets its limit (its deadline and ``max_ttft_s``), whichever i
    and the start that was predicted on its arrival: passing keeps the former, a release or an end before it keeps both;
 2. at any rate, of its tenant and lane only those are released before it from ``release_by`` on that stand before it
    then, and all of them arrived before that moment;
-3. between lanes, which meet only at ``max_running``, the one whose first request has waited beyond its ``release_by``
-   goes first, then the lower class number, then the older.
+3. between a tenant's lanes, which meet only at ``max_running``, the lower class number goes first, then text; but a
+   lane whose first has waited half of the time to its ``release_by`` gets every second place at least.
 
 Nothing is let in that cannot be in time: a newcomer whose first token is predicted after its limit is shed at once.
 One that cannot be in time any more (its limit has passed, or will while it is served) leaves the queue unserved. So
@@ -365,6 +365,7 @@ class AdmissionQueue:
                 decisions.append(self._too_late(entry, now))
                 continue
             self._running[entry.request_id] = entry
+            entry.flow.last_had_media = entry.has_media
             lane.enter(entry, now)
             self._shares.charge(entry.flow, entry.cost_s)
             decisions.append(Release(entry.request_id, now - entry.arrived))
@@ -382,4 +383,11 @@ class AdmissionQueue:
                     best = found if best is None or found[:2] < best[:2] else best
         if best is None:
             return None
-        return min(heads[best[1]], key=lambda entry: (entry.release_by > now, entry.priority, entry.order))
+        return min(heads[best[1]], key=lambda entry: _rank(entry, now))
+
+
+def _rank(entry: Entry, now: float) -> tuple[bool, int, bool]:
+    """Between the lanes of a tenant: the lowest goes first."""
+    hurries = now - entry.arrived >= (entry.release_by - entry.arrived) / 2
+    is_its_turn = entry.flow.last_had_media != entry.has_media
+    return (not (hurries and is_its_turn), entry.priority, entry.has_media)

@@ -83,11 +83,13 @@ class Line:
 class Flow:
     """A tenant's requests and the service it has had."""
 
-    __slots__ = ("finish", "lines", "name", "open", "weight")
+    __slots__ = ("finish", "last_had_media", "lines", "name", "open", "weight")
 
     def __init__(self, tenant: Tenant) -> None:
         self.name, self.weight = tenant.name, tenant.weight
         self.finish = 0.0
+        self.last_had_media = False
+        """Of its request that was released last."""
         self.open = 0
         """Requests that have not ended."""
         self.lines = (Line(), Line())

@@ -200,6 +200,7 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     ("seed huge", {"seed": 2**63}, "seed"),
     ("stop empty", {"stop": ["a", ""]}, "stop"),
     ("stop many", {"stop": ["a"] * 17}, "stop"),
+    ("stop long", {"stop": ["a", "b" * 1025]}, "stop[1]"),
     ("stop numbers", {"stop": [1]}, "stop[0]"),
     ("n two", {"n": 2}, "n"),
     ("n zero", {"n": 0}, "n"),
@@ -262,6 +263,37 @@ async def test_types_and_sizes_of_bodies() -> None:
         assert (await served.post(good, content_encoding="gzip"))[0] == 415
         assert (await served.post(good))[0] == 200
     assert len(backend.calls) == 1
+
+
+async def test_text_that_takes_long_to_tokenize_is_refused() -> None:
+    backend = ScriptedBackend()
+    async with serving(backend, max_text_chars=100) as served:
+        message = {"role": "user", "content": [{"type": "text", "text": "x" * 50}]}
+        assert (await served.post({"model": MODEL, "messages": [message, message]}))[0] == 200
+        status, error = await served.refused(messages=[message, message, {"role": "user", "content": "y"}])
+        assert (status, error["param"], error["code"]) == (400, "messages", "context_length_exceeded")
+    assert len(backend.calls) == 1
+
+
+async def test_requests_together_hold_no_more_memory_than_allowed() -> None:
+    gate = asyncio.Event()
+    backend = ScriptedBackend([gate, *answer("done")])
+    body = {"model": MODEL, "messages": asking(image(data_url(png() + b" " * 3_000)))}
+    async with serving(backend, max_held_bytes=8_000) as served:
+        budget = served.server._chat._budget
+        assert (await served.post({**body, "user": "x" * 8_000}))[0] == 429
+        assert budget.left == 8_000
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(served.post(body))
+            await backend.started.get()
+            assert 4_500 < budget.left < 5_000  # its picture, but not its body any more
+            status, error, response = await served.post(body)
+            assert (status, error["error"]["code"], response.headers["Retry-After"]) == (429, "overloaded", "1")
+            gate.set()
+        assert first.result()[0] == 200
+        assert (await served.post(body))[0] == 200
+        assert budget.left == 8_000
+    assert len(backend.calls) == 2
 
 
 async def test_a_body_that_never_ends_times_out() -> None:

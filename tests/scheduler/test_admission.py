@@ -95,17 +95,31 @@ def test_who_has_waited_for_the_aging_bound_is_passed_by_no_class() -> None:
     assert front.order("first") == ["first", "old", "young"]
 
 
-def test_between_lanes_classes_then_age_and_the_aging_bound_before_both() -> None:
-    def second(wait: float) -> list[str]:
+def test_between_lanes_classes_then_text_until_half_of_the_aging_bound() -> None:
+    def second(wait: float, low: int, high: int) -> list[str]:
         front = Front.of(max_running=1, max_wait_s=5.0)
         front.arrive("first", TEXT)
-        front.arrive("low", PICTURE, priority=1)
+        front.arrive("images", PICTURE, priority=low)
         front.tick(wait)
-        front.arrive("high", TEXT, priority=0)
+        front.arrive("text", TEXT, priority=high)
         return front.end("first")
 
-    assert second(4.9) == ["high"]
-    assert second(5.0) == ["low"]
+    assert second(2.4, 1, 0) == second(2.4, 0, 0) == ["text"]
+    assert second(2.4, 0, 1) == ["images"]
+    assert second(2.5, 1, 0) == second(2.5, 0, 0) == ["images"]
+
+
+def test_lanes_take_turns_when_both_have_waited_long() -> None:
+    front = Front.of(max_running=1, max_wait_s=5.0)
+    front.arrive("first", TEXT)
+    for n in range(3):
+        front.arrive(f"i{n}", PICTURE, priority=1)
+        front.arrive(f"t{n}", TEXT)
+    front.tick(5.0)
+    order = ["first"]
+    for name in order:
+        order += front.end(name)
+    assert order == ["first", "i0", "t0", "i1", "t1", "i2", "t2"]
 
 
 # -- tenants ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,155 @@
+"""Who asks, and what they may: keys, tenants, classes, time limits, kept places."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import aiohttp
+import pytest
+from http_fakes import HELLO, MODEL, ScriptedBackend, answer, serving
+
+from aiodisagg.api import ApiKey, HttpConfig, HttpServer, read_keys
+from aiodisagg.errors import ConfigError, Overloaded
+from aiodisagg.scheduler.shares import Tenant
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+BODY = {"model": MODEL, "messages": HELLO}
+ALICE, BOB = Tenant("alice", 2.0), Tenant("bob")
+KEYS = (ApiKey("key-a", ALICE), ApiKey("key-a2", ALICE), ApiKey("key-b", BOB))
+
+
+async def test_a_key_says_whose_request_it_is() -> None:
+    backend = ScriptedBackend()
+    async with serving(backend, api_keys=KEYS) as served:
+        for key, status in (("key-a", 200), ("key-a2", 200), ("key-b", 200), ("key-c", 401), ("", 401)):
+            headers = {"authorization": f"Bearer {key}", "x_tenant": "alice"}
+            assert (await served.post(BODY, **headers))[0] == status
+        assert [call.tenant for call in backend.calls] == [ALICE, ALICE, BOB]
+        assert "key-a" not in repr(served.server._config) + repr(KEYS) + repr(served.server)
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+async def test_who_may_ask_for_anybody_says_for_whom(key: str | None) -> None:
+    """A gateway with the only key, or with none needed, passes on whose request it is."""
+    backend = ScriptedBackend()
+    async with serving(backend, api_key=key) as served:
+        sent = {"authorization": "Bearer secret"}
+        assert (await served.post(BODY, **sent))[0] == 200
+        assert (await served.post(BODY, **sent, x_tenant="team-a.1"))[0] == 200
+        assert [call.tenant for call in backend.calls] == [Tenant(), Tenant("team-a.1")]
+        for wrong in ("a b", "x" * 65, "", "é"):
+            status, body, _ = await served.post(BODY, **sent, x_tenant=wrong)
+            assert (status, body["error"]["param"]) == (400, "X-Tenant"), wrong
+        assert len(backend.calls) == 2
+
+
+async def test_tenants_do_not_look_into_the_server() -> None:
+    config = HttpConfig(api_key="operator", api_keys=KEYS)
+    async with (
+        HttpServer(ScriptedBackend(), port=0, config=config, debug={"all": lambda: [1]}) as server,
+        aiohttp.ClientSession(server.url) as session,
+    ):
+
+        async def get(path: str, key: str) -> int:
+            async with session.get(path, headers={"Authorization": f"Bearer {key}"}) as response:
+                return response.status
+
+        assert await get("/debug/all", "operator") == 200
+        assert await get("/debug/all", "key-a") == 403
+        assert await get("/debug/all", "nobody") == 401
+        assert await get("/v1/models", "key-a") == 200
+
+
+async def test_classes() -> None:
+    backend = ScriptedBackend()
+    async with serving(backend) as served:
+        assert (await served.post(BODY))[0] == (await served.post({**BODY, "priority": None}))[0] == 200
+        assert (await served.post({**BODY, "priority": -8}))[0] == 200
+        assert [call.priority for call in backend.calls] == [0, 0, -8]
+        for wrong in (9, -9, 0.5, "high"):
+            assert (await served.refused(priority=wrong))[1]["param"] == "priority"
+    assert len(backend.calls) == 3
+
+
+async def test_a_client_says_how_long_it_waits() -> None:
+    backend = ScriptedBackend([asyncio.Event()])
+    async with serving(backend, request_timeout_s=50.0) as served:
+        status, body, _ = await served.post(BODY, x_request_timeout="0.05")
+        assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
+        assert "0.05 s" in body["error"]["message"]
+        assert backend.calls[0].closed.is_set()
+        backend.script = answer("quick")
+        assert (await served.post(BODY, x_request_timeout="1e9"))[0] == 200  # the server's own limit stays
+        timeouts = [call.timeout_s or 0.0 for call in backend.calls]
+        assert timeouts[0] == pytest.approx(0.05, abs=0.05) and timeouts[1] == pytest.approx(50.0, abs=5.0)
+        for wrong in ("0", "-1", "nan", "soon", ""):
+            status, body, _ = await served.post(BODY, x_request_timeout=wrong)
+            assert (status, body["error"]["param"]) == (400, "X-Request-Timeout"), wrong
+    assert len(backend.calls) == 2
+
+
+async def test_a_backend_that_sheds_says_when_to_come_back() -> None:
+    async with serving(ScriptedBackend([Overloaded(12.3, "the first token would come too late")])) as served:
+        for stream in (False, True):
+            status, body, response = await served.post({**BODY, "stream": stream})
+            assert (status, body["error"]["code"], response.headers["Retry-After"]) == (429, "overloaded", "13")
+            assert body["error"]["message"] == "the first token would come too late"
+
+
+async def test_one_tenant_cannot_take_the_places_of_another() -> None:
+    """Of twelve places, two are kept for each of two tenants and the operator; six are for whoever comes first."""
+    gate = asyncio.Event()
+    backend = ScriptedBackend([gate, *answer("done")])
+
+    async def ask(served: Any, key: str) -> int:
+        return (await served.post(BODY, authorization=f"Bearer {key}"))[0]  # type: ignore[no-any-return]
+
+    async with serving(backend, api_key="key-o", api_keys=KEYS, max_requests=12) as served:
+        async with asyncio.TaskGroup() as group:
+            taken = []
+            for key, count in (("key-a", 4), ("key-a2", 4), ("key-b", 2), ("key-o", 2)):
+                for _ in range(count):
+                    taken.append(group.create_task(ask(served, key)))
+                    await backend.started.get()
+                if key != "key-a":
+                    assert await ask(served, key) == 429
+            gate.set()
+        assert [task.result() for task in taken] == [200] * 12
+        assert await ask(served, "key-a") == 200
+
+
+def test_a_keys_file() -> None:
+    keys = read_keys(b'[{"key": "x", "tenant": "a", "weight": 2}, {"key": "y", "tenant": "b"}]')
+    assert keys == (ApiKey("x", Tenant("a", 2.0)), ApiKey("y", Tenant("b", 1.0)))
+    assert read_keys(b"[]") == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{}", "[1]", '[{"key": "x"}]', '[{"key": "x", "tenant": "a", "wieght": 2}]', "[" * 100_000,
+        '[{"key": "", "tenant": "a"}]', '[{"key": "x y", "tenant": "a"}]', '[{"key": "x", "tenant": "a b"}]',
+        '[{"key": "x", "tenant": ""}]', '[{"key": "x", "tenant": "a", "weight": 0}]',
+    ],
+    ids=lambda text: text[:50],
+)  # fmt: skip
+def test_keys_files_that_are_wrong(text: str) -> None:
+    with pytest.raises(ConfigError):
+        read_keys(text.encode())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"api_keys": (*KEYS, ApiKey("key-a", BOB))},
+        {"api_keys": KEYS, "api_key": "key-b"},
+        {"api_keys": (ApiKey("x", Tenant("a", 1.0)), ApiKey("y", Tenant("a", 2.0)))},
+        {"api_keys": KEYS, "max_requests": 5},
+    ],
+    ids=["twice", "the operator's", "two weights", "too few places"],
+)
+def test_keys_that_do_not_go_together(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"http\.(api_keys|max_requests)"):
+        HttpConfig(**settings)
