@@ -25,6 +25,7 @@ from aiodisagg.scheduler.placement import Backlog, Placement
 
 K = TypeVar("K", bound=Hashable)
 
+IDLE = Backlog()
 MADE = 1024
 """Digests that the peer made rows of, the latest: it may hold them still."""
 TOGETHER_S = 1e-3
@@ -201,12 +202,23 @@ class PeerBook(Generic[K]):
 
     def backlog(self, now: float) -> Backlog:
         """What an item that is asked for now has to wait for."""
+        if not self.open and not self._foreign[0]:
+            return IDLE
+        return Backlog(
+            max(0.0, self._prepare_s) / self.costs.prepare_threads,
+            max(0.0, self._tower_s - self._running_s(now)) + self._foreign_s(now),
+            max(0.0, self._transfer_s),
+        )
+
+    def _running_s(self, now: float) -> float:
+        """How long the tower has been at what is in it."""
+        return now - max(self._left_tower, min(self._in_tower.values())) if self._in_tower else 0.0
+
+    def _foreign_s(self, now: float) -> float:
+        """Others' work that is left of what the last heartbeat told."""
         patches, heard = self._foreign
-        foreign_s = 0.0
-        if patches:
-            items = patches / TYPICAL_PATCHES
-            work_s = self.costs.tower.predict((items, patches, patches * TYPICAL_PATCHES))
-            foreign_s = max(0.0, work_s - (now - heard))
-        running_s = now - max(self._left_tower, min(self._in_tower.values())) if self._in_tower else 0.0
-        tower_s = max(0.0, self._tower_s - running_s) + foreign_s
-        return Backlog(max(0.0, self._prepare_s) / self.costs.prepare_threads, tower_s, max(0.0, self._transfer_s))
+        if not patches:
+            return 0.0
+        items = patches / TYPICAL_PATCHES
+        work_s = self.costs.tower.predict((items, patches, patches * TYPICAL_PATCHES))
+        return max(0.0, work_s - (now - heard))

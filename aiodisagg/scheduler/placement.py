@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from aiodisagg.scheduler.cost import PeerCosts, Service, Size
 
@@ -29,8 +31,7 @@ class Standing(enum.IntEnum):
     """Finishes what it has."""
 
 
-@dataclass(frozen=True, slots=True)
-class Backlog:
+class Backlog(NamedTuple):
     """Seconds until a preparing thread, the tower and the link of a peer are done with what was asked before."""
 
     prepare_s: float = 0.0
@@ -38,8 +39,7 @@ class Backlog:
     transfer_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class PeerView:
+class PeerView(NamedTuple):
     """A peer that could take items.
 
     ``holding``: seconds until the rows of digests that it holds (0.0) or is encoding exist; others are not in it.
@@ -49,7 +49,7 @@ class PeerView:
     costs: PeerCosts
     backlog: Backlog = Backlog()
     standing: Standing = Standing.READY
-    holding: Mapping[str, float] = field(default_factory=dict)
+    holding: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +74,47 @@ class Placement:
 
 def place(wanted: Wanted, peers: Iterable[PeerView], avoid: frozenset[str] = frozenset()) -> Placement | None:
     """The peer where the item is complete first; None if there is no peer."""
-    found = place_together([wanted], list(peers), avoid)
-    return found[0] if found else None
+    best: PeerView | None = None
+    least: tuple[bool, Standing, bool, float, str] | None = None
+    digest, size = wanted.digest, wanted.size
+    for view in peers:
+        kind = (view.peer in avoid, view.standing)
+        if least is not None and kind > least[:2]:
+            continue
+        held = view.holding.get(digest)
+        finish_s = finish(view.costs.predict(size), view.backlog, held)[1]
+        rank = (*kind, held is None, finish_s, view.peer)
+        if least is None or rank < least:
+            best, least = view, rank
+    if best is None:
+        return None
+    service, held = best.costs.predict(size), best.holding.get(digest)
+    return Placement(best.peer, *finish(service, best.backlog, held), held is not None, service)
+
+
+def finish(service: Service, ahead: Backlog, held_s: float | None = None) -> tuple[float, float]:
+    """Seconds until an item's rows exist, and until they are here. ``held_s``: as in ``PeerView.holding``."""
+    prepare_s, tower_s, transfer_s = service
+    prepare_ahead_s, tower_ahead_s, transfer_ahead_s = ahead
+    ready_s = held_s
+    if ready_s is None:
+        ready_s = max(prepare_ahead_s + prepare_s, tower_ahead_s) + tower_s
+    return ready_s, max(ready_s, transfer_ahead_s) + transfer_s
 
 
 def place_together(
     wanted: Sequence[Wanted], peers: Sequence[PeerView], avoid: frozenset[str] = frozenset()
 ) -> tuple[Placement, ...]:
     """A peer for each item, in the order of ``wanted``, which is the prompt's; empty if there is no peer."""
+    if len(wanted) == 1:
+        single = place(wanted[0], peers, avoid)
+        return () if single is None else (single,)
     peers = _best(peers, avoid)
     if not peers or not wanted:
         return ()
     services = [[view.costs.predict(item.size) for view in peers] for item in wanted]
     in_order = _assign(range(len(wanted)), wanted, peers, services)
-    if len(wanted) == 1 or len(peers) == 1:
+    if len(peers) == 1:
         return _run(in_order, wanted, peers, services)
     by_size = sorted(range(len(wanted)), key=lambda i: (-wanted[i].size.patches, i))
     first = _run(in_order, wanted, peers, services)
@@ -122,23 +149,19 @@ class _Queues:
         added = self._added.get((index, digest))
         return self._peers[index].holding.get(digest) if added is None else added
 
-    def try_at(self, index: int, digest: str, service: Service) -> Placement:
-        ahead, held = self._ahead[index], self.holding(index, digest)
-        ready_s = held
-        if ready_s is None:
-            ready_s = max(ahead.prepare_s + service.prepare_s, ahead.tower_s) + service.tower_s
-        finish_s = max(ready_s, ahead.transfer_s) + service.transfer_s
-        return Placement(self._peers[index].peer, ready_s, finish_s, held is not None, service)
+    def try_at(self, index: int, digest: str, service: Service) -> tuple[float, float]:
+        return finish(service, self._ahead[index], self.holding(index, digest))
 
-    def put(self, index: int, digest: str, placed: Placement) -> None:
-        ahead = self._ahead[index]
-        prepare_s, tower_s = ahead.prepare_s, ahead.tower_s
-        if not placed.held:
-            prepare_s += placed.service.prepare_s / self._peers[index].costs.prepare_threads
-            tower_s = placed.ready_s
-        transfer_s = placed.finish_s if placed.service.transfer_s else ahead.transfer_s
-        self._ahead[index] = Backlog(prepare_s, tower_s, transfer_s)
-        self._added[index, digest] = placed.ready_s
+    def put(self, index: int, digest: str, service: Service) -> Placement:
+        ahead, held = self._ahead[index], self.holding(index, digest)
+        ready_s, finish_s = finish(service, ahead, held)
+        prepare_s, tower_s, transfer_s = ahead
+        if held is None:
+            prepare_s += service.prepare_s / self._peers[index].costs.prepare_threads
+            tower_s = ready_s
+        self._ahead[index] = Backlog(prepare_s, tower_s, finish_s if service.transfer_s else transfer_s)
+        self._added[index, digest] = ready_s
+        return Placement(self._peers[index].peer, ready_s, finish_s, held is not None, service)
 
 
 def _assign(
@@ -148,9 +171,11 @@ def _assign(
     queues, chosen = _Queues(peers), [0] * len(wanted)
     for i in order:
         digest = wanted[i].digest
-        tried = [queues.try_at(index, digest, service) for index, service in enumerate(services[i])]
-        best = min(range(len(peers)), key=lambda index: (not tried[index].held, tried[index].finish_s, index))
-        queues.put(best, digest, tried[best])
+        best = min(
+            (queues.holding(index, digest) is None, queues.try_at(index, digest, service)[1], index)
+            for index, service in enumerate(services[i])
+        )[2]
+        queues.put(best, digest, services[i][best])
         chosen[i] = best
     return chosen
 
@@ -159,9 +184,5 @@ def _run(
     chosen: Sequence[int], wanted: Sequence[Wanted], peers: Sequence[PeerView], services: Sequence[Sequence[Service]]
 ) -> tuple[Placement, ...]:
     """What becomes of a choice when the items are asked for in prompt order."""
-    queues, placed = _Queues(peers), []
-    for i, index in enumerate(chosen):
-        placement = queues.try_at(index, wanted[i].digest, services[i][index])
-        queues.put(index, wanted[i].digest, placement)
-        placed.append(placement)
-    return tuple(placed)
+    queues = _Queues(peers)
+    return tuple(queues.put(index, wanted[i].digest, services[i][index]) for i, index in enumerate(chosen))
