@@ -64,7 +64,9 @@ def bench_source_command(
         from aiodisagg.peer.config import EncodeConfig, MiB
         from aiodisagg.peer.http import MetricsServer
 
-        config = EncodeConfig(model=Path.cwd(), transports=tuple(transports.split(",")), source_bytes=source_mib * MiB)
+        config = EncodeConfig(
+            model=Path.cwd(), transports=tuple(transports.split(",")), source_bytes=source_mib * MiB, self_test_s=0.0
+        )  # fmt: skip
         encoder = SyntheticEncoder(synthetic_model(hidden, levels))
         async with (
             EncodeService(config, encoder=encoder) as service,
