@@ -14,7 +14,7 @@ from aiodisagg.scheduler.cost import ServiceTimes, Timing
 
 
 class Timed:
-    """A VisionEncoder in virtual time: ``patch_s`` for each patch of the tower, half of it to prepare; slow at first."""
+    """A VisionEncoder in virtual time: ``patch_s`` for each patch of the tower, half of it to prepare."""
 
     def __init__(self, patch_s: float, warm_up_s: float = 0.0) -> None:
         self.fingerprint = ModelFingerprint("Timed", 2, 0, "float32", "timed")
