@@ -113,7 +113,10 @@ def bench_source_command(
             services = []
             for _ in range(count):
                 config = EncodeConfig(
-                    model=Path.cwd(), transports=tuple(transports.split(",")), source_bytes=source_mib * MiB
+                    model=Path.cwd(),
+                    transports=tuple(transports.split(",")),
+                    source_bytes=source_mib * MiB,
+                    self_test_s=0.0,
                 )
                 services.append(await stack.enter_async_context(EncodeService(config, encoder=encoder)))
             server = await stack.enter_async_context(MetricsServer(services[0].metrics, "127.0.0.1", 0))

@@ -42,6 +42,9 @@ def die_with_parent(parent: int) -> None:
 def announcer(ready_fd: int | None) -> Announce:
     """Says that the process is ready: a line for a person, or JSON on the descriptor a launcher waits on."""
 
+    if ready_fd is not None:
+        os.set_inheritable(ready_fd, False)  # the launcher reads to its end: no child may keep it open
+
     def announce(facts: Mapping[str, str]) -> None:
         if ready_fd is not None:
             with os.fdopen(ready_fd, "w") as out:

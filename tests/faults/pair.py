@@ -181,7 +181,8 @@ async def pair(
         made.receiver = await stack.enter_async_context(receiver)
         made.watch(receiver.driver, made.redial)
         for i in range(encoders):
-            encode_config = EncodeConfig(model=folder, name=f"encode-{i + 1}", transports=(transport,), **encode)
+            settings = {"name": f"encode-{i + 1}", "transports": (transport,), "self_test_s": 0.0, **encode}
+            encode_config = EncodeConfig(model=folder, **settings)
             service = EncodeService(encode_config, encoder=SyntheticEncoder(MODEL))
             made.encoders.append(await stack.enter_async_context(service))
             _record_writes(service, made)
