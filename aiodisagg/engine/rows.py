@@ -54,6 +54,7 @@ class RequestRows:
         self._hidden_size, self._width, self._dtype, self._device = hidden_size, width, dtype, device
         self._items = tuple(item.rows for item in plan.items)
         self._first = tuple(int(n) for n in np.cumsum((0, *self._items)))
+        self._starts = np.array([start for item in plan.items for start, _ in item.spans], dtype=np.int64)
         self.visual = self._visual_tokens(plan)
         """int64 [rows]: prompt positions of the rows, ascending."""
         self._arrived = np.zeros(self._first[-1], dtype=bool)
@@ -80,9 +81,15 @@ class RequestRows:
 
     @property
     def front(self) -> int:
-        """Prompt tokens that can be computed, or need not be: all before the first missing row that is needed."""
+        """Prompt tokens that can be computed, or need not be: all before the image or frame pair whose row is missing.
+
+        A tower makes these rows at once, so the rest of a span is on its way when its first rows are here; computing it
+        in pieces would read the weights once for each.
+        """
         complete = self._complete
-        return self._tokens if complete == len(self.visual) else int(self.visual[complete])
+        if complete == len(self.visual):
+            return self._tokens
+        return int(self._starts[np.searchsorted(self._starts, self.visual[complete], side="right") - 1])
 
     def reuse(self, tokens: int) -> None:
         """Rows of the first ``tokens`` prompt tokens are not needed; replaces what was said before."""

@@ -20,7 +20,7 @@ def held(plan: PromptPlan, width: int | None = WIDTH, dtype: torch.dtype = torch
     return RequestRows("r", plan, hidden_size=H, width=width, dtype=dtype, device=torch.device("cpu"))
 
 
-def test_the_front_is_the_first_missing_row() -> None:
+def test_the_front_is_before_the_first_missing_row() -> None:
     rows = held(make_plan([3, (1, 2, 2), 2, (1, 2, 3)]))  # text 3, image of 4, text 2, image of 6
     assert rows.front == 3
     rows.write(1, 0, torch.ones(6, WIDTH))
@@ -29,6 +29,18 @@ def test_the_front_is_the_first_missing_row() -> None:
     assert rows.front == 3
     rows.write(0, 0, torch.ones(1, WIDTH))
     assert rows.front == 15
+
+
+def test_the_front_does_not_stop_inside_of_an_image_or_a_frame_pair() -> None:
+    """Its other rows are on their way: computed in pieces, an image costs several reads of the weights."""
+    rows = held(make_plan([3, (1, 2, 2), 2, (2, 1, 3)]))  # 3 of text, an image of 4, 2 of text, 3 + text + 3 of a video
+    rows.write(0, 0, torch.ones(3, WIDTH))
+    assert rows.front == 3
+    rows.write(0, 3, torch.ones(1, WIDTH))
+    rows.write(1, 0, torch.ones(5, WIDTH))
+    assert rows.front == 13
+    rows.write(1, 5, torch.ones(1, WIDTH))
+    assert rows.front == 16
 
 
 @pytest.mark.parametrize("seed", range(4))
