@@ -8,6 +8,7 @@ import itertools
 import mmap
 import os
 import socket
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -58,9 +59,10 @@ class IpcRemote(Remote):
         self._barred.add(barred)
         self._bar: Bar | None = None
         self._running: set[Copying[Any]] = set()
-        self._views: dict[int, tuple[int, asyncio.Future[None]]] = {}
+        self._views: dict[int, tuple[int, asyncio.Future[None], weakref.ref[Any]]] = {}
         self._view_numbers = itertools.count()
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._loop.add_reader(sock.fileno(), self._on_message)
 
     def check(self, leases: Iterable[int]) -> None:
@@ -88,9 +90,9 @@ class IpcRemote(Remote):
             text = f"[{offset}, {offset + size_bytes}) is outside the pool of {self.size_bytes} bytes"
             raise WriteRefused(self._transport, text, peer=self.peer)
         number = next(self._view_numbers)
-        self._views[number] = lease, self._loop.create_future()
         base = np.frombuffer(self._mapping, np.uint8, size_bytes, offset)
-        weakref.finalize(base, self._view_dropped, number).atexit = False
+        dropped = weakref.ref(base, lambda _: self._view_dropped(number))
+        self._views[number] = lease, self._loop.create_future(), dropped
         return memoryview(base)  # type: ignore[arg-type]  # numpy's stubs do not say that arrays are buffers
 
     def place(self, piece: Slice) -> None:
@@ -103,7 +105,7 @@ class IpcRemote(Remote):
 
     async def settled(self) -> None:
         """Returns when every copy and view that exists now has ended."""
-        views = [future for _, future in self._views.values()]
+        views = [future for _, future, _ in self._views.values()]
         await settle(self._running)
         if views:
             await asyncio.wait(views)
@@ -115,12 +117,13 @@ class IpcRemote(Remote):
         self._say_goodbye()
 
     def _view_dropped(self, number: int) -> None:
-        """On whichever thread dropped the last reference to a view."""
+        """On whichever thread dropped the last reference to a view; the loop's own need not be woken up."""
+        soon = self._loop.call_soon if threading.get_ident() == self._thread else self._loop.call_soon_threadsafe
         with contextlib.suppress(RuntimeError):  # the loop is closed: the end of this process will have to do
-            self._loop.call_soon_threadsafe(self._view_ended, number)
+            soon(self._view_ended, number)
 
     def _view_ended(self, number: int) -> None:
-        _, future = self._views.pop(number)
+        _, future, _ = self._views.pop(number)
         if not future.done():
             future.set_result(None)
         self._answer()
@@ -155,7 +158,7 @@ class IpcRemote(Remote):
         if self._bar is None or self._sock is None:
             return
         leases = frozenset(self._bar.leases)
-        if any(lease in leases for lease, _ in self._views.values()):
+        if any(lease in leases for lease, _, _ in self._views.values()):
             return
         if any(not copying.leases.isdisjoint(leases) for copying in self._running):
             return

@@ -172,6 +172,27 @@ async def test_a_peer_that_talks_nonsense_is_gone(answer: bytes, no_leaks: None)
             await connecting
 
 
+async def test_a_small_write_does_not_wait_for_a_huge_one_that_is_stuck(no_leaks: None) -> None:
+    async with Kit(StreamTransport).writer() as (writer, _), server() as (accepted, description):
+        connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
+        others = []
+        for _ in range(2):
+            others.append(await accepted.get())
+            assert isinstance(await others[-1].hear(), Hello)
+            others[-1].writer.write(frame(Welcome(1, 1 << 26)))
+        remote = await connecting
+        huge = asyncio.ensure_future(writer.write(remote, [unlent(b"x" * (64 << 20))]))
+        assert isinstance(await others[1].hear(), Chunk)  # and reads no further: the kernel's buffers are soon full
+        small = asyncio.ensure_future(writer.write(remote, [unlent(b"y" * 1000)]))
+        chunk = await others[0].hear()
+        assert isinstance(chunk, Chunk) and await others[0].reader.readexactly(1000) == b"y" * 1000
+        others[0].writer.write(frame(Placed(chunk.number)))
+        await asyncio.wait_for(small, 10)
+        assert not huge.done()
+        huge.cancel()
+        await asyncio.gather(huge, return_exceptions=True)
+
+
 async def test_one_lost_connection_of_two_loses_the_peer(no_leaks: None) -> None:
     """Also while the second one is being made: nothing of the first may be left."""
     async with Kit(StreamTransport).writer() as (writer, _), server() as (accepted, description):

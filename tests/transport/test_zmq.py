@@ -34,7 +34,7 @@ class Stranger:
         """A writer has two connections: one for small writes, one for the others."""
         for _ in range(2):
             identity, *_ = await asyncio.to_thread(self.sock.recv_multipart)
-            await self.say(identity, encode(Welcome(1, 1 << 20)))
+            await self.say(identity, encode(Welcome(1, 1 << 24)))
 
     async def hear(self) -> object:
         return decode((await asyncio.to_thread(self.sock.recv_multipart))[-1])
@@ -166,6 +166,25 @@ async def test_no_more_than_the_window_is_under_way(no_leaks: None) -> None:
             if number < 7:
                 await other.hear()
         await asyncio.wait_for(write, 10)
+
+
+async def test_a_small_write_does_not_wait_for_a_huge_one_without_credit(no_leaks: None) -> None:
+    kit = Kit(lambda: ZmqTransport(chunk_bytes=2 << 20, window=1))
+    async with kit.writer() as (writer, _), stranger(zmq.ROUTER, None) as (other, port):
+        description = pack("zmq", _Pool("127.0.0.1", port, "p", b""))
+        connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
+        await other.welcome_both()
+        remote = await connecting
+        huge = asyncio.ensure_future(writer.write(remote, [unlent(b"x" * (8 << 20))]))
+        first, *_ = await asyncio.to_thread(other.sock.recv_multipart)  # never answered
+        small = asyncio.ensure_future(writer.write(remote, [unlent(b"y" * 1000)]))
+        second, _, payload = await asyncio.to_thread(other.sock.recv_multipart)
+        assert second != first and payload == b"y" * 1000
+        await other.say(second, encode(Placed(0)))
+        await asyncio.wait_for(small, 10)
+        assert not huge.done()
+        huge.cancel()
+        await asyncio.gather(huge, return_exceptions=True)
 
 
 async def test_a_peer_that_makes_up_answers_is_gone(no_leaks: None) -> None:
