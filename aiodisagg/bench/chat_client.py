@@ -167,6 +167,10 @@ class ChatClient:
         except msgspec.MsgspecError as error:
             raise ServerError(url, f"/v1/models is not a list of models: {error}") from error
 
+    async def metrics(self, url: str) -> str:
+        """A page of metrics as it is. Raises ServerError."""
+        return (await self._get(url)).decode(errors="replace")
+
     async def _get(self, url: str) -> bytes:
         try:
             async with asyncio.timeout(self._timeout_s), self._session.get(url) as response:

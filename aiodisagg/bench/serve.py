@@ -17,6 +17,7 @@ import msgspec
 
 from aiodisagg.bench.chat_body import BodyStyle, make_bodies, make_body, make_text
 from aiodisagg.bench.chat_client import Balance, Balancer, ChatClient, Clock, ServerError, open_session
+from aiodisagg.bench.counters import grown, parse_counters
 from aiodisagg.bench.pictures import PictureFormat
 from aiodisagg.bench.serve_load import ClientCost, Load, watch_client
 from aiodisagg.bench.serve_metrics import Outcome, Summary, Unloaded, by_group, group_of, summarize
@@ -54,6 +55,8 @@ class ServeOptions:
     extra: Mapping[str, object] = field(default_factory=dict)
     form: PictureFormat = "jpeg"
     timeout_s: float = 600.0
+    metrics: tuple[str, ...] = ()
+    """URLs of pages in Prometheus' text format, of any peers; what their counters grow by is part of a run."""
 
     def __post_init__(self) -> None:
         if (self.mix is None) == (not self.trace):
@@ -94,6 +97,8 @@ class Run(msgspec.Struct, frozen=True):
     replicas: dict[str, int]
     """Requests that each URL got."""
     client: Client
+    counters: dict[str, float] = {}
+    """What the counters of ``ServeOptions.metrics`` grew by, those of one name and labels together."""
 
 
 class ServeReport(msgspec.Struct, frozen=True):
@@ -189,7 +194,9 @@ class Bench:
         if options.mix is not None and arrivals is not None:
             requests = generate(options.mix, arrivals, options.requests, seed)
         load = arrivals or Gamma(1.0)  # a trace's times are in its requests
+        before = await self._counters()
         outcomes, cost = await self._send(name, requests, load, f"{name}/{seed}")
+        counters = grown(before, await self._counters())
         late = max((one.sent_s - one.due_s for one in outcomes), default=0.0)
         whole = summarize(outcomes, unloaded, options.slo)
         run = Run(
@@ -203,8 +210,12 @@ class Bench:
             },
             replicas={url: sum(1 for one in outcomes if one.url == url) for url in options.urls},
             client=Client(cost.cpu_share, cost.lag_p99_ms, cost.lag_max_ms, 1000 * late),
+            counters=counters,
         )
         return run, outcomes
+
+    async def _counters(self) -> dict[str, float]:
+        return parse_counters([await self._client.metrics(url) for url in self._options.metrics])
 
     async def _send(
         self, what: str, requests: Sequence[WorkloadRequest], arrivals: Arrivals, salt: str

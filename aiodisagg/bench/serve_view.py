@@ -27,8 +27,11 @@ def _spread(spread: Spread | None, parts: Sequence[str] = _PARTS) -> list[str]:
 
 
 def serve_tables(report: ServeReport) -> Group:
-    """Rates, latencies and groups."""
-    return Group(_rates(report), _latencies(report), _groups(report))
+    """Rates, latencies, groups, and counters if any were asked for."""
+    tables = [_rates(report), _latencies(report), _groups(report)]
+    if any(run.counters for run in report.runs):
+        tables.append(_counters(report))
+    return Group(*tables)
 
 
 def _rates(report: ServeReport) -> Table:
@@ -80,6 +83,16 @@ def _groups(report: ServeReport) -> Table:
                 one, parts = run.groups[name], ("mean", "p99")
                 cells = [*_spread(one.ttft_ms, parts), *_spread(one.tpot_ms, parts)]
                 found.add_row(name, said, run.load, str(one.requests), *cells)
+    return found
+
+
+def _counters(report: ServeReport) -> Table:
+    found = Table(title="What the servers counted", title_justify="left")
+    found.add_column("counter")
+    for run in report.runs:
+        found.add_column(run.load, justify="right")
+    for name in sorted({name for run in report.runs for name in run.counters}):
+        found.add_row(name, *(f"{run.counters.get(name, 0.0):,.10g}" for run in report.runs))
     return found
 
 

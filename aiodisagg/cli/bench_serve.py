@@ -112,6 +112,7 @@ def mix_of(
 @click.option("--slo", default="5,10", help="Multiples of the unloaded latency within which requests count as good.")
 @click.option("--image-format", "form", type=click.Choice(["jpeg", "png"]), default="jpeg")
 @click.option("--extra-body", help='JSON added to every request: {"ignore_eos": true, "min_tokens": 128}.')
+@click.option("--metrics", multiple=True, help="A /metrics URL of any peer; several are added up, run by run.")
 @click.option("--timeout-s", default=600.0, help="Of one request.")
 @click.option("--quick", is_flag=True, help="A dozen requests: shows that it works, not how fast.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON.")

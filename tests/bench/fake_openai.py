@@ -73,6 +73,7 @@ class FakeServer:
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    metrics_text: Callable[[], str] = lambda: ""
     before: Callable[[dict[str, Any]], Any] | None = None
     """Awaited before each answer."""
 
@@ -98,6 +99,9 @@ class FakeServer:
         await response.write_eof()
         return response
 
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics_text())
+
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "fake-vl", "object": "model"}]})
 
@@ -107,6 +111,7 @@ async def serving(server: FakeServer) -> AsyncIterator[FakeServer]:
     app = web.Application(client_max_size=1 << 28)
     app.router.add_post("/v1/chat/completions", server.answer)
     app.router.add_get("/v1/models", server.models)
+    app.router.add_get("/metrics", server.metrics)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:

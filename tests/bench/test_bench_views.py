@@ -55,7 +55,10 @@ def text_of(what: RenderableType, file: Path) -> str:
 
 
 def test_tables_of_serve(tmp_path: Path) -> None:
-    text = text_of(serve_tables(REPORT), tmp_path / "out")
+    counted = msgspec.structs.replace(REPORT.runs[0], counters={"items_total": 1234.0})
+    report = msgspec.structs.replace(REPORT, runs=[counted, REPORT.runs[1]])
+    text = text_of(serve_tables(report), tmp_path / "out")
+    assert "items_total" in text and "1,234" in text
     for said in (
         "m-vl, two, 1 replicas",
         "1 at a time",

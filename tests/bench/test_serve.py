@@ -8,6 +8,7 @@ import pytest
 from fake_openai import FakeClock, FakeServer, Step, answer_of, serving
 
 from aiodisagg.bench.chat_client import ServerError
+from aiodisagg.bench.counters import grown, parse_counters
 from aiodisagg.bench.distributions import exactly, parse_ranges
 from aiodisagg.bench.serve import ServeOptions, ServeReport, bench_serve
 from aiodisagg.bench.serve_metrics import Goodput, Outcome, Spread, Unloaded
@@ -101,6 +102,32 @@ async def test_a_trace_is_replayed_at_its_own_times() -> None:
     assert [one.due_s for one in kept] == [0.5, 2.0]
     assert [body["max_tokens"] for body in server.bodies[-2:]] == [2, 3]
     assert report.runs[0].load == "trace" and sorted(report.unloaded) == ["1 image", "text"]
+
+
+def test_counters_of_several_peers_are_added_up() -> None:
+    page = (
+        "# HELP a_total Things.\n# TYPE a_total counter\n"
+        'a_total{kind="x y"} 3.0\na_total{kind="z"} 1.0 1700000000\nb_total NaN\nc_created 5.0\nd 7.0\n'
+    )
+    before = parse_counters([page, 'a_total{kind="z"} 2'])
+    assert before == {'a_total{kind="x y"}': 3.0, 'a_total{kind="z"}': 3.0}
+    assert grown(before, before | {'a_total{kind="z"}': 5.5, "new_total": 1.0}) == {
+        'a_total{kind="z"}': 2.5,
+        "new_total": 1.0,
+    }
+
+
+async def test_what_a_server_counts_in_each_run() -> None:
+    clock = FakeClock()
+    server = FakeServer(steady, clock)
+    server.metrics_text = lambda: f"asked_total {len(server.bodies)}\n"
+    async with serving(server):
+        given = ServeOptions(
+            urls=(server.url,), mix=MIX, concurrencies=(1, 1), requests=3, warmup=0, probes=0,
+            metrics=(f"{server.url}/metrics",),
+        )  # fmt: skip
+        report = await bench_serve(given, clock=clock)
+    assert [run.counters for run in report.runs] == [{"asked_total": 3.0}] * 2
 
 
 async def test_a_server_that_cannot_be_used() -> None:
