@@ -217,8 +217,9 @@ async def test_cancelled_items_never_reach_the_tower() -> None:
     encoder = Stepped()
     encoder.slow[2] = threading.Event()
     async with bench(encoder, prepare_threads=1) as made:
-        digests = [made.start(n) for n in range(5)]
+        digests = [made.start(0)]
         await made.call()
+        digests += [made.start(n) for n in range(1, 5)]
         await made.prepared("1")
         await made.until(("preparing", "2"))
         for digest in digests[1:]:
