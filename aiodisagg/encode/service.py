@@ -175,7 +175,7 @@ class EncodeService:
 
     def load(self) -> Load:
         """How busy this peer is, for the bootstrap server."""
-        patches = self.pipeline.patches + self.sender.sources.waiting_patches
+        patches = self.sender.sources.waiting_patches
         return Load(queued=self.pipeline.waiting, active=len(self.sender.items), patches=patches)
 
     def record(self) -> PeerRecord:

@@ -7,9 +7,9 @@ starts at once. Room for a source is promised before its encoding begins.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from math import prod
 
 from aiodisagg.protocol.events import CancelEncode, DropSource, SenderAction, StartEncode
 from aiodisagg.protocol.messages import ItemKey, Want
@@ -54,8 +54,8 @@ class SourceTable:
 
     @property
     def waiting_patches(self) -> int:
-        """Of jobs that wait for memory."""
-        return sum(math.prod(self._sources[digest].job.grid_thw) for digest in self._queue)
+        """Patches of the items whose rows do not all exist yet."""
+        return sum(prod(source.job.grid_thw) for source in self._sources.values() if not source.complete)
 
     def acquire(self, want: Want, user: User) -> Source | None:
         """The source for a want, made from its media if there is none; None if the media are needed first."""
