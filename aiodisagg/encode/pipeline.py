@@ -49,8 +49,6 @@ class _Job:
     start: StartEncode
     order: int
     since: float
-    left: int
-    """Patches whose rows do not exist yet."""
     prepared: int = 0
     """Patches of it that count as prepared and not yet encoded."""
     begun: bool = False
@@ -124,15 +122,9 @@ class EncodePipeline:
         """Jobs whose rows are not complete."""
         return len(self._jobs)
 
-    @property
-    def patches(self) -> int:
-        """Patches of those jobs whose rows do not exist yet."""
-        return sum(job.left for job in self._jobs.values())
-
     def start(self, job: StartEncode) -> None:
-        t, h, w = job.grid_thw
         self._started += 1
-        entry = self._jobs[job.digest] = _Job(job, self._started, time.monotonic(), t * h * w)
+        entry = self._jobs[job.digest] = _Job(job, self._started, time.monotonic())
         entry.waiting = self._tasks.start(self._prepare(entry), f"prepare {job.digest}")
 
     def cancel(self, digest: str) -> None:
@@ -181,7 +173,7 @@ class EncodePipeline:
             self._stop(entry)
             return
         self._enter(entry, "prepared")
-        entry.prepared = entry.left = patches.count
+        entry.prepared = patches.count
         self._prepared_patches += patches.count
         self._tower.add(digest, entry.order, patches, entry.start.rows)
 
@@ -219,7 +211,6 @@ class EncodePipeline:
             entry = self._jobs[piece.digest]
             self._tower.brought(piece)
             self._make_room(entry, piece.patches)
-            entry.left -= piece.patches
             if isinstance(rows, Exception):
                 self._failed(entry, rows)
             elif entry.end is None or (piece.last and entry.end.code == "cancelled"):

@@ -129,7 +129,7 @@ class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
 
     Stages are ``preparing``, ``prepared``, ``encoding`` and ``encoded``.
     ``ready`` counts the contiguous front of rows that can be written now, so blocks can be lent where they are used.
-    It grows batch by batch of the tower.
+    It grows batch by batch of the tower, ``encoding`` being said again with each.
     """
 
     key: ItemKey
