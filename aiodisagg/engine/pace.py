@@ -29,7 +29,11 @@ _OUTLIER = 4.0
 """A step that took this many times what was expected counts as this many times: something else held it up."""
 _SETTLED = 8
 """Steps of a kind before outliers can be told."""
-_SWEEPS = 20
+_REFIT = 16
+"""Steps between fits while there is nothing to decide: a fit takes as long as a few hundred additions in Python."""
+_SWEEPS = 100
+_SETTLES = 1e-3
+"""Fitting ends when no cost changes what it explains by more than about this part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class Pace:
         self.budget_s = budget_s
         self._memories = {False: _Memory(), True: _Memory()}
         self._costs = [0.0] * 5
-        self._stale = False
+        self._unfitted = 0  # steps since the last fit
         self._tried = 0.0
 
     def __repr__(self) -> str:
@@ -101,15 +105,18 @@ class Pace:
         scale = seconds
         if memory.steps >= _SETTLED:
             # Relative to what was expected: else a machine that got slower would long be judged by its fast steps.
-            scale = max(self.expect(shape), 1e-6)
+            scale = max(self._sum(shape, self._fitted(min(_REFIT, memory.steps - _SETTLED))), 1e-6)
             seconds = min(seconds, _OUTLIER * scale)
         memory.add(shape._terms, seconds, scale)
         self._tried = max(float(shape.prefill), _FADE * self._tried if shape.prefill else self._tried)
-        self._stale = True
+        self._unfitted += 1
 
     def expect(self, shape: StepShape) -> float:
         """Seconds that a step of this shape should take."""
-        return sum(cost * term for cost, term in zip(self._fitted(), shape._terms, strict=True))
+        return self._sum(shape, self._fitted())
+
+    def _sum(self, shape: StepShape, costs: list[float]) -> float:
+        return sum(cost * term for cost, term in zip(costs, shape._terms, strict=True))
 
     def prefill_beside(self, decodes: StepShape, start: int, most: int) -> int:
         """Prompt tokens, at least 1 and at most ``most``, for a step with these decodes.
@@ -125,20 +132,28 @@ class Pace:
         fits = 2 * room / below if below > 0 else inf
         return max(1, int(min(fits, max(_FIRST, 2 * self._tried), most)))
 
-    def _fitted(self) -> list[float]:
-        if self._stale:
+    def _fitted(self, patience: int = 0) -> list[float]:
+        if self._unfitted > patience:
             self._fit()
-            self._stale = False
+            self._unfitted = 0
         return self._costs
 
     def _fit(self) -> None:
-        """Coordinate descent from the last fit: each cost in turn takes its best value that is not negative."""
+        """Coordinate descent from the last fit: each cost in turn takes its best value that is not negative.
+
+        Attention and tokens come first and the step's own cost last: as long as a few steps leave it open what took
+        the time, more prefill is thought to take more of it.
+        """
         a, b = self._memories.values()
         products = [[x + y for x, y in zip(p, q, strict=True)] for p, q in zip(a.products, b.products, strict=True)]
         targets = [x + y for x, y in zip(a.targets, b.targets, strict=True)]
         costs = self._costs
         for _ in range(_SWEEPS):
-            for i, row in enumerate(products):
+            moved = 0.0
+            for i, row in reversed(list(enumerate(products))):
                 if row[i] > 0:
                     error = targets[i] - sum(c * p for c, p in zip(costs, row, strict=True))
-                    costs[i] = max(0.0, costs[i] + error / row[i])
+                    before, costs[i] = costs[i], max(0.0, costs[i] + error / row[i])
+                    moved = max(moved, abs(costs[i] - before) * sqrt(row[i]))
+            if moved < _SETTLES:
+                return

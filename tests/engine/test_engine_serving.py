@@ -250,6 +250,32 @@ async def test_limits_are_errors_at_submit() -> None:
         assert engine.limit == 10
 
 
+@pytest.mark.parametrize("budget_ms", [20.0, 0.0])
+async def test_prefill_beside_a_stream_is_bounded_by_what_steps_took(
+    budget_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose steps take 0.2 ms a token by the clock that the step thread reads."""
+    model, now, sizes = tiny_model("dense"), [0.0], []
+
+    def compute(kwargs: dict[str, Any]) -> None:
+        sizes.append(kwargs["inputs_embeds"].shape[1])
+        now[0] += 0.0002 * sizes[-1]
+
+    monkeypatch.setattr("aiodisagg.engine.worker.perf_counter", lambda: now[0])
+    async with make_engine(model, token_budget=512, itl_budget_ms=budget_ms) as engine:
+        with hooked(model, compute):
+            stream = submit(engine, make_plan([70]), max_tokens=200)
+            await stream.admitted
+            answer = await ask(engine, make_plan([1000], seed=1), max_tokens=1)
+            stream.cancel()
+    assert len(answer.tokens) == 1 and sum(sizes) >= 1070
+    if budget_ms:
+        assert max(sizes) < 115 and sizes.count(1) < 200, "a step took more than its time, or nothing was prefilled"
+        assert sum(size > 80 for size in sizes) >= 5, "steps were smaller than they had to be"
+    else:
+        assert max(sizes) == 512
+
+
 def make_plan_empty() -> Any:
     full = make_plan([1])
     return type(full)(full.input_ids[:0], full.positions[:, :0], 0, ())
