@@ -81,6 +81,17 @@ def test_only_intervals_with_somebody_waiting_set_prices() -> None:
     assert front.price(PICTURE) == pytest.approx(2.0)
 
 
+def test_an_interval_in_which_nobody_waited_for_a_while_is_not_saturated() -> None:
+    front = Front.of(known=True, min_in_flight=1, window_s=1e-9)
+    before = front.price(PICTURE)
+    front.arrive("0")
+    for n in range(30):
+        front.tick(100.0)
+        front.arrive(str(n + 1))
+        front.token(str(n))
+    assert front.price(PICTURE) == pytest.approx(before)
+
+
 def test_waiting_for_a_place_in_the_engine_is_part_of_the_price() -> None:
     front = Front.of(max_running=1)
     for n in range(20):
