@@ -80,7 +80,7 @@ class Sharing:
         for key, spec in items:
             wanted = self._wanted[key] = _Wanted(spec, timeout_s, now + timeout_s)
             if (rows := self.cache.get(spec.digest)) is not None:
-                self._traces.found(key, "cached")
+                self._traces.cached(key)
                 self._from_cache(key, rows)
             elif self._join(key, wanted):
                 fetched.append((key, spec, timeout_s))
@@ -108,7 +108,7 @@ class Sharing:
         return sum(keeping.values()) + size_bytes <= self.cache.capacity_bytes
 
     def _share(self, key: ItemKey, wanted: _Wanted, fan: FanOut) -> None:
-        self._traces.found(key, "shared")
+        self._traces.shared(key, self.sharers(key)[0], fan.counted)
         wanted.fan = fan
         wanted.timer = self._loop.call_at(wanted.deadline, self._too_late, key)
         if spans := fan.share(key):
@@ -208,10 +208,10 @@ class Sharing:
         fan = self._fans.get(leg)
         if fan is None:
             return
-        here = fan.here
-        for key in self.sharers(leg) if here > fan.counted else ():
-            self._traces.arrived(key, here - fan.counted, (here - fan.counted) * self._row_bytes)
-        fan.counted = here
+        new = fan.here - fan.counted
+        for i, key in enumerate(self.sharers(leg) if new else ()):
+            self._traces.arrived(key, new, 0 if i else new * self._row_bytes)
+        fan.counted += new
 
     def landed(self, leg: ItemKey) -> None:
         """All rows of a fetch were taken."""

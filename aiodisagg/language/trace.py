@@ -23,6 +23,7 @@ class ItemTrace(msgspec.Struct):
     peers: list[str] = []
     rows_arrived: int = 0
     bytes_arrived: int = 0
+    """What was sent for this item; less than its rows if it was shared or cached."""
     moves: int = 0
     """How often the item went to another peer."""
     hedged: str = ""
@@ -88,10 +89,18 @@ class Traces:
         item.peers.append(peer)
         item.stage = "asked"
 
-    def found(self, key: ItemKey, stage: str) -> None:
-        """The item was not asked for: it is ``cached``, or ``shared`` with a request that asked for it before."""
+    def cached(self, key: ItemKey) -> None:
+        """The item's rows were here."""
         if (found := self._items.get(key)) is not None:
-            found[1].stage = stage
+            trace, item = found
+            item.stage, item.rows_arrived, item.complete_s = "cached", item.rows, trace.since()
+
+    def shared(self, key: ItemKey, first: ItemKey, rows: int) -> None:
+        """``first`` asked for the same before, and has ``rows`` of it."""
+        if (found := self._items.get(key)) is not None:
+            item, other = found[1], self._items.get(first)
+            item.stage, item.rows_arrived = "shared", rows
+            item.peers = [] if other is None else other[1].peers[-1:]
 
     def heard(self, message: Message) -> None:
         """A sender's word about an item."""

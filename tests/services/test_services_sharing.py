@@ -68,8 +68,10 @@ async def test_an_image_that_many_want_is_encoded_and_sent_once_and_then_kept(
         assert "aiodisagg_row_cache_hits_total 3.0" in text
         assert f"aiodisagg_row_cache_saved_bytes_total {3.0 * size}" in text
         assert "aiodisagg_fetches_shared_total 2.0" in text
-        stages = [item.stage for trace in made.language.traces.recent() for item in trace.items]
-        assert sorted(stages) == ["cached"] * 3 + ["complete"] * 3
+        items = [item for trace in made.language.traces.recent() for item in trace.items]
+        assert sorted(item.stage for item in items) == ["cached"] * 3 + ["complete"] * 3
+        assert all(item.rows_arrived == item.rows and item.complete_s >= 0 for item in items)
+        assert sum(item.bytes_arrived for item in items) == size
 
 
 async def test_what_is_kept_needs_no_encode_peer(moe: Path) -> None:
