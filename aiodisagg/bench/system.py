@@ -144,7 +144,9 @@ async def system(
             secret.write_text(secrets.token_hex(32))
             common += ["--secret-file", str(secret)]
             encode_options += ["--secret-file", str(secret), "--listen", f"tcp:{there}:0"]
-        language_options = [*common, "--name", "language-1", "--port", "0", "--block-rows", str(block_rows)]
+        # Every wave asks the same: its images have to come each time.
+        language_options = [*common, "--no-prefix-cache", "--name", "language-1", "--port", "0"]
+        language_options += ["--block-rows", str(block_rows)]
         language_options += ["--pool-mib", str(pool_mib), "--max-requests", str(2 * len(asks))]
         language_options += ["--max-running", str(len(asks)), "--failover-s", "1"]
         # The same images round after round, each fetched once from one peer: what is measured is the way they come.

@@ -13,7 +13,6 @@ Only full pages have keys. Blake2b keeps an attacker from making two pages with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from hashlib import blake2b
 
 import numpy as np
@@ -29,53 +28,49 @@ class PageKeys:
     def __init__(self, plan: PromptPlan, page_size: int) -> None:
         self._page_size = page_size
         self.keys: list[bytes] = []
-        full = plan.tokens // page_size * page_size
-        pieces = _pieces(plan, page_size)
-        piece = next(pieces, None)
-        for start in range(0, plan.tokens, page_size):
-            said = b""
-            while piece is not None and piece[0] == start:
-                said += piece[1]
-                piece = next(pieces, None)
-            if start < full:
-                stop = start + page_size
-                self._append(plan.input_ids[start:stop], plan.positions[:, start:stop], said)
+        pages = plan.tokens // page_size
+        full = pages * page_size
+        said = _items_of_pages(plan, page_size)
+        # [pages, ids and three rows of positions, tokens of a page]
+        numbers = np.concatenate([plan.input_ids[None], plan.positions])[:, :full].reshape(4, pages, page_size)
+        for i, page in enumerate(np.ascontiguousarray(numbers.transpose(1, 0, 2), dtype="<i8")):
+            self._append(page, said.get(i, b""))
         # What the next page begins with.
-        self._ids: list[int] = plan.input_ids[full:].tolist()
-        self._positions: list[list[int]] = plan.positions[:, full:].tolist()
-        self._said = said if full < plan.tokens else b""
+        self._tail: list[list[int]] = [plan.input_ids[full:].tolist(), *plan.positions[:, full:].tolist()]
+        self._said = said.get(pages, b"")
 
     def __repr__(self) -> str:
         return f"<PageKeys {len(self.keys)} pages of {self._page_size}>"
 
     def grow(self, token: int, position: int) -> None:
         """The answer's next token, at ``position`` in all three rows."""
-        self._ids.append(token)
-        for row in self._positions:
-            row.append(position)
-        if len(self._ids) == self._page_size:
-            self._append(np.array(self._ids), np.array(self._positions), self._said)
-            self._ids, self._positions, self._said = [], [[], [], []], b""
+        for row, number in zip(self._tail, (token, position, position, position), strict=True):
+            row.append(number)
+        if len(self._tail[0]) == self._page_size:
+            self._append(np.array(self._tail, dtype="<i8"), self._said)
+            self._tail, self._said = [[], [], [], []], b""
 
-    def _append(self, ids: np.ndarray, positions: np.ndarray, items: bytes) -> None:
-        # Everything before ``items`` has a fixed length, so no two inputs are one string of bytes.
+    def _append(self, numbers: np.ndarray, items: bytes) -> None:
+        # ``numbers`` has a fixed length, so no two inputs are one string of bytes.
         key = blake2b(self.keys[-1] if self.keys else bytes(_KEY_BYTES), digest_size=_KEY_BYTES)
-        key.update(ids.astype("<i8", copy=False).tobytes())
-        key.update(positions.astype("<i8", copy=False).tobytes())
+        key.update(numbers.data)
         key.update(items)
         self.keys.append(key.digest())
 
 
-def _pieces(plan: PromptPlan, page_size: int) -> Iterator[tuple[int, bytes]]:
-    """(first token of a page, what of an item begins or goes on in it), in the order of the prompt."""
+def _items_of_pages(plan: PromptPlan, page_size: int) -> dict[int, bytes]:
+    """For each page that visual tokens lie in, which rows of which items they are."""
+    said: dict[int, bytes] = {}
     for item in plan.items:
         what = f"{item.digest} {item.kind} {item.grid_thw} {item.fps!r}"
         row = 0
         for start, stop in item.spans:
             at = start
             while at < stop:
-                page = at // page_size * page_size
-                end = min(stop, page + page_size)
-                yield page, f"[{at - page}, {end - page}) is {what} from {row + at - start};".encode()
+                page, offset = divmod(at, page_size)
+                end = min(stop, (page + 1) * page_size)
+                piece = f"[{offset}, {offset + end - at}) is {what} from {row + at - start};"
+                said[page] = said.get(page, b"") + piece.encode()
                 at = end
             row += stop - start
+    return said
