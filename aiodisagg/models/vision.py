@@ -11,7 +11,7 @@ would get alone (bit for bit on a CPU; on a GPU, matrix products may be tiled by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,14 @@ class Qwen3VLVisionEncoder:
             self._stream = torch.cuda.Stream(self.device)
             self.cuts_on_device = can_resize(self._image) and can_resize(self._video)
 
+    def _here(self) -> AbstractContextManager[object]:
+        """Makes the tower's device this thread's current one: for kernels, and for what pins memory."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def use_fused(self) -> dict[str, float]:
         """Has the tower run by kernels chosen on its device; times of its attention, see ``choose_kernels``."""
         self.fused = FusedTower(self._tower)
-        here = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with torch.inference_mode(), here:
+        with torch.inference_mode(), self._here():
             return choose_kernels(self.fused, self._tower.dtype, self.device)
 
     def __repr__(self) -> str:
@@ -97,7 +100,8 @@ class Qwen3VLVisionEncoder:
                 size = f"{frame.width} x {frame.height} pixels"
                 raise MediaError(f"{kind.value}[{i}]", f"{size} do not give a grid of {grid_thw}")
         if self.cuts_on_device:
-            return Patches(_bytes_of(frames, pinned=self.device.type == "cuda"), grid_thw, kind)
+            with self._here():
+                return Patches(_bytes_of(frames, pinned=self.device.type == "cuda"), grid_thw, kind)
         return Patches(torch.from_numpy(cut_patches(frames, grid_thw, settings)), grid_thw, kind)
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
