@@ -75,7 +75,8 @@ def _run_triton(
 ) -> torch.Tensor:
     from aiodisagg.engine.triton_experts import plan_of, run_experts
 
-    return run_experts(x, ids, weights, gate_up, down, plan_of(*ids.shape, down.shape[0], plans))
+    plan = plan_of(ids.shape[0], ids.shape[1], down.shape[0], plans)
+    return run_experts(x, ids, weights, gate_up, down, plan)
 
 
 @dataclass(slots=True)
