@@ -157,7 +157,8 @@ async def _cases(
     async def alone(name: str, said: str, images: int, times: int, tokens: int = 4) -> None:
         answers = []
         for i in range(times + 1):  # the first one warms up
-            answers.append(await ask(service, said, pictures(images), tokens))
+            # Another beginning each time: no pages of an earlier prompt are used again.
+            answers.append(await ask(service, f"{name} {i}: {said}", pictures(images), tokens))
             bench.say(f"serve: {name}, {i or 'warming'}: first token {answers[-1].first_s * 1e3:.1f} ms")
         firsts = [a.first_s for a in answers[1:]]
         found[name] = {"ttft_ms": statistics.median(firsts) * 1e3, "all_ms": [round(f * 1e3, 1) for f in firsts]}

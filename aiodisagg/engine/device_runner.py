@@ -84,7 +84,11 @@ class DeviceRunner:
         if why := unsupported(model):
             logger.warning("the fused decoder cannot run this model: %s", why)
             return None
-        return cls(model, pool, **sizes)
+        try:
+            return cls(model, pool, **sizes)
+        except Exception:  # a layer of these names that is built otherwise, or no memory to try kernels in
+            logger.exception("the fused decoder cannot run this model")
+            return None
 
     def _new_inputs(self, tokens: int, segments: int) -> StepInputs:
         return new_inputs(self.shapes, tokens=tokens, segments=segments, pages=segments * self._context_pages)

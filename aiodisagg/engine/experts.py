@@ -1,10 +1,11 @@
-"""The experts of a layer, three ways, and which of them a number of tokens gets.
+"""The experts of a layer, several ways, and which of them a number of tokens gets.
 
 All take x [T, h], ids int32 [T, k] (E: padding), weights [T, k], gate_up [E, 2I, h] and down [E, h, I] as transformers
 holds them, and give the weighted outputs [T*k, h] of each (token, expert) pair; the rows of padding are undefined. None
-of the first two waits for the device, so both may be captured by a CUDA graph.
+but the last waits for the device, so all others may be captured by a CUDA graph.
 
-* ``triton``: :mod:`aiodisagg.engine.triton_experts`, which reads only the chosen experts and pads small groups to 16.
+* ``triton`` (in two tastes): :mod:`aiodisagg.engine.triton_experts`, which reads only the chosen experts and pads small
+  groups to 16.
 * ``grouped``: torch's grouped matrix product over pairs sorted by expert.
 * ``loop``: one expert after another; the reference.
 
@@ -16,6 +17,7 @@ Which is faster depends on the chip and on rows per expert, so it is measured on
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,6 +68,15 @@ def run_grouped(
     out = torch.empty_like(made)
     out[order] = made * weights.reshape(-1)[order, None]
     return out
+
+
+def _run_triton(
+    plans: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    from aiodisagg.engine.triton_experts import plan_of, run_experts
+
+    plan = plan_of(ids.shape[0], ids.shape[1], down.shape[0], plans)
+    return run_experts(x, ids, weights, gate_up, down, plan)
 
 
 @dataclass(slots=True)
@@ -133,9 +144,9 @@ def choose_experts(
 def _candidates() -> dict[str, RunExperts]:
     ways: dict[str, RunExperts] = {}
     try:
-        from aiodisagg.engine.triton_experts import run_experts
+        from aiodisagg.engine.triton_experts import SETS
 
-        ways["triton"] = run_experts
+        ways.update({name: functools.partial(_run_triton, plans) for name, plans in SETS.items()})
     except Exception as error:  # no Triton, or one that cannot define them
         logger.warning("no Triton experts: %r", error)
     ways["grouped"] = run_grouped

@@ -162,9 +162,10 @@ def _block_m(group: int) -> int:
 
 
 def splits(entries: int, kv_heads: int, multiprocessors: int = 132) -> int:
-    """Parts a context is cut into: enough programs for two on each multiprocessor, at most 32."""
+    """Parts a context is cut into: enough programs for two on each multiprocessor. Three numbers only, for each is
+    compiled anew; a part too many costs a program that finds nothing to do."""
     wanted = -(-2 * multiprocessors // max(1, entries * kv_heads))
-    return min(32, triton.next_power_of_2(wanted))
+    return 32 if wanted > 8 else 8 if wanted > 2 else 2
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Any, scaling: float) -> torch.Tensor:

@@ -141,20 +141,32 @@ class Plan:
     alone: bool = False
 
 
-ALONE = Plan(Tiles(16, 32, 128, 4, 4), Tiles(16, 64, 128, 4, 4), alone=True)
-FEW = Plan(Tiles(16, 64, 128, 4, 3), Tiles(16, 64, 128, 4, 4))
-SOME = Plan(Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 4))
-MANY = Plan(Tiles(128, 64, 64, 8, 4), Tiles(128, 128, 64, 8, 4))
-PLANS = {"alone": ALONE, "few": FEW, "some": SOME, "many": MANY}
+SETS: dict[str, tuple[Plan, Plan, Plan, Plan]] = {
+    "triton": (
+        Plan(Tiles(16, 32, 128, 4, 4), Tiles(16, 64, 128, 4, 4), alone=True),
+        Plan(Tiles(16, 64, 128, 4, 3), Tiles(16, 64, 128, 4, 4)),
+        Plan(Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 4)),
+        Plan(Tiles(128, 64, 64, 8, 4), Tiles(128, 128, 64, 8, 4)),
+    ),
+    "triton, wide": (
+        Plan(Tiles(16, 64, 64, 4, 5), Tiles(16, 128, 128, 8, 3), alone=True),
+        Plan(Tiles(16, 128, 64, 8, 4), Tiles(16, 128, 128, 8, 3)),
+        Plan(Tiles(32, 128, 64, 8, 3), Tiles(32, 128, 128, 8, 3)),
+        Plan(Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3)),
+    ),
+}
+"""Shapes for a pair alone, and for few, some and many rows an expert; two tastes, of which a chip prefers one or the
+other for each."""
 
 
-def plan_of(tokens: int, top_k: int, experts: int) -> Plan:
+def plan_of(tokens: int, top_k: int, experts: int, plans: tuple[Plan, Plan, Plan, Plan]) -> Plan:
     """By how many rows an expert gets on average."""
+    alone, few, some, many = plans
     pairs = tokens * top_k
     if pairs <= 64:
-        return ALONE
+        return alone
     each = pairs / experts
-    return FEW if each <= 12 else SOME if each <= 64 else MANY
+    return few if each <= 12 else some if each <= 64 else many
 
 
 def run_experts(
@@ -163,13 +175,12 @@ def run_experts(
     weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-    plan: Plan | None = None,
+    plan: Plan,
 ) -> torch.Tensor:
     """See :mod:`aiodisagg.engine.experts`."""
     experts, hidden, inner = down.shape
     tokens, top_k = ids.shape
     pairs, device = tokens * top_k, x.device
-    plan = plan or plan_of(tokens, top_k, experts)
     m = plan.gate_up.m
     if plan.alone:
         blocks = pairs
@@ -179,7 +190,7 @@ def run_experts(
         counts = torch.empty(experts, dtype=torch.int32, device=device)
         order = torch.empty(blocks * m, dtype=torch.int32, device=device)
         block_expert = torch.empty(blocks, dtype=torch.int32, device=device)
-        chunk = min(2048, max(64, triton.next_power_of_2(pairs)))
+        chunk = 512 if pairs <= 512 else 2048
         _count[(experts,)](ids, counts, pairs, CHUNK=chunk, num_warps=4)
         _place[(experts,)](
             ids, counts, order, block_expert, pairs, blocks,

@@ -112,13 +112,12 @@ class Planner(Protocol):
 class Patches:
     """A preprocessed item and its grid in patches.
 
-    pixel_values: float32 [t*h*w, 3*2*16*16]; or, for an encoder that resizes and cuts on its device, the decoded
-    frames, uint8 [n, H, W, 3].
+    pixel_values: float32 [t*h*w, 3*2*16*16]; or, of an image for an encoder that resizes and cuts on its device, the
+    decoded picture, uint8 [1, H, W, 3].
     """
 
     pixel_values: torch.Tensor
     grid_thw: tuple[int, int, int]
-    kind: ItemKind = ItemKind.IMAGE
 
     @property
     def count(self) -> int:

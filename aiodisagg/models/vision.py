@@ -11,7 +11,7 @@ would get alone (bit for bit on a CPU; on a GPU, matrix products may be tiled by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +66,20 @@ class Qwen3VLVisionEncoder:
         self._tower, self.fingerprint, self.layout = tower, model, RowLayout.of(model)
         self.device = torch.device(device)
         self.fused: FusedTower | None = None
-        self._stream: torch.cuda.Stream | None = None
         self.cuts_on_device = False
-        """Whether ``prepare`` only decodes, and ``encode`` resizes and cuts."""
+        """Whether ``prepare`` only decodes images, and ``encode`` resizes and cuts them."""
         if self.device.type == "cuda":
             self.use_fused()
-            self._stream = torch.cuda.Stream(self.device)
-            self.cuts_on_device = can_resize(self._image) and can_resize(self._video)
+            self.cuts_on_device = can_resize(self._image)
+
+    def _here(self) -> AbstractContextManager[object]:
+        """Makes the tower's device this thread's current one: for kernels, and for what pins memory."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def use_fused(self) -> dict[str, float]:
         """Has the tower run by kernels chosen on its device; times of its attention, see ``choose_kernels``."""
         self.fused = FusedTower(self._tower)
-        here = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with torch.inference_mode(), here:
+        with torch.inference_mode(), self._here():
             return choose_kernels(self.fused, self._tower.dtype, self.device)
 
     def __repr__(self) -> str:
@@ -96,27 +97,18 @@ class Qwen3VLVisionEncoder:
             if frame.size != frames[0].size or not fits(frame.height, frame.width, grid_thw, settings):
                 size = f"{frame.width} x {frame.height} pixels"
                 raise MediaError(f"{kind.value}[{i}]", f"{size} do not give a grid of {grid_thw}")
-        if self.cuts_on_device:
-            return Patches(_bytes_of(frames, pinned=self.device.type == "cuda"), grid_thw, kind)
-        return Patches(torch.from_numpy(cut_patches(frames, grid_thw, settings)), grid_thw, kind)
+        if self.cuts_on_device and kind is ItemKind.IMAGE:  # a video is taken apart by its patches, so they are needed
+            with self._here():
+                return Patches(_bytes_of(frames[0], pinned=self.device.type == "cuda"), grid_thw)
+        return Patches(torch.from_numpy(cut_patches(frames, grid_thw, settings)), grid_thw)
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
         """Runs the tower once: for each item packed rows [rows, (1+k)*h] of ``layout.dtype``, contiguous, on
-        ``device``. One call at a time.
-
-        On a GPU it works on a stream of its own, which the caller's stream waits for."""
+        ``device``. One call at a time; on a GPU by the current stream, which is not waited for."""
         if not batch:
             return []
-        with torch.inference_mode():
-            if self._stream is None:
-                return self._encode(batch)
-            caller = torch.cuda.current_stream(self.device)
-            with torch.cuda.stream(self._stream):
-                made = self._encode(batch)
-            caller.wait_stream(self._stream)
-            for rows in made:
-                rows.record_stream(caller)
-            return made
+        with torch.inference_mode(), self._here():
+            return self._encode(batch)
 
     def _encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
         grids = [patches.grid_thw for patches in batch]
@@ -134,15 +126,13 @@ class Qwen3VLVisionEncoder:
         values = patches.pixel_values.to(self.device, non_blocking=True)
         if values.dtype is not torch.uint8:
             return values.to(self._tower.dtype)
-        settings = self._video if patches.kind is ItemKind.VIDEO else self._image
-        return cut(values, patches.grid_thw, settings, self._tower.dtype)
+        return cut(values, patches.grid_thw, self._image, self._tower.dtype)
 
 
-def _bytes_of(frames: Sequence[Image.Image], *, pinned: bool) -> torch.Tensor:
-    """uint8 [n, H, W, 3]; pinned, so that the copy to the device is asynchronous."""
-    made = torch.empty(len(frames), frames[0].height, frames[0].width, 3, dtype=torch.uint8, pin_memory=pinned)
-    for frame, target in zip(frames, made.numpy(), strict=True):
-        np.copyto(target, np.asarray(frame))
+def _bytes_of(frame: Image.Image, *, pinned: bool) -> torch.Tensor:
+    """uint8 [1, H, W, 3]; pinned, so that the copy to the device is asynchronous."""
+    made = torch.empty(1, frame.height, frame.width, 3, dtype=torch.uint8, pin_memory=pinned)
+    np.copyto(made[0].numpy(), np.asarray(frame))
     return made
 
 

@@ -94,9 +94,7 @@ def test_tiles_of_no_segment_are_left_alone() -> None:
 
 def test_a_long_context_is_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert triton_attention.splits(64, 4) == 2
-    assert triton_attention.splits(1000, 8) == 1
-    assert triton_attention.splits(1, 1) == 32
+    assert [triton_attention.splits(batch, 4) for batch in (1, 8, 16, 32, 64, 1000)] == [32, 32, 8, 8, 2, 2]
     step, query, pool = filled(shapes(kv_heads=1, group=1), [(1, 700)])
     close(triton_attention.attend(query, *pool, step, 0.25), attend(query, *pool, step, 0.25))
 
@@ -158,19 +156,22 @@ def test_logits_that_are_not_numbers_choose_experts_that_exist() -> None:
     assert ids.max() < 6
 
 
-@pytest.mark.parametrize("name", triton_experts.PLANS)
-def test_experts_by_every_plan(name: str) -> None:
+PLANS = [plan for plans in triton_experts.SETS.values() for plan in plans]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.gate_up.m}-{plan.gate_up.n}-{plan.down.n}")
+def test_experts_by_every_plan(plan: triton_experts.Plan) -> None:
     of, inner = shapes(), 40  # which is no multiple of any block
     gate_up, down = torch.randn(of.experts, 2 * inner, of.hidden) * 0.2, torch.randn(of.experts, of.hidden, inner)
     x, ids, weights = draw(of, 11, padding=2)
     ids[0, 0] = ids[1, 0] = 5  # somebody has company, and expert 4 nobody
     ids[ids == 4] = 3
-    found = triton_experts.run_experts(x, ids, weights, gate_up, down, triton_experts.PLANS[name])
+    found = triton_experts.run_experts(x, ids, weights, gate_up, down, plan)
     close(found[:-4], run_loop(x, ids, weights, gate_up, down)[:-4])
 
 
 def test_plans_by_rows_per_expert() -> None:
-    assert triton_experts.plan_of(8, 8, 128) is triton_experts.ALONE
-    assert triton_experts.plan_of(64, 8, 128) is triton_experts.FEW
-    assert triton_experts.plan_of(512, 8, 128) is triton_experts.SOME
-    assert triton_experts.plan_of(2048, 8, 128) is triton_experts.MANY
+    for plans in triton_experts.SETS.values():
+        found = [triton_experts.plan_of(tokens, 8, 128, plans) for tokens in (8, 64, 512, 2048)]
+        assert found == list(plans)
+        assert [plan.gate_up.m == plan.down.m for plan in plans] == [True] * 4  # they share the order of pairs

@@ -84,13 +84,13 @@ def test_resize_is_pillows(height: int, width: int) -> None:
 
 @pytest.mark.parametrize("item", range(len(ITEMS)))
 def test_pixels_cut_on_the_device(tiny: Tiny, item: int) -> None:
-    """``prepare`` leaves bytes of the picture, and the tower gets what it would have got."""
+    """``prepare`` leaves the bytes of an image, and the tower gets what it would have got."""
     kind, media, grid = ITEMS[item]
     encoder = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)
     wanted = encoder._pixels(encoder.prepare(kind, media, grid, 2.0))
     encoder.cuts_on_device = True
     patches = encoder.prepare(kind, media, grid, 2.0)
-    assert patches.pixel_values.dtype is torch.uint8
+    assert patches.pixel_values.dtype is (torch.uint8 if kind is ItemKind.IMAGE else torch.float32)
     assert patches.count == wanted.shape[0]
     difference = (encoder._pixels(patches) - wanted).abs()
     assert difference.max() <= 0.0079  # one level of 255, on a scale of -1 to 1
