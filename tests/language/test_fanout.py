@@ -118,6 +118,25 @@ async def test_the_end_waits_for_deliveries_on_other_threads() -> None:
     assert taken.whole(A) and fan.complete
 
 
+async def test_who_joins_while_a_chunk_is_delivered_gets_it_from_that_delivery() -> None:
+    taken, entered, gate = Taken(), threading.Event(), threading.Event()
+
+    def deliver(key: ItemKey, start: int, data: Data) -> None:
+        if key == A:
+            entered.set()
+            assert gate.wait(30)
+        taken(key, start, data)
+
+    fan = FanOut(10, ROW, deliver, keeps=True, accelerator=None)
+    fan.share(A)
+    work = asyncio.ensure_future(asyncio.to_thread(fan.deliver, 0, chunk(0, 10)))
+    await asyncio.to_thread(entered.wait)
+    assert fan.share(B) == ()
+    gate.set()
+    await work
+    assert taken.whole(A) and taken.whole(B) and fan.complete
+
+
 async def test_sharers_that_join_while_threads_deliver_miss_nothing_and_get_nothing_twice() -> None:
     for _ in range(50):
         taken = Taken()

@@ -133,15 +133,20 @@ async def test_a_hedge_that_is_not_needed_ends_with_the_first(moe: Path, vision:
 
 
 class Fragile:
-    """A VisionEncoder that stops in the tower when a batch has the poison picture in it, until the gate is open."""
+    """A VisionEncoder that stops in the tower when a batch has the poison picture in it, until the gate is open.
+
+    ``first``: what its first batch waits for.
+    """
 
     def __init__(self, encoder: Qwen3VLVisionEncoder, poison: tuple[int, int, int]) -> None:
         self._encoder, self._poison = encoder, poison
         self.fingerprint, self.layout, self.prepare = encoder.fingerprint, encoder.layout, encoder.prepare
-        self.gate = threading.Event()
+        self.gate, self.first = threading.Event(), threading.Event()
+        self.first.set()
         self.seen = 0
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        assert self.first.wait(PATIENCE_S)
         if any(patches.grid_thw == self._poison for patches in batch):
             self.seen += 1
             assert self.gate.wait(PATIENCE_S)
@@ -183,6 +188,47 @@ async def test_an_item_that_kills_two_encoders_is_refused_while_others_go_on(
         assert sorted(encoder.seen for encoder in fragile) == [0, 1, 1]
         assert "aiodisagg_poison_refusals_total 2.0" in made.language.metrics()
         made.encoders = [service for service in made.encoders if service._server._tasks]
+
+
+async def test_a_bystander_in_the_batch_that_killed_is_not_in_the_next_one(
+    moe: Path, vision: Qwen3VLVisionEncoder
+) -> None:
+    async with system(moe, encoders=0, failover_s=0.0) as made, AsyncExitStack() as stack:
+        asks = {"poison": question(0, POISON), "bystander": question(21), "before": question(22)}
+        items = {name: made.language._planner.plan(messages).items[0] for name, messages in asks.items()}
+        fragile = [Fragile(vision, items["poison"].grid_thw) for _ in range(3)]
+
+        async def start(encoder: Fragile) -> None:
+            config = encode_config(moe, batch_patches=4096)
+            made.encoders.append(await stack.enter_async_context(EncodeService(config, encoder=encoder)))
+            made.language.add_peer(made.encoders[-1].address)
+            await made.linked(1)
+
+        def at(stage: str) -> set[str]:
+            (peer,) = made.language.peers.linked
+            here = {item.digest for item in peer.book.open.values() if item.stage == stage}
+            return {name for name, item in items.items() if item.digest in here}
+
+        fragile[0].first.clear()
+        await start(fragile[0])
+        asked = {"before": asyncio.ensure_future(made.ask(asks["before"], 6))}
+        await eventually(lambda: at("encoding") == {"before"})
+        asked |= {name: asyncio.ensure_future(made.ask(asks[name], 6)) for name in ("poison", "bystander")}
+        await eventually(lambda: at("prepared") == {"poison", "bystander"})
+        fragile[0].first.set()
+        await eventually(lambda: at("encoding") == {"poison", "bystander"})
+        for number in (1, 2):
+            await die(made.encoders[-1])
+            fragile[number - 1].gate.set()
+            await made.linked(0)
+            await start(fragile[number])
+            if number == 1:
+                await eventually(lambda: at("encoding") == {"poison"})
+        with pytest.raises(PoisonItem):
+            await asked["poison"]
+        for name in ("before", "bystander"):
+            assert await asked[name] == truth(moe, asks[name])
+        made.encoders = made.encoders[-1:]
 
 
 async def _in_tower(made: System, digest: str) -> EncodeService:
@@ -261,8 +307,9 @@ async def test_another_language_peer_asks_who_holds_the_digest(moe: Path, vision
             encoders.append(await stack.enter_async_context(EncodeService(config, encoder=vision)))
         for one in made:
             await one.linked(3)
-        for seed in range(3):
-            assert await made[0].ask(question(seed), 6) == truth(moe, question(seed))
+        pictures = [ImagePart(png(128, 96, 270 + seed)) for seed in range(3)]
+        assert await made[0].ask(chat(*pictures, "Which?"), 6)
+        assert [encoder.pipeline.items_encoded for encoder in encoders] == [1, 1, 1]
         peers = made[1].language.peers
         await eventually(lambda: sum(len(peer.digests) for peer in peers.linked) == 3)
         for seed in range(3):
