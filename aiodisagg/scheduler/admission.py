@@ -16,8 +16,9 @@ requests before it, and what the shares give to others meanwhile. A newcomer may
 the newcomer's cost, is not after its ``release_by``: ``max_wait_s`` after its arrival, or the last moment at which its
 first token still meets its limit (its deadline and ``max_ttft_s``), whichever is first. So
 
-1. at the predicted rate, and while no further tenant comes, a request is released by the later of its ``release_by``
-   and the start that was predicted on its arrival: passing keeps the former, a release or an end before it keeps both;
+1. at the predicted rate, while no further tenant comes and ``max_running`` is not reached, a request is released by the
+   later of its ``release_by`` and the start that was predicted on its arrival: passing keeps the former, and a release
+   or an end before it keeps both;
 2. at any rate, of its tenant and lane only those are released before it from ``release_by`` on that stand before it
    then, and all of them arrived before that moment;
 3. between a tenant's lanes, which meet only at ``max_running``, the lower class number goes first, then text; but a
