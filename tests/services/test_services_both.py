@@ -100,7 +100,7 @@ async def test_two_peers_encode_for_each_other(moe: Path, vision: Qwen3VLVisionE
         for both in (a, b):  # receivers are told apart by the links their rows went to
             receivers = {peer for outcome, _, peer, size in both.encode.sender.counters.items() if size}
             assert len(receivers) == 2
-        assert a.encode.pipeline.items_encoded + b.encode.pipeline.items_encoded == 12
+        assert a.encode.pipeline.items_encoded + b.encode.pipeline.items_encoded >= 12
         for both in (a, b):
             await asker(both).quiet()
 
