@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 
@@ -29,11 +29,6 @@ from aiodisagg.errors import ConfigError
 
 PINNED, PINNED_ARRIVAL_S = (1, 81, 2, 128), 0.3680229510394577
 SMALL = Mix(parse_ranges("images", "1-8"), ((640, 480), (1280, 720)), parse_ranges("text", "32-128"), exactly(16))
-
-
-def gaps(requests: tuple[WorkloadRequest, ...]) -> list[float]:
-    times = [0.0, *(request.arrival_s for request in requests)]
-    return [after - before for before, after in pairwise(times)]
 
 
 # -- distributions ------------------------------------------------------------------------------------------------
@@ -113,7 +108,8 @@ def test_a_picture_has_about_the_tokens_asked_for() -> None:
 
 @pytest.mark.parametrize("cv", [0.0, 0.5, 1.0, 3.0])
 def test_gaps_have_the_mean_and_the_spread_asked_for(cv: float) -> None:
-    found = gaps(generate(named_mix("text"), Gamma(20.0, cv), 10_000))
+    times = [0.0, *islice(Gamma(20.0, cv).arrivals(Random(0)), 10_000)]
+    found = [after - before for before, after in pairwise(times)]
     mean = statistics.fmean(found)
     assert mean == pytest.approx(0.05, rel=0.05)
     assert statistics.pstdev(found) / mean == pytest.approx(cv, rel=0.08, abs=1e-9)
