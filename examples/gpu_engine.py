@@ -4,9 +4,9 @@
     python examples/gpu_engine.py --json gpu.json --devices 2     # the tower on the second one
     python examples/gpu_engine.py --tiny                          # the same on a CPU with a tiny model, to try it
 
-Phases (``--phases``, all unless named): limits, check, decode, prefill, profile, tower, serve. One that fails, or has
-no time left (``--budget-s``), does not take the others with it; results so far are in the file after each. The table
-comes last. ``encode`` and ``warm`` are how the script starts itself.
+Phases (``--phases``, all unless named): limits, check, decode, prefill, profile, tower, serve, both, inside. One that
+fails, or has no time left (``--budget-s``), does not take the others with it; results so far are in the file after
+each. The table comes last. ``encode`` and ``warm`` are how the script starts itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from gpu_model import Random
 from gpu_phases import bytes_of, check, decode, limits, prefill, profile, tower
-from gpu_serve import encode_peer, serve
+from gpu_serve import both, encode_peer, inside, serve
 
 from aiodisagg.engine.batch import EngineSequence, Runner, Work
 from aiodisagg.engine.config import EngineConfig
@@ -44,7 +44,7 @@ from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.models.base import PromptPlan
 
-PHASES = ("limits", "check", "decode", "prefill", "profile", "tower", "serve")
+PHASES = ("limits", "check", "decode", "prefill", "profile", "tower", "serve", "both", "inside")
 GiB = 1 << 30
 
 
@@ -184,6 +184,8 @@ RUN: dict[str, Callable[[Bench, dict[str, Any]], None]] = {
     "profile": profile,
     "tower": tower,
     "serve": serve,
+    "both": both,
+    "inside": inside,
 }
 
 

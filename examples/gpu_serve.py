@@ -1,6 +1,7 @@
 """From JPEG bytes to the first token through the services: an encode peer in its own process, a language peer here.
 
-Used by ``gpu_engine.py``. Every picture is a new one, so no cache helps.
+Or both in one process, or, to compare with, the tower inside of the engine's loop. Used by ``gpu_engine.py``. Every
+picture is a new one, so no cache helps.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -24,7 +26,15 @@ import uvloop
 from gpu_model import Random
 from PIL import Image
 
-from aiodisagg import ChatMessage, EncodeConfig, EncodeService, LanguageConfig, LanguageService, SamplingParams
+from aiodisagg import (
+    BothService,
+    ChatMessage,
+    EncodeConfig,
+    EncodeService,
+    LanguageConfig,
+    LanguageService,
+    SamplingParams,
+)
 from aiodisagg.models.base import ImagePart, TextPart
 
 MiB = 1 << 20
@@ -41,20 +51,23 @@ def picture(seed: int, height: int, width: int) -> bytes:
     return out.getvalue()
 
 
+def encode_config(model: Random, encoder: Any, device: str, *, prepare_threads: int = 8) -> EncodeConfig:
+    return EncodeConfig(
+        model=model.folder,
+        device=device,
+        row_dtype=encoder.layout.dtype,
+        prepare_threads=prepare_threads,
+        source_bytes=2048 * MiB if device != "cpu" else 64 * MiB,
+    )
+
+
 def encode_peer(folder: Path, device: str) -> None:
     """A process: an encode peer with a random tower; says its address, and ends with its stdin."""
 
     async def run() -> None:
-        encoder = await asyncio.to_thread(Random.read(folder).encoder, device)
-        kind = encoder.layout.dtype
-        config = EncodeConfig(
-            model=folder,
-            device=device,
-            row_dtype=kind,
-            prepare_threads=8,
-            source_bytes=2048 * MiB if device != "cpu" else 64 * MiB,
-        )
-        async with EncodeService(config, encoder=encoder) as peer:
+        model = Random.read(folder)
+        encoder = await asyncio.to_thread(model.encoder, device)
+        async with EncodeService(encode_config(model, encoder, device), encoder=encoder) as peer:
             print(peer.address, flush=True)
             await asyncio.to_thread(sys.stdin.read)
 
@@ -95,21 +108,71 @@ async def ask(service: LanguageService, text: str, images: Sequence[bytes], toke
     return Answered(first, time.perf_counter() - began, count)
 
 
+class Inside:
+    """A tower inside of the engine's loop, as a gate: no step while it works, and no work of it during a step."""
+
+    def __init__(self) -> None:
+        self._changed, self._stepping, self._batches, self._closed = threading.Condition(), False, 0, False
+
+    def step_began(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._batches)
+            self._stepping = True
+
+    def step_ended(self, decodes: int) -> None:
+        with self._changed:
+            self._stepping = False
+            self._changed.notify_all()
+
+    @property
+    def open(self) -> bool:
+        return self._closed or not (self._stepping or self._batches)
+
+    def wait(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self.open)
+            self._batches += 1
+            return not self._closed
+
+    def spent(self, tower_s: float) -> None:
+        with self._changed:
+            self._batches -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
 def serve(bench: Any, found: dict[str, Any]) -> None:
-    """The phase: needs the GPU's memory, so the runner that was measured gives its pool back."""
-    bench.runner.release()
-    bench.stepper = bench.runner = None
+    """The tower in a process of its own."""
+    _run(bench, found, "apart")
+
+
+def both(bench: Any, found: dict[str, Any]) -> None:
+    """Tower and engine in one process, side by side."""
+    _run(bench, found, "both")
+
+
+def inside(bench: Any, found: dict[str, Any]) -> None:
+    """What the others are held against: the tower inside of the engine's loop, all images before the prefill."""
+    _run(bench, found, "inside")
+
+
+def _run(bench: Any, found: dict[str, Any], shape: str) -> None:
+    if bench.runner is not None:  # it was measured; its pool's memory is needed
+        bench.runner.release()
+        bench.stepper = bench.runner = None
     gc.collect()
     if bench.gpu:
         torch.cuda.empty_cache()
-    uvloop.run(_serve(bench, found))
+    uvloop.run(_serve(bench, found, shape))
 
 
-async def _serve(bench: Any, found: dict[str, Any]) -> None:
+async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
     tiny, model = bench.options.tiny, bench.model
     there = "cpu" if tiny else f"cuda:{bench.options.devices - 1}"
-    script = str(Path(__file__).with_name("gpu_engine.py"))
-    command = [sys.executable, script, *(["--tiny"] if tiny else []), "encode", str(model.folder), there]
     config = LanguageConfig(
         model=model.folder,
         device=bench.device,
@@ -119,29 +182,61 @@ async def _serve(bench: Any, found: dict[str, Any]) -> None:
         kv_bytes=(16 if tiny else 5120) * MiB,
         token_budget=256 if tiny else 8192,
         block_rows=256,
+        cache_bytes=0,
+        overlap=shape != "inside",
     )
     height, width = (64, 96) if tiny else (1080, 1920)
+    loaded = model.planner(), bench.half, model.fingerprint
     async with AsyncExitStack() as stack:
-        child = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-        async def end() -> None:
-            assert child.stdin is not None
-            child.stdin.close()
-            try:
-                await asyncio.wait_for(child.wait(), 15)
-            except TimeoutError:
-                child.kill()
-                await child.wait()
-
-        stack.push_async_callback(end)
-        loaded = model.planner(), bench.half, model.fingerprint
-        service = await stack.enter_async_context(LanguageService(config, loaded=loaded))
-        assert child.stdout is not None
-        address = (await asyncio.wait_for(child.stdout.readline(), 120)).decode().strip()
-        service.add_peer(address)
+        if shape == "both":
+            encoder = await asyncio.to_thread(model.encoder, bench.device)
+            peer = BothService(config, encode_config(model, encoder, there), inter_token_s=0.1, encoder=encoder,
+                               loaded=loaded)  # fmt: skip
+            service = (await stack.enter_async_context(peer)).language
+        elif shape == "inside":
+            encoder, gate = await asyncio.to_thread(model.encoder, bench.device), Inside()
+            settings = encode_config(model, encoder, there, prepare_threads=1)
+            half = await stack.enter_async_context(EncodeService(settings, encoder=encoder, gate=gate))
+            service = await stack.enter_async_context(LanguageService(config, loaded=loaded, watcher=gate))
+            service.add_peer(half.address)
+        else:
+            address = asyncio.ensure_future(_encode_process(stack, tiny, model.folder, there))
+            service = await stack.enter_async_context(LanguageService(config, loaded=loaded))
+            service.add_peer(await address)
         await service.peers.wait_any(60)
-        bench.say(f"serve: encode peer on {there} linked")
+        bench.say(f"{shape}: encode peer on {there} linked")
         await _cases(bench, found, service, loaded[0], height, width)
+
+
+async def _encode_process(stack: AsyncExitStack, tiny: bool, folder: Path, device: str) -> str:
+    """Starts it, and gives its address."""
+    script = str(Path(__file__).with_name("gpu_engine.py"))
+    command = [sys.executable, script, *(["--tiny"] if tiny else []), "encode", str(folder), device]
+    child = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    async def end() -> None:
+        assert child.stdin is not None
+        child.stdin.close()
+        try:
+            await asyncio.wait_for(child.wait(), 15)
+        except TimeoutError:
+            child.kill()
+            await child.wait()
+
+    stack.push_async_callback(end)
+    assert child.stdout is not None
+    return (await asyncio.wait_for(child.stdout.readline(), 120)).decode().strip()
+
+
+def stages(service: LanguageService) -> str:
+    """When what happened to the last request, in milliseconds from its start."""
+    trace = service.traces.recent()[-1]
+
+    def ms(seconds: float) -> str:
+        return f"{seconds * 1e3:.0f}"
+
+    items = " ".join(f"{ms(item.encoded_s)}/{ms(item.complete_s)}" for item in trace.items)
+    return f"planned {ms(trace.planned_s)}, admitted {ms(trace.admitted_s)}, encoded/here {items or '-'}"
 
 
 async def _cases(
@@ -159,9 +254,14 @@ async def _cases(
         for i in range(times + 1):  # the first one warms up
             # Another beginning each time: no pages of an earlier prompt are used again.
             answers.append(await ask(service, f"{name} {i}: {said}", pictures(images), tokens))
-            bench.say(f"serve: {name}, {i or 'warming'}: first token {answers[-1].first_s * 1e3:.1f} ms")
-        firsts = [a.first_s for a in answers[1:]]
-        found[name] = {"ttft_ms": statistics.median(firsts) * 1e3, "all_ms": [round(f * 1e3, 1) for f in firsts]}
+            bench.say(f"{name}, {i or 'warming'}: first token {answers[-1].first_s * 1e3:.1f} ms, {stages(service)}")
+        firsts, ends = [a.first_s for a in answers[1:]], [a.end_s for a in answers[1:]]
+        found[name] = {
+            "ttft_ms": statistics.median(firsts) * 1e3,
+            "end_ms": statistics.median(ends) * 1e3,
+            "all_ms": [round(f * 1e3, 1) for f in firsts],
+            "stages": stages(service),
+        }
         bench.save()
 
     async def together(name: str, count: int, tokens: int) -> None:
@@ -176,7 +276,7 @@ async def _cases(
             "tpot_ms": statistics.mean((a.end_s - a.first_s) / max(1, a.tokens - 1) for a in answers) * 1e3,
             "steps": service.engine.stats().steps,
         }
-        bench.say(f"serve: {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in found[name].items()))
+        bench.say(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in found[name].items()))
         bench.save()
 
     await alone("text only", text, 0, 3)
@@ -187,4 +287,4 @@ async def _cases(
     if bench.left_s() > 20:
         await together(f"{count} at once again", count, 8 if tiny else 128)
     if bench.left_s() > 20:
-        await alone("five images, 9,000 text", long, 5, 1 if tiny else 2)
+        await alone("five images, 9,000 text", long, 5, 1 if tiny else 2, 8 if tiny else 128)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from aiodisagg.encode.gate import SlackGate
 from aiodisagg.encode.service import EncodeService
@@ -13,11 +14,15 @@ from aiodisagg.engine.types import Delta, SamplingParams
 from aiodisagg.language.admission import DEFAULT_TENANT
 from aiodisagg.language.service import LanguageService, LocalEncoder
 from aiodisagg.link.hello import PeerRole
-from aiodisagg.models.base import ChatMessage, VisionEncoder
+from aiodisagg.models.base import ChatMessage, Planner, VisionEncoder
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import EncodeConfig, LanguageConfig, check
 from aiodisagg.scheduler.shares import Tenant
 from aiodisagg.scheduler.slack import Slack
+
+if TYPE_CHECKING:
+    from aiodisagg.models.language import LanguageHalf
+    from aiodisagg.protocol.rows import ModelFingerprint
 
 INTER_TOKEN_S = 0.05
 
@@ -39,13 +44,14 @@ class BothService:
     Args:
         language: also says where the peer registers. encode: its ``bootstrap`` is not used.
         inter_token_s: pace that running streams are owed, see :class:`~aiodisagg.scheduler.slack.Slack`.
-        encoder: instead of the checkpoint's vision tower.
+        encoder: instead of the checkpoint's vision tower. loaded: as for LanguageService.
     """
 
     def __init__(
         self, language: LanguageConfig, encode: EncodeConfig, *, inter_token_s: float = INTER_TOKEN_S,
-        encoder: VisionEncoder | None = None,
+        encoder: VisionEncoder | None = None, loaded: tuple[Planner, LanguageHalf, ModelFingerprint] | None = None,
     ) -> None:  # fmt: skip
+        self._loaded = loaded
         check("inter_token_s", inter_token_s)
         # By name the halves are one; inside the process rows need no detour.
         name = language.name or encode.name or f"both-{encode.incarnation[:6]}"
@@ -59,9 +65,8 @@ class BothService:
     async def __aenter__(self) -> BothService:
         async with AsyncExitStack() as stack:
             half = await stack.enter_async_context(self.encode)
-            language = LanguageService(
-                self._language, local=LocalEncoder(half.record(), half.load), watcher=self.gate
-            )  # fmt: skip
+            local = LocalEncoder(half.record(), half.load)
+            language = LanguageService(self._language, loaded=self._loaded, local=local, watcher=self.gate)
             self.language = await stack.enter_async_context(language)
             self._stack = stack.pop_all()
         return self

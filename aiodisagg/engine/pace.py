@@ -118,6 +118,11 @@ class Pace:
     def _sum(self, shape: StepShape, costs: list[float]) -> float:
         return sum(cost * term for cost, term in zip(costs, shape._terms, strict=True))
 
+    def worth(self, tokens: int) -> bool:
+        """Whether a step that computes so many prompt tokens costs more for them than for being a step."""
+        fixed, _, _, token, _ = self._fitted()
+        return token * tokens >= fixed
+
     def prefill_beside(self, decodes: StepShape, start: int, most: int) -> int:
         """Prompt tokens, at least 1 and at most ``most``, for a step with these decodes.
 

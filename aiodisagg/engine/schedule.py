@@ -23,7 +23,8 @@ the step that reaches it samples the next token. A decode is the case in which o
 * Beside decodes the budget is what :class:`~aiodisagg.engine.pace.Pace` allows, so a burst of prompts does not stop
   running streams; without decodes nobody waits for a token and a step is as large as it may be.
 * A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has
-  other work: a chunk costs a read of its whole past. A step without other work computes whatever is there. Nobody
+  other work: a chunk costs a read of its whole past. A step without other work computes what is there unless being a
+  step at all costs more than its tokens (reading the weights of a large model): the rest may come meanwhile. Nobody
   starves and no timer is needed: what is ready only grows, and the last rows of a prompt are never left.
 """
 
@@ -272,4 +273,6 @@ class Scheduler:
         """Running requests with prefill to do now, by seniority; ``busy``: the step has decodes."""
         able = [r for r in self._running if r.ready and not r.decodes and (r.complete or self._overlap)]
         large = [r for r in able if r.complete or r.ready >= self._coalesce]
-        return large if busy or large else able
+        if busy or any(r.complete for r in able):
+            return large
+        return [r for r in able if self._pace.worth(r.ready)] if self._pace is not None else large or able

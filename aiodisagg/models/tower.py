@@ -166,11 +166,11 @@ def candidates(head_dim: int, device: torch.device) -> dict[str, Attend]:
             if head_dim < size:
                 ways[f"{name}, padded to {size}"] = sdpa(backend, size)
     try:
-        from aiodisagg.models.triton_vision import attend
+        from aiodisagg.models.triton_vision import SHAPES
     except Exception as error:  # no Triton, or one that cannot define it
         logger.warning("no Triton attention: %r", error)
     else:
-        ways["triton"] = attend
+        ways |= {f"triton, {t.m} x {t.n}, {t.warps} warps": t for t in SHAPES}
     return ways
 
 

@@ -7,9 +7,13 @@ pair) attends to itself only; equal segments that follow each other go in one la
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+
+LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -32,6 +36,40 @@ def _turn(qkv_ptr, cos_ptr, sin_ptr, HEADS: tl.constexpr, HEADS_PAD: tl.constexp
     tl.store(at + HALF, (x2 * c2 + x1 * s2).to(qkv_ptr.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def _visit(
+    acc1, acc2, top, mass, q1, q2, keys, n0, size, scale, d1, d2, own2,
+    STRIDE: tl.constexpr, SPAN: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys; the factor of the exponent is applied with the subtraction, in one instruction."""
+    n = n0 + tl.arange(0, BLOCK_N)
+    rows = keys + n[:, None] * STRIDE
+    low, high = rows + d1[None, :], rows + D1 + d2[None, :]
+    if MASKED:
+        seen = (n < size)[:, None]
+        k1 = tl.load(low, mask=seen, other=0.0)
+        k2 = tl.load(high, mask=seen & own2[None, :], other=0.0)
+        v1 = tl.load(low + SPAN, mask=seen, other=0.0)
+        v2 = tl.load(high + SPAN, mask=seen & own2[None, :], other=0.0)
+    else:
+        k1 = tl.load(low)
+        k2 = tl.load(high, mask=own2[None, :], other=0.0)
+        v1 = tl.load(low + SPAN)
+        v2 = tl.load(high + SPAN, mask=own2[None, :], other=0.0)
+    s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
+    if MASKED:
+        s = tl.where((n < size)[None, :], s, float("-inf"))
+    above = tl.maximum(top, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - above[:, None])
+    shrink = tl.exp2(top - above)
+    mass = mass * shrink + tl.sum(p, 1)
+    p = p.to(v1.dtype)
+    acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
+    acc2 = tl.dot(p, v2, acc2 * shrink[:, None], input_precision="ieee")
+    return acc1, acc2, above, mass
+
+
 @triton.jit(do_not_specialize=["size"])
 def _attend(
     qkv_ptr, out_ptr, size, scale,
@@ -41,11 +79,13 @@ def _attend(
     """Tiles of queries x heads x segments of ``size`` tokens. D is split in D1 columns and the D - D1 in D2."""
     tile, head = tl.program_id(0), tl.program_id(1)
     base = tl.program_id(2).to(tl.int64) * size
-    stride: tl.constexpr = 3 * HEADS * D
+    STRIDE: tl.constexpr = 3 * HEADS * D
+    SPAN: tl.constexpr = HEADS * D
     m_at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d1, d2 = tl.arange(0, D1), tl.arange(0, D2)
     own2 = D1 + d2 < D
-    queries = qkv_ptr + (base + m_at)[:, None] * stride + head * D
+    queries = qkv_ptr + (base + m_at)[:, None] * STRIDE + head * D
+    keys = qkv_ptr + base * STRIDE + SPAN + head * D
     valid = (m_at < size)[:, None]
     q1 = tl.load(queries + d1[None, :], mask=valid, other=0.0)
     q2 = tl.load(queries + D1 + d2[None, :], mask=valid & own2[None, :], other=0.0)
@@ -53,25 +93,15 @@ def _attend(
     acc2 = tl.zeros([BLOCK_M, D2], dtype=tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     mass = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for n0 in range(0, size, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        seen = n < size
-        keys = qkv_ptr + (base + n)[:, None] * stride + HEADS * D + head * D
-        k1 = tl.load(keys + d1[None, :], mask=seen[:, None], other=0.0)
-        k2 = tl.load(keys + D1 + d2[None, :], mask=seen[:, None] & own2[None, :], other=0.0)
-        s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee") * scale
-        s = tl.where(seen[None, :], s, float("-inf"))
-        above = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - above[:, None])
-        shrink = tl.exp2(top - above)
-        v1 = tl.load(keys + HEADS * D + d1[None, :], mask=seen[:, None], other=0.0)
-        v2 = tl.load(keys + HEADS * D + D1 + d2[None, :], mask=seen[:, None] & own2[None, :], other=0.0)
-        mass = mass * shrink + tl.sum(p, 1)
-        p = p.to(v1.dtype)
-        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
-        acc2 = tl.dot(p, v2, acc2 * shrink[:, None], input_precision="ieee")
-        top = above
+    whole = size // BLOCK_N * BLOCK_N
+    for n0 in range(0, whole, BLOCK_N):
+        acc1, acc2, top, mass = _visit(
+            acc1, acc2, top, mass, q1, q2, keys, n0, size, scale, d1, d2, own2, STRIDE, SPAN, D1, BLOCK_N, False
+        )
+    for n0 in range(whole, size, BLOCK_N):
+        acc1, acc2, top, mass = _visit(
+            acc1, acc2, top, mass, q1, q2, keys, n0, size, scale, d1, d2, own2, STRIDE, SPAN, D1, BLOCK_N, True
+        )
     out = out_ptr + ((base + m_at)[:, None] * HEADS + head) * D
     kind = out_ptr.dtype.element_ty
     tl.store(out + d1[None, :], (acc1 / mass[:, None]).to(kind), mask=valid)
@@ -89,14 +119,28 @@ def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return qkv
 
 
-def attend(qkv: torch.Tensor, segments: int, size: int, out: torch.Tensor, scaling: float) -> None:
-    """Attention within each of ``segments`` times ``size`` tokens of [N, 3, heads, d], into ``out`` [N, heads, d]."""
-    heads, d = qkv.shape[2], qkv.shape[3]
-    if d < 16:
-        raise ValueError(f"heads of {d} elements: at least 16 are needed")
-    d1 = 1 << (d.bit_length() - 1)  # the largest power of two in it
-    d2 = max(16, triton.next_power_of_2(max(1, d - d1)))
-    _attend[(triton.cdiv(size, 128), heads, segments)](
-        qkv, out, size, scaling * 1.4426950408889634,
-        HEADS=heads, D=d, D1=d1, D2=d2, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3,
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Queries and keys of a tile, its warps, and the stages of its pipeline. Callable as the tower's attention."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    def __call__(self, qkv: torch.Tensor, segments: int, size: int, out: torch.Tensor, scaling: float) -> None:
+        """Attention within each of ``segments`` times ``size`` tokens of [N, 3, heads, d], into [N, heads, d]."""
+        heads, d = qkv.shape[2], qkv.shape[3]
+        if d < 16:
+            raise ValueError(f"heads of {d} elements: at least 16 are needed")
+        d1 = 1 << (d.bit_length() - 1)  # the largest power of two in it
+        d2 = max(16, triton.next_power_of_2(max(1, d - d1)))
+        _attend[(triton.cdiv(size, self.m), heads, segments)](
+            qkv, out, size, scaling * LOG2E,
+            HEADS=heads, D=d, D1=d1, D2=d2, BLOCK_M=self.m, BLOCK_N=self.n, num_warps=self.warps,
+            num_stages=self.stages,
+        )  # fmt: skip
+
+
+SHAPES = (Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2), Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 2))
+"""Which is fastest is measured where it runs."""

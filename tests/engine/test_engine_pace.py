@@ -252,3 +252,23 @@ def test_without_overlap_a_prefill_begins_with_the_last_row() -> None:
     assert ranges(s) == []
     s.set_front("a", 20)
     assert ranges(s) == [("a", 0, 20)]
+
+
+def test_an_idle_engine_leaves_what_costs_less_than_a_step() -> None:
+    """A large model reads its weights in every step: 400 prompt tokens of GPU take as long as reading them."""
+    pace = Pace(BUDGET_S)
+    for prefill in (256, 1024, 512, 2048, 64, 1500):
+        shape = StepShape(prefill=prefill)
+        pace.observe(shape, GPU.seconds(shape))
+    s = Scheduler(num_pages=1000, page_size=16, token_budget=2048, max_running=8, pace=pace)
+    s.add("images", 2000, 2, front=100)
+    assert ranges(s) == [], "its next image may come while these would be computed"
+    s.set_front("images", 700)
+    assert ranges(s) == [("images", 0, 700)]
+    s.set_front("images", 800)
+    assert ranges(s) == []
+    s.add("text", 10, 2, front=10)
+    assert ranges(s) == [("images", 700, 800), ("text", 0, 10)], "somebody else's step takes it along"
+    s.remove("text")
+    s.set_front("images", 2000)
+    assert ranges(s) == [("images", 800, 2000)], "the last rows are never left"

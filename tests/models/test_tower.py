@@ -53,7 +53,7 @@ def test_positions_of_a_few_grids_are_kept(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [16, 72, 80])
-@pytest.mark.parametrize("way", [triton_vision.attend, sdpa(None, 96)], ids=["triton", "padded"])
+@pytest.mark.parametrize("way", [triton_vision.Tiles(64, 32, 4, 2), sdpa(None, 96)], ids=["triton", "padded"])
 def test_attention_within_segments(way: Attend, head_dim: int) -> None:
     qkv = torch.randn(2 * 70, 3, 1, head_dim)
     wanted, found = torch.empty(2, 140, 1, head_dim)
