@@ -80,6 +80,7 @@ class StepThread:
         self._inbox: deque[EngineSequence | End] = deque()
         self._arrived: set[str] = set()
         self._closing = False
+        self._waited = True  # for all that the last step computed
         self._counts: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self.stats = EngineStats()
@@ -203,10 +204,12 @@ class StepThread:
 
     def _compute(self, step: Step) -> None:
         batch = [Work(s, self._sequences[s.request_id], self._scheduler.pages_of(s.request_id)) for s in step.segments]
+        # A step that reads no token back may go on on the device, in the time of the next one: neither can be timed.
+        alone, self._waited = self._waited, self._runner.device.type == "cpu" or any(s.samples for s in step.segments)
         began = perf_counter()
         try:
             self._forward(batch)
-            if self._pace is not None:
+            if self._pace is not None and alone and self._waited:
                 self._pace.observe(StepShape.of(step.segments), perf_counter() - began)
         except Exception as error:
             if len(batch) == 1:

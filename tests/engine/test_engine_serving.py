@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,6 +275,21 @@ async def test_prefill_beside_a_stream_is_bounded_by_what_steps_took(
         assert sum(size > 80 for size in sizes) >= 5, "steps were smaller than they had to be"
     else:
         assert max(sizes) == 512
+
+
+@pytest.mark.parametrize(("device", "timed"), [("cpu", [64, 64, 22, 0, 0]), ("cuda", [0, 0])])
+async def test_only_steps_that_were_waited_for_are_timed(device: str, timed: list[int]) -> None:
+    """On an accelerator a step without a token to read is only launched, and the next one takes its time too."""
+    seen: list[int] = []
+    async with make_engine(tiny_model("dense"), token_budget=64, itl_budget_ms=20.0) as engine:
+        pace, steps = engine._pace, engine._steps
+        assert pace is not None and steps is not None
+        pace.observe = lambda shape, seconds: seen.append(shape.prefill)  # type: ignore[method-assign]
+        steps._runner = SimpleNamespace(  # type: ignore[assignment]
+            forward=engine._runner.forward, device=SimpleNamespace(type=device)
+        )
+        await ask(engine, make_plan([150]), max_tokens=3)
+    assert seen == timed
 
 
 def make_plan_empty() -> Any:
