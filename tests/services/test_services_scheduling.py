@@ -312,7 +312,7 @@ async def test_another_language_peer_asks_who_holds_the_digest(moe: Path, vision
         assert [encoder.pipeline.items_encoded for encoder in encoders] == [1, 1, 1]
         peers = made[1].language.peers
         await eventually(lambda: sum(len(peer.digests) for peer in peers.linked) == 3)
-        for seed in range(3):
+        for seed in (2, 1, 0):  # not the order in which peers would be chosen anyway
             assert await made[1].ask(question(seed), 6) == truth(moe, question(seed))
         assert sum(encoder.pipeline.items_encoded for encoder in encoders) == 3
         assert sum(encoder.sender.sources.hits for encoder in encoders) == 3
