@@ -47,8 +47,11 @@ def test_positions_of_a_few_grids_are_kept(tiny: Tiny) -> None:
     for i in range(1, GRIDS_KEPT):
         tower.positions((1, 2, 2 * i))
     assert tower.positions((1, 4, 4)) is first
+    for i in range(1, GRIDS_KEPT):
+        tower.positions((1, 6, 2 * i))
+    assert tower.positions((1, 4, 4)) is first  # it was asked for after those that have left
     for i in range(GRIDS_KEPT):
-        tower.positions((1, 4, 2 * i + 6))
+        tower.positions((1, 8, 2 * i + 2))
     assert tower.positions((1, 4, 4)) is not first
 
 
