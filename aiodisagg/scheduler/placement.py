@@ -16,9 +16,9 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from aiodisagg.scheduler.cost import PeerCosts, Service, Size
+from aiodisagg.scheduler.cost import Service, Size
 
 
 class Standing(enum.IntEnum):
@@ -39,6 +39,14 @@ class Backlog(NamedTuple):
     transfer_s: float = 0.0
 
 
+class Costs(Protocol):
+    """Of one peer: :class:`~aiodisagg.scheduler.cost.PeerCosts`, or measured curves."""
+
+    prepare_threads: int
+
+    def predict(self, size: Size) -> Service: ...
+
+
 class PeerView(NamedTuple):
     """A peer that could take items.
 
@@ -46,7 +54,7 @@ class PeerView(NamedTuple):
     """
 
     peer: str
-    costs: PeerCosts
+    costs: Costs
     backlog: Backlog = Backlog()
     standing: Standing = Standing.READY
     holding: Mapping[str, float] = MappingProxyType({})
