@@ -31,7 +31,9 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``replicas``: monoliths that encode inside the engine's loop. ``links``: encode peers that a language peer knows.
     ``overlap``: prefill begins with the rows that are here; else when all are. ``balanced``: the router picks the
     language peer with the least work owed; else the next in turn. ``tower_share``: of a device whose engine works too.
+    ``turns``: prefills and the tower of one device go by the age of requests; else both at once.
     ``inter_token_ms``: what a tower leaves to the streams of the engine beside it; 0: it does not care.
+    ``batch_patches``: of a tower batch; 0: what the times say.
     """
 
     name: str
@@ -45,6 +47,8 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     links: int = 16
     tower_share: float = 0.5
     inter_token_ms: float = 50.0
+    turns: bool = True
+    batch_patches: int = 0
     kept_rows: int = 1 << 17
     doors: Doors = Doors()
 
@@ -88,6 +92,8 @@ class Cluster:
         self, system: System, times: ServiceTimes, *, seed: int = 0, protocol: bool = False, leaps: bool = True
     ) -> None:
         system.check()
+        if system.batch_patches:
+            times = msgspec.structs.replace(times, batch_patches=system.batch_patches)
         self.system, self.costs = system, Costs(times)
         self.clock = Clock()
         self.gaps = TokenGaps()
@@ -130,6 +136,9 @@ class Cluster:
             peer.tower = Tower(self.clock, self.costs, device.tower, kept_rows=self.system.kept_rows, slack=slack)
             if peer.engine is not None:
                 peer.engine.beside = peer.tower
+                if self.system.turns:
+                    peer.engine.turns = True
+                    peer.tower.beside = peer.engine
         return peer
 
     def _link(self) -> None:
@@ -195,6 +204,7 @@ class Cluster:
         """Let in: pages are asked for first, then images are encoded."""
         peer = self._by_name[request.peer]
         assert peer.engine is not None
+        request.begun_s = self.clock.now
         chosen = self._choose(request, peer) if peer.towers and request.items else []
         peer.owed_s += self._engine_s(request, peer)
         if peer.role == "replica":

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable
 
 from aiodisagg.engine.schedule import Segment
+from aiodisagg.scheduler.turns import rows_may_go
 from aiodisagg.simulate.device import Device
 from aiodisagg.simulate.leap import LeapingScheduler
 from aiodisagg.simulate.request import Item, SimRequest
@@ -56,6 +57,9 @@ class Engine:
         self._segments: list[Segment] = []
         self._planned = 1
         self._step_s = 0.0
+        self.turns = False
+        """Rows wait while the tower beside works for this request or an older one."""
+        self._held: dict[str, SimRequest] = {}
         self._woken = False
         self._began_s = 0.0
         self._decodes = 0
@@ -79,10 +83,24 @@ class Engine:
     def arrived(self, request: SimRequest) -> None:
         """More rows of the request are here."""
         front = request.reach()
+        if self.turns and self.beside is not None and not rows_may_go(request.begun_s, self.beside.oldest_s()):
+            self._held[request.name] = request
+            return
         if front > request.front:
             request.front = front
             self.scheduler.set_front(request.name, front)
             self.wake()
+
+    def release(self) -> None:
+        """The tower beside has ended a batch: rows that waited for it may go."""
+        held, self._held = self._held, {}
+        for request in held.values():
+            self.arrived(request)
+
+    def oldest_prefill_s(self) -> float | None:
+        """When the request was let in that has waited longest for a prefill that could be done now."""
+        name = self.scheduler.oldest_prefill()
+        return None if name is None else self._requests[name].begun_s
 
     def prepared(self, item: Item) -> None:
         """The pixels of an image are here, to be encoded in the loop."""
@@ -118,9 +136,10 @@ class Engine:
     def _begin(self) -> None:
         encoding = self._encode_batch() if self._to_encode else 0.0
         step = self.scheduler.plan_step()
-        if not step.segments and not encoding and self._to_encode and step.admitted:
+        if self._to_encode and step.admitted and not encoding:  # who was let in now need not wait for the next step
             encoding = self._encode_batch()
-            step = self.scheduler.plan_step()
+            if encoding and not step.segments:
+                step = self.scheduler.plan_step()
         self.preemptions += len(step.preempted)
         if not step.segments and not encoding:
             if self.beside is not None:
@@ -142,7 +161,7 @@ class Engine:
         if prefills:
             spent = self.costs.mixed_s(prefills, decodes, context)
         elif decodes:
-            if self._leaps and not encoding and not (self.beside is not None and self.beside.working):
+            if self._leaps and not (encoding or self._to_encode or (self.beside is not None and self.beside.working)):
                 self._planned = self.scheduler.most_steps(self._segments, limit)
             spent = self.costs.decode_s(decodes, context + decodes * (self._planned - 1) / 2)
         else:

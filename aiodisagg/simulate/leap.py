@@ -39,3 +39,7 @@ class LeapingScheduler(Scheduler):
                 request.pages += self.pages.take(more)
             moved.append(Segment(segment.request_id, request.computed, request.total, samples=True))
         return moved
+
+    def oldest_prefill(self) -> str | None:
+        """The request that has waited longest of those with prompt tokens that could be computed now."""
+        return next((r.request_id for r in self._running if r.ready and not r.decodes), None)

@@ -38,6 +38,8 @@ class SimRequest:
     items: list[Item] = field(default_factory=list)
     generated: int = 0
     front: int = 0
+    begun_s: float = -1.0
+    """When it was let in."""
     first_s: float = -1.0
     last_s: float = -1.0
     end_s: float = -1.0

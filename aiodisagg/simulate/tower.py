@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from aiodisagg.encode.queue import TowerQueue
 from aiodisagg.scheduler.slack import Slack
+from aiodisagg.scheduler.turns import tower_may_begin
 from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.device import Lane
 from aiodisagg.simulate.request import Item
 from aiodisagg.simulate.times import Costs
+
+if TYPE_CHECKING:
+    from aiodisagg.simulate.engine import Engine
 
 Rows = Callable[[Item], None]
 
@@ -71,6 +76,10 @@ class Tower:
         self._kept: OrderedDict[int, int] = OrderedDict()
         self._free_rows = kept_rows
         self._began_s = 0.0
+        self._ready: dict[int, Item] = {}
+        self._at_work: list[Item] = []
+        self.beside: Engine | None = None
+        """The engine that shares the device, if they take turns."""
         self.batches = 0
         self.encoded = 0
         self.hits = 0
@@ -90,6 +99,12 @@ class Tower:
     def working(self) -> bool:
         """A batch is at work or could be."""
         return self._lane.busy or bool(self._queue)
+
+    def oldest_s(self) -> float | None:
+        """When the oldest request was let in that has an item at work or ready."""
+        ready = next(iter(self._ready.values()), None)
+        ages = [item.request.begun_s for item in (*self._at_work, *((ready,) if ready is not None else ()))]
+        return min(ages, default=None)
 
     def submit(self, item: Item, rows: Rows) -> None:
         """``rows(item)`` when all its rows exist."""
@@ -116,6 +131,7 @@ class Tower:
     def _prepared(self, item: Item) -> None:
         self._orders += 1
         self._patches += item.patches
+        self._ready[item.identity] = item
         self._queue.add(str(item.identity), self._orders, 1, item.patches)
         if not self._lane.busy:
             # In the same moment others may become ready: the batch is taken when all have been heard.
@@ -123,6 +139,9 @@ class Tower:
 
     def _next(self) -> None:
         if self._lane.busy or not self._queue:
+            return
+        head = next(iter(self._ready.values()))
+        if self.beside is not None and not tower_may_begin(head.request.begun_s, self.beside.oldest_prefill_s()):
             return
         if self.slack is not None and not self.slack.free:
             self._lane.device.before_sharing()  # a leap of the engine would earn nothing before its end
@@ -133,12 +152,14 @@ class Tower:
         self.batches += 1
         self._began_s = self._clock.now
         identities = [int(piece.digest) for piece in pieces]
+        self._at_work = [self._ready.pop(identity) for identity in identities]
         self._lane.start(self.costs.tower_s(patches), lambda: self._encoded(identities))
         self._preparing.feed()
 
     def _encoded(self, identities: list[int]) -> None:
         if self.slack is not None:
             self.slack.spent(self._clock.now - self._began_s)
+        self._at_work = []
         self._next()
         for identity in identities:
             waiting = self._waiting.pop(identity)
@@ -148,6 +169,8 @@ class Tower:
             self._keep(item)
             for each, rows in waiting:
                 rows(each)
+        if self.beside is not None:
+            self.beside.release()
         if not self._waiting:
             self.queued_s = 0.0  # sums of floats drift
 
