@@ -166,9 +166,7 @@ class Cluster:
         prompt = sum(images) + max(source.text_tokens, 1)
         unloaded = self.costs.unloaded_s(images, prompt)
         request = SimRequest(number, source, prompt, unloaded, self.costs.decode_s(1, prompt))
-        request.items = [
-            Item(request, i, image.identity, image.visual_tokens) for i, image in enumerate(source.images)
-        ]
+        request.items = [Item(request, i, image.identity, image.visual_tokens) for i, image in enumerate(source.images)]
         self.requests.append(request)
         return request
 
