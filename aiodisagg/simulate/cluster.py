@@ -8,11 +8,11 @@ from random import Random
 import msgspec
 
 from aiodisagg.bench.workload import WorkloadRequest
-from aiodisagg.errors import ConfigError
+from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.scheduler.slack import Slack
 from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.device import Device
-from aiodisagg.simulate.doors import Door, Doors, open_doors
+from aiodisagg.simulate.doors import Door, Doors, open_door
 from aiodisagg.simulate.engine import Engine, TokenGaps
 from aiodisagg.simulate.machines import MachineWires
 from aiodisagg.simulate.placing import EncoderView, Placing, choose
@@ -62,6 +62,7 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError("system", f"{self.name}: nobody computes answers")
         if self.language and self.encode + self.both < 1:
             raise ConfigError("system", f"{self.name}: nobody encodes for language peers")
+        self.doors.check()
         if not 0 < self.tower_share < 1 or self.links < 1:
             raise ConfigError("system", f"{self.name}: tower_share must lie within 0..1 and links be at least 1")
 
@@ -127,7 +128,9 @@ class Cluster:
                 device, self.costs, self.gaps, inline=role == "replica", ended=self._ended, first=self._first,
                 leaps=self._leaps,
             )  # fmt: skip
-            peer.door = open_doors(self.system.doors, self.clock, self._begin)
+            peer.door = open_door(
+                self.system.doors, self.clock, self._begin, self._refuse, runs=self.costs.times.max_running
+            )
             if role == "replica":
                 peer.preparing = Preparing(self.clock, self.costs, engine.prepared, lambda: True)
         if role in ("encode", "both"):
@@ -154,12 +157,15 @@ class Cluster:
     # -- a request's way -----------------------------------------------------------------------------------------
 
     def run(self, workload: Sequence[WorkloadRequest]) -> None:
-        """Until every request has ended."""
+        """Until every request has ended. Raises AiodisaggError if that never comes."""
         for number, source in enumerate(workload):
             self.clock.at(source.arrival_s, self._arrive, self._request(number, source))
         self.clock.run()
         for peer in self.peers:
             peer.device.update()
+        left = [request.name for request in self.requests if not request.outcome]
+        if left:
+            raise AiodisaggError(f"{self.system.name}: nothing happens any more, and requests {left[:5]} have not ended")
 
     def _request(self, number: int, source: WorkloadRequest) -> SimRequest:
         images = [image.visual_tokens for image in source.images]
@@ -177,8 +183,9 @@ class Cluster:
         if not peer.engine.fits(request):
             request.outcome, request.end_s = "refused", self.clock.now
             return
-        if peer.door.arrive(request, self._load(peer)):
-            return
+        peer.door.arrive(request, self._load(peer, self._half_answer_s()))
+
+    def _refuse(self, request: SimRequest) -> None:
         request.outcome, request.end_s = "shed", self.clock.now
 
     def _route(self) -> Peer:
@@ -188,15 +195,19 @@ class Cluster:
             return fronts[self._turn % len(fronts)]
         if len(fronts) > ROUTER_ASKS:
             fronts = [fronts[int(self._random.random() * len(fronts))] for _ in range(ROUTER_ASKS)]
-        return min(fronts, key=self._load)
+        half = self._half_answer_s()
+        return min(fronts, key=lambda peer: self._load(peer, half))
 
-    def _load(self, peer: Peer) -> float:
+    def _half_answer_s(self) -> float:
+        """Of a device, for half an answer of the mean length seen so far."""
+        answer = self._answer_tokens / self._answers if self._answers else 0.0
+        return answer / 2 * self.costs.decode_s(16, 0.0) / 16
+
+    def _load(self, peer: Peer, half_answer_s: float) -> float:
         """Seconds of work owed: what is queued, and half an answer for each that is being written."""
         assert peer.engine is not None and peer.door is not None
-        answer = self._answer_tokens / self._answers if self._answers else 0.0
-        half = answer / 2 * self.costs.decode_s(16, 0.0) / 16
         tower = peer.tower.queued_s if peer.tower is not None else 0.0
-        return peer.owed_s + peer.door.waiting_s + tower + peer.engine.active * half
+        return peer.owed_s + peer.door.waiting_s + tower + peer.engine.active * half_answer_s
 
     def _begin(self, request: SimRequest) -> None:
         """Let in: pages are asked for first, then images are encoded."""
@@ -253,6 +264,8 @@ class Cluster:
     def _first(self, request: SimRequest) -> None:
         peer = self._by_name[request.peer]
         peer.owed_s -= self._engine_s(request, peer)
+        assert peer.door is not None
+        peer.door.first(request)
 
     def _ended(self, request: SimRequest) -> None:
         request.outcome, request.end_s = "ok", self.clock.now

@@ -122,10 +122,9 @@ class Tower:
 
     def stepped(self, step_s: float, decodes: int, steps: int) -> None:
         """The engine beside did so many steps, each of ``step_s``; 0 decodes: it has nobody to keep waiting."""
-        if self.slack is None:
-            return
-        for _ in range(min(steps, STEPS_TO_FILL)):
-            self.slack.stepped(step_s, decodes)
+        if self.slack is not None:
+            for _ in range(min(steps, STEPS_TO_FILL)):
+                self.slack.stepped(step_s, decodes)
         self._next()
 
     def _prepared(self, item: Item) -> None:

@@ -1,0 +1,385 @@
+"""Who of those that wait goes to the engine next, and who is sent away. Pure: events in, decisions out.
+
+Theory. Beyond this queue everything is first come, first served, so little is let through at a time and the rest waits
+here. What decides, in this order:
+
+* **Lanes.** Requests with media and requests without wait for different things first, the tower and the engine. Each
+  lane lets a little through ahead (:mod:`~aiodisagg.scheduler.lanes`). A full lane does not hold up the other.
+  ``max_running`` bounds both together.
+* **Tenants** share a lane as :mod:`~aiodisagg.scheduler.shares` says: by weights, whoever floods the queue. When the
+  queue is full, the tenant with most in it for its weight makes room.
+* **Within a tenant** a newcomer passes those of a lower class (a greater ``priority``) and those of its own class that
+  cost at least twice as much, from the end of the line until it meets one that it may not pass.
+
+Nobody starves, because passing spends slack. A request's *start* is predicted from the work in flight, its tenant's
+requests before it, and what the shares give to others meanwhile. A newcomer may pass it only if its start, delayed by
+the newcomer's cost, is not after its ``release_by``: ``max_wait_s`` after its arrival, or the last moment at which its
+first token still meets its limit (its deadline and ``max_ttft_s``), whichever is first. So
+
+1. at the predicted rate, and while no further tenant comes, a request is released by the later of its ``release_by``
+   and the start that was predicted on its arrival: passing keeps the former, a release or an end before it keeps both;
+2. at any rate, of its tenant and lane only those are released before it from ``release_by`` on that stand before it
+   then, and all of them arrived before that moment;
+3. between lanes, which meet only at ``max_running``, the one whose first request has waited beyond its ``release_by``
+   goes first, then the lower class number, then the older.
+
+Nothing is let in that cannot be in time: a newcomer whose first token is predicted after its limit is shed at once.
+One that cannot be in time any more (its limit has passed, or will while it is served) leaves the queue unserved. So
+nothing is encoded that nobody waits for.
+
+Predictions need prices (:mod:`~aiodisagg.scheduler.prices`). Until the first have been learned only the bound of the
+queue sheds, and ``window_s`` does not count. An idle lane takes whoever comes: that is no overload, whatever a
+prediction says, and it is how a wrong one is found out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from aiodisagg.errors import ConfigError, InvalidTransition
+from aiodisagg.scheduler.lanes import Lane
+from aiodisagg.scheduler.prices import Work
+from aiodisagg.scheduler.shares import Entry, Flow, Shares, Tenant
+
+_PASSES_AT = 2.0
+"""Those that cost at least this much more are passed. Near 1, equal requests would be served in an odd order."""
+_OUTPUT_TOKENS = 2
+"""Prompt tokens that a generated token is charged as, as in Sheng et al. 2024, "Fairness in serving large language
+models"; it is known, and charged to the tenant, when the request ends."""
+_RETRY_S = (1.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionConfig:
+    """How much waits, how long, and how much is let through. Raises ConfigError."""
+
+    max_queue: int = 1024
+    """Requests that wait; at one more, the tenant with most in the queue for its weight loses its last."""
+    max_ttft_s: float = math.inf
+    """A request whose first token is not expected within this is shed, on arrival or as soon as that is clear."""
+    max_wait_s: float = 10.0
+    """The aging bound: nobody is passed who would then have to wait longer than this."""
+    window_s: float = 1.0
+    """Predicted work in a lane that is let through ahead. More than the latency of an idle service keeps it busy."""
+    min_in_flight: int = 8
+    """Requests in a lane that are let through whatever they cost; at least two for each encode peer."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_queue", "max_ttft_s", "max_wait_s", "window_s", "min_in_flight"):
+            value = getattr(self, key)
+            if not value > 0:
+                raise ConfigError(key, f"must be above 0, not {value}")
+
+
+# -- events -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A request wants in. ``deadline`` is on the clock of ``now``; ``request_id`` is unique among those not ended."""
+
+    request_id: str
+    work: Work
+    tenant: Tenant
+    priority: int = 0
+    """Class within its tenant: lower goes first."""
+    deadline: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """A released request has its first token."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request is over, in whatever way: answered, failed, given up; also while it waits."""
+
+    request_id: str
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """``next_timer()`` was reached."""
+
+
+Event = Arrived | FirstToken | Ended | TimerFired
+
+
+# -- decisions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The request goes to the engine. FirstToken and Ended, or Ended alone, follow."""
+
+    request_id: str
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """The request is turned away and forgotten.
+
+    ``reason``: "queue_full"; "displaced", by another tenant or a better class, from a full queue; "predicted", it could
+    not be in time; "late", neither any more.
+    """
+
+    request_id: str
+    reason: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """The request's deadline passed while it waited. It is forgotten."""
+
+    request_id: str
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a first token taught. Times are from the arrival; ``predicted_s`` is None if nothing was known then."""
+
+    request_id: str
+    ttft_s: float
+    predicted_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """A tenant's account grew."""
+
+    tenant: str
+    cost_s: float
+
+
+Decision = Release | Shed | Expire | Measured | Charged
+
+
+class AdmissionQueue:
+    """The queue before an engine that runs ``max_running`` requests at once.
+
+    All times are seconds on one monotonic clock that the caller keeps.
+    """
+
+    def __init__(self, config: AdmissionConfig, max_running: int) -> None:
+        self.config, self.max_running = config, max_running
+        self.lanes = (self._lane(False), self._lane(True))
+        """By whether requests have media."""
+        self._shares = Shares()
+        self._waiting: dict[str, Entry] = {}
+        self._running: dict[str, Entry] = {}
+        self._arrivals = 0
+        self._earliest = math.inf
+        """No later than the first limit of those that wait."""
+
+    def _lane(self, has_media: bool) -> Lane:
+        config = self.config
+        return Lane(has_media, config.window_s, config.min_in_flight, config.max_ttft_s)
+
+    def __repr__(self) -> str:
+        return f"<AdmissionQueue {len(self._waiting)} waiting, {len(self._running)} running>"
+
+    @property
+    def waiting(self) -> Iterable[Entry]:
+        return self._waiting.values()
+
+    @property
+    def running(self) -> int:
+        """Requests released and not ended."""
+        return len(self._running)
+
+    def next_timer(self) -> float | None:
+        """When to say TimerFired; None: not needed."""
+        return self._earliest if self._earliest < math.inf else None
+
+    def handle(self, event: Event, now: float) -> list[Decision]:
+        """What follows from ``event``, in order. Raises InvalidTransition, and nothing has changed."""
+        match event:
+            case Arrived():
+                decisions = self._arrive(event, now)
+            case FirstToken():
+                decisions = self._first_token(event, now)
+            case Ended():
+                decisions = self._end(event, now)
+            case TimerFired():
+                decisions = []
+        self._expire(now, decisions)
+        self._release(now, decisions)
+        if not self._waiting:
+            self._earliest = math.inf
+        for lane in self.lanes:
+            lane.somebody_waits = bool(self._shares.waiting(lane.has_media))
+        return decisions
+
+    # -- events -----------------------------------------------------------------------------------------------------
+
+    def _arrive(self, event: Arrived, now: float) -> list[Decision]:
+        request_id = event.request_id
+        if request_id in self._waiting or request_id in self._running:
+            raise InvalidTransition("known", "Arrived")
+        flow = self._shares.enter(event.tenant)
+        has_media = event.work.patches > 0
+        limit = min(event.deadline, now + self.config.max_ttft_s)
+        entry = Entry(
+            request_id, flow, has_media, event.priority, event.work, now, self._arrivals, event.deadline, limit
+        )
+        self._arrivals += 1
+        if event.deadline <= now:
+            self._shares.leave(flow)
+            return [Expire(request_id, 0.0)]
+        if shed := self._line_up(entry, now):
+            self._shares.leave(flow)
+            return [shed]
+        self._waiting[request_id] = entry
+        self._earliest = min(self._earliest, limit)
+        if len(self._waiting) <= self.config.max_queue:
+            return []
+        victim = self._victim(entry)
+        self._unqueue(victim)
+        self._shares.leave(victim.flow)
+        reason = "queue_full" if victim is entry else "displaced"
+        return [Shed(victim.request_id, reason, self._retry_after(self._backlog_s(now) / 2))]
+
+    def _first_token(self, event: FirstToken, now: float) -> list[Decision]:
+        entry = self._running.get(event.request_id)
+        if entry is None or entry.streams:
+            raise InvalidTransition("streaming" if entry else "unknown or waiting", "FirstToken")
+        entry.streams = True
+        self.lanes[entry.has_media].finish(entry, now)
+        return [Measured(entry.request_id, now - entry.arrived, entry.predicted_s)]
+
+    def _end(self, event: Ended, now: float) -> list[Decision]:
+        decisions: list[Decision] = []
+        entry = self._waiting.get(event.request_id)
+        if entry is not None:
+            self._unqueue(entry)
+        else:
+            entry = self._running.pop(event.request_id, None)
+            if entry is None:
+                raise InvalidTransition("unknown", "Ended")
+            lane = self.lanes[entry.has_media]
+            if not entry.streams:
+                lane.abandon(entry, now)
+            if event.output_tokens > 0:
+                cost_s = lane.prices.of(Work(_OUTPUT_TOKENS * event.output_tokens, requests=0))
+                entry.flow.finish += cost_s / entry.flow.weight
+                decisions.append(Charged(entry.flow.name, cost_s))
+        self._shares.leave(entry.flow)
+        return decisions
+
+    # -- the line ---------------------------------------------------------------------------------------------------
+
+    def _line_up(self, entry: Entry, now: float) -> Shed | None:
+        """Takes its place in its tenant's line, or says why it must not."""
+        flow, lane = entry.flow, self.lanes[entry.has_media]
+        line, price = flow.lines[entry.has_media], lane.prices.of
+        cost_s, in_flight_s = price(entry.work), lane.in_flight_s(now)
+        ahead_s = price(line.work)
+        # Of the last one; for those before it, it is no less than the truth, which only makes passing harder.
+        not_ours_s = in_flight_s + self._shares.others(flow, entry.has_media, ahead_s, price)
+        at = len(line.entries)
+        while at:
+            last = line.entries[at - 1]
+            last_s = price(last.work)
+            if (entry.priority, _PASSES_AT * cost_s) > (last.priority, last_s):
+                break
+            if now + not_ours_s + (ahead_s - last_s) + cost_s > last.release_by:
+                break
+            ahead_s -= last_s
+            at -= 1
+        start_s = in_flight_s + ahead_s + self._shares.others(flow, entry.has_media, ahead_s, price)
+        own_s = cost_s + max(0.0, lane.latency_s)
+        latest = entry.limit - own_s
+        entry.release_by = min(now + self.config.max_wait_s, latest)
+        if lane.prices.known:
+            entry.predicted_s = start_s + own_s
+            is_idle = not len(lane) and not lane.somebody_waits
+            if now + start_s > latest and not is_idle:
+                return Shed(entry.request_id, "predicted", self._retry_after(now + start_s - latest))
+        self._shares.line_up(entry, at)
+        return None
+
+    def _unqueue(self, entry: Entry) -> None:
+        del self._waiting[entry.request_id]
+        self._shares.step_out(entry)
+
+    def _victim(self, newcomer: Entry) -> Entry:
+        """Who leaves a queue that is over its bound; the newcomer, if that is its own tenant's affair and no class is
+        below its own."""
+        flows = {entry.flow.name: entry.flow for entry in self._waiting.values()}
+        longest = max(flows.values(), key=lambda flow: (flow.waiting / flow.weight, flow is newcomer.flow, flow.name))
+        last = max(
+            (line.entries[-1] for line in longest.lines if line.entries),
+            key=lambda entry: (entry.priority, entry.order),
+        )
+        return newcomer if longest is newcomer.flow and last.priority <= newcomer.priority else last
+
+    def _backlog_s(self, now: float) -> float:
+        """What is to be done for all that are here."""
+        return sum(
+            lane.in_flight_s(now)
+            + sum(lane.prices.of(flow.lines[lane.has_media].work) for flow in self._shares.waiting(lane.has_media))
+            for lane in self.lanes
+        )
+
+    @staticmethod
+    def _retry_after(seconds: float) -> float:
+        least, most = _RETRY_S
+        return min(most, max(least, seconds))
+
+    # -- out of the line --------------------------------------------------------------------------------------------
+
+    def _expire(self, now: float, decisions: list[Decision]) -> None:
+        if now < self._earliest:
+            return
+        late = [entry for entry in self._waiting.values() if entry.limit <= now]
+        self._earliest = min((entry.limit for entry in self._waiting.values() if entry.limit > now), default=math.inf)
+        for entry in late:
+            self._unqueue(entry)
+            self._shares.leave(entry.flow)
+            decisions.append(self._too_late(entry, now))
+
+    def _too_late(self, entry: Entry, now: float) -> Decision:
+        if entry.deadline <= now:
+            return Expire(entry.request_id, now - entry.arrived)
+        return Shed(entry.request_id, "late", self._retry_after(self._backlog_s(now) / 2))
+
+    def _release(self, now: float, decisions: list[Decision]) -> None:
+        while self._waiting and len(self._running) < self.max_running:
+            entry = self._next(now)
+            if entry is None:
+                return
+            self._unqueue(entry)
+            lane = self.lanes[entry.has_media]
+            has_waited = now > entry.arrived
+            if has_waited and lane.prices.known and now + lane.prices.of(entry.work) > entry.limit:
+                self._shares.leave(entry.flow)
+                decisions.append(self._too_late(entry, now))
+                continue
+            self._running[entry.request_id] = entry
+            lane.enter(entry, now)
+            self._shares.charge(entry.flow, entry.cost_s)
+            decisions.append(Release(entry.request_id, now - entry.arrived))
+            decisions.append(Charged(entry.flow.name, entry.cost_s))
+
+    def _next(self, now: float) -> Entry | None:
+        """The first of the tenant whose turn it is, of the lanes with room."""
+        best: tuple[float, str, Flow] | None = None
+        heads: dict[str, list[Entry]] = {}
+        for lane in self.lanes:
+            if lane.has_room(now):
+                for flow in self._shares.waiting(lane.has_media):
+                    heads.setdefault(flow.name, []).append(flow.lines[lane.has_media].entries[0])
+                    found = (self._shares.start(flow), flow.name, flow)
+                    best = found if best is None or found[:2] < best[:2] else best
+        if best is None:
+            return None
+        return min(heads[best[1]], key=lambda entry: (entry.release_by > now, entry.priority, entry.order))
