@@ -14,7 +14,7 @@ import click
 import aiodisagg
 from aiodisagg.cli.bench import bench
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
-from aiodisagg.cli.simulate import plan_command, simulate
+from aiodisagg.cli.simulate import bench_simulate, plan_command, simulate
 from aiodisagg.errors import AiodisaggError
 
 Command = Callable[..., None]
@@ -249,6 +249,7 @@ def demo(**options: Any) -> None:
         raise click.ClickException(str(error)) from error
 
 
+bench.add_command(bench_simulate)
 main.add_command(bench)
 main.add_command(simulate)
 main.add_command(plan_command)

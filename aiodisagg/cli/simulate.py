@@ -180,3 +180,20 @@ def plan_command(
     write_json(json_file, found)
     if plot_file is not None:
         plot_plan(found, plot_file)
+
+
+@click.command("simulate")
+@click.option("--study", "names", multiple=True, help="two-devices, ladder, overload or text; all if left out.")
+@click.option("--quick", is_flag=True, help="Few requests: shows that it works, not what is so.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/simulate.md"), help="Has the marks.")
+def bench_simulate(names: tuple[str, ...], quick: bool, out: Path) -> None:
+    """Fill the tables of docs/simulate.md."""
+    from aiodisagg.simulate.document import FULL, QUICK, STUDIES, write
+
+    try:
+        for name in names:
+            if name not in STUDIES:
+                raise ConfigError("study", f"{name!r} is none of {', '.join(STUDIES)}")
+        write(out, names or tuple(STUDIES), QUICK if quick else FULL, say)
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error

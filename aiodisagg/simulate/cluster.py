@@ -165,7 +165,9 @@ class Cluster:
             peer.device.update()
         left = [request.name for request in self.requests if not request.outcome]
         if left:
-            raise AiodisaggError(f"{self.system.name}: nothing happens any more, and requests {left[:5]} have not ended")
+            raise AiodisaggError(
+                f"{self.system.name}: nothing happens any more, and requests {left[:5]} have not ended"
+            )
 
     def _request(self, number: int, source: WorkloadRequest) -> SimRequest:
         images = [image.visual_tokens for image in source.images]

@@ -45,18 +45,25 @@ class Doors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``inside``: requests at once, 0 for as many as come (first-come) or as the engine runs (admission). ``shed_at``:
     refuse whose first token is predicted, or has become, later than this multiple of its unloaded time; 0: nobody.
-    ``max_wait_s``: the aging bound of the admission queue.
+    ``max_wait_s``, ``window_s``, ``min_in_flight``: as :class:`~aiodisagg.scheduler.admission.AdmissionConfig`.
     """
 
     order: Order = Order.FIRST_COME
     inside: int = 0
     shed_at: float = 0.0
     max_wait_s: float = 10.0
+    window_s: float = 1.0
+    min_in_flight: int = 8
 
     def check(self) -> None:
         """Raises ConfigError."""
-        if self.inside < 0 or self.shed_at < 0 or not self.max_wait_s > 0:
+        if self.inside < 0 or self.shed_at < 0:
             raise ConfigError("doors", f"{self} is out of range")
+        self.admission()
+
+    def admission(self) -> AdmissionConfig:
+        """Raises ConfigError."""
+        return AdmissionConfig(max_wait_s=self.max_wait_s, window_s=self.window_s, min_in_flight=self.min_in_flight)
 
 
 class Door(Protocol):
@@ -119,7 +126,7 @@ class QueueDoor:
 
     def __init__(self, doors: Doors, clock: Clock, begin: Tell, refuse: Tell, runs: int) -> None:
         self._doors, self._clock, self._begin, self._refuse = doors, clock, begin, refuse
-        self._queue = AdmissionQueue(AdmissionConfig(max_wait_s=doors.max_wait_s), doors.inside or runs)
+        self._queue = AdmissionQueue(doors.admission(), doors.inside or runs)
         self._here: dict[str, SimRequest] = {}
         self._armed: float | None = None
         self.waiting_s = 0.0
