@@ -29,7 +29,7 @@ class Scale(msgspec.Struct, frozen=True):
 
 
 FULL = Scale(4000, 128, 12000)
-QUICK = Scale(200, 8, 300)
+QUICK = Scale(60, 8, 200)
 
 
 def two_devices(scale: Scale, say: Say) -> str:
