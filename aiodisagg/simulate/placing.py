@@ -19,7 +19,7 @@ class Placing(enum.StrEnum):
     ROWS = "rows"
     """Each item goes to the peer that owes the fewest rows."""
     FINISH = "finish"
-    """Each item goes where it is predicted to be here first, one that holds it before all others."""
+    """Each item goes where it is predicted to be here first; who holds it need not encode it."""
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ def choose(how: Placing, items: Sequence[Item], views: Sequence[EncoderView], co
             name = place((Candidate(view.name, view.rows) for view in views), frozenset())
             view = next(view for view in views if view.name == name)
         else:
-            view = min(views, key=lambda v: (item.identity not in v.holds, _finish_s(item, v, costs), v.name))
+            view = min(views, key=lambda v: (_finish_s(item, v, costs), v.name))
         view.rows += item.rows
         if item.identity not in view.holds:
             view.wait_s += costs.tower_s((item.patches,))
