@@ -15,12 +15,15 @@ from aiodisagg.simulate.runs import Offered, run
 from aiodisagg.simulate.times import ServiceTimes
 
 SHAPES: Mapping[str, System] = {
-    "dp2": System("dp2", replicas=2, balanced=False),
-    "1+1-waits": System("1+1-waits", encode=1, language=1, overlap=False),
+    # two processes a place: the tower gets its half of the core, and nothing bounds it
+    "dp2": System("dp2", both=2, links=1, turns=False, inter_token_ms=0.0),
+    "dp2-waits": System("dp2-waits", both=2, links=1, turns=False, inter_token_ms=0.0, overlap=False),
     "1+1": System("1+1", encode=1, language=1),
-    "2both": System("2both", both=2, balanced=False),
+    "1+1-waits": System("1+1-waits", encode=1, language=1, overlap=False),
+    "dp2-both": System("dp2-both", both=2, links=1, turns=False),
+    "2both": System("2both", both=2, turns=False),
 }
-"""What the shapes of ``bench system`` are here. Clients take the addresses in turn."""
+"""What the shapes of ``bench system`` are here. The balancer of its clients is the router."""
 
 
 class MeasuredSpread(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.workload import Gamma, generate, write_trace
 from aiodisagg.cli import main
 from aiodisagg.simulate.cluster import System
-from aiodisagg.simulate.compare import compare, read_measured
+from aiodisagg.simulate.compare import SHAPES, compare, read_measured
 from aiodisagg.simulate.plan import Plan, PlanGoal, plan
 from aiodisagg.simulate.record import Report
 from aiodisagg.simulate.runs import Offered, run
@@ -77,9 +77,9 @@ def test_compare_prints_how_far_predictions_are_from_measurements(tmp_path: Path
     offered = Offered(named_mix("images-1-8"), 30)
     cells = []
     for shape, system, factor in (
-        ("dp2", System("dp2", replicas=2, balanced=False), 1.0),
-        ("2both", System("2both", both=2, balanced=False), 2.0),
-        ("unknown", System("dp2", replicas=2), 1.0),
+        ("dp2", SHAPES["dp2"], 1.0),
+        ("2both", SHAPES["2both"], 2.0),
+        ("unknown", SHAPES["1+1"], 1.0),
     ):
         spreads = [run(system, TIMES, offered.at(3.0, seed), seed=seed).ttft for seed in (0, 1)]
         mean, p99 = (factor * sum(getattr(one, key) for one in spreads) / 2 for key in ("mean", "p99"))
