@@ -17,6 +17,7 @@ import aiodisagg
 from aiodisagg.cli.bench import bench
 from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, both_command
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
+from aiodisagg.cli.simulate import bench_simulate, plan_command, simulate
 from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.peer.tls import Tls
 
@@ -276,8 +277,11 @@ def demo(**options: Any) -> None:
         raise click.ClickException(str(error)) from error
 
 
+bench.add_command(bench_simulate)
 main.add_command(bench)
 main.add_command(both_command(encode, language, encode_config, language_config, http_config))
+main.add_command(simulate)
+main.add_command(plan_command)
 
 
 if __name__ == "__main__":

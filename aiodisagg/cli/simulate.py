@@ -1,0 +1,199 @@
+"""``aiodisagg simulate`` and ``aiodisagg plan``: clusters in virtual time. Heavy imports wait for the command."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aiodisagg.errors import AiodisaggError, ConfigError
+
+if TYPE_CHECKING:
+    from aiodisagg.bench.workload import Mix
+
+Command = Callable[..., None]
+
+
+def workload_options(command: Command) -> Command:
+    """What is offered, and to which hardware."""
+    for option in (
+        click.option("--times", default="h200-vllm", help="Service times: a profile of the package, or a JSON file."),
+        click.option("--workload", "mix", default="servegen", help="A named mix, as of bench serve."),
+        click.option("--small", is_flag=True, help="The mix as bench system scales it for CPU cores."),
+        click.option("--requests", default=2000, type=click.IntRange(min=2), help="Of each run."),
+        click.option("--cv", default=1.0, help="Of the gaps between requests: 1 is Poisson, more is burstier."),
+        click.option("--slo", default="5x", help="Multiple of the unloaded latency."),
+        click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results as JSON."),
+        click.option(
+            "--plot", "plot_file", type=click.Path(path_type=Path), help="Write a PNG; needs the extra bench."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def mix_of(name: str, small: bool) -> Mix:
+    """Raises ConfigError."""
+    from aiodisagg.bench.mixes import named_mix
+    from aiodisagg.simulate.small import small_mixes
+
+    mixes = small_mixes() if small else {}
+    if small and name not in mixes:
+        raise ConfigError("workload", f"{name!r} is none of {', '.join(mixes)}")
+    return mixes[name] if small else named_mix(name)
+
+
+def slo_of(text: str) -> float:
+    """``5x`` or ``5``. Raises ConfigError."""
+    try:
+        found = float(text.removesuffix("x"))
+    except ValueError:
+        found = 0.0
+    if not found >= 1:
+        raise ConfigError("slo", f"{text!r} is no multiple of at least 1")
+    return found
+
+
+def show(table: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def write_json(file: Path | None, found: Any) -> None:
+    import msgspec
+
+    if file is not None:
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+
+
+@click.command()
+@click.option("--system", "systems", multiple=True, help="replicas, split-waits, split-overlap, flexible or static.")
+@click.option("--devices", default=2, type=click.IntRange(min=1))
+@click.option("--encode", default=1, help="Of the devices, for splits.")
+@click.option("--rate", "rates", multiple=True, type=float, help="Requests per second; may be given several times.")
+@click.option("--seed", default=0)
+@click.option("--trace", type=click.Path(path_type=Path), help="Requests of a file, one a line, instead of a mix.")
+@click.option("--protocol", is_flag=True, help="Move every item with the real protocol machines; slower.")
+@click.option("--shed", default=0.0, help="Refuse whom the first token is predicted later than this multiple for.")
+@click.option("--compare", "measured", type=click.Path(path_type=Path), help="Report of bench system to predict.")
+@workload_options
+def simulate(measured: Path | None, **options: Any) -> None:
+    """Run the scheduling policies over simulated peers: latencies, goodput and utilisation of each system."""
+    try:
+        if measured is not None:
+            _compare(measured, **options)
+        else:
+            _simulate(**options)
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _simulate(
+    systems: tuple[str, ...], devices: int, encode: int, rates: tuple[float, ...], seed: int, trace: Path | None,
+    protocol: bool, shed: float, times: str, mix: str, small: bool, requests: int, cv: float, slo: str,
+    json_file: Path | None, plot_file: Path | None,
+) -> None:  # fmt: skip
+    import msgspec
+
+    from aiodisagg.bench.workload import read_trace
+    from aiodisagg.simulate.doors import Doors
+    from aiodisagg.simulate.plot import plot_runs
+    from aiodisagg.simulate.runs import Offered, run, work
+    from aiodisagg.simulate.systems import named_system
+    from aiodisagg.simulate.tables import RUN_COLUMNS, run_rows, table
+    from aiodisagg.simulate.times import read_times
+
+    hardware = read_times(times)
+    offered = Offered(mix_of(mix, small), requests, cv)
+    chosen = systems or (("replicas", "split-waits", "split-overlap", "flexible") if devices > 1 else ("replicas",))
+    if trace is not None:
+        workloads = [read_trace(trace)]
+    else:
+        if not rates:
+            spent = work(hardware, offered.at(1.0, seed))
+            rates = (0.5 * devices / spent.total_s,)
+            say(f"no rate given: half of what {devices} devices can do is {rates[0]:.2f} requests/s")
+        workloads = [offered.at(rate, seed) for rate in rates]
+    began, found = time.perf_counter(), []
+    for name in chosen:
+        system = msgspec.structs.replace(named_system(name, devices, encode), doors=Doors(shed_at=shed))
+        for workload in workloads:
+            found.append(run(system, hardware, workload, seed=seed, slo=slo_of(slo), protocol=protocol))
+    spent_s = time.perf_counter() - began
+    show(table(f"{devices} devices, {hardware.name}, SLO {slo}; milliseconds", RUN_COLUMNS, run_rows(found)))
+    say(
+        f"{sum(one.requests for one in found):,} requests, {sum(one.events for one in found):,} events, {spent_s:.1f} s"
+    )
+    write_json(json_file, found)
+    if plot_file is not None:
+        plot_runs(found, plot_file)
+
+
+def _compare(measured: Path, *, times: str, small: bool, json_file: Path | None, **_: Any) -> None:
+    from aiodisagg.bench.mixes import MIX_NAMES, named_mix
+    from aiodisagg.simulate.compare import compare, read_measured
+    from aiodisagg.simulate.small import small_mixes
+    from aiodisagg.simulate.tables import COMPARE_COLUMNS, compare_rows, table
+    from aiodisagg.simulate.times import read_times
+
+    mixes = small_mixes() if small else {name: named_mix(name) for name in MIX_NAMES}
+    cells = compare(read_measured(measured), read_times(times), mixes)
+    show(table("Time to first token, milliseconds", COMPARE_COLUMNS, compare_rows(cells)))
+    worst = max(max(abs(one.mean_error), abs(one.p99_error)) for one in cells)
+    click.echo(f"largest error: {worst:.0%}")
+    write_json(json_file, cells)
+
+
+@click.command("plan")
+@click.option("--load", "rate", type=float, required=True, help="Requests per second.")
+@click.option("--share", default=0.9, help="Of all requests that must meet the SLO.")
+@click.option("--seeds", default=3, type=click.IntRange(min=1), help="Runs of each candidate.")
+@workload_options
+def plan_command(
+    rate: float, share: float, seeds: int, times: str, mix: str, small: bool, requests: int, cv: float, slo: str,
+    json_file: Path | None, plot_file: Path | None,
+) -> None:  # fmt: skip
+    """Say how many peers of which role a load needs to meet an SLO, and how sure that is."""
+    from aiodisagg.simulate.plan import PlanGoal, plan
+    from aiodisagg.simulate.plot import plot_plan
+    from aiodisagg.simulate.runs import Offered
+    from aiodisagg.simulate.tables import PLAN_COLUMNS, plan_rows, table
+    from aiodisagg.simulate.times import read_times
+
+    try:
+        goal = PlanGoal(rate, slo_of(slo), share, seeds)
+        found = plan(read_times(times), Offered(mix_of(mix, small), requests, cv), goal, say=say)
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error
+    title = f"{rate:g} requests/s of {mix} on {found.times}: {share:.0%} within {goal.slo:g}x of the unloaded latency"
+    show(table(title, PLAN_COLUMNS, plan_rows(found)))
+    click.echo("The service times are taken as true: the intervals are of the workload's chance only.")
+    write_json(json_file, found)
+    if plot_file is not None:
+        plot_plan(found, plot_file)
+
+
+@click.command("simulate")
+@click.option("--study", "names", multiple=True, help="two-devices, ladder, overload or text; all if left out.")
+@click.option("--quick", is_flag=True, help="Few requests: shows that it works, not what is so.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/simulate.md"), help="Has the marks.")
+def bench_simulate(names: tuple[str, ...], quick: bool, out: Path) -> None:
+    """Fill the tables of docs/simulate.md."""
+    from aiodisagg.simulate.document import FULL, QUICK, STUDIES, write
+
+    try:
+        for name in names:
+            if name not in STUDIES:
+                raise ConfigError("study", f"{name!r} is none of {', '.join(STUDIES)}")
+        write(out, names or tuple(STUDIES), QUICK if quick else FULL, say)
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error

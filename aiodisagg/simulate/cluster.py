@@ -1,0 +1,278 @@
+"""A cluster in virtual time: peers of some roles, a router in front, and requests on their way through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import msgspec
+
+from aiodisagg.bench.workload import WorkloadRequest
+from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.scheduler.slack import Slack
+from aiodisagg.simulate.clock import Clock
+from aiodisagg.simulate.device import Device
+from aiodisagg.simulate.doors import Door, Doors, open_door
+from aiodisagg.simulate.engine import Engine, TokenGaps
+from aiodisagg.simulate.machines import MachineWires
+from aiodisagg.simulate.placing import EncoderView, Placing, choose
+from aiodisagg.simulate.request import Item, SimRequest
+from aiodisagg.simulate.times import Costs, ServiceTimes
+from aiodisagg.simulate.tower import Preparing, Tower
+from aiodisagg.simulate.wires import TimedWires, Wires
+
+ROUTER_ASKS = 32
+"""Peers that the router looks at for a request, chosen by chance where there are more."""
+
+
+class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many peers of which role, and what they decide by.
+
+    ``replicas``: monoliths that encode inside the engine's loop. ``links``: encode peers that a language peer knows.
+    ``overlap``: prefill begins with the rows that are here; else when all are. ``balanced``: the router picks the
+    language peer with the least work owed; else the next in turn. ``tower_share``: of a device whose engine works too.
+    ``turns``: prefills and the tower of one device go by the age of requests; else both at once.
+    ``inter_token_ms``: what a tower leaves to the streams of the engine beside it; 0: it does not care.
+    ``batch_patches``: of a tower batch; 0: what the times say.
+    """
+
+    name: str
+    replicas: int = 0
+    encode: int = 0
+    language: int = 0
+    both: int = 0
+    placing: Placing = Placing.FINISH
+    overlap: bool = True
+    balanced: bool = True
+    links: int = 16
+    tower_share: float = 0.5
+    inter_token_ms: float = 50.0
+    turns: bool = True
+    batch_patches: int = 0
+    kept_rows: int = 1 << 17
+    doors: Doors = Doors()
+
+    @property
+    def devices(self) -> int:
+        return self.replicas + self.encode + self.language + self.both
+
+    def check(self) -> None:
+        """Raises ConfigError for a cluster that cannot serve."""
+        if self.replicas + self.language + self.both < 1:
+            raise ConfigError("system", f"{self.name}: nobody computes answers")
+        if self.language and self.encode + self.both < 1:
+            raise ConfigError("system", f"{self.name}: nobody encodes for language peers")
+        self.doors.check()
+        if not 0 < self.tower_share < 1 or self.links < 1:
+            raise ConfigError("system", f"{self.name}: tower_share must lie within 0..1 and links be at least 1")
+
+
+class Peer:
+    """One device and what runs on it. ``owed_s``: seconds of prefill, and of encoding in the loop, ahead of it."""
+
+    def __init__(self, name: str, role: str, device: Device) -> None:
+        self.name, self.role, self.device = name, role, device
+        self.engine: Engine | None = None
+        self.tower: Tower | None = None
+        self.preparing: Preparing | None = None
+        self.towers: list[Peer] = []
+        self.door: Door | None = None
+        self.owed_s = 0.0
+        self.asked_rows = 0
+
+
+class Cluster:
+    """Runs one workload once.
+
+    Args:
+        protocol: every item is moved by real protocol machines, instead of times of a link.
+        leaps: many decode steps at once where nothing changes; without, the same slower.
+    """
+
+    def __init__(
+        self, system: System, times: ServiceTimes, *, seed: int = 0, protocol: bool = False, leaps: bool = True
+    ) -> None:
+        system.check()
+        if system.batch_patches:
+            times = msgspec.structs.replace(times, batch_patches=system.batch_patches)
+        self.system, self.costs = system, Costs(times)
+        self.clock = Clock()
+        self.gaps = TokenGaps()
+        self.requests: list[SimRequest] = []
+        self._random = Random(f"{seed}/router")
+        self._leaps = leaps
+        self.wires: Wires
+        if protocol:
+            self.wires = MachineWires(self.clock, self.costs, self._arrived)
+        else:
+            self.wires = TimedWires(self.clock, self.costs, self._arrived)
+        self.peers = [
+            self._peer(f"{role}{i}", role)
+            for role in ("replica", "encode", "language", "both")
+            for i in range(self._count(role))
+        ]
+        self.fronts = [peer for peer in self.peers if peer.engine is not None]
+        self._by_name = {peer.name: peer for peer in self.peers}
+        self._link()
+        self._turn = 0
+        self._answers = self._answer_tokens = 0
+
+    def _count(self, role: str) -> int:
+        return int(getattr(self.system, "replicas" if role == "replica" else role))
+
+    def _peer(self, name: str, role: str) -> Peer:
+        device = Device(self.clock, self.system.tower_share, self.costs.times.shared_speed)
+        peer = Peer(name, role, device)
+        if role != "encode":
+            engine = peer.engine = Engine(
+                device, self.costs, self.gaps, inline=role == "replica", ended=self._ended, first=self._first,
+                leaps=self._leaps,
+            )  # fmt: skip
+            peer.door = open_door(
+                self.system.doors, self.clock, self._begin, self._refuse, runs=self.costs.times.max_running
+            )
+            if role == "replica":
+                peer.preparing = Preparing(self.clock, self.costs, engine.prepared, lambda: True)
+        if role in ("encode", "both"):
+            gated = role == "both" and self.system.inter_token_ms > 0
+            slack = Slack(self.system.inter_token_ms / 1e3) if gated else None
+            peer.tower = Tower(self.clock, self.costs, device.tower, kept_rows=self.system.kept_rows, slack=slack)
+            if peer.engine is not None:
+                peer.engine.beside = peer.tower
+                if self.system.turns:
+                    peer.engine.turns = True
+                    peer.tower.beside = peer.engine
+        return peer
+
+    def _link(self) -> None:
+        """Each language peer knows ``links`` encode peers: its own tower, and a window on the ring of all."""
+        towers = [peer for peer in self.peers if peer.tower is not None]
+        if not towers:
+            return
+        known = min(self.system.links, len(towers))
+        for i, peer in enumerate(p for p in self.fronts if p.role != "replica"):
+            first = towers.index(peer) if peer.tower is not None else i * known % len(towers)
+            peer.towers = [towers[(first + j) % len(towers)] for j in range(known)]
+
+    # -- a request's way -----------------------------------------------------------------------------------------
+
+    def run(self, workload: Sequence[WorkloadRequest]) -> None:
+        """Until every request has ended. Raises AiodisaggError if that never comes."""
+        for number, source in enumerate(workload):
+            self.clock.at(source.arrival_s, self._arrive, self._request(number, source))
+        self.clock.run()
+        for peer in self.peers:
+            peer.device.update()
+        left = [request.name for request in self.requests if not request.outcome]
+        if left:
+            raise AiodisaggError(
+                f"{self.system.name}: nothing happens any more, and requests {left[:5]} have not ended"
+            )
+
+    def _request(self, number: int, source: WorkloadRequest) -> SimRequest:
+        images = [image.visual_tokens for image in source.images]
+        prompt = sum(images) + max(source.text_tokens, 1)
+        unloaded = self.costs.unloaded_s(images, prompt)
+        request = SimRequest(number, source, prompt, unloaded, self.costs.decode_s(1, prompt))
+        request.items = [Item(request, i, image.identity, image.visual_tokens) for i, image in enumerate(source.images)]
+        self.requests.append(request)
+        return request
+
+    def _arrive(self, request: SimRequest) -> None:
+        peer = self._route()
+        request.peer = peer.name
+        assert peer.engine is not None and peer.door is not None
+        if not peer.engine.fits(request):
+            request.outcome, request.end_s = "refused", self.clock.now
+            return
+        peer.door.arrive(request, self._load(peer, self._half_answer_s()))
+
+    def _refuse(self, request: SimRequest) -> None:
+        request.outcome, request.end_s = "shed", self.clock.now
+
+    def _route(self) -> Peer:
+        fronts = self.fronts
+        self._turn += 1
+        if not self.system.balanced:
+            return fronts[self._turn % len(fronts)]
+        if len(fronts) > ROUTER_ASKS:
+            fronts = [fronts[int(self._random.random() * len(fronts))] for _ in range(ROUTER_ASKS)]
+        half = self._half_answer_s()
+        return min(fronts, key=lambda peer: self._load(peer, half))
+
+    def _half_answer_s(self) -> float:
+        """Of a device, for half an answer of the mean length seen so far."""
+        answer = self._answer_tokens / self._answers if self._answers else 0.0
+        return answer / 2 * self.costs.decode_s(16, 0.0) / 16
+
+    def _load(self, peer: Peer, half_answer_s: float) -> float:
+        """Seconds of work owed: what is queued, and half an answer for each that is being written."""
+        assert peer.engine is not None and peer.door is not None
+        tower = peer.tower.queued_s if peer.tower is not None else 0.0
+        return peer.owed_s + peer.door.waiting_s + tower + peer.engine.active * half_answer_s
+
+    def _begin(self, request: SimRequest) -> None:
+        """Let in: pages are asked for first, then images are encoded."""
+        peer = self._by_name[request.peer]
+        assert peer.engine is not None
+        request.begun_s = self.clock.now
+        chosen = self._choose(request, peer) if peer.towers and request.items else []
+        peer.owed_s += self._engine_s(request, peer)
+        if peer.role == "replica":
+            assert peer.preparing is not None
+            peer.engine.add(request)
+            for item in request.items:
+                peer.preparing.add(item)
+            return
+        if self.system.overlap or not request.items:
+            peer.engine.add(request)
+        for item, name in zip(request.items, chosen, strict=True):
+            tower = self._by_name[name].tower
+            assert tower is not None
+            item.encoder = name
+            self._by_name[name].asked_rows += item.rows
+            self.wires.fetch(item, tower, name, peer.name)
+
+    def _engine_s(self, request: SimRequest, peer: Peer) -> float:
+        inline = peer.role == "replica" and request.items
+        return self.costs.prefill_s(request.prompt) + (
+            self.costs.tower_s([item.patches for item in request.items]) if inline else 0.0
+        )
+
+    def _choose(self, request: SimRequest, peer: Peer) -> list[str]:
+        identities = {item.identity for item in request.items}
+        views = [self._view(one, peer, identities) for one in peer.towers]
+        return choose(self.system.placing, request.items, views, self.costs, request.number)
+
+    def _view(self, one: Peer, peer: Peer, identities: set[int]) -> EncoderView:
+        assert one.tower is not None
+        wait_s = one.tower.predicted_s
+        if one.engine is not None:
+            wait_s += one.owed_s  # its engine wants the device too
+        holds = frozenset(identity for identity in identities if one.tower.holds(identity))
+        return EncoderView(one.name, wait_s, one.asked_rows, one is peer, holds)
+
+    def _arrived(self, item: Item) -> None:
+        request = item.request
+        peer = self._by_name[request.peer]
+        assert peer.engine is not None
+        if item.arrived >= item.rows:
+            self._by_name[item.encoder].asked_rows -= item.rows
+        if self.system.overlap:
+            peer.engine.arrived(request)
+        elif request.complete:
+            peer.engine.add(request)
+
+    def _first(self, request: SimRequest) -> None:
+        peer = self._by_name[request.peer]
+        peer.owed_s -= self._engine_s(request, peer)
+        assert peer.door is not None
+        peer.door.first(request)
+
+    def _ended(self, request: SimRequest) -> None:
+        request.outcome, request.end_s = "ok", self.clock.now
+        self._answers += 1
+        self._answer_tokens += request.output
+        door = self._by_name[request.peer].door
+        assert door is not None
+        door.left(request)

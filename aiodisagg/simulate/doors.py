@@ -1,0 +1,163 @@
+"""Who is let in, and in which order: the line in front of each language peer."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+
+from aiodisagg.errors import ConfigError
+from aiodisagg.scheduler.admission import (
+    AdmissionConfig,
+    AdmissionQueue,
+    Arrived,
+    Decision,
+    Ended,
+    Expire,
+    FirstToken,
+    Release,
+    Shed,
+    TimerFired,
+)
+from aiodisagg.scheduler.prices import Work
+from aiodisagg.scheduler.shares import Tenant
+from aiodisagg.simulate.clock import Clock
+from aiodisagg.simulate.request import SimRequest
+
+Tell = Callable[[SimRequest], None]
+
+
+class Order(enum.StrEnum):
+    """Who goes next."""
+
+    FIRST_COME = "first-come"
+    """The order of arrival."""
+    ADMISSION = "admission"
+    """As the services do: :class:`aiodisagg.scheduler.admission.AdmissionQueue`."""
+
+
+class Doors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How requests are let in to each language peer.
+
+    ``inside``: requests at once, 0 for as many as come (first-come) or as the engine runs (admission). ``shed_at``:
+    refuse whose first token is predicted, or has become, later than this multiple of its unloaded time; 0: nobody.
+    ``max_wait_s``, ``window_s``, ``min_in_flight``: as :class:`~aiodisagg.scheduler.admission.AdmissionConfig`.
+    """
+
+    order: Order = Order.FIRST_COME
+    inside: int = 0
+    shed_at: float = 0.0
+    max_wait_s: float = 10.0
+    window_s: float = 1.0
+    min_in_flight: int = 8
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if self.inside < 0 or self.shed_at < 0:
+            raise ConfigError("doors", f"{self} is out of range")
+        self.admission()
+
+    def admission(self) -> AdmissionConfig:
+        """Raises ConfigError."""
+        return AdmissionConfig(max_wait_s=self.max_wait_s, window_s=self.window_s, min_in_flight=self.min_in_flight)
+
+
+class Door(Protocol):
+    """Each arrival ends in ``begin`` or ``refuse``, at once or later; who was begun leaves once."""
+
+    waiting_s: float
+    """Unloaded seconds of those in line."""
+
+    def arrive(self, request: SimRequest, owed_s: float) -> None:
+        """``owed_s``: seconds of work ahead of it."""
+
+    def first(self, request: SimRequest) -> None:
+        """It has its first token."""
+
+    def left(self, request: SimRequest) -> None:
+        """It has all of them."""
+
+
+def open_door(doors: Doors, clock: Clock, begin: Tell, refuse: Tell, *, runs: int) -> Door:
+    """``runs``: requests that the engine behind it runs at once."""
+    if doors.order is Order.ADMISSION:
+        return QueueDoor(doors, clock, begin, refuse, runs)
+    return LineDoor(doors, begin, refuse)
+
+
+class LineDoor:
+    """First come, first served."""
+
+    def __init__(self, doors: Doors, begin: Tell, refuse: Tell) -> None:
+        self._doors, self._begin, self._refuse = doors, begin, refuse
+        self._queue: deque[SimRequest] = deque()
+        self._inside = 0
+        self.waiting_s = 0.0
+
+    def arrive(self, request: SimRequest, owed_s: float) -> None:
+        doors = self._doors
+        if doors.shed_at and owed_s + request.unloaded_s > doors.shed_at * request.unloaded_s:
+            self._refuse(request)
+        elif doors.inside and self._inside >= doors.inside:
+            self._queue.append(request)
+            self.waiting_s += request.unloaded_s
+        else:
+            self._inside += 1
+            self._begin(request)
+
+    def first(self, request: SimRequest) -> None:
+        pass
+
+    def left(self, request: SimRequest) -> None:
+        self._inside -= 1
+        if self._queue:
+            following = self._queue.popleft()
+            self.waiting_s -= following.unloaded_s
+            self._inside += 1
+            self._begin(following)
+
+
+class QueueDoor:
+    """The services' queue: lanes, fair shares of tenants, aging, predicted first tokens."""
+
+    def __init__(self, doors: Doors, clock: Clock, begin: Tell, refuse: Tell, runs: int) -> None:
+        self._doors, self._clock, self._begin, self._refuse = doors, clock, begin, refuse
+        self._queue = AdmissionQueue(doors.admission(), doors.inside or runs)
+        self._here: dict[str, SimRequest] = {}
+        self._armed: float | None = None
+        self.waiting_s = 0.0
+
+    def arrive(self, request: SimRequest, owed_s: float) -> None:
+        source, now = request.source, self._clock.now
+        work = Work(request.prompt, sum(item.patches for item in request.items))
+        deadline = now + self._doors.shed_at * request.unloaded_s if self._doors.shed_at else math.inf
+        self._here[request.name] = request
+        self.waiting_s += request.unloaded_s
+        tenant = Tenant(source.tenant or "default")
+        self._act(self._queue.handle(Arrived(request.name, work, tenant, -source.priority, deadline), now))
+
+    def first(self, request: SimRequest) -> None:
+        self._act(self._queue.handle(FirstToken(request.name), self._clock.now))
+
+    def left(self, request: SimRequest) -> None:
+        self._act(self._queue.handle(Ended(request.name, request.generated), self._clock.now))
+
+    def _act(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            if isinstance(decision, Release | Shed | Expire):
+                request = self._here.pop(decision.request_id)
+                self.waiting_s -= request.unloaded_s
+                (self._begin if isinstance(decision, Release) else self._refuse)(request)
+        due = self._queue.next_timer()
+        if due is not None and (self._armed is None or due < self._armed):
+            self._armed = due
+            self._clock.at(due, self._fire, due)
+
+    def _fire(self, due: float) -> None:
+        if due == self._armed:
+            self._armed = None
+            self._act(self._queue.handle(TimerFired(), self._clock.now))

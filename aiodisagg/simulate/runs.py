@@ -1,0 +1,122 @@
+"""Runs: a system, a workload at a load, a seed; and what several seeds say together."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from aiodisagg.bench.workload import Gamma, Mix, WorkloadRequest, generate
+from aiodisagg.simulate.cluster import Cluster, System
+from aiodisagg.simulate.record import Report, report
+from aiodisagg.simulate.times import PATCHES_PER_TOKEN, Costs, ServiceTimes
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Student's t at 95 %, two sides, for one degree of freedom and more."""
+CAPACITY_BATCH = 16
+"""Streams that decode together where nothing else says how many: for capacities only."""
+
+
+class Offered(msgspec.Struct, frozen=True):
+    """What is sent. ``cv``: of the gaps between requests; 1 is Poisson."""
+
+    mix: Mix
+    requests: int
+    cv: float = 1.0
+
+    def at(self, rate_per_s: float, seed: int) -> tuple[WorkloadRequest, ...]:
+        """The requests of a seed; at another rate they are the same ones, closer together."""
+        return generate(self.mix, Gamma(rate_per_s, self.cv), self.requests, seed)
+
+
+class Work(msgspec.Struct, frozen=True):
+    """Mean device seconds of a request, by what they are spent on; without waiting."""
+
+    tower_s: float
+    prefill_s: float
+    decode_s: float
+    """At ``CAPACITY_BATCH`` streams a step."""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.tower_s + self.prefill_s
+
+    @property
+    def total_s(self) -> float:
+        return self.ttft_s + self.decode_s
+
+
+def run(
+    system: System, times: ServiceTimes, workload: Sequence[WorkloadRequest], *, seed: int = 0, slo: float = 5.0,
+    protocol: bool = False,
+) -> Report:  # fmt: skip
+    """One run until all requests have ended."""
+    cluster = Cluster(system, times, seed=seed, protocol=protocol)
+    cluster.run(workload)
+    return report(cluster, seed=seed, slo=slo)
+
+
+def work(times: ServiceTimes, workload: Sequence[WorkloadRequest]) -> Work:
+    """What the requests of a workload cost on average, each by itself."""
+    costs = Costs(times)
+    tower = prefill = decode = 0.0
+    for request in workload:
+        images = [image.visual_tokens for image in request.images]
+        prompt = sum(images) + max(request.text_tokens, 1)
+        tower += costs.tower_s([PATCHES_PER_TOKEN * tokens for tokens in images]) if images else 0.0
+        prefill += costs.prefill_s(prompt)
+        context = (prompt + request.output_tokens / 2) * CAPACITY_BATCH
+        decode += (request.output_tokens - 1) * costs.decode_s(CAPACITY_BATCH, context) / CAPACITY_BATCH
+    count = len(workload)
+    return Work(tower / count, prefill / count, decode / count)
+
+
+class Mean(msgspec.Struct, frozen=True):
+    """Of several seeds. ``half``: half the width of the 95 % interval of the mean; 0 of one seed says nothing."""
+
+    mean: float
+    half: float
+    low: float
+    high: float
+    seeds: int
+
+
+def mean_of(values: Iterable[float]) -> Mean:
+    found = list(values)
+    half = 0.0
+    if len(found) > 1:
+        t = T95[min(len(found) - 1, len(T95)) - 1]
+        half = t * statistics.stdev(found) / math.sqrt(len(found))
+    return Mean(statistics.fmean(found), half, min(found), max(found), len(found))
+
+
+def most(works: Callable[[float], bool], low: float, high: float, *, precision: float = 0.03) -> float:
+    """The largest rate of about ``low`` to ``high`` and beyond that works; 0 if ``low / 16`` does not. Bisection: it
+    takes for granted that what works at a rate works at lower ones."""
+    while works(high):
+        low, high = high, high * 1.5
+    for _ in range(5):
+        if works(low):
+            break
+        low, high = low / 2, low
+    else:
+        return 0.0
+    while high / low > 1 + precision:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if works(middle) else (low, middle)
+    return low
+
+
+def goodput(
+    system: System, times: ServiceTimes, offered: Offered, *, slo: float, share: float, seeds: Sequence[int],
+    guess: float,
+) -> float:  # fmt: skip
+    """The highest rate per second at which ``share`` of all requests, over all seeds, meet the SLO."""
+
+    def works(rate: float) -> bool:
+        met = [run(system, times, offered.at(rate, seed), seed=seed, slo=slo).attained for seed in seeds]
+        return statistics.fmean(met) >= share
+
+    return most(works, guess / 2, guess)

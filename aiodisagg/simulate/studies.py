@@ -1,0 +1,150 @@
+"""The questions of docs/simulate.md: two devices, the ladder, overload, text beside images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from aiodisagg.bench.distributions import Ranges, exactly, parse_ranges
+from aiodisagg.bench.mixes import named_mix
+from aiodisagg.bench.workload import Mix
+from aiodisagg.simulate.cluster import Cluster, System
+from aiodisagg.simulate.doors import Doors, Order
+from aiodisagg.simulate.record import Report, report
+from aiodisagg.simulate.runs import Offered, goodput, run, work
+from aiodisagg.simulate.systems import flexible, ladder, replicas, split_overlap, split_waits
+from aiodisagg.simulate.times import ServiceTimes
+
+Say = Callable[[str], None]
+FULL_HD = ((1920, 1080),)
+
+
+def ttft_mixes() -> dict[str, Mix]:
+    """The mixes of the table of two devices: only the time to the first token, pictures of 1080p, at most eight."""
+    servegen = "0:0.006,1:0.798,2:0.066,3:0.076,4-8:0.054"
+    text = Ranges(((32, 128, 1.0),))
+    return {
+        "1-8": Mix(Ranges(((1, 8, 1.0),)), FULL_HD, text, exactly(1)),
+        "ServeGen-like": Mix(parse_ranges("images", servegen), FULL_HD, text, exactly(1)),
+    }
+
+
+class Cell(msgspec.Struct, frozen=True):
+    mix: str
+    load: float
+    report: Report
+
+
+def two_devices(times: ServiceTimes, *, requests: int, loads: Sequence[float], say: Say) -> list[Cell]:
+    """Two replicas, a split that waits, one with overlap, two flexible peers; loads are of two replicas' capacity
+    without batching: the rate times the mean time that a request keeps a replica."""
+    cells = []
+    for name, mix in ttft_mixes().items():
+        offered = Offered(mix, requests)
+        spent = work(times, offered.at(1.0, 0)).ttft_s
+        for load in loads:
+            workload = offered.at(2 * load / spent, 0)
+            for system in (replicas(2), split_waits(2, 1), split_overlap(2, 1), flexible(2)):
+                cells.append(Cell(name, load, run(system, times, workload)))
+            say(f"{name} at load {load:g}")
+    return cells
+
+
+class Rung(msgspec.Struct, frozen=True):
+    """``goodput_per_s``: the highest rate at which the share meets the SLO; ``busy`` at that rate, by role."""
+
+    mix: str
+    system: str
+    goodput_per_s: float
+    of_replicas: float
+    """Times the goodput of routed replicas."""
+    busy: dict[str, float]
+
+
+def climb(
+    times: ServiceTimes, offered: Offered, mix: str, *, devices: int, encode: int, slo: float, share: float,
+    seeds: Sequence[int], say: Say,
+) -> list[Rung]:  # fmt: skip
+    """The ladder, each rung at its own goodput."""
+    rungs: list[Rung] = []
+    guess = 0.6 * devices / work(times, offered.at(1.0, 0)).total_s
+    reference = 0.0
+    for system in ladder(devices, encode):
+        rate = goodput(system, times, offered, slo=slo, share=share, seeds=seeds, guess=guess)
+        busy: dict[str, float] = {}
+        if rate:
+            guess = rate
+            found = run(system, times, offered.at(rate, seeds[0]), seed=seeds[0], slo=slo)
+            busy = {use.role: use.busy for use in found.use}
+        if system.replicas:
+            reference = rate
+        rungs.append(Rung(mix, system.name, rate, rate / reference if reference else 0.0, busy))
+        say(f"{mix}, {system.name}: {rate:.1f} requests/s")
+    return rungs
+
+
+class Overload(msgspec.Struct, frozen=True):
+    """``factor``: of the goodput that the open door has at most; ``inside``: requests that the other door lets in."""
+
+    factor: float
+    inside: int
+    open_door: Report
+    shedding: Report
+
+
+def overload(
+    times: ServiceTimes, offered: Offered, *, devices: int, slo: float, factors: Sequence[float], say: Say
+) -> list[Overload]:
+    """Flexible peers at multiples of what they can do, with everybody let in and with shedding.
+
+    Shedding is by the admission queue: late requests are refused, and each peer has as many inside as it has on average
+    at its best, because more of them would all be slow.
+    """
+    open_door = flexible(devices)
+    guess = 0.6 * devices / work(times, offered.at(1.0, 0)).total_s
+    most = goodput(open_door, times, offered, slo=slo, share=0.9, seeds=(0,), guess=guess)
+    best = run(open_door, times, offered.at(most, 0), slo=slo)
+    inside = max(1, round(most * best.e2e.mean / 1e3 / devices))
+    doors = Doors(order=Order.ADMISSION, inside=inside, shed_at=slo)
+    shedding: System = msgspec.structs.replace(open_door, doors=doors)
+    found = []
+    for factor in factors:
+        workload = offered.at(factor * most, 0)
+        both = [run(system, times, workload, slo=slo) for system in (open_door, shedding)]
+        found.append(Overload(factor, inside, both[0], both[1]))
+        say(f"{factor:g} times {most:.1f} requests/s")
+    return found
+
+
+def text_and_images() -> Mix:
+    """Half of the requests have no image, half have one to eight of 1080p."""
+    base = named_mix("images-1-8")
+    return Mix(Ranges(((0, 0, 1.0), (1, 8, 1.0))), FULL_HD, base.text_tokens, base.output_tokens)
+
+
+class TextBeside(msgspec.Struct, frozen=True):
+    load: float
+    order: str
+    report: Report
+    longest_wait_ms: float
+    """Of any request, from its arrival until it was let in."""
+
+
+def text_beside_images(times: ServiceTimes, *, requests: int, loads: Sequence[float], say: Say) -> list[TextBeside]:
+    """Text-only requests among images on two devices: replicas and flexible peers, first come first served, and behind
+    the admission queue; loads are of the device time that the requests take."""
+    offered = Offered(text_and_images(), requests)
+    spent = work(times, offered.at(1.0, 0)).total_s
+    found = []
+    for load in loads:
+        workload = offered.at(2 * load / spent, 0)
+        for base in (replicas(2), flexible(2)):
+            for order in Order:
+                doors = Doors(order=order, window_s=0.25, min_in_flight=2)
+                cluster = Cluster(msgspec.structs.replace(base, doors=doors), times)
+                cluster.run(workload)
+                longest = max(request.begun_s - request.source.arrival_s for request in cluster.requests)
+                found.append(TextBeside(load, order.value, report(cluster, seed=0), longest * 1e3))
+        say(f"text beside images at load {load:g}")
+    return found

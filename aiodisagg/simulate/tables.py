@@ -1,0 +1,105 @@
+"""What simulations say, as tables for a terminal and for documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from aiodisagg.simulate.compare import Compared
+from aiodisagg.simulate.plan import Answer, Plan
+from aiodisagg.simulate.record import Report
+from aiodisagg.simulate.studies import Rung
+
+Row = tuple[str, ...]
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
+    found = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        found.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+RUN_COLUMNS = (
+    "system", "req/s", "TTFT mean", "p50", "p90", "p99", "text p99", "ITL p99", "TPOT mean", "within SLO", "goodput",
+    "shed", "busy",
+)  # fmt: skip
+
+
+def run_rows(reports: Sequence[Report]) -> list[Row]:
+    """Milliseconds."""
+    return [
+        (
+            one.system, f"{one.rate_per_s:.1f}", f"{one.ttft.mean:.0f}", f"{one.ttft.p50:.0f}", f"{one.ttft.p90:.0f}",
+            f"{one.ttft.p99:.0f}", f"{one.ttft_text.p99:.0f}" if one.ttft_text.count else "-", f"{one.itl.p99:.1f}",
+            f"{one.tpot.mean:.1f}", f"{one.attained:.1%}", f"{one.goodput_per_s:.1f}", str(one.shed),
+            ", ".join(f"{use.role} {use.busy:.0%}" for use in one.use),
+        )
+        for one in reports
+    ]  # fmt: skip
+
+
+LADDER_COLUMNS = ("system", "goodput, req/s", "of replicas", "busy")
+
+
+def ladder_rows(rungs: Sequence[Rung]) -> list[Row]:
+    return [
+        (
+            rung.system, f"{rung.goodput_per_s:.1f}", f"{rung.of_replicas:.2f}",
+            ", ".join(f"{role} {busy:.0%}" for role, busy in rung.busy.items()),
+        )
+        for rung in rungs
+    ]  # fmt: skip
+
+
+PLAN_COLUMNS = (
+    "kind",
+    "devices",
+    "encode : language",
+    "within SLO",
+    "TTFT mean",
+    "p99",
+    "ITL p99",
+    "busy",
+    "sure",
+    "why",
+)
+
+
+def plan_rows(plan: Plan) -> list[Row]:
+    return [_plan_row(answer) for answer in plan.answers]
+
+
+def _plan_row(answer: Answer) -> Row:
+    found = answer.chosen
+    if found is None:
+        return (answer.kind, "-", "-", "-", "-", "-", "-", "-", "no", answer.why)
+    split = f"{found.encode} : {found.language}" if found.encode else "-"
+    return (
+        answer.kind, str(found.devices), split, f"{found.attained.mean:.1%} +- {found.attained.half:.1%}",
+        f"{found.ttft_mean_ms.mean:.0f} ms", f"{found.ttft_p99_ms.mean:.0f} ms", f"{found.itl_p99_ms.mean:.1f} ms",
+        ", ".join(f"{role} {busy:.0%}" for role, busy in found.busy.items()), "yes" if answer.sure else "no",
+        answer.why,
+    )  # fmt: skip
+
+
+COMPARE_COLUMNS = ("shape", "mix", "load", "mean measured", "predicted", "error", "p99 measured", "predicted", "error")
+
+
+def compare_rows(cells: Sequence[Compared]) -> list[Row]:
+    """Milliseconds."""
+    return [
+        (
+            one.shape, one.mix, f"{one.load:g}", f"{one.measured.mean:.0f}", f"{one.predicted.mean:.0f}",
+            f"{one.mean_error:+.0%}", f"{one.measured.p99:.0f}", f"{one.predicted.p99:.0f}", f"{one.p99_error:+.0%}",
+        )
+        for one in cells
+    ]  # fmt: skip

@@ -1,0 +1,180 @@
+"""The encode side of a peer in virtual time: CPU threads prepare, the tower takes batches of a patch budget."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from aiodisagg.encode.queue import TowerQueue
+from aiodisagg.scheduler.slack import Slack
+from aiodisagg.scheduler.turns import tower_may_begin
+from aiodisagg.simulate.clock import Clock
+from aiodisagg.simulate.device import Lane
+from aiodisagg.simulate.request import Item
+from aiodisagg.simulate.times import Costs
+
+if TYPE_CHECKING:
+    from aiodisagg.simulate.engine import Engine
+
+Rows = Callable[[Item], None]
+
+PREPARED_PATCHES = 32768
+STEPS_TO_FILL = 4
+"""Steps after which a Slack account is as full as it gets: each earns a third of its bound or more."""
+
+
+class Preparing:
+    """``threads`` CPU threads, first come first served; ``room`` says whether more may be prepared now."""
+
+    def __init__(self, clock: Clock, costs: Costs, done: Rows, room: Callable[[], bool]) -> None:
+        self.clock, self.costs = clock, costs
+        self._done, self._room = done, room
+        self._free = costs.times.prepare_threads
+        self._queue: deque[Item] = deque()
+        self.waiting_s = 0.0
+        """CPU seconds of what waits or is at work."""
+
+    def add(self, item: Item) -> None:
+        self._queue.append(item)
+        self.waiting_s += self.costs.prepare_s(item.patches)
+        self.feed()
+
+    def feed(self) -> None:
+        while self._queue and self._free and self._room():
+            item = self._queue.popleft()
+            spent = self.costs.prepare_s(item.patches)
+            if not spent:
+                self._done(item)
+                continue
+            self._free -= 1
+            self.clock.at(self.clock.now + spent, self._prepared, item, spent)
+
+    def _prepared(self, item: Item, spent: float) -> None:
+        self._free += 1
+        self.waiting_s -= spent
+        self._done(item)
+        self.feed()
+
+
+class Tower:
+    """As :class:`aiodisagg.encode.pipeline.EncodePipeline`: items are prepared, wait, and are encoded in batches.
+
+    The real :class:`~aiodisagg.encode.queue.TowerQueue` fills batches; beside an engine the real
+    :class:`~aiodisagg.scheduler.slack.Slack` says when the next one may begin. An identity that is being encoded, or
+    whose rows are kept, is not encoded again: ``kept_rows`` bounds the latter.
+    """
+
+    def __init__(self, clock: Clock, costs: Costs, lane: Lane, *, kept_rows: int, slack: Slack | None = None) -> None:
+        self.costs, self._clock, self._lane, self.slack = costs, clock, lane, slack
+        self._queue = TowerQueue(costs.times.batch_patches)
+        self._room = 2 * max(costs.times.batch_patches, PREPARED_PATCHES)
+        self._preparing = Preparing(clock, costs, self._prepared, lambda: self._patches < self._room)
+        self._patches = 0
+        self._orders = 0
+        self._waiting: dict[int, list[tuple[Item, Rows]]] = {}
+        self._kept: OrderedDict[int, int] = OrderedDict()
+        self._free_rows = kept_rows
+        self._began_s = 0.0
+        self._ready: dict[int, Item] = {}
+        self._at_work: list[Item] = []
+        self.beside: Engine | None = None
+        """The engine that shares the device, if they take turns."""
+        self.batches = 0
+        self.encoded = 0
+        self.hits = 0
+        self.queued_s = 0.0
+        """Tower seconds of what has been asked for and has no rows yet."""
+
+    def holds(self, identity: int) -> bool:
+        """Its rows are here, or on their way."""
+        return identity in self._kept or identity in self._waiting
+
+    @property
+    def predicted_s(self) -> float:
+        """Until a new item could begin, on a device that does nothing else."""
+        return max(self.queued_s, self._preparing.waiting_s / self.costs.times.prepare_threads)
+
+    @property
+    def working(self) -> bool:
+        """A batch is at work or could be."""
+        return self._lane.busy or bool(self._queue)
+
+    def oldest_s(self) -> float | None:
+        """When the oldest request was let in that has an item at work or ready."""
+        ready = next(iter(self._ready.values()), None)
+        ages = [item.request.begun_s for item in (*self._at_work, *((ready,) if ready is not None else ()))]
+        return min(ages, default=None)
+
+    def submit(self, item: Item, rows: Rows) -> None:
+        """``rows(item)`` when all its rows exist."""
+        if item.identity in self._kept:
+            self._kept.move_to_end(item.identity)
+            self.hits += 1
+            rows(item)
+        elif item.identity in self._waiting:
+            self.hits += 1
+            self._waiting[item.identity].append((item, rows))
+        else:
+            self._waiting[item.identity] = [(item, rows)]
+            self.queued_s += self.costs.tower_s((item.patches,))
+            self._preparing.add(item)
+
+    def stepped(self, step_s: float, decodes: int, steps: int) -> None:
+        """The engine beside did so many steps, each of ``step_s``; 0 decodes: it has nobody to keep waiting."""
+        if self.slack is not None:
+            for _ in range(min(steps, STEPS_TO_FILL)):
+                self.slack.stepped(step_s, decodes)
+        self._next()
+
+    def _prepared(self, item: Item) -> None:
+        self._orders += 1
+        self._patches += item.patches
+        self._ready[item.identity] = item
+        self._queue.add(str(item.identity), self._orders, 1, item.patches)
+        if not self._lane.busy:
+            # In the same moment others may become ready: the batch is taken when all have been heard.
+            self._clock.at(self._clock.now, self._next)
+
+    def _next(self) -> None:
+        if self._lane.busy or not self._queue:
+            return
+        head = next(iter(self._ready.values()))
+        if self.beside is not None and not tower_may_begin(head.request.begun_s, self.beside.oldest_prefill_s()):
+            return
+        if self.slack is not None and not self.slack.free:
+            self._lane.device.before_sharing()  # a leap of the engine would earn nothing before its end
+            return
+        pieces = self._queue.take()
+        patches = [piece.patches for piece in pieces]
+        self._patches -= sum(patches)
+        self.batches += 1
+        self._began_s = self._clock.now
+        identities = [int(piece.digest) for piece in pieces]
+        self._at_work = [self._ready.pop(identity) for identity in identities]
+        self._lane.start(self.costs.tower_s(patches), lambda: self._encoded(identities))
+        self._preparing.feed()
+
+    def _encoded(self, identities: list[int]) -> None:
+        if self.slack is not None:
+            self.slack.spent(self._clock.now - self._began_s)
+        self._at_work = []
+        self._next()
+        for identity in identities:
+            waiting = self._waiting.pop(identity)
+            item = waiting[0][0]
+            self.encoded += 1
+            self.queued_s -= self.costs.tower_s((item.patches,))
+            self._keep(item)
+            for each, rows in waiting:
+                rows(each)
+        if self.beside is not None:
+            self.beside.release()
+        if not self._waiting:
+            self.queued_s = 0.0  # sums of floats drift
+
+    def _keep(self, item: Item) -> None:
+        self._kept[item.identity] = item.rows
+        self._free_rows -= item.rows
+        while self._free_rows < 0 and self._kept:
+            self._free_rows += self._kept.popitem(last=False)[1]

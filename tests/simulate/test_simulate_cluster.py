@@ -1,0 +1,198 @@
+"""Whole clusters in virtual time: what must hold for every one of them."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from aiodisagg.bench.distributions import Ranges, exactly
+from aiodisagg.bench.workload import Gamma, ImageSpec, Mix, WorkloadRequest, generate
+from aiodisagg.errors import ConfigError
+from aiodisagg.simulate.cluster import Cluster, System
+from aiodisagg.simulate.doors import Doors, Order
+from aiodisagg.simulate.machines import MachineWires
+from aiodisagg.simulate.placing import Placing
+from aiodisagg.simulate.record import report
+from aiodisagg.simulate.runs import run, work
+from aiodisagg.simulate.systems import flexible, ladder, replicas, split_overlap, split_waits
+from aiodisagg.simulate.times import Costs, ServiceTimes, read_times
+
+TIMES = read_times("h200-modelled")
+FULL_HD = ((1920, 1080),)
+IMAGES = Mix(Ranges(((0, 0, 1.0), (1, 8, 3.0))), FULL_HD, Ranges(((32, 128, 1.0),)), Ranges(((1, 40, 1.0),)))
+FIRST_TOKEN = Mix(Ranges(((1, 8, 1.0),)), FULL_HD, Ranges(((32, 128, 1.0),)), exactly(1))
+SYSTEMS = (
+    replicas(2),
+    split_waits(2, 1),
+    split_overlap(3, 1),
+    flexible(2),
+    System("all", replicas=1, encode=1, language=1, both=1, placing=Placing.ROWS),
+    System("at once", both=2, turns=False, inter_token_ms=0.0),
+    System("no slack", both=2, inter_token_ms=0.0),
+    msgspec.structs.replace(flexible(2), name="admission", doors=Doors(order=Order.ADMISSION, inside=4)),
+)
+
+
+def requests(mix: Mix, rate: float, count: int, seed: int = 1) -> tuple[WorkloadRequest, ...]:
+    return generate(mix, Gamma(rate), count, seed)
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+@pytest.mark.parametrize("protocol", [False, True], ids=["timed", "protocol"])
+def test_every_request_ends_once_with_all_its_tokens(system: System, protocol: bool) -> None:
+    workload = requests(IMAGES, 4.0, 60)
+    cluster = Cluster(system, TIMES, protocol=protocol)
+    cluster.run(workload)
+    for request, source in zip(cluster.requests, workload, strict=True):
+        assert request.outcome == "ok" and request.generated == source.output_tokens
+        assert source.arrival_s < request.first_s <= request.end_s
+        assert all(item.arrived == item.rows for item in request.items)
+    for peer in cluster.peers:
+        assert peer.owed_s == pytest.approx(0.0, abs=1e-9) and peer.asked_rows == 0
+        if peer.engine is not None:
+            assert peer.engine.active == 0
+            assert peer.engine.scheduler.pages.free == peer.engine.scheduler.pages.count
+        assert peer.device.busy_s <= cluster.clock.now + 1e-9
+    said = report(cluster, seed=1)
+    assert said.ok == 60 and said.itl.count == sum(source.output_tokens - 1 for source in workload)
+
+
+def test_equal_seeds_give_equal_reports_and_others_do_not() -> None:
+    system = msgspec.structs.replace(flexible(40), links=4)
+    workload = requests(IMAGES, 60.0, 150)
+    one, same, other = (run(system, TIMES, workload, seed=seed) for seed in (1, 1, 2))
+    assert one == same
+    assert one.ttft != other.ttft  # the router looks at other peers
+
+
+def test_a_lone_request_takes_what_the_service_times_say() -> None:
+    costs = Costs(TIMES)
+    workload = [WorkloadRequest(0.0, tuple(ImageSpec(i, 1920, 1080) for i in range(4)), 64, 1)]
+    cluster = Cluster(replicas(1), TIMES)
+    cluster.run(workload)
+    tokens = workload[0].images[0].visual_tokens
+    expected = costs.tower_s([4 * tokens] * 4) + costs.prefill_s(4 * tokens + 64)
+    assert cluster.requests[0].first_s == pytest.approx(expected)
+    assert cluster.requests[0].unloaded_s == pytest.approx(expected)
+
+
+def test_a_queue_of_equal_prompts_waits_as_long_as_theory_says() -> None:
+    """M/D/1: the mean wait is load / (2 (1 - load)) service times."""
+    times = msgspec.structs.replace(TIMES, max_running=1)
+    text = Mix(exactly(0), FULL_HD, exactly(1000), exactly(1))
+    service = Costs(times).prefill_s(1000)
+    for load in (0.3, 0.7):
+        waits = []
+        for seed in range(4):
+            said = run(replicas(1), times, requests(text, load / service, 4000, seed))
+            waits.append(said.ttft.mean / 1e3 - service)
+        expected = load / (2 * (1 - load)) * service
+        assert sum(waits) / len(waits) == pytest.approx(expected, rel=0.08)
+
+
+def test_overlap_is_never_later_than_waiting_on_average() -> None:
+    spent = work(TIMES, requests(FIRST_TOKEN, 1.0, 200)).ttft_s
+    for load in (0.2, 0.5):
+        workload = requests(FIRST_TOKEN, 2 * load / spent, 300)
+        waits, overlap = (run(make(2, 1), TIMES, workload).ttft.mean for make in (split_waits, split_overlap))
+        assert overlap < 0.95 * waits
+
+
+def test_turns_keep_flexible_peers_at_or_below_replicas_where_sharing_does_not() -> None:
+    spent = work(TIMES, requests(FIRST_TOKEN, 1.0, 200)).ttft_s
+    workload = requests(FIRST_TOKEN, 2 * 0.5 / spent, 400)
+    monoliths = run(replicas(2), TIMES, workload).ttft.mean
+    assert run(flexible(2), TIMES, workload).ttft.mean < 1.0 * monoliths
+    assert run(System("at once", both=2, turns=False), TIMES, workload).ttft.mean > 1.1 * monoliths
+
+
+def test_the_machines_move_every_row_once_and_take_about_as_long_as_the_times_of_a_link() -> None:
+    workload = requests(IMAGES, 3.0, 40)
+    timed = run(split_overlap(2, 1), TIMES, workload)
+    cluster = Cluster(split_overlap(2, 1), TIMES, protocol=True)
+    cluster.run(workload)
+    assert report(cluster, seed=0).ttft.mean == pytest.approx(timed.ttft.mean, rel=0.05)
+    wires = cluster.wires
+    assert isinstance(wires, MachineWires)
+    row_bytes = TIMES.row_bytes
+    moved = sum(source.visual_tokens for source in workload) * row_bytes
+    assert wires.receivers["language0"].machine.counters.total("received") == moved
+    assert not wires.receivers["language0"].machine.items and not wires.senders["encode0"].machine.items
+
+
+@pytest.mark.parametrize("protocol", [False, True], ids=["timed", "protocol"])
+def test_a_picture_that_many_ask_for_is_encoded_once(protocol: bool) -> None:
+    mix = Mix(exactly(2), FULL_HD, exactly(50), exactly(4), pool=5, reuse=1.0)
+    workload = requests(mix, 20.0, 60)
+    cluster = Cluster(flexible(2), TIMES, protocol=protocol)
+    cluster.run(workload)
+    said = report(cluster, seed=0)
+    assert said.ok == 60
+    assert said.items_encoded == len({image.identity for source in workload for image in source.images})
+
+
+def test_with_little_memory_answers_are_thrown_out_and_still_come() -> None:
+    times = msgspec.structs.replace(TIMES, kv_tokens=4096)
+    text = Mix(exactly(0), FULL_HD, exactly(500), exactly(400))
+    said = run(replicas(1), times, requests(text, 20.0, 40))
+    assert said.ok == 40 and said.preemptions > 0
+    large = run(replicas(1), times, [WorkloadRequest(0.0, (), 5000, 1), WorkloadRequest(0.1, (), 50, 1)])
+    assert (large.ok, large.refused) == (1, 1)
+
+
+def test_shedding_keeps_goodput_where_without_it_falls() -> None:
+    spent = work(TIMES, requests(FIRST_TOKEN, 1.0, 200)).ttft_s
+    workload = requests(FIRST_TOKEN, 2 * 1.6 / spent, 500)
+    system = flexible(2)
+    shedding = msgspec.structs.replace(system, doors=Doors(shed_at=5.0))
+    without, with_it = run(system, TIMES, workload), run(shedding, TIMES, workload)
+    assert without.shed == 0 and with_it.shed > 50
+    assert with_it.ok + with_it.shed == 500
+    assert with_it.goodput_per_s > 1.5 * without.goodput_per_s
+
+
+def test_a_full_house_is_a_line() -> None:
+    """Never more than so many inside; the rest in the order of their arrival."""
+    one = msgspec.structs.replace(replicas(1), doors=Doors(inside=1))
+    text = Mix(exactly(0), FULL_HD, exactly(400), exactly(10))
+    cluster = Cluster(one, TIMES)
+    cluster.run(requests(text, 50.0, 30))
+    ends = [request.end_s for request in cluster.requests]
+    assert ends == sorted(ends)
+    assert all(
+        before.end_s <= after.first_s for before, after in zip(cluster.requests, cluster.requests[1:], strict=False)
+    )
+
+
+def test_each_rung_of_the_ladder_serves() -> None:
+    workload = requests(IMAGES, 10.0, 80)
+    said = [run(system, TIMES, workload) for system in ladder(8, 2)]
+    assert [one.ok for one in said] == [80] * 6
+    static, scheduled = said[2].ttft.mean, said[3].ttft.mean
+    assert scheduled < static
+
+
+@pytest.mark.parametrize(
+    ("system", "what"),
+    [
+        (System("none", encode=2), "nobody computes"),
+        (System("none", language=2), "nobody encodes"),
+        (System("none", both=1, tower_share=1.0), "tower_share"),
+    ],
+)
+def test_clusters_that_cannot_serve_are_refused(system: System, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        Cluster(system, TIMES)
+
+
+def test_times_are_checked() -> None:
+    bad: list[ServiceTimes] = [
+        msgspec.structs.replace(TIMES, tower=()),
+        msgspec.structs.replace(TIMES, kv_tokens=0),
+        msgspec.structs.replace(TIMES, prefill=((10, 1.0), (5, 2.0))),
+    ]
+    for times in bad:
+        with pytest.raises(ConfigError):
+            Costs(times)
+    with pytest.raises(ConfigError, match="cpu-115m"):
+        read_times("no-such-profile")

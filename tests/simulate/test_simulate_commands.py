@@ -1,0 +1,146 @@
+"""``aiodisagg simulate``, ``plan`` and ``bench simulate``, as a user calls them; small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from aiodisagg.bench.mixes import named_mix
+from aiodisagg.bench.workload import Gamma, generate, write_trace
+from aiodisagg.cli import main
+from aiodisagg.simulate.cluster import System
+from aiodisagg.simulate.compare import SHAPES, compare, read_measured
+from aiodisagg.simulate.plan import Plan, PlanGoal, plan
+from aiodisagg.simulate.record import Report
+from aiodisagg.simulate.runs import Offered, run
+from aiodisagg.simulate.times import read_times
+
+TIMES = read_times("h200-vllm")
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_simulate_prints_a_row_for_each_system_and_rate_and_writes_them(tmp_path: Path) -> None:
+    json_file, plot_file = tmp_path / "runs.json", tmp_path / "runs.png"
+    found = call(
+        "simulate", "--requests", "40", "--rate", "4", "--rate", "8", "--system", "replicas", "--system", "flexible",
+        "--json", str(json_file), "--plot", str(plot_file),
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    reports = msgspec.json.decode(json_file.read_bytes(), type=list[Report])
+    assert [one.system for one in reports] == ["replicas", "replicas", "flexible", "flexible"]
+    assert all(one.ok == 40 and one.ttft.p99 >= one.ttft.mean > 0 for one in reports)
+    assert found.output.count("replicas") >= 2 and "TTFT mean" in found.output
+    assert plot_file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trace_file_is_run_as_it_is_and_times_may_be_a_file(tmp_path: Path) -> None:
+    trace, times, out = tmp_path / "trace.jsonl", tmp_path / "times.json", tmp_path / "out.json"
+    workload = generate(named_mix("reuse"), Gamma(5.0), 30, 4)
+    write_trace(trace, workload)
+    slow = msgspec.structs.replace(TIMES, name="slow", tower=((8160, 400.0),))
+    times.write_bytes(msgspec.json.encode(slow))
+    asked = ("simulate", "--system", "flexible", "--trace", str(trace), "--json", str(out))
+    found = call(*asked, "--times", str(times))
+    assert found.exit_code == 0, found.output
+    from_file = msgspec.json.decode(out.read_bytes(), type=list[Report])[0]
+    assert from_file == run(System("flexible", both=2, tower_share=0.8), slow, workload)
+    assert call(*asked).exit_code == 0
+    assert msgspec.json.decode(out.read_bytes(), type=list[Report])[0].ttft.mean < from_file.ttft.mean
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("simulate", "--times", "nothing"), "is no file and none of the profiles"),
+        (("simulate", "--system", "ring"), "is none of replicas"),
+        (("simulate", "--system", "static", "--encode", "2"), "is no split"),
+        (("simulate", "--slo", "fast"), "no multiple"),
+        (("simulate", "--workload", "poems"), "'poems' is none of"),
+        (("plan", "--load", "-1"), "is no goal"),
+        (("bench", "simulate", "--study", "luck"), "is none of two-devices"),
+    ],
+)
+def test_what_makes_no_sense_is_said(arguments: tuple[str, ...], message: str) -> None:
+    found = call(*arguments)
+    assert found.exit_code == 1 and message in found.output
+
+
+def test_compare_prints_how_far_predictions_are_from_measurements(tmp_path: Path) -> None:
+    """A file with the fields of a measured report, made of simulations of the same shapes, one twice as slow."""
+    offered = Offered(named_mix("images-1-8"), 30)
+    cells = []
+    for shape, system, factor in (
+        ("dp2", SHAPES["dp2"], 1.0),
+        ("2both", SHAPES["2both"], 2.0),
+        ("unknown", SHAPES["1+1"], 1.0),
+    ):
+        spreads = [run(system, TIMES, offered.at(3.0, seed), seed=seed).ttft for seed in (0, 1)]
+        mean, p99 = (factor * sum(getattr(one, key) for one in spreads) / 2 for key in ("mean", "p99"))
+        seen = {"requests": 60, "ttft_ms": {"count": 60, "mean": mean, "p50": mean, "p99": p99}}
+        runs = [{"seed": seed, "all": seen} for seed in (0, 1)]
+        cells.append(
+            {"shape": shape, "mix": "images-1-8", "load": 0.5, "rate_per_s": 3.0, "all": seen, "runs": runs}
+        )  # fmt: skip
+    file, out = tmp_path / "measured.json", tmp_path / "compared.json"
+    file.write_text(json.dumps({"model": "m", "cells": cells}), encoding="utf-8")
+    found = compare(read_measured(file), TIMES, {"images-1-8": offered.mix})
+    assert [one.shape for one in found] == ["dp2", "2both"]
+    assert (found[0].mean_error, found[0].p99_error) == (pytest.approx(0.0), pytest.approx(0.0))
+    assert found[1].mean_error == pytest.approx(-0.5)
+    printed = call("simulate", "--compare", str(file), "--json", str(out))
+    assert printed.exit_code == 0, printed.output
+    assert "-50%" in printed.output and "largest error: 50%" in printed.output
+    assert len(json.loads(out.read_text(encoding="utf-8"))) == 2
+    file.write_text("{}", encoding="utf-8")
+    assert call("simulate", "--compare", str(file)).exit_code == 1
+
+
+def test_plan_finds_the_least_devices_that_do_and_says_how_sure_it_is(tmp_path: Path) -> None:
+    json_file, plot_file = tmp_path / "plan.json", tmp_path / "plan.png"
+    found = call(
+        "plan", "--load", "6", "--requests", "60", "--seeds", "2", "--workload", "images-1-8", "--slo", "5x",
+        "--json", str(json_file), "--plot", str(plot_file),
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    made = msgspec.json.decode(json_file.read_bytes(), type=Plan)
+    assert [answer.kind for answer in made.answers] == ["replicas", "split-waits", "split-overlap", "flexible"]
+    for answer in made.answers:
+        assert answer.chosen is not None
+        sizes = {one.devices: one for one in answer.tried}
+        assert sizes[answer.chosen.devices].attained.mean >= 0.9
+        less = sizes.get(answer.chosen.devices - 1)
+        assert less is None or less.attained.mean < 0.9
+        assert answer.chosen.attained.seeds == 4 and answer.why
+        assert answer.chosen.encode + answer.chosen.language in (0, answer.chosen.devices)
+    assert plot_file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_is_sure_only_if_the_next_smaller_one_surely_fails() -> None:
+    offered = Offered(named_mix("text"), 150)
+    sure = plan(TIMES, offered, PlanGoal(3.0, slo=5.0, share=0.5, seeds=2))
+    one = next(answer for answer in sure.answers if answer.kind == "replicas")
+    assert one.chosen is not None and one.chosen.devices == 1
+    assert one.sure and "nothing smaller" in one.why
+    split = next(answer for answer in sure.answers if answer.kind == "split-overlap")
+    assert split.chosen is not None and split.chosen.devices == 2
+
+
+def test_bench_simulate_fills_the_marked_tables_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "simulate.md"
+    file.write_text("before\n<!-- two-devices -->\nold\n<!-- /two-devices -->\nafter\n", encoding="utf-8")
+    asked = ("bench", "simulate", "--quick", "--study", "two-devices", "--out", str(file))
+    assert call(*asked).exit_code == 0
+    first = file.read_text(encoding="utf-8")
+    assert first.startswith("before\n<!-- two-devices -->\n") and first.endswith("<!-- /two-devices -->\nafter\n")
+    assert "old" not in first and first.count("ServeGen-like") == 3
+    assert call(*asked).exit_code == 0
+    assert file.read_text(encoding="utf-8") == first
+    missing = call("bench", "simulate", "--quick", "--study", "text", "--out", str(file))
+    assert missing.exit_code == 1 and "no marks for text" in missing.output

@@ -1,0 +1,113 @@
+"""Many decode steps at once are the same steps, and a shared device does all its work."""
+
+from __future__ import annotations
+
+from random import Random
+
+import msgspec
+import pytest
+
+from aiodisagg.bench.distributions import Ranges
+from aiodisagg.bench.workload import Gamma, Mix, generate
+from aiodisagg.engine.schedule import Scheduler, Segment
+from aiodisagg.simulate.clock import Clock
+from aiodisagg.simulate.cluster import Cluster
+from aiodisagg.simulate.device import Device
+from aiodisagg.simulate.leap import LeapingScheduler
+from aiodisagg.simulate.systems import flexible, replicas
+from aiodisagg.simulate.times import read_times
+
+
+class Twin:
+    """A scheduler step by step, and one that leaps, in front of the same requests."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        size = {"num_pages": 40, "page_size": 4, "token_budget": 64, "max_running": 6}
+        self.plain, self.leaping = Scheduler(**size), LeapingScheduler(**size)
+        self.left: dict[str, int] = {}
+        self.leapt = 0
+
+    def add(self, name: str, prompt: int, output: int) -> None:
+        for scheduler in (self.plain, self.leaping):
+            scheduler.add(name, prompt, output, prompt)
+        self.left[name] = output
+
+    def go(self) -> None:
+        """Until some request ends: both must have done the same."""
+        step = self.leaping.plan_step()
+        segments, steps = list(step.segments), 1
+        if all(s.samples and s.tokens == 1 and self.left[s.request_id] < self.outputs[s.request_id] for s in segments):
+            steps = self.leaping.most_steps(segments, min(self.left[s.request_id] for s in segments))
+            segments = self.leaping.leap(segments, steps)
+            self.leapt += steps > 1
+        for _ in range(steps):
+            plain = self.plain.plan_step()
+            for segment in plain.segments:
+                self._advance(self.plain, segment, self.left[segment.request_id])
+        assert plain.segments == tuple(segments)
+        for segment in segments:
+            more = self.left[segment.request_id] - (steps if segment.samples else 0)
+            self._advance(self.leaping, segment, more + 1 if segment.samples else more)
+            self.left[segment.request_id] = more
+        for name in [name for name, more in self.left.items() if not more]:
+            del self.left[name]
+            self.plain.remove(name)
+            self.leaping.remove(name)
+        assert (self.plain.running, self.plain.waiting) == (self.leaping.running, self.leaping.waiting)
+        assert self.plain.pages.free == self.leaping.pages.free
+
+    @staticmethod
+    def _advance(scheduler: Scheduler, segment: Segment, left: int) -> None:
+        scheduler.advance(segment, sampled=segment.samples)
+
+    def run(self) -> None:
+        self.outputs = {}
+        for i in range(12):
+            prompt, output = self.random.randint(1, 40), self.random.randint(1, 60)
+            self.outputs[str(i)] = output
+            self.add(str(i), prompt, output)
+            for _ in range(self.random.randint(0, 4)):
+                if self.left:
+                    self.go()
+        while self.left:
+            self.go()
+
+
+def test_a_leap_decides_what_its_steps_would_have() -> None:
+    leapt = 0
+    for seed in range(40):
+        twin = Twin(seed)
+        twin.run()
+        leapt += twin.leapt
+        assert twin.leaping.pages.free == 40
+    assert leapt > 200
+
+
+@pytest.mark.parametrize("system", [replicas(2), flexible(2)], ids=lambda system: system.name)
+def test_a_cluster_that_leaps_has_the_same_times(system: object) -> None:
+    """Arrivals cut leaps at the end of the step at work. With a context term a step in a leap lasts as the mean one."""
+    mix = Mix(Ranges(((0, 2, 1.0),)), ((1280, 720),), Ranges(((20, 400, 1.0),)), Ranges(((1, 80, 1.0),)))
+    workload = generate(mix, Gamma(12.0), 120, 3)
+    for context, same in ((0.0, 1e-9), (0.029, 2e-3)):
+        times = msgspec.structs.replace(read_times("h200-modelled"), decode_context_us=context)
+        ends = []
+        for leaps in (True, False):
+            cluster = Cluster(system, times, leaps=leaps)  # type: ignore[arg-type]  # pytest's ids want an object
+            cluster.run(workload)
+            ends.append([(r.first_s, r.end_s) for r in cluster.requests])
+        for leapt, stepped in zip(*ends, strict=True):
+            assert leapt == pytest.approx(stepped, abs=same)
+
+
+def test_two_lanes_share_a_device_and_nothing_is_lost() -> None:
+    clock = Clock()
+    device = Device(clock, tower_share=0.25, shared_speed=1.0)
+    ended: dict[str, float] = {}
+    device.engine.start(3.0, lambda: ended.__setitem__("engine", clock.now))
+    clock.at(1.0, lambda: device.tower.start(0.5, lambda: ended.__setitem__("tower", clock.now)))
+    clock.run()
+    # From 1.0 on the tower gets a quarter: its 0.5 take 2.0; the engine has then done 1.0 + 1.5 of its 3.0.
+    assert ended == {"tower": pytest.approx(3.0), "engine": pytest.approx(3.5)}
+    assert device.busy_s == pytest.approx(3.5)
+    assert device.tower.busy_s == pytest.approx(2.0)
