@@ -4,9 +4,14 @@
     python examples/gpu_engine.py --json gpu.json --devices 2     # the tower on the second one
     python examples/gpu_engine.py --tiny                          # the same on a CPU with a tiny model, to try it
 
-Phases (``--phases``, all unless named): limits, check, decode, prefill, profile, tower, serve, both, inside. One that
-fails, or has no time left (``--budget-s``), does not take the others with it; results so far are in the file after
-each. The table comes last. ``encode`` and ``warm`` are how the script starts itself.
+Phases (``--phases``, all but the last unless named): limits, check, decode, prefill, profile, tower, serve, both,
+inside, load. One that fails, or has no time left (``--budget-s``), does not take the others with it; results so far are
+in the file after each. The table comes last. ``encode`` and ``warm`` are how the script starts itself.
+
+``load`` is a closed loop; two replicas are two processes with one GPU each (CUDA_VISIBLE_DEVICES)::
+
+    for i in 0 1; do name=$(echo ab | cut -c$((i + 1))); CUDA_VISIBLE_DEVICES=$i python examples/gpu_engine.py \\
+        --phases load --concurrency 1,4,16 --meet /tmp/meet --name $name --json $name.json & done; wait
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ import numpy as np
 import torch
 from gpu_model import Random
 from gpu_phases import bytes_of, check, decode, limits, prefill, profile, tower
-from gpu_serve import both, encode_peer, inside, serve
+from gpu_serve import both, encode_peer, inside, load, serve
 
 from aiodisagg.engine.batch import EngineSequence, Runner, Work
 from aiodisagg.engine.config import EngineConfig
@@ -44,7 +49,7 @@ from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.models.base import PromptPlan
 
-PHASES = ("limits", "check", "decode", "prefill", "profile", "tower", "serve", "both", "inside")
+PHASES = ("load", "limits", "check", "decode", "prefill", "profile", "tower", "serve", "both", "inside")
 GiB = 1 << 30
 
 
@@ -58,6 +63,9 @@ class Bench:
         self.model = Random.write(folder, tiny=options.tiny)
         self.results: dict[str, Any] = {"torch": torch.__version__, "argv": sys.argv[1:]}
         self.lines: list[str] = []
+        self.runner: Any = None
+        self.meeting: Callable[[str], Awaitable[str]] | None = None
+        """Waits until the other replica says the same word."""
         if self.gpu:
             torch.cuda.set_device(0)
             self.results["device"] = torch.cuda.get_device_name(0)
@@ -186,6 +194,7 @@ RUN: dict[str, Callable[[Bench, dict[str, Any]], None]] = {
     "serve": serve,
     "both": both,
     "inside": inside,
+    "load": load,
 }
 
 
@@ -225,10 +234,16 @@ def warm(part: str, folder: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--phases", default=",".join(PHASES[1:]))
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--budget-s", type=float, default=420.0)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--shape", default="both", choices=("apart", "both", "inside"), help="Of the phase load.")
+    parser.add_argument("--concurrency", default="", help="Of the phase load: clients at a time, with commas.")
+    parser.add_argument("--each", type=int, default=3, help="Requests for each client.")
+    parser.add_argument("--name", default="a", choices=("a", "b"), help="Of two replicas that load together.")
+    parser.add_argument("--meet", type=Path, help="A folder where two replicas wait for each other.")
+    parser.add_argument("--share", action="store_true", help="The two encode for each other.")
     parser.add_argument("command", nargs="*")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)

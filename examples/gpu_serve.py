@@ -160,6 +160,11 @@ def inside(bench: Any, found: dict[str, Any]) -> None:
     _run(bench, found, "inside")
 
 
+def load(bench: Any, found: dict[str, Any]) -> None:
+    """A closed loop of requests with one to eight pictures: this process is a replica, or the language half."""
+    _run(bench, found, bench.options.shape)
+
+
 def _run(bench: Any, found: dict[str, Any], shape: str) -> None:
     if bench.runner is not None:  # it was measured; its pool's memory is needed
         bench.runner.release()
@@ -205,7 +210,73 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
             service.add_peer(await address)
         await service.peers.wait_any(60)
         bench.say(f"{shape}: encode peer on {there} linked")
-        await _cases(bench, found, service, loaded[0], height, width)
+        if bench.options.concurrency:
+            await _meet(bench, stack, service, peer.address if shape == "both" else "")
+            await _loops(bench, found, service, loaded[0])
+        else:
+            await _cases(bench, found, service, loaded[0], height, width)
+
+
+async def _meet(bench: Any, stack: AsyncExitStack, service: LanguageService, address: str) -> None:
+    """Waits for the other replica, and links to its tower if ``--share``; leaves together with it."""
+    place, name, other = bench.options.meet, bench.options.name, {"a": "b", "b": "a"}.get(bench.options.name)
+    if place is None or other is None:
+        return
+
+    async def both_said(word: str, text: str = "-") -> str:
+        (place / f"{name}.{word}").write_text(text)
+        path = place / f"{other}.{word}"
+        while not (path.exists() and path.read_text()):  # noqa: ASYNC110 - another process, which announces nothing
+            await asyncio.sleep(0.01)
+        return path.read_text()
+
+    theirs = await both_said("address", address or "-")
+    if bench.options.share:
+        service.add_peer(theirs)
+        while len(service.peers.linked) < 2:  # noqa: ASYNC110 - peers announce the first only
+            await asyncio.sleep(0.01)
+    stack.push_async_callback(both_said, "done")
+    bench.meeting = both_said
+
+
+async def _loops(bench: Any, found: dict[str, Any], service: LanguageService, planner: Any) -> None:
+    """Closed loops: mean and p99 of the time to a first token, between tokens, and requests a second."""
+    tiny = bench.options.tiny
+    height, width = (64, 96) if tiny else (720, 1280)
+    text, draw = text_of(planner, 16 if tiny else 64), np.random.default_rng(7 + ord(bench.options.name[0]))
+    made = iter(range(1000 * ord(bench.options.name[0]), 1 << 30))
+    warm = [picture(next(made), height, width) for _ in range(4)]
+    await asyncio.gather(*(ask(service, f"{i} {text}", warm[i : i + 1], 8) for i in range(4)))
+    for concurrency in map(int, bench.options.concurrency.split(",")):
+        count = max(6, bench.options.each * concurrency)
+        images = draw.integers(1, 9, count).tolist()
+        asked = [[picture(next(made), height, width) for _ in range(n)] for n in images]
+        if bench.meeting is not None:
+            await bench.meeting(f"loop{concurrency}")
+        answers: list[Answered] = []
+        work, began = iter(enumerate(asked)), time.perf_counter()
+
+        async def client() -> None:
+            for i, pictures in work:  # noqa: B023 - ends before the next one begins
+                answers.append(await ask(service, f"{i} {text}", pictures, 8 if tiny else 128))  # noqa: B023
+
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+        whole = time.perf_counter() - began
+        firsts = sorted(a.first_s * 1e3 for a in answers)
+        tpots = sorted((a.end_s - a.first_s) / max(1, a.tokens - 1) * 1e3 for a in answers)
+        found[str(concurrency)] = {
+            "requests": count,
+            "images": sum(images),
+            "seconds": whole,
+            "req_s": count / whole,
+            "ttft_ms": statistics.mean(firsts),
+            "ttft_p99_ms": firsts[min(count - 1, int(0.99 * count))],
+            "tpot_ms": statistics.mean(tpots),
+            "all_ttft_ms": [round(f, 1) for f in firsts],
+        }
+        shown = {k: v for k, v in found[str(concurrency)].items() if k != "all_ttft_ms"}
+        bench.say(f"loop of {concurrency}: " + ", ".join(f"{k} {v:.1f}" for k, v in shown.items()))
+        bench.save()
 
 
 async def _encode_process(stack: AsyncExitStack, tiny: bool, folder: Path, device: str) -> str:

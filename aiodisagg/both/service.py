@@ -53,10 +53,10 @@ class BothService:
     ) -> None:  # fmt: skip
         self._loaded = loaded
         check("inter_token_s", inter_token_s)
-        # By name the halves are one; inside the process rows need no detour.
-        name = language.name or encode.name or f"both-{encode.incarnation[:6]}"
-        self._language = dataclasses.replace(language, name=name, transports=_with_memory(language.transports))
-        encode = dataclasses.replace(encode, name=name, bootstrap=(), transports=_with_memory(encode.transports))
+        name = language.name or encode.name or f"both-{encode.incarnation[:6]}"  # by name the halves are one
+        of_language, of_encode = (_nearest(half.transports, encode.device) for half in (language, encode))
+        self._language = dataclasses.replace(language, name=name, transports=of_language)
+        encode = dataclasses.replace(encode, name=name, bootstrap=(), transports=of_encode)
         self.name, self.model_name = name, language.model.resolve().name
         self.gate = SlackGate(Slack(inter_token_s))
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
@@ -131,5 +131,8 @@ class BothService:
         await self.language.serve()
 
 
-def _with_memory(transports: tuple[str, ...]) -> tuple[str, ...]:
-    return transports if "memory" in transports else ("memory", *transports)
+def _nearest(transports: tuple[str, ...], device: str) -> tuple[str, ...]:
+    """Inside the process rows need no detour, but those of an accelerator do: they are copied straight into a pool that
+    is mapped, and ``memory`` maps none."""
+    others = tuple(name for name in transports if name != "memory")
+    return ("memory", *others) if device == "cpu" else others
