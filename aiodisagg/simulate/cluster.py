@@ -8,6 +8,7 @@ from random import Random
 import msgspec
 
 from aiodisagg.bench.workload import WorkloadRequest
+from aiodisagg.engine.pace import Pace
 from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.scheduler.slack import Slack
 from aiodisagg.simulate.clock import Clock
@@ -32,7 +33,8 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``overlap``: prefill begins with the rows that are here; else when all are. ``balanced``: the router picks the
     language peer with the least work owed; else the next in turn. ``tower_share``: of a device whose engine works too.
     ``turns``: prefills and the tower of one device go by the age of requests; else both at once.
-    ``inter_token_ms``: what a tower leaves to the streams of the engine beside it; 0: it does not care.
+    ``inter_token_ms``: what prefill, and a tower beside the engine, leave to running streams; 0: no bound.
+    A replica has none.
     ``batch_patches``: of a tower batch; 0: what the times say.
     """
 
@@ -124,9 +126,11 @@ class Cluster:
         device = Device(self.clock, self.system.tower_share, self.costs.times.shared_speed)
         peer = Peer(name, role, device)
         if role != "encode":
+            pace = Pace(self.system.inter_token_ms / 1e3) if self.system.inter_token_ms and role != "replica" else None
             engine = peer.engine = Engine(
                 device, self.costs, self.gaps, inline=role == "replica", ended=self._ended, first=self._first,
                 leaps=self._leaps,
+                pace=pace,
             )  # fmt: skip
             peer.door = open_door(
                 self.system.doors, self.clock, self._begin, self._refuse, runs=self.costs.times.max_running

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 
+from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.schedule import Segment
 from aiodisagg.scheduler.turns import rows_may_go
 from aiodisagg.simulate.device import Device
@@ -40,6 +41,7 @@ class Engine:
     def __init__(
         self, device: Device, costs: Costs, gaps: TokenGaps, *, inline: bool, ended: Callable[[SimRequest], None],
         first: Callable[[SimRequest], None], page_tokens: int = PAGE_TOKENS, leaps: bool = True,
+        pace: Pace | None = None,
     ) -> None:  # fmt: skip
         times = costs.times
         self.device, self.costs, self.gaps = device, costs, gaps
@@ -48,7 +50,9 @@ class Engine:
             page_size=page_tokens,
             token_budget=times.token_budget,
             max_running=times.max_running,
+            pace=pace,
         )
+        self._pace = pace
         self.steps = 0
         self.preemptions = 0
         self._inline, self._ended, self._first, self._leaps = inline, ended, first, leaps
@@ -196,6 +200,8 @@ class Engine:
         now, steps = self.device.clock.now, self._planned
         segments = self._segments if steps == 1 else self.scheduler.leap(self._segments, steps)
         self._planned = 1
+        if self._pace is not None:
+            self._pace.observe(StepShape.of(segments), (now - self._began_s) / steps)
         if self.beside is not None:
             self.beside.stepped((now - self._began_s) / steps, self._decodes, steps)
         for segment in segments:
