@@ -124,6 +124,9 @@ class Inside:
             self._stepping = False
             self._changed.notify_all()
 
+    def patience_s(self) -> float:
+        return 0.0
+
     @property
     def open(self) -> bool:
         return self._closed or not (self._stepping or self._batches)

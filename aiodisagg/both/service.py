@@ -58,7 +58,9 @@ class BothService:
         self._language = dataclasses.replace(language, name=name, transports=of_language)
         encode = dataclasses.replace(encode, name=name, bootstrap=(), transports=of_encode)
         self.name, self.model_name = name, language.model.resolve().name
-        self.gate = SlackGate(Slack(inter_token_s))
+        self.gate = SlackGate(
+            Slack(inter_token_s), same_device=language.device == encode.device and encode.device != "cpu"
+        )  # fmt: skip
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
         self._stack = AsyncExitStack()
 

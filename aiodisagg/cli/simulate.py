@@ -38,8 +38,8 @@ def workload_options(command: Command) -> Command:
 
 def mix_of(name: str, small: bool) -> Mix:
     """Raises ConfigError."""
+    from aiodisagg.bench.compare import small_mixes
     from aiodisagg.bench.mixes import named_mix
-    from aiodisagg.simulate.small import small_mixes
 
     mixes = small_mixes() if small else {}
     if small and name not in mixes:
@@ -139,9 +139,9 @@ def _simulate(
 
 
 def _compare(measured: Path, *, times: str, small: bool, json_file: Path | None, **_: Any) -> None:
+    from aiodisagg.bench.compare import small_mixes
     from aiodisagg.bench.mixes import MIX_NAMES, named_mix
     from aiodisagg.simulate.compare import compare, read_measured
-    from aiodisagg.simulate.small import small_mixes
     from aiodisagg.simulate.tables import COMPARE_COLUMNS, compare_rows, table
     from aiodisagg.simulate.times import read_times
 

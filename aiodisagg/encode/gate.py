@@ -44,10 +44,18 @@ class SlackGate:
     """Between an engine's step thread and a tower's thread of one process: a :class:`Slack` account under a lock.
 
     The engine is never held up: ``step_began`` and ``step_ended`` take the lock for microseconds.
+
+    Args:
+        same_device: tower and engine share an accelerator, where each is as much slower as the other works. Then steps
+            that only decode keep the pace that streams are owed while the tower works, and not a faster one: what they
+            leave makes first tokens come sooner.
     """
 
-    def __init__(self, slack: Slack, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._slack, self._clock = slack, clock
+    def __init__(
+        self, slack: Slack, *, same_device: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
+        self._slack, self._same_device, self._clock = slack, same_device, clock
+        self._working = 0  # sub-batches that have begun and not been paid for
         self._changed = threading.Condition()
         self._began = 0.0
         self._closed = False
@@ -62,6 +70,12 @@ class SlackGate:
 
     def step_ended(self, decodes: int) -> None:
         self.stepped(self._clock() - self._began, decodes)
+
+    def patience_s(self) -> float:
+        with self._changed:
+            if not (self._same_device and self._working and self._slack.decodes):
+                return 0.0
+            return self._began + self._slack.inter_token_s - self._clock()
 
     def stepped(self, step_s: float, decodes: int) -> None:
         """A step took ``step_s``; on any thread."""
@@ -83,10 +97,12 @@ class SlackGate:
                 self.waits += 1
                 self._changed.wait_for(lambda: self.open)
                 self.waited_s += self._clock() - began
+            self._working += not self._closed
             return not self._closed
 
     def spent(self, tower_s: float) -> None:
         with self._changed:
+            self._working = max(0, self._working - 1)  # a batch that failed is paid for piece by piece
             self._slack.spent(tower_s)
 
     def close(self) -> None:

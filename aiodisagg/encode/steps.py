@@ -44,6 +44,9 @@ class StepSender:
         with contextlib.suppress(OSError):
             self._sock.send(_STEP.pack(max(0.0, self._clock() - self._began), decodes))
 
+    def patience_s(self) -> float:
+        return 0.0  # what the tower does is not known here
+
     def close(self) -> None:
         self._sock.close()
 

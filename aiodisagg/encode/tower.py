@@ -162,7 +162,10 @@ class Tower:
                 self._running[piece.digest] += 1
                 if piece.last:
                     del self._items[piece.digest]
-        return (pieces, items) if pieces else None
+        if not pieces:  # cancelled meanwhile
+            self._gate.spent(0.0)
+            return None
+        return pieces, items
 
     def _launch(self, pieces: list[Piece], items: list[_Item]) -> _Launched | None:
         self._began(pieces)

@@ -139,6 +139,11 @@ class Scheduler:
     def waiting(self) -> tuple[str, ...]:
         return tuple(r.request_id for r in self._waiting)
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether the next step would do nothing but decode: nobody waits, and no prompt can go on."""
+        return bool(self._running) and not self._waiting and not self._worthwhile(True)
+
     def pages_of(self, request_id: str) -> list[int]:
         """Pages in the order of the request's tokens; empty while it waits. Not to be changed by the caller."""
         return self._requests[request_id].pages

@@ -13,6 +13,9 @@ class StepWatcher(Protocol):
     def step_ended(self, decodes: int) -> None:
         """``decodes``: requests that got a token in it; 0 also when there was nothing to do, or will not be again."""
 
+    def patience_s(self) -> float:
+        """How long a step that would only decode may be put off, for the good of others; 0: not at all."""
+
 
 class Unwatched:
     """Nobody does."""
@@ -20,3 +23,6 @@ class Unwatched:
     def step_began(self) -> None: ...
 
     def step_ended(self, decodes: int) -> None: ...
+
+    def patience_s(self) -> float:
+        return 0.0

@@ -126,7 +126,7 @@ class StepThread:
             with torch.inference_mode():
                 idle = False
                 while self._take_commands(wait=idle):
-                    idle = not self._step()
+                    idle = not self._put_off() and not self._step()
         except BaseException as error:
             log.exception("the step thread failed")
             why = f"the engine stopped: {error!r}"
@@ -175,6 +175,14 @@ class StepThread:
             self._finish(command.request_id, error=command.error)
         else:
             self._finish(command.request_id, delta=self._delta(command.request_id, "", (), FinishReason.CANCELLED))
+
+    def _put_off(self) -> bool:
+        """Lets a step that would only decode wait, as long as the watcher has patience and nothing comes."""
+        wait_s = self._watcher.patience_s() if self._scheduler.only_decodes else 0.0
+        if wait_s <= 0:
+            return False
+        with self._wake:
+            return self._wake.wait_for(lambda: bool(self._inbox or self._arrived or self._closing), wait_s)
 
     def _step(self) -> bool:
         """Plans and runs one step. False: nothing to do until a command comes."""

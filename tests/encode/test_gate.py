@@ -135,3 +135,22 @@ def test_an_engine_does_not_wait_for_a_tower_that_does_not_read() -> None:
     theirs.close()
     sender.step_ended(1)
     sender.close()
+
+
+def test_streams_on_the_towers_device_take_no_more_than_their_pace_while_it_works() -> None:
+    clock = Clock()
+    gate = SlackGate(Slack(0.05), same_device=True, clock=clock)
+    gate.step_began()
+    clock.now += 0.01
+    gate.step_ended(3)
+    assert gate.patience_s() == 0, "the tower does nothing"
+    assert gate.wait()
+    assert gate.patience_s() == pytest.approx(0.04), "50 ms from token to token"
+    clock.now += 0.06
+    assert gate.patience_s() < 0
+    gate.spent(0.06)
+    assert gate.patience_s() == 0
+    apart = SlackGate(Slack(0.05), clock=clock)
+    apart.step_began()
+    apart.step_ended(3)
+    assert apart.wait() and apart.patience_s() == 0, "on devices of their own nobody is in the way"

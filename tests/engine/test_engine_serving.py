@@ -329,3 +329,38 @@ def test_settings_are_checked(key: str) -> None:
 def test_a_pool_without_a_page_is_refused() -> None:
     with pytest.raises(ConfigError, match="pool_bytes"):
         Engine(tiny_model("dense"), decode, frozenset(), EngineConfig(pool_bytes=100))
+
+
+async def test_a_patient_watcher_holds_decodes_back_and_nothing_else() -> None:
+    """A stream that could have all its tokens waits; a prompt that comes meanwhile is computed at once, and the stream
+    gets a token in the same step."""
+
+    class Patient:
+        """Patient for ever, once told that a stream decodes."""
+
+        decoding = 0
+        asked = threading.Event()
+
+        def step_began(self) -> None: ...
+
+        def step_ended(self, decodes: int) -> None:
+            self.decoding = decodes
+
+        def patience_s(self) -> float:
+            if not self.decoding:
+                return 0.0
+            self.asked.set()
+            return 600.0
+
+    watcher = Patient()
+    config = EngineConfig(num_pages=128, token_budget=64)
+    async with Engine(tiny_model("dense"), decode, frozenset(), config, watcher=watcher) as engine:
+        stream = submit(engine, make_plan([5]), max_tokens=3)
+        first = await anext(aiter(deltas := aiter(stream)))
+        assert len(first.token_ids) == 1 and await asyncio.to_thread(watcher.asked.wait, 30)
+        prompt = await ask(engine, make_plan([7], seed=2), max_tokens=1)
+        assert len(prompt.tokens) == 1
+        assert len((await anext(deltas)).token_ids) == 1, "it came along with the prompt"
+        await ask(engine, make_plan([9], seed=3), max_tokens=1)
+        assert (await anext(deltas)).finish_reason is FinishReason.LENGTH
+        await deltas.aclose()
