@@ -203,7 +203,7 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
             service = (await stack.enter_async_context(peer)).language
         elif shape == "inside":
             encoder, gate = await asyncio.to_thread(model.encoder, bench.device), Inside()
-            settings = encode_config(model, encoder, there, prepare_threads=1)
+            settings = encode_config(model, encoder, there, prepare_threads=8 if bench.options.concurrency else 1)
             half = await stack.enter_async_context(EncodeService(settings, encoder=encoder, gate=gate))
             service = await stack.enter_async_context(LanguageService(config, loaded=loaded, watcher=gate))
             service.add_peer(half.address)
