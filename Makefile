@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test stress bench-faults check install clean
+.PHONY: demo test stress bench-faults bench-transport bench-overlap bench-system bench-control bench-overload bench-simulate test-rdma check install clean
 install: $(STAMP)
 
 # torch first and alone: the pinned release is taken wherever pip is told to look for it.
@@ -33,6 +33,29 @@ bench-faults: $(STAMP)
 	$(BIN)/aiodisagg bench faults --scenario bootstrap --rounds 3 --json docs/faults-bootstrap.json
 	$(BIN)/aiodisagg bench faults --scenario stop --rounds 5 --json docs/faults-stop.json
 	$(BIN)/aiodisagg bench faults --scenario netcut --rounds 5 --json docs/faults-netcut.json
+
+# Every data plane beside the bare limit of its path; root and iproute2.
+bench-transport: $(STAMP)
+	$(BIN)/aiodisagg bench transport --netns --json docs/transports.json --plot docs/transports.png
+
+# Prefill while images arrive against waiting for all of them; two cores, a quarter of an hour each.
+bench-overlap: $(STAMP)
+	$(BIN)/aiodisagg bench overlap --json docs/overlap.json
+	$(BIN)/aiodisagg bench overlap --itl-budget-ms 0 --json docs/overlap-no-budget.json
+
+# Shapes of the same two cores under the same load: hours.
+bench-system: $(STAMP)
+	$(BIN)/aiodisagg bench system --shapes dp2,1+1-waits,1+1,2both --json docs/system.json --plot docs/system.png
+
+bench-control: $(STAMP)
+	$(BIN)/aiodisagg bench control --json docs/control.json
+
+bench-overload: $(STAMP)
+	$(BIN)/aiodisagg bench overload --json docs/overload.json
+
+# Fills the tables of docs/simulate.md; most of an hour.
+bench-simulate: $(STAMP)
+	$(BIN)/aiodisagg bench simulate
 
 # mooncake over verbs in an emulated machine with soft-RoCE; see tests/rdma/run.sh.
 test-rdma: $(STAMP)
