@@ -81,6 +81,12 @@ class Bench:
         self.pipeline.start(StartEncode(str(number), kind, (t, h, w), rows, 0.0, media))
         return str(number)
 
+    async def in_order(self, number: int, **size: int) -> str:
+        """Starts an item and lets it reach the tower before a later one can."""
+        digest = self.start(number, **size)
+        await self.prepared(digest)
+        return digest
+
     async def until(self, event: object, times: int = 1) -> None:
         """Returns when so many equal events were told, times of stages aside."""
         async with asyncio.timeout(PATIENCE_S):
@@ -138,8 +144,7 @@ async def test_batches_are_full_under_load() -> None:
 
 async def test_rows_of_a_finished_image_leave_before_its_neighbours_are_done() -> None:
     async with bench(encoder := Stepped(), batch_patches=16) as made:
-        first, second = made.start(1), made.start(2)
-        await made.prepared(first, second)
+        first, second = await made.in_order(1), await made.in_order(2)
         encoder.permits.release()
         await made.until(RowsReady(first, 4))
         assert [await made.call(), await made.call()] == [[(1, 16)], [(2, 16)]]
@@ -162,8 +167,7 @@ async def test_rows_of_a_video_leave_by_groups_of_frame_pairs() -> None:
 
 async def test_an_image_behind_a_video_shares_its_last_batch() -> None:
     async with bench(encoder := Stepped(), batch_patches=48) as made:
-        video, image = made.start(5, t=4), made.start(6)
-        await made.prepared(video, image)
+        video, image = await made.in_order(5, t=4), await made.in_order(6)
         encoder.permits.release(2)
         await made.until(RowsReady(image, 4))
         assert [await made.call(), await made.call()] == [[(5, 48)], [(5, 16), (6, 16)]]
@@ -187,8 +191,7 @@ async def test_what_is_needed_first_is_encoded_first_whatever_is_prepared_first(
 
 async def test_cancelling_reaches_a_video_in_the_middle_of_its_batches() -> None:
     async with bench(encoder := Stepped(), batch_patches=16) as made:
-        video, image = made.start(5, t=100), made.start(6)
-        await made.prepared(video, image)
+        video, image = await made.in_order(5, t=100), await made.in_order(6)
         encoder.permits.release()
         await made.until(RowsReady(video, 4))
         assert [await made.call(), await made.call()] == [[(5, 16)]] * 2  # one is done, one is in the tower
@@ -277,7 +280,8 @@ async def test_media_that_cannot_be_prepared_are_the_clients_fault() -> None:
 
 async def test_preparing_waits_while_enough_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_module, "PREPARED_PATCHES", 0)
-    async with bench(encoder := Stepped(), batch_patches=16) as made:  # room for two batches
+    # Room for two batches. One thread: on two a later item may be prepared first, and an idle tower takes it.
+    async with bench(encoder := Stepped(), batch_patches=16, prepare_threads=1) as made:
         digests = [made.start(n) for n in range(5)]
         await made.call()
         await made.prepared("1")
@@ -337,8 +341,8 @@ async def test_on_a_device_the_next_batch_is_launched_while_one_is_computed(monk
 
     monkeypatch.setattr(tower_module, "_event_behind", event_behind)
     async with bench(encoder := Stepped(), batch_patches=16, keep_on_device=True) as made:
-        digests = [made.start(n) for n in range(3)]
-        await made.prepared(*digests)
+        for n in range(3):
+            await made.in_order(n)
         encoder.permits.release(10)
         assert [await made.call(), await made.call()] == [[(0, 16)], [(1, 16)]]
         assert not any(isinstance(event, RowsReady) for event in made.told)

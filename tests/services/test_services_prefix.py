@@ -60,7 +60,7 @@ async def test_another_picture_of_the_same_size_is_another_prompt(moe: Path) -> 
 
 @pytest.mark.parametrize("overlap", [True, False])
 async def test_what_measurements_switch_off_changes_no_answer(moe: Path, overlap: bool) -> None:
-    async with system(moe, prefix_cache=False, overlap=overlap, itl_budget_ms=0.0) as made:
+    async with system(moe, prefix_cache=False, cache_bytes=0, overlap=overlap, itl_budget_ms=0.0) as made:
         for _ in range(2):
             assert await made.ask(FIRST, TOKENS) == truth(moe, FIRST)
         assert counts(made)[1] == 1 and stages(made) == ["complete"]
