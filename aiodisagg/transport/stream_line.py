@@ -13,7 +13,7 @@ from aiodisagg.transport.wire import Wire, frame
 SEND_BYTES = 4 << 20
 """Most that one turn of the loop gives to a socket: as much as a socket has room for, 0.4 ms of copying in the kernel.
 Pieces of 1 MiB cost half as much again as none."""
-TLS_SEND_BYTES = 512 << 10
+TLS_SEND_BYTES = 128 << 10
 """The same with TLS, whose encryption runs on the loop's thread: about 0.3 ms."""
 
 
