@@ -144,7 +144,7 @@ async def test_batches_are_full_under_load() -> None:
 
 async def test_rows_of_a_finished_image_leave_before_its_neighbours_are_done() -> None:
     async with bench(encoder := Stepped(), batch_patches=16) as made:
-        first, second = await made.in_order(1), await made.in_order(2)
+        first, _ = await made.in_order(1), await made.in_order(2)
         encoder.permits.release()
         await made.until(RowsReady(first, 4))
         assert [await made.call(), await made.call()] == [[(1, 16)], [(2, 16)]]
