@@ -79,9 +79,21 @@ class Untyped(MemoryTransport):
             raise ValueError("untyped") from error
 
 
+class OnTheLoop(MemoryTransport):
+    """Copies several times over on the loop's thread before it writes."""
+
+    async def write(self, remote, slices) -> None:  # type: ignore[no-untyped-def]
+        for one in slices:
+            for _ in range(4):
+                bytes(one.source)
+        await super().write(remote, slices)
+
+
 async def test_the_suite_finds_broken_transports(no_leaks: None) -> None:
     with pytest.raises(ConformanceError, match="arrived as written") as found:
         await check_transport(Forgetful)
     assert found.value.__notes__ == ["in check bytes_are_exact_and_nothing_else_changes"]
     with pytest.raises(ConformanceError, match="untyped"):
         await check_transport(Untyped, only=["damaged_descriptions_are_transport_errors"])
+    with pytest.raises(ConformanceError, match="the loop's thread worked for"):
+        await check_transport(OnTheLoop, only=["huge_write_leaves_the_loop_free"])
