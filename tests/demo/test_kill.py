@@ -13,11 +13,11 @@ from aiodisagg.demo.view import moved_items, what_moved
 pytestmark = pytest.mark.anyio
 
 
-def item(arrived: int, *peers: str, kept: int = 0, moves: int = 0) -> dict[str, Any]:
+def item(arrived: int, *peers: str, kept: int = 0, moves: int = 0, encoded_s: float = -1.0) -> dict[str, Any]:
     complete_s = 1.0 if arrived == 9 else -1.0
     return {
         "rows": 9, "rows_arrived": arrived, "peers": list(peers), "moves": moves, "rows_kept": kept,
-        "complete_s": complete_s,
+        "complete_s": complete_s, "encoded_s": encoded_s,
     }  # fmt: skip
 
 
@@ -51,6 +51,15 @@ async def test_an_item_that_became_complete_after_the_look_is_no_reason_to_kill(
     assert await kill_in_mid_transfer(world, world.look) == "a"
     stop, go_on, looks = "SIGSTOP a", "SIGCONT a", ["look"] * SAME_LOOKS
     assert world.done == ["look", stop, *looks, go_on, "look", stop, *looks, "kill a"]
+
+
+async def test_a_peer_goes_in_slow_motion_from_its_first_encoded_item_on() -> None:
+    """Nothing is here yet at the first two stops: after each it runs for a moment only, without a look between."""
+    encoded, half = [trace(item(0, "a", encoded_s=0.1))], [trace(item(2, "a", encoded_s=0.1))]
+    world = World([trace(item(0, "a"))], encoded, *[encoded] * SAME_LOOKS, *[encoded] * SAME_LOOKS, half)
+    assert await kill_in_mid_transfer(world, world.look) == "a"
+    stop, go_on, looks = "SIGSTOP a", "SIGCONT a", ["look"] * SAME_LOOKS
+    assert world.done == ["look", "look", stop, *looks, go_on, stop, *looks, go_on, stop, *looks, "kill a"]
 
 
 async def test_rows_that_were_sent_before_the_stop_are_waited_for() -> None:
