@@ -12,7 +12,6 @@ import io
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -108,46 +107,6 @@ async def ask(service: LanguageService, text: str, images: Sequence[bytes], toke
     return Answered(first, time.perf_counter() - began, count)
 
 
-class Inside:
-    """A tower inside of the engine's loop, as a gate: no step while it works, and no work of it during a step."""
-
-    def __init__(self) -> None:
-        self._changed, self._stepping, self._batches, self._closed = threading.Condition(), False, 0, False
-
-    def step_began(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._batches)
-            self._stepping = True
-
-    def step_ended(self, decodes: int) -> None:
-        with self._changed:
-            self._stepping = False
-            self._changed.notify_all()
-
-    def patience_s(self) -> float:
-        return 0.0
-
-    @property
-    def open(self) -> bool:
-        return self._closed or not (self._stepping or self._batches)
-
-    def wait(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self.open)
-            self._batches += 1
-            return not self._closed
-
-    def spent(self, tower_s: float) -> None:
-        with self._changed:
-            self._batches -= 1
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
 def serve(bench: Any, found: dict[str, Any]) -> None:
     """The tower in a process of its own."""
     _run(bench, found, "apart")
@@ -191,22 +150,17 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
         token_budget=256 if tiny else 8192,
         block_rows=256,
         cache_bytes=0,
-        overlap=shape != "inside",
     )
     height, width = (64, 96) if tiny else (1080, 1920)
     loaded = model.planner(), bench.half, model.fingerprint
     async with AsyncExitStack() as stack:
-        if shape == "both":
+        if shape in ("both", "inside"):
             encoder = await asyncio.to_thread(model.encoder, bench.device)
-            peer = BothService(config, encode_config(model, encoder, there), inter_token_s=0.1, encoder=encoder,
+            threads = 8 if shape == "both" or bench.options.concurrency else 1
+            settings = encode_config(model, encoder, there, prepare_threads=threads)
+            peer = BothService(config, settings, inter_token_s=0.1, inline=shape == "inside", encoder=encoder,
                                loaded=loaded)  # fmt: skip
             service = (await stack.enter_async_context(peer)).language
-        elif shape == "inside":
-            encoder, gate = await asyncio.to_thread(model.encoder, bench.device), Inside()
-            settings = encode_config(model, encoder, there, prepare_threads=8 if bench.options.concurrency else 1)
-            half = await stack.enter_async_context(EncodeService(settings, encoder=encoder, gate=gate))
-            service = await stack.enter_async_context(LanguageService(config, loaded=loaded, watcher=gate))
-            service.add_peer(half.address)
         else:
             address = asyncio.ensure_future(_encode_process(stack, tiny, model.folder, there))
             service = await stack.enter_async_context(LanguageService(config, loaded=loaded))

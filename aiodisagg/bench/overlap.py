@@ -124,7 +124,8 @@ class _Peer:
         async def client() -> None:
             nonlocal tokens
             while queue:
-                tokens += await self._ask(*queue.pop())
+                got = await self._ask(*queue.pop())
+                tokens += got  # not in one line with the await: other clients count meanwhile
 
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:

@@ -52,6 +52,7 @@ SHAPES: dict[str, tuple[Part, ...]] = {
     "single-both": (Part("both-0", "both", 0),),
     "dp2": (*_replica(0), *_replica(1)),
     "dp2-waits": (*_replica(0, "--no-overlap"), *_replica(1, "--no-overlap")),
+    "dp2-inline": (Part("both-0", "both", 0, ("--inline",)), Part("both-1", "both", 1, ("--inline",))),
     "1+1": _split(),
     "1+1-waits": _split("--no-overlap"),
     "dp2-both": (Part("both-0", "both", 0), Part("both-1", "both", 1)),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aiodisagg.cli.process import Announce, announcer, begin, run
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
     from aiodisagg.api.config import HttpConfig
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 
 INTER_TOKEN_MS = 50.0
+INLINE_HELP = "The tower takes turns with the engine, prefill waits for all images: a plain server, to compare with."
 INTER_TOKEN_HELP = "Pace that running streams are owed while images are encoded."
 TOKEN_VARIABLE = "AIODISAGG_BOOTSTRAP_TOKEN"
 _LEFT_OUT = ("zero_deepstack", "http_port", "http_host", "steps_fd")
@@ -40,12 +41,14 @@ def both_command(
     @click.command()
     @click.option("--inter-token-ms", default=INTER_TOKEN_MS, help=INTER_TOKEN_HELP)
     @click.option("--separate", is_flag=True, help="Run the tower in a process of its own; it registers as one, too.")
+    @click.option("--inline", is_flag=True, help=INLINE_HELP)
     def both(
         host: str,
         port: int,
         peers: tuple[str, ...],
         inter_token_ms: float,
         separate: bool,
+        inline: bool,
         verbose: int,
         ready_fd: int | None,
         parent: int | None,
@@ -56,12 +59,15 @@ def both_command(
         announce = announcer(ready_fd)
 
         async def serve(stop: asyncio.Event) -> None:
+            if separate and inline:
+                raise ConfigError("inline", "a tower in a process of its own is not part of the engine's loop")
             of_language, of_encode = language_config(options), encode_config(options)
             front = _Front(http_config(options), host, port, peers, announce)
             if not separate:
                 from aiodisagg.both.service import BothService
 
-                async with BothService(of_language, of_encode, inter_token_s=inter_token_ms / 1000) as service:
+                pace = inter_token_ms / 1000
+                async with BothService(of_language, of_encode, inter_token_s=pace, inline=inline) as service:
                     facts = {"address": service.address, "incarnation": of_encode.incarnation}
                     await front.serve(service, facts, stop)
                 return

@@ -109,3 +109,59 @@ class SlackGate:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+class InlineGate:
+    """Tower and engine take turns, as in a server whose vision tower is part of its engine's loop.
+
+    What such a server is compared with is told in docs/measuring.md; nobody is served better by it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._stepping, self._batches, self._closed = False, 0, False
+        self.waits = 0
+        """How often a batch had to wait for a step."""
+        self.waited_s = 0.0
+
+    # -- the engine's thread -------------------------------------------------------------------------------------
+
+    def step_began(self) -> None:
+        """Blocks while a batch is at work."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._batches)
+            self._stepping = True
+
+    def step_ended(self, decodes: int) -> None:
+        with self._changed:
+            self._stepping = False
+            self._changed.notify_all()
+
+    def patience_s(self) -> float:
+        return 0.0
+
+    # -- the tower's thread --------------------------------------------------------------------------------------
+
+    @property
+    def open(self) -> bool:
+        return self._closed or not (self._stepping or self._batches)
+
+    def wait(self) -> bool:
+        with self._changed:
+            if not self.open:
+                began = time.monotonic()
+                self.waits += 1
+                self._changed.wait_for(lambda: self.open)
+                self.waited_s += time.monotonic() - began
+            self._batches += not self._closed
+            return not self._closed
+
+    def spent(self, tower_s: float) -> None:
+        with self._changed:
+            self._batches = max(0, self._batches - 1)  # a batch that failed is paid for piece by piece
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

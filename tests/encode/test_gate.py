@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aiodisagg.encode.gate import SlackGate
+from aiodisagg.encode.gate import InlineGate, SlackGate
 from aiodisagg.encode.steps import StepReader, StepSender, step_pair
 from aiodisagg.scheduler.slack import Slack
 from tests.conftest import LOOPS
@@ -25,7 +25,7 @@ class Clock:
         return self.now
 
 
-def waiting(gate: SlackGate) -> tuple[threading.Thread, list[bool]]:
+def waiting(gate: InlineGate | SlackGate) -> tuple[threading.Thread, list[bool]]:
     """A tower's thread that waits at the gate, and what it was told."""
     told: list[bool] = []
     asked = threading.Event()
@@ -154,3 +154,37 @@ def test_streams_on_the_towers_device_take_no_more_than_their_pace_while_it_work
     apart.step_began()
     apart.step_ended(3)
     assert apart.wait() and apart.patience_s() == 0, "on devices of their own nobody is in the way"
+
+
+def test_inside_of_the_engines_loop_a_batch_waits_for_the_step() -> None:
+    gate = InlineGate()
+    gate.step_began()
+    thread, told = waiting(gate)
+    assert not gate.open and not told
+    gate.step_ended(2)
+    thread.join(PATIENCE_S)
+    assert told == [True]
+
+
+def test_inside_of_the_engines_loop_a_step_waits_for_the_batch_even_if_it_failed_and_was_run_in_pieces() -> None:
+    gate, began = InlineGate(), threading.Event()
+    assert gate.wait()
+    thread = threading.Thread(target=lambda: (gate.step_began(), began.set()))
+    thread.start()
+    assert not gate.open and not began.is_set()
+    for _ in range(3):  # the batch once, its two items once more
+        gate.spent(0.01)
+    thread.join(PATIENCE_S)
+    assert began.is_set()
+    gate.step_ended(0)
+    assert gate.wait(), "what was paid too often is forgotten"
+
+
+def test_inside_of_the_engines_loop_nobody_waits_for_a_tower_that_is_closed() -> None:
+    gate = InlineGate()
+    assert gate.wait()
+    thread = threading.Thread(target=gate.step_began)
+    thread.start()
+    gate.close()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive() and not gate.wait()

@@ -74,6 +74,19 @@ async def test_alone_it_answers_as_the_monolith_does(moe: Path, vision: Qwen3VLV
         await made.quiet()
 
 
+async def test_with_the_tower_inside_of_its_loop_it_answers_the_same(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
+    """The server that the others are compared with: no step while the tower works, no prefill before the last image."""
+    wanted, settings = truths(moe), encode_config(moe, transports=("ipc",))
+    language = language_config(moe, name="a", transports=("ipc",))
+    async with BothService(language, settings, encoder=vision, inline=True) as both:
+        made = asker(both)
+        await made.linked(1)
+        together = await asyncio.gather(*(made.ask(messages, TOKENS) for messages in PROMPTS.values()))
+        assert dict(zip(PROMPTS, together, strict=True)) == wanted
+        assert not both.language.config.overlap and "aiodisagg_tower_waits_total" in both.metrics()
+        await made.quiet()
+
+
 async def test_it_is_one_peer_of_the_bootstrap_server_and_says_what_it_can_do(
     moe: Path, vision: Qwen3VLVisionEncoder
 ) -> None:
