@@ -21,7 +21,11 @@ def _names(text: str) -> tuple[str, ...]:
 @click.command("system")
 @click.option("--model", default="", help="A Qwen3-VL(-MoE) folder; a synthetic one if left out.")
 @click.option("--size", type=click.Choice(["tiny", "115m"]), default="115m", help="Of the synthetic model.")
-@click.option("--shapes", default="dp2,1+1-waits,1+1,2both", help="The first is what the others are compared with.")
+@click.option(
+    "--shapes",
+    default="dp2-inline,dp2,1+1-waits,1+1,2both",
+    help="The first is the unit of load; the last is judged by the best.",
+)
 @click.option("--mixes", default="images-1-8,servegen", help="As bench serve --mix.")
 @click.option("--full-mixes", is_flag=True, help="Pictures and texts of full size; on CPU cores they are scaled down.")
 @click.option("--loads", default="0.2,0.5,0.7,0.85", help="Shares of what the first shape can do.")

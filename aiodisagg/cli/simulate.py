@@ -141,16 +141,15 @@ def _simulate(
 def _compare(measured: Path, *, times: str, small: bool, json_file: Path | None, **_: Any) -> None:
     from aiodisagg.bench.compare import small_mixes
     from aiodisagg.bench.mixes import MIX_NAMES, named_mix
-    from aiodisagg.simulate.compare import compare, read_measured
+    from aiodisagg.simulate.compare import compare, read_measured, verdict
     from aiodisagg.simulate.tables import COMPARE_COLUMNS, compare_rows, table
     from aiodisagg.simulate.times import read_times
 
     mixes = small_mixes() if small else {name: named_mix(name) for name in MIX_NAMES}
     cells = compare(read_measured(measured), read_times(times), mixes)
     show(table("Time to first token, milliseconds", COMPARE_COLUMNS, compare_rows(cells)))
-    worst = max(max(abs(one.mean_error), abs(one.p99_error)) for one in cells)
-    click.echo(f"largest error: {worst:.0%}")
     write_json(json_file, cells)
+    click.echo(verdict(cells))
 
 
 @click.command("plan")

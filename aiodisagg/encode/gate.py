@@ -114,12 +114,17 @@ class SlackGate:
 class InlineGate:
     """Tower and engine take turns, as in a server whose vision tower is part of its engine's loop.
 
+    While both have work, a step follows each batch and a batch each step.
+
     What such a server is compared with is told in docs/measuring.md; nobody is served better by it.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._stepping, self._batches, self._closed = False, 0, False
+        self._step_waits = self._batch_waits = False
+        self._step_next = self._batch_next = False
+        """Whose turn it is, of those that wait: who was here last may be quicker to come again."""
         self.waits = 0
         """How often a batch had to wait for a step."""
         self.waited_s = 0.0
@@ -127,14 +132,16 @@ class InlineGate:
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def step_began(self) -> None:
-        """Blocks while a batch is at work."""
+        """Blocks while a batch is at work, or has its turn."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._batches)
+            self._step_waits = True
+            self._changed.wait_for(lambda: self._closed or not (self._batches or self._batch_next))
+            self._step_waits = self._step_next = False
             self._stepping = True
 
     def step_ended(self, decodes: int) -> None:
         with self._changed:
-            self._stepping = False
+            self._stepping, self._batch_next = False, self._batch_waits
             self._changed.notify_all()
 
     def patience_s(self) -> float:
@@ -144,21 +151,24 @@ class InlineGate:
 
     @property
     def open(self) -> bool:
-        return self._closed or not (self._stepping or self._batches)
+        return self._closed or not (self._stepping or self._batches or self._step_next)
 
     def wait(self) -> bool:
         with self._changed:
+            self._batch_waits = True
             if not self.open:
                 began = time.monotonic()
                 self.waits += 1
                 self._changed.wait_for(lambda: self.open)
                 self.waited_s += time.monotonic() - began
+            self._batch_waits = self._batch_next = False
             self._batches += not self._closed
             return not self._closed
 
     def spent(self, tower_s: float) -> None:
         with self._changed:
             self._batches = max(0, self._batches - 1)  # a batch that failed is paid for piece by piece
+            self._step_next = self._step_waits and not self._batches
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from random import Random
 
@@ -26,15 +27,27 @@ ROUTER_ASKS = 32
 """Peers that the router looks at for a request, chosen by chance where there are more."""
 
 
+class Routing(enum.StrEnum):
+    """Which language peer gets a request."""
+
+    WORK = "work"
+    """The one with the least work owed."""
+    OUTSTANDING = "outstanding"
+    """The one with the fewest requests that have not ended, ties in turn: what a balancer in front knows."""
+    TURN = "turn"
+    """The next one."""
+
+
 class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many peers of which role, and what they decide by.
 
     ``replicas``: monoliths that encode inside the engine's loop. ``links``: encode peers that a language peer knows.
-    ``overlap``: prefill begins with the rows that are here; else when all are. ``balanced``: the router picks the
-    language peer with the least work owed; else the next in turn. ``tower_share``: of a device whose engine works too.
+    ``overlap``: prefill begins with the rows that are here; else when all are. ``routing``: who chooses the language
+    peer of a request, and how. ``tower_share``: of a device whose engine works too.
     ``turns``: prefills and the tower of one device go by the age of requests; else both at once.
     ``inter_token_ms``: what prefill, and a tower beside the engine, leave to running streams; 0: no bound.
-    A replica has none.
+    A replica has none. ``pace_ms``: the same for prefill alone, also of replicas; None: as ``inter_token_ms``.
+    ``coalesce_tokens``: as of :class:`~aiodisagg.engine.schedule.Scheduler`.
     ``batch_patches``: of a tower batch; 0: what the times say.
     """
 
@@ -45,10 +58,12 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     both: int = 0
     placing: Placing = Placing.FINISH
     overlap: bool = True
-    balanced: bool = True
+    routing: Routing = Routing.WORK
     links: int = 16
     tower_share: float = 0.5
     inter_token_ms: float = 50.0
+    pace_ms: float | None = None
+    coalesce_tokens: int = 0
     turns: bool = True
     batch_patches: int = 0
     kept_rows: int = 1 << 17
@@ -81,6 +96,8 @@ class Peer:
         self.door: Door | None = None
         self.owed_s = 0.0
         self.asked_rows = 0
+        self.open = 0
+        """Requests that came here and have not ended."""
 
 
 class Cluster:
@@ -126,11 +143,11 @@ class Cluster:
         device = Device(self.clock, self.system.tower_share, self.costs.times.shared_speed)
         peer = Peer(name, role, device)
         if role != "encode":
-            pace = Pace(self.system.inter_token_ms / 1e3) if self.system.inter_token_ms and role != "replica" else None
+            pace_ms = self._pace_ms(role)
             engine = peer.engine = Engine(
                 device, self.costs, self.gaps, inline=role == "replica", ended=self._ended, first=self._first,
-                leaps=self._leaps,
-                pace=pace,
+                leaps=self._leaps, pace=Pace(pace_ms / 1e3) if pace_ms else None, overlap=self.system.overlap,
+                coalesce_tokens=self.system.coalesce_tokens,
             )  # fmt: skip
             peer.door = open_door(
                 self.system.doors, self.clock, self._begin, self._refuse, runs=self.costs.times.max_running
@@ -147,6 +164,11 @@ class Cluster:
                     peer.engine.turns = True
                     peer.tower.beside = peer.engine
         return peer
+
+    def _pace_ms(self, role: str) -> float:
+        if self.system.pace_ms is not None:
+            return self.system.pace_ms
+        return 0.0 if role == "replica" else self.system.inter_token_ms
 
     def _link(self) -> None:
         """Each language peer knows ``links`` encode peers: its own tower, and a window on the ring of all."""
@@ -174,11 +196,14 @@ class Cluster:
             )
 
     def _request(self, number: int, source: WorkloadRequest) -> SimRequest:
-        images = [image.visual_tokens for image in source.images]
-        prompt = sum(images) + max(source.text_tokens, 1)
+        images = [self.costs.rows(image.visual_tokens) for image in source.images]
+        prompt = self.costs.prompt(images, source.text_tokens)
         unloaded = self.costs.unloaded_s(images, prompt)
         request = SimRequest(number, source, prompt, unloaded, self.costs.decode_s(1, prompt))
-        request.items = [Item(request, i, image.identity, image.visual_tokens) for i, image in enumerate(source.images)]
+        request.items = [
+            Item(request, i, image.identity, rows)
+            for i, (image, rows) in enumerate(zip(source.images, images, strict=True))
+        ]
         self.requests.append(request)
         return request
 
@@ -189,16 +214,23 @@ class Cluster:
         if not peer.engine.fits(request):
             request.outcome, request.end_s = "refused", self.clock.now
             return
+        peer.open += 1
         peer.door.arrive(request, self._load(peer, self._half_answer_s()))
 
     def _refuse(self, request: SimRequest) -> None:
         request.outcome, request.end_s = "shed", self.clock.now
+        self._by_name[request.peer].open -= 1
 
     def _route(self) -> Peer:
         fronts = self.fronts
         self._turn += 1
-        if not self.system.balanced:
+        if self.system.routing is Routing.TURN:
             return fronts[self._turn % len(fronts)]
+        if self.system.routing is Routing.OUTSTANDING:
+            chosen = min(fronts, key=lambda peer: peer.open)
+            fronts.remove(chosen)
+            fronts.append(chosen)  # to the end of the line
+            return chosen
         if len(fronts) > ROUTER_ASKS:
             fronts = [fronts[int(self._random.random() * len(fronts))] for _ in range(ROUTER_ASKS)]
         half = self._half_answer_s()
@@ -277,6 +309,7 @@ class Cluster:
         request.outcome, request.end_s = "ok", self.clock.now
         self._answers += 1
         self._answer_tokens += request.output
-        door = self._by_name[request.peer].door
-        assert door is not None
-        door.left(request)
+        peer = self._by_name[request.peer]
+        peer.open -= 1
+        assert peer.door is not None
+        peer.door.left(request)

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from aiodisagg.bench.serve_metrics import Spread
 from aiodisagg.bench.workload import Mix
 from aiodisagg.errors import ConfigError
-from aiodisagg.simulate.cluster import System
-from aiodisagg.simulate.runs import Offered, run
+from aiodisagg.simulate.cluster import Routing, System
+from aiodisagg.simulate.doors import Doors, Order
+from aiodisagg.simulate.runs import Offered, first_tokens
 from aiodisagg.simulate.times import ServiceTimes
 
+PACE_MS, SLACK_MS, COALESCE = 100.0, 50.0, 64
+"""What peers are started with: ``--itl-budget-ms``, ``--inter-token-ms``, and an engine's ``coalesce_tokens``."""
+
+
+_STARTED = System(
+    "", both=2, pace_ms=PACE_MS, inter_token_ms=SLACK_MS, coalesce_tokens=COALESCE, turns=False,
+    doors=Doors(order=Order.ADMISSION), routing=Routing.OUTSTANDING,
+)  # fmt: skip
+"""As ``bench system`` starts peers: with an admission queue, and a balancer in the client."""
+
+
+def _shape(name: str, **what: Any) -> System:  # fields of a System
+    return msgspec.structs.replace(_STARTED, name=name, **what)
+
+
 SHAPES: Mapping[str, System] = {
-    # two processes a place: the tower gets its half of the core, and nothing bounds it
-    "dp2": System("dp2", both=2, links=1, turns=False, inter_token_ms=0.0),
-    "dp2-waits": System("dp2-waits", both=2, links=1, turns=False, inter_token_ms=0.0, overlap=False),
-    "1+1": System("1+1", encode=1, language=1),
-    "1+1-waits": System("1+1-waits", encode=1, language=1, overlap=False),
-    "dp2-both": System("dp2-both", both=2, links=1, turns=False),
-    "2both": System("2both", both=2, turns=False),
+    one.name: one
+    for one in (
+        _shape("dp2-inline", replicas=2, both=0, overlap=False),
+        # two processes a place: the tower gets its half of the core, and nothing bounds it
+        _shape("dp2", links=1, inter_token_ms=0.0),
+        _shape("dp2-waits", links=1, inter_token_ms=0.0, overlap=False),
+        _shape("1+1", both=0, encode=1, language=1),
+        _shape("1+1-waits", both=0, encode=1, language=1, overlap=False),
+        _shape("dp2-both", links=1),
+        _shape("2both"),
+    )
 }
-"""What the shapes of ``bench system`` are here. The balancer of its clients is the router."""
+"""What the shapes of ``bench system`` are here."""
+NEAR = 0.15
+"""A prediction that is off by less is a good one."""
 
 
 class MeasuredSpread(msgspec.Struct, frozen=True):
@@ -67,12 +91,20 @@ class Compared(msgspec.Struct, frozen=True):
     predicted: MeasuredSpread
 
     @property
+    def mean_ratio(self) -> float:
+        return self.predicted.mean / self.measured.mean
+
+    @property
+    def p99_ratio(self) -> float:
+        return self.predicted.p99 / self.measured.p99
+
+    @property
     def mean_error(self) -> float:
-        return self.predicted.mean / self.measured.mean - 1
+        return self.mean_ratio - 1
 
     @property
     def p99_error(self) -> float:
-        return self.predicted.p99 / self.measured.p99 - 1
+        return self.p99_ratio - 1
 
 
 def read_measured(file: Path) -> Measured:
@@ -86,7 +118,8 @@ def read_measured(file: Path) -> Measured:
 def compare(
     measured: Measured, times: ServiceTimes, mixes: Mapping[str, Mix], *, shapes: Mapping[str, System] = SHAPES
 ) -> list[Compared]:
-    """The cells of known shapes and mixes, with the same requests as were sent. Raises ConfigError if none is known."""
+    """The cells of known shapes and mixes, with the same requests as were sent, those of all seeds
+    together. Raises ConfigError if none is known."""
     found = []
     for cell in measured.cells:
         system, mix, seen = shapes.get(cell.shape), mixes.get(cell.mix), cell.all.ttft_ms
@@ -94,11 +127,18 @@ def compare(
             continue
         seeds = [one.seed for one in cell.runs] or [0]
         offered = Offered(mix, max(cell.all.requests // len(seeds), 1))
-        runs = [run(system, times, offered.at(cell.rate_per_s, seed), seed=seed).ttft for seed in seeds]
-        predicted = MeasuredSpread(
-            statistics.fmean(one.mean for one in runs), statistics.fmean(one.p99 for one in runs)
-        )
-        found.append(Compared(cell.shape, cell.mix, cell.load, seen, predicted))
+        firsts = (first_tokens(system, times, offered.at(cell.rate_per_s, seed), seed) for seed in seeds)
+        together = Spread.of(chain.from_iterable(firsts))
+        if together is not None:
+            predicted = MeasuredSpread(together.mean, together.p99)
+            found.append(Compared(cell.shape, cell.mix, cell.load, seen, predicted))
     if not found:
         raise ConfigError("compare", f"no cell of a known shape ({', '.join(shapes)}) and mix ({', '.join(mixes)})")
     return found
+
+
+def verdict(cells: Sequence[Compared]) -> str:
+    """How many cells were predicted well."""
+    means = sum(abs(one.mean_error) <= NEAR for one in cells)
+    p99s = sum(abs(one.p99_error) <= NEAR for one in cells)
+    return f"within {NEAR:.0%}: {means} of {len(cells)} (mean), {p99s} of {len(cells)} (p99)".replace("%", " %")

@@ -41,7 +41,7 @@ class Engine:
     def __init__(
         self, device: Device, costs: Costs, gaps: TokenGaps, *, inline: bool, ended: Callable[[SimRequest], None],
         first: Callable[[SimRequest], None], page_tokens: int = PAGE_TOKENS, leaps: bool = True,
-        pace: Pace | None = None,
+        pace: Pace | None = None, overlap: bool = True, coalesce_tokens: int = 0,
     ) -> None:  # fmt: skip
         times = costs.times
         self.device, self.costs, self.gaps = device, costs, gaps
@@ -50,6 +50,8 @@ class Engine:
             page_size=page_tokens,
             token_budget=times.token_budget,
             max_running=times.max_running,
+            overlap=overlap,
+            coalesce_tokens=coalesce_tokens,
             pace=pace,
         )
         self._pace = pace

@@ -58,13 +58,22 @@ def run(
     return report(cluster, seed=seed, slo=slo)
 
 
+def first_tokens(
+    system: System, times: ServiceTimes, workload: Sequence[WorkloadRequest], seed: int = 0
+) -> list[float]:
+    """Seconds to the first token of each request that was answered."""
+    cluster = Cluster(system, times, seed=seed)
+    cluster.run(workload)
+    return [one.first_s - one.source.arrival_s for one in cluster.requests if one.outcome == "ok"]
+
+
 def work(times: ServiceTimes, workload: Sequence[WorkloadRequest]) -> Work:
     """What the requests of a workload cost on average, each by itself."""
     costs = Costs(times)
     tower = prefill = decode = 0.0
     for request in workload:
-        images = [image.visual_tokens for image in request.images]
-        prompt = sum(images) + max(request.text_tokens, 1)
+        images = [costs.rows(image.visual_tokens) for image in request.images]
+        prompt = costs.prompt(images, request.text_tokens)
         tower += costs.tower_s([PATCHES_PER_TOKEN * tokens for tokens in images]) if images else 0.0
         prefill += costs.prefill_s(prompt)
         context = (prompt + request.output_tokens / 2) * CAPACITY_BATCH

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from aiodisagg.errors import ConfigError
-from aiodisagg.simulate.cluster import System
+from aiodisagg.simulate.cluster import Routing, System
 from aiodisagg.simulate.placing import Placing
 
 
@@ -35,7 +35,7 @@ def static_split(devices: int, encode: int) -> System:
     """A fixed split whose parts know nothing of each other's load: all in turn, no overlap."""
     return System(
         f"static split {encode}:{devices - encode}", encode=encode, language=devices - encode, overlap=False,
-        placing=Placing.FIXED, balanced=False,
+        placing=Placing.FIXED, routing=Routing.TURN,
     )  # fmt: skip
 
 
@@ -44,11 +44,11 @@ def ladder(devices: int, encode: int) -> tuple[System, ...]:
     static = static_split(devices, encode)
     change = msgspec.structs.replace
     return (
-        change(replicas(devices), name="replicas, in turn", balanced=False),
+        change(replicas(devices), name="replicas, in turn", routing=Routing.TURN),
         change(replicas(devices), name="replicas, routed"),
         static,
         change(static, name="+ scheduling", placing=Placing.FINISH, overlap=True),
-        change(static, name="+ routing", placing=Placing.FINISH, overlap=True, balanced=True),
+        change(static, name="+ routing", placing=Placing.FINISH, overlap=True, routing=Routing.WORK),
         change(flexible(devices), name="+ flexible roles"),
     )
 

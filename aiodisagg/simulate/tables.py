@@ -91,7 +91,7 @@ def _plan_row(answer: Answer) -> Row:
     )  # fmt: skip
 
 
-COMPARE_COLUMNS = ("shape", "mix", "load", "mean measured", "predicted", "error", "p99 measured", "predicted", "error")
+COMPARE_COLUMNS = ("shape", "mix", "load", "mean measured", "predicted", "ratio", "p99 measured", "predicted", "ratio")
 
 
 def compare_rows(cells: Sequence[Compared]) -> list[Row]:
@@ -99,7 +99,7 @@ def compare_rows(cells: Sequence[Compared]) -> list[Row]:
     return [
         (
             one.shape, one.mix, f"{one.load:g}", f"{one.measured.mean:.0f}", f"{one.predicted.mean:.0f}",
-            f"{one.mean_error:+.0%}", f"{one.measured.p99:.0f}", f"{one.predicted.p99:.0f}", f"{one.p99_error:+.0%}",
+            f"{one.mean_ratio:.2f}", f"{one.measured.p99:.0f}", f"{one.predicted.p99:.0f}", f"{one.p99_ratio:.2f}",
         )
         for one in cells
     ]  # fmt: skip

@@ -43,6 +43,12 @@ class ServiceTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prepare: Points = ()
     """(patches, ms) to decode and preprocess one image on one CPU thread; empty: nothing."""
     prepare_threads: int = 2
+    prompt_tokens: int = 0
+    """Of every prompt, beside its text and its images."""
+    image_tokens: int = 0
+    """Of every image, beside its rows."""
+    least_rows: int = 1
+    """Of the smallest image: smaller ones are enlarged."""
     link_bytes_per_s: float = 10e9
     link_rtt_ms: float = 0.05
     shared_speed: float = 1.0
@@ -134,6 +140,15 @@ class Costs:
     def transfer_s(self, tokens: int) -> float:
         """Moving the rows of an item, without the way there and back."""
         return tokens * self.times.row_bytes / self.times.link_bytes_per_s
+
+    def prompt(self, images: Sequence[int], text: int) -> int:
+        """Tokens of a prompt; ``images``: rows of each."""
+        around = self.times.prompt_tokens + self.times.image_tokens * len(images)
+        return around + sum(images) + max(text, 1)
+
+    def rows(self, visual_tokens: int) -> int:
+        """Of an image."""
+        return max(visual_tokens, self.times.least_rows)
 
     @property
     def rtt_s(self) -> float:

@@ -188,3 +188,38 @@ def test_inside_of_the_engines_loop_nobody_waits_for_a_tower_that_is_closed() ->
     gate.close()
     thread.join(PATIENCE_S)
     assert not thread.is_alive() and not gate.wait()
+
+
+def test_inside_of_the_engines_loop_whoever_was_last_lets_the_other_go_first() -> None:
+    """However quick it is to come again: it never lets go of the lock in between."""
+    gate, order = InlineGate(), list[str]()
+
+    def batch() -> None:
+        assert gate.wait()
+        order.append("batch")
+        gate.spent(0.01)
+
+    def step() -> None:
+        gate.step_began()
+        order.append("step")
+        gate.step_ended(1)
+
+    gate.step_began()
+    tower = threading.Thread(target=batch)
+    tower.start()
+    while not gate._batch_waits:
+        pass
+    with gate._changed:
+        gate.step_ended(1)
+        step()
+    tower.join(PATIENCE_S)
+    assert gate.wait()
+    engine = threading.Thread(target=step)
+    engine.start()
+    while not gate._step_waits:
+        pass
+    with gate._changed:
+        gate.spent(0.01)
+        batch()
+    engine.join(PATIENCE_S)
+    assert order == ["batch", "step", "step", "batch"]

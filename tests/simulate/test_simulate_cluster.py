@@ -8,7 +8,7 @@ import pytest
 from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.workload import Gamma, ImageSpec, Mix, WorkloadRequest, generate
 from aiodisagg.errors import ConfigError
-from aiodisagg.simulate.cluster import Cluster, System
+from aiodisagg.simulate.cluster import Cluster, Routing, System
 from aiodisagg.simulate.doors import Doors, Order
 from aiodisagg.simulate.machines import MachineWires
 from aiodisagg.simulate.placing import Placing
@@ -196,3 +196,26 @@ def test_times_are_checked() -> None:
             Costs(times)
     with pytest.raises(ConfigError, match="cpu-115m"):
         read_times("no-such-profile")
+
+
+def test_a_balancer_that_counts_requests_sends_each_where_fewest_are_open() -> None:
+    """Two long requests at once go to two peers; whoever ended first gets the next, whatever it has done."""
+    system = System("balanced", replicas=2, routing=Routing.OUTSTANDING)
+    workload = [
+        WorkloadRequest(0.0, (), 4000, 400),
+        WorkloadRequest(0.1, (), 10, 2),
+        WorkloadRequest(5.0, (), 10, 2),
+        WorkloadRequest(5.0, (), 10, 2),
+    ]
+    cluster = Cluster(system, TIMES)
+    cluster.run(workload)
+    first, second, third, fourth = (request.peer for request in cluster.requests)
+    assert {first, second} == {"replica0", "replica1"}
+    assert {third, fourth} == {"replica0", "replica1"}
+
+
+def test_a_template_and_small_pictures_make_prompts_longer() -> None:
+    plain = Costs(TIMES)
+    around = Costs(msgspec.structs.replace(TIMES, prompt_tokens=9, image_tokens=2, least_rows=4))
+    assert plain.prompt([4, 7], 10) == 21
+    assert around.prompt([around.rows(1), around.rows(7)], 10) == 9 + (2 + 4) + (2 + 7) + 10
