@@ -146,7 +146,7 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
         dtype=bench.half.layout.dtype,
         row_dtype=bench.half.layout.dtype,
         pool_bytes=(8 if tiny else 1024) * MiB,
-        kv_bytes=(16 if tiny else 5120) * MiB,
+        kv_bytes=16 * MiB if tiny else None,
         token_budget=256 if tiny else 8192,
         block_rows=256,
         cache_bytes=0,

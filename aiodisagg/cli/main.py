@@ -104,7 +104,8 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
         "dtype",
         "max_pixels",
     )
-    sizes = {f"{what}_bytes": int(options[f"{what}_mib"] * MiB) for what in ("pool", "cache", "kv")}
+    given = {f"{what}_bytes": options[f"{what}_mib"] for what in ("pool", "cache", "kv")}
+    sizes = {key: None if mib is None else int(mib * MiB) for key, mib in given.items()}
     line = {key: options[key] for key in ("max_queue", "max_ttft_s", "max_wait_s")}
     return LanguageConfig(**_settings(options, *same, admission=AdmissionConfig(**line), **sizes))
 
@@ -214,7 +215,7 @@ def encode(
 @click.option("--max-queue", default=1024, help="Requests that wait for the engine.")
 @click.option("--max-ttft-s", default=math.inf, help="Refuse what is predicted to take longer to its first token.")
 @click.option("--max-wait-s", default=10.0, help="Requests that would wait longer are overtaken by nobody.")
-@click.option("--kv-mib", default=256, help="Memory of the paged KV pool.")
+@click.option("--kv-mib", type=int, help="Memory of the paged KV pool; what a GPU has left, or 256, if not given.")
 @click.option("--token-budget", default=2048, help="Tokens of one engine step.")
 @click.option("--max-running", default=64, help="Requests that hold KV pages at once.")
 @click.option("--itl-budget-ms", default=100.0, help="What prefill may cost a running answer between two tokens.")

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from aiodisagg.engine.device_runner import DeviceRunner
 
 
+STEP_BYTES = 2 << 30
+"""Of a GPU's memory, kept for a step's own tensors."""
+
+
 class EngineSequence:
     """One request: its prompt, its rows, what it has generated. Only ``rows`` is touched by other threads."""
 
@@ -84,6 +88,20 @@ class Work:
     pages: Sequence[int]
 
 
+def pool_bytes_on(device: torch.device) -> int:
+    """For KV pages, when nobody said how much: of a GPU 0.9 of its memory, less what is taken already and 2 GiB for
+    what a step computes with, so load everything else first. Elsewhere 256 MiB. ConfigError if a GPU is too full."""
+    if device.type != "cuda":
+        return 256 << 20
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    left = int(free - 0.1 * total) - STEP_BYTES
+    if left < 1:
+        held = f"{free >> 20} of {total >> 20} MiB are free"
+        raise ConfigError("pool_bytes", f"no room for KV pages on {device}: {held}, 2048 and a tenth are kept free")
+    return left
+
+
 class Runner:
     """The language model with its KV pool. One thread at a time; it owns the model's attention until ``release``.
 
@@ -110,9 +128,10 @@ class Runner:
         head_dim = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
         layers = int(shape.num_hidden_layers)
         page_bytes = 2 * layers * config.page_size * kv_heads * head_dim * self.dtype.itemsize
-        num_pages = config.num_pages if config.num_pages is not None else config.pool_bytes // page_bytes
+        pool_bytes = config.pool_bytes if config.pool_bytes is not None else pool_bytes_on(self.device)
+        num_pages = config.num_pages if config.num_pages is not None else pool_bytes // page_bytes
         if not num_pages:
-            raise ConfigError("pool_bytes", f"{config.pool_bytes} hold no page of {page_bytes} bytes")
+            raise ConfigError("pool_bytes", f"{pool_bytes} hold no page of {page_bytes} bytes")
         self.num_pages = num_pages
         self.pool = KvPool(
             layers=layers,

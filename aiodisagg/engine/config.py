@@ -18,8 +18,8 @@ class EngineConfig:
 
     num_pages: int | None = None
     """Pages of the KV pool; None: as many as fit ``pool_bytes``."""
-    pool_bytes: int = 256 * 1024 * 1024
-    """Size of the KV pool when ``num_pages`` is None."""
+    pool_bytes: int | None = None
+    """Size of the KV pool when ``num_pages`` is None; None: what a GPU has left (``pool_bytes_on``), else 256 MiB."""
     page_size: int = 16
     """Tokens of a page."""
     token_budget: int = 512
@@ -41,13 +41,13 @@ class EngineConfig:
     """Most tokens of prompt and answer; None: the model's ``max_position_embeddings``."""
 
     def __post_init__(self) -> None:
-        for key in ("pool_bytes", "page_size", "token_budget", "max_running", "max_waiting"):
+        for key in ("page_size", "token_budget", "max_running", "max_waiting"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, f"must be at least 1, not {getattr(self, key)}")
         for key in ("itl_budget_ms", "coalesce_tokens"):
             if not getattr(self, key) >= 0:
                 raise ConfigError(key, f"must be at least 0, not {getattr(self, key)}")
-        for key in ("num_pages", "max_context"):
+        for key in ("num_pages", "pool_bytes", "max_context"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(key, f"must be at least 1, not {value}")

@@ -141,8 +141,8 @@ class Scheduler:
 
     @property
     def only_decodes(self) -> bool:
-        """Whether the next step would do nothing but decode: nobody waits, and no prompt can go on."""
-        return bool(self._running) and not self._waiting and not self._worthwhile(True)
+        """Whether the next step would do nothing but decode: nobody can be admitted, and no prompt can go on."""
+        return bool(self._running) and not self._worthwhile(True) and not self._admissible()
 
     def pages_of(self, request_id: str) -> list[int]:
         """Pages in the order of the request's tokens; empty while it waits. Not to be changed by the caller."""
@@ -234,18 +234,24 @@ class Scheduler:
         bisect.insort(self._waiting, victim, key=lambda r: r.order)
         return victim.request_id
 
+    def _admissible(self) -> tuple[_Request, list[int]] | None:
+        """Who is admitted next, and the pages that it shares; None: nobody waits, or must wait for others to end."""
+        if not self._waiting or len(self._running) >= self.max_running:
+            return None
+        request = self._waiting[0]
+        # At least the last token is computed.
+        found = self.pages.find(request.keys[: (request.total - 1) // self.page_size])
+        needed = self._pages_for(request.total) - len(found) + self.pages.idle_among(found)
+        if needed + len(self._running) > self.pages.free and (self._running or needed > self.pages.free):
+            return None
+        return request, found
+
     def _admit(self) -> list[str]:
         admitted = []
-        while self._waiting and len(self._running) < self.max_running:
-            request = self._waiting[0]
-            # At least the last token is computed.
-            found = self.pages.find(request.keys[: (request.total - 1) // self.page_size])
-            new = self._pages_for(request.total) - len(found)
-            needed = new + self.pages.idle_among(found)
-            if needed + len(self._running) > self.pages.free and (self._running or needed > self.pages.free):
-                break
+        while (first := self._admissible()) is not None:
+            request, found = first
             self.pages.share(found)
-            request.pages = found + self.pages.take(new)
+            request.pages = found + self.pages.take(self._pages_for(request.total) - len(found))
             request.computed = request.reused = len(found) * self.page_size
             self.hits += bool(found)
             self.tokens_reused += request.reused

@@ -69,6 +69,18 @@ def sdpa(backend: SDPBackend | None, pad_to: int | None = None) -> Attend:
     return attend
 
 
+def flash_4() -> Attend:
+    """FlashAttention 4, of the extra ``gpu``: its kernel for Hopper pads heads of 72 to 80. Raises ImportError."""
+    from flash_attn.cute import flash_attn_func
+
+    def attend(qkv: torch.Tensor, segments: int, size: int, out: torch.Tensor, scaling: float) -> None:
+        q, k, v = qkv.view(segments, size, 3, *qkv.shape[2:]).unbind(2)
+        made, *_ = flash_attn_func(q, k, v, softmax_scale=scaling)
+        out.view(made.shape).copy_(made)
+
+    return attend
+
+
 @dataclass(frozen=True, slots=True)
 class Positions:
     """Of one grid: embeddings [n, hidden], cos and sin float32 [n, head_dim]."""
@@ -165,6 +177,11 @@ def candidates(head_dim: int, device: torch.device) -> dict[str, Attend]:
         for size in (96, 128):
             if head_dim < size:
                 ways[f"{name}, padded to {size}"] = sdpa(backend, size)
+    if device.type == "cuda":
+        try:
+            ways["flash 4"] = flash_4()
+        except Exception as error:  # not installed, or not for this torch
+            logger.info("attention by flash-attn-4 is not used: %s", error)
     try:
         from aiodisagg.models.triton_vision import SHAPES
     except Exception as error:  # no Triton, or one that cannot define it

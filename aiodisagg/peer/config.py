@@ -109,8 +109,8 @@ class LanguageConfig(PeerConfig):
     """Rows of a block; a chunk is at most one block."""
     window_blocks: int = 4
     """Blocks lent to one item at a time."""
-    kv_bytes: int = 256 * MiB
-    """Memory of the paged KV pool."""
+    kv_bytes: int | None = None
+    """Memory of the paged KV pool; None: what a GPU has left of 0.9 of its memory, 256 MiB on a CPU."""
     token_budget: int = 2048
     """Tokens of one engine step."""
     max_running: int = 64
@@ -142,7 +142,9 @@ class LanguageConfig(PeerConfig):
         PeerConfig.__post_init__(self)
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}")
-        keys = ("pool_bytes", "block_rows", "window_blocks", "kv_bytes", "token_budget", "stall_s")
+        keys = ("pool_bytes", "block_rows", "window_blocks", "token_budget", "stall_s")
+        if self.kv_bytes is not None:
+            check("kv_bytes", self.kv_bytes)
         for key in (*keys, "max_running", "request_timeout_s"):
             check(key, getattr(self, key))
         check("peer_wait_s", self.peer_wait_s, exclusive=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_engine import HIDDEN, ask, decode, deliver_all, make_engine, make_plan, make_rows, read, submit, tiny_model
 
+from aiodisagg.engine.batch import pool_bytes_on
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.types import FinishReason, SamplingParams, Usage
@@ -329,6 +330,17 @@ def test_settings_are_checked(key: str) -> None:
 def test_a_pool_without_a_page_is_refused() -> None:
     with pytest.raises(ConfigError, match="pool_bytes"):
         Engine(tiny_model("dense"), decode, frozenset(), EngineConfig(pool_bytes=100))
+
+
+def test_a_pool_of_no_stated_size_takes_what_a_gpu_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib, cpu, gpu = 1 << 30, torch.device("cpu"), torch.device("cuda:0")
+    assert pool_bytes_on(cpu) == gib // 4
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * gib, 80 * gib))
+    assert pool_bytes_on(gpu) == 10 * gib, "a tenth of all and two for a step are kept free"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * gib, 80 * gib))
+    with pytest.raises(ConfigError, match="9216 of 81920 MiB are free"):
+        pool_bytes_on(gpu)
 
 
 async def test_a_patient_watcher_holds_decodes_back_and_nothing_else() -> None:
