@@ -208,7 +208,8 @@ def tower(bench: Bench, found: dict[str, Any]) -> None:
     encoder = bench.model.encoder(device)
     height, width = (128, 192) if bench.options.tiny else (1080, 1920)
     found["attention_ms"] = encoder.use_fused()
-    bench.say(f"tower attention, 3600 patches: { {k: round(v, 3) for k, v in found['attention_ms'].items()} }")
+    for size, ms in found["attention_ms"].items():
+        bench.say(f"tower attention, {size} patches: " + ", ".join(f"{name} {t:.3f} ms" for name, t in ms.items()))
     data = picture(0, height, width)
     grid = image_grid(height, width, encoder._image)
     patches = encoder.prepare(ItemKind.IMAGE, (data,), grid, 0.0)

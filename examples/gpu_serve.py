@@ -148,7 +148,7 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
         pool_bytes=(8 if tiny else 1024) * MiB,
         kv_bytes=16 * MiB if tiny else None,
         token_budget=256 if tiny else 8192,
-        block_rows=256,
+        block_rows=bench.options.block_rows,
         cache_bytes=0,
     )
     height, width = (64, 96) if tiny else (1080, 1920)

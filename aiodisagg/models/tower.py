@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 logger = logging.getLogger(__name__)
 
 GRIDS_KEPT = 8
+SIZES = (1024, 3600, 8160)
+"""Patches of a segment at which ways to attend are compared; the fastest serves up to the next (720p, 1080p)."""
+_CALLS = 10
 
 Grid = tuple[int, int, int]
 Attend = Callable[[torch.Tensor, int, int, torch.Tensor, float], None]
@@ -67,6 +71,21 @@ def sdpa(backend: SDPBackend | None, pad_to: int | None = None) -> Attend:
         out.view(segments, size, heads, d).copy_(made[..., :d].transpose(1, 2))
 
     return attend
+
+
+@dataclass(frozen=True, slots=True)
+class BySize:
+    """For each size of a segment the way that was fastest there."""
+
+    ways: tuple[tuple[int, Attend], ...]
+    """(from so many patches on, how), ascending."""
+
+    def __call__(self, qkv: torch.Tensor, segments: int, size: int, out: torch.Tensor, scaling: float) -> None:
+        found = self.ways[0][1]
+        for least, way in self.ways:
+            if size >= least:
+                found = way
+        found(qkv, segments, size, out, scaling)
 
 
 def flash_4() -> Attend:
@@ -191,11 +210,9 @@ def candidates(head_dim: int, device: torch.device) -> dict[str, Attend]:
     return ways
 
 
-def choose_kernels(
-    tower: FusedTower, dtype: torch.dtype, device: torch.device, *, size: int = 3600
-) -> dict[str, float]:
-    """Gives the tower its rope and its fastest attention. Milliseconds of one block's attention over ``size`` patches,
-    by name; infinite for those that fail or disagree with torch's reference."""
+def choose_kernels(tower: FusedTower, dtype: torch.dtype, device: torch.device) -> dict[int, dict[str, float]]:
+    """Gives the tower its rope and its fastest attention. Milliseconds of one block's attention, by patches of the
+    segment and by name; those that fail or disagree with torch's reference are not in it."""
     draw = torch.Generator(device).manual_seed(1)
     small = torch.randn(2 * 200, 3, tower.heads, tower.head_dim, generator=draw, device=device).to(dtype)
     limit = 1e-4 if dtype is torch.float32 else 2e-2
@@ -213,21 +230,27 @@ def choose_kernels(
     sdpa(SDPBackend.MATH)(small.float(), 2, 200, wanted, tower.head_dim**-0.5)
     ways = candidates(tower.head_dim, device)
     large = torch.randn(
-        size if device.type == "cuda" else 1, 3, tower.heads, tower.head_dim, generator=draw, device=device
+        max(SIZES) if device.type == "cuda" else 1, 3, tower.heads, tower.head_dim, generator=draw, device=device
     ).to(dtype)
-    times: dict[str, float] = {}
+    times: dict[int, dict[str, float]] = {size: {} for size in SIZES}
     for name, way in ways.items():
         try:
             found = torch.empty_like(wanted, dtype=dtype)
             way(small, 2, 200, found, tower.head_dim**-0.5)
-            agrees = _distance(found, wanted) <= limit
-            times[name] = _time(way, large) if agrees else float("inf")
+            if _distance(found, wanted) > limit:
+                logger.warning("attention by %s is not used: it disagrees", name)
+                continue
+            for size in SIZES:
+                times[size][name] = _time(way, large[:size])
         except Exception as error:  # a backend that does not take this head size, or is not built in
             logger.info("attention by %s is not used: %s", name, str(error).splitlines()[0] if str(error) else error)
-            times[name] = float("inf")
-    best = min(times, key=lambda name: times[name])
-    tower.attend = ways[best]
-    logger.info("tower: attention by %s, %s ms", best, {name: round(ms, 3) for name, ms in times.items()})
+            for of_size in times.values():
+                of_size.pop(name, None)
+    best = {size: min(found, key=lambda name: found[name]) for size, found in times.items()}
+    tower.attend = BySize(tuple((size, ways[name]) for size, name in best.items()))
+    for size, name in best.items():
+        shown = {other: round(ms, 3) for other, ms in times[size].items()}
+        logger.info("tower: attention over %d patches by %s; ms: %s", size, name, shown)
     return times
 
 
@@ -237,16 +260,17 @@ def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def _time(way: Attend, qkv: torch.Tensor) -> float:
+    """Milliseconds of a call in a row of calls."""
     out = torch.empty(qkv.shape[0], *qkv.shape[2:], dtype=qkv.dtype, device=qkv.device)
     way(qkv, 1, qkv.shape[0], out, qkv.shape[3] ** -0.5)
     if not qkv.is_cuda:
         return 0.0
     times = []
     for _ in range(3):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        began.record()
-        way(qkv, 1, qkv.shape[0], out, qkv.shape[3] ** -0.5)
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended))
-    return float(min(times))
+        torch.cuda.synchronize(qkv.device)
+        began = time.perf_counter()
+        for _ in range(_CALLS):  # one after the other, so what launching costs counts where it is what one waits for
+            way(qkv, 1, qkv.shape[0], out, qkv.shape[3] ** -0.5)
+        torch.cuda.synchronize(qkv.device)
+        times.append((time.perf_counter() - began) / _CALLS * 1e3)
+    return min(times)

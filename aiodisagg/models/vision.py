@@ -76,7 +76,7 @@ class Qwen3VLVisionEncoder:
         """Makes the tower's device this thread's current one: for kernels, and for what pins memory."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def use_fused(self) -> dict[str, float]:
+    def use_fused(self) -> dict[int, dict[str, float]]:
         """Has the tower run by kernels chosen on its device; times of its attention, see ``choose_kernels``."""
         self.fused = FusedTower(self._tower)
         with torch.inference_mode(), self._here():

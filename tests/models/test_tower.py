@@ -14,7 +14,7 @@ from PIL import Image
 from aiodisagg.models import triton_vision
 from aiodisagg.models.base import ItemKind
 from aiodisagg.models.device_pixels import resize
-from aiodisagg.models.tower import GRIDS_KEPT, Attend, FusedTower, sdpa, turn
+from aiodisagg.models.tower import GRIDS_KEPT, SIZES, Attend, BySize, FusedTower, sdpa, turn
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from tests.models.halves import noise, png
 
@@ -98,3 +98,23 @@ def test_pixels_cut_on_the_device(tiny: Tiny, item: int) -> None:
     difference = (encoder._pixels(patches) - wanted).abs()
     assert difference.max() <= 0.0079  # one level of 255, on a scale of -1 to 1
     assert difference.mean() <= 0.002
+
+
+def test_each_size_of_a_segment_is_attended_to_by_what_was_fastest_there(tiny: Tiny) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def way(name: str) -> Attend:
+        return lambda qkv, segments, size, out, scaling: asked.append((name, size))
+
+    attend = BySize(((100, way("few")), (1000, way("some")), (5000, way("many"))))
+    for size in (1, 999, 1000, 4999, 5000, 10**6):
+        attend(torch.empty(0), 1, size, torch.empty(0), 1.0)
+    assert [name for name, _ in asked] == ["few", "few", "some", "some", "many", "many"]
+
+    encoder = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)
+    patches = [encoder.prepare(kind, media, grid, 2.0) for kind, media, grid in ITEMS]
+    wanted = encoder.encode(patches)
+    measured = encoder.use_fused()
+    assert set(measured) == set(SIZES) and all("sdpa" in found for found in measured.values())
+    for found, expected in zip(encoder.encode(patches), wanted, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
