@@ -145,10 +145,9 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
         device=bench.device,
         dtype=bench.half.layout.dtype,
         row_dtype=bench.half.layout.dtype,
-        pool_bytes=(8 if tiny else 1024) * MiB,
+        pool_bytes=8 * MiB if tiny else None,
         kv_bytes=16 * MiB if tiny else None,
         token_budget=256 if tiny else 8192,
-        block_rows=bench.options.block_rows,
         cache_bytes=0,
     )
     height, width = (64, 96) if tiny else (1080, 1920)
