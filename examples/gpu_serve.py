@@ -157,7 +157,7 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
             encoder = await asyncio.to_thread(model.encoder, bench.device)
             threads = 8 if shape == "both" or bench.options.concurrency else 1
             settings = encode_config(model, encoder, there, prepare_threads=threads)
-            peer = BothService(config, settings, inter_token_s=0.1, inline=shape == "inside", encoder=encoder,
+            peer = BothService(config, settings, inter_token_s=bench.options.inter_token_ms / 1e3, inline=shape == "inside", encoder=encoder,
                                loaded=loaded)  # fmt: skip
             service = (await stack.enter_async_context(peer)).language
         else:
