@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,9 +267,10 @@ async def open_loops(bench: Any, found: dict[str, Any], service: LanguageService
         at = np.cumsum(draw.exponential(1 / rate, count)).tolist()
         images = draw.integers(1, 9, count).tolist()
         ours = [i for i in range(count) if replicas == 1 or i % replicas == own]
-        made = await asyncio.to_thread(
-            lambda: {i: [picture(turn << 24 | i << 4 | j, height, width) for j in range(images[i])] for i in ours}  # noqa: B023
-        )
+        with ThreadPoolExecutor(8) as pool:
+            seeds = {i: [turn << 24 | i << 4 | j for j in range(images[i])] for i in ours}
+            making = {i: [pool.submit(picture, one, height, width) for one in its] for i, its in seeds.items()}
+            made = {i: [await asyncio.wrap_future(one) for one in its] for i, its in making.items()}
         if bench.meeting is not None:
             await bench.meeting(f"rate{turn}")
         began = loop.time() + 0.2
