@@ -37,9 +37,6 @@ from dataclasses import dataclass, field
 from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.pages import Pages
 
-_PLENTY = 4096
-"""Prompt tokens of a step from which on more of them cost as much each: all weights are read, all tiles are full."""
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -143,13 +140,9 @@ class Scheduler:
         return tuple(r.request_id for r in self._waiting)
 
     @property
-    def can_wait(self) -> bool:
-        """Whether the next step may as well come later while the device has other work: nobody can be admitted, and it
-        would only decode, or do little prefill that could go along with that of rows which are on their way."""
-        if not self._running or self._admissible():
-            return False
-        prefill = sum(request.ready for request in self._worthwhile(True))
-        return not prefill or (prefill < _PLENTY and any(not request.complete for request in self._running))
+    def only_decodes(self) -> bool:
+        """Whether the next step would do nothing but decode: nobody can be admitted, and no prompt can go on."""
+        return bool(self._running) and not self._worthwhile(True) and not self._admissible()
 
     def pages_of(self, request_id: str) -> list[int]:
         """Pages in the order of the request's tokens; empty while it waits. Not to be changed by the caller."""

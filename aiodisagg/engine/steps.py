@@ -14,8 +14,7 @@ class StepWatcher(Protocol):
         """``decodes``: requests that got a token in it; 0 also when there was nothing to do, or will not be again."""
 
     def patience_s(self) -> float:
-        """How long a step that can wait (it would only decode, or do little prefill while rows are on their way) may be
-        put off, for the good of others; 0: not at all."""
+        """How long a step that would only decode may be put off, for the good of others; 0: not at all."""
 
 
 class Unwatched:

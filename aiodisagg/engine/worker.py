@@ -177,8 +177,8 @@ class StepThread:
             self._finish(command.request_id, delta=self._delta(command.request_id, "", (), FinishReason.CANCELLED))
 
     def _put_off(self) -> bool:
-        """Lets a step that can wait do so, as long as the watcher has patience and nothing comes."""
-        wait_s = self._watcher.patience_s() if self._scheduler.can_wait else 0.0
+        """Lets a step that would only decode wait, as long as the watcher has patience and nothing comes."""
+        wait_s = self._watcher.patience_s() if self._scheduler.only_decodes else 0.0
         if wait_s <= 0:
             return False
         with self._wake:

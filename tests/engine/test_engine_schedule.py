@@ -67,32 +67,17 @@ def test_admission_is_in_order_and_leaves_a_page_for_who_runs() -> None:
     assert s.plan_step().admitted == ("b", "c")
 
 
-def test_a_step_of_decodes_can_wait_while_nobody_can_go_on_or_come_in() -> None:
+def test_only_decodes_are_left_while_nobody_else_can_go_on_or_come_in() -> None:
     s = make(num_pages=8, token_budget=32)
     s.add("a", 16, 8, front=16)
     s.add("b", 20, 1, front=20)
-    assert not s.can_wait, "a prompt waits for its first step"
+    assert not s.only_decodes, "a prompt waits for its first step"
     assert run(s).admitted == ("a",)
-    assert s.can_wait, "b does not fit beside a, so the next step has nothing but a's next token"
+    assert s.only_decodes, "b does not fit beside a, so the next step has nothing but a's next token"
     s.add("c", 4, 1, front=4)
-    assert s.can_wait, "nor may c pass b"
+    assert s.only_decodes, "nor may c pass b"
     s.remove("b")
-    assert not s.can_wait, "c fits"
-
-
-def test_a_step_with_little_prefill_can_wait_for_rows_of_other_prompts() -> None:
-    s = make(num_pages=4096, page_size=4, token_budget=8192)
-    s.add("a", 100, 8, front=100)
-    s.add("b", 100, 8, front=0)
-    s.add("c", 5000, 8, front=0)
-    s.plan_step()  # all are admitted
-    assert s.can_wait, "rows of b and c are on their way"
-    s.set_front("c", 4200)
-    assert not s.can_wait, "this is plenty"
-    s.remove("c")
-    assert s.can_wait
-    s.set_front("b", 100)
-    assert not s.can_wait, "nothing else will come"
+    assert not s.only_decodes, "c fits"
 
 
 def test_the_newest_gives_its_pages_to_the_oldest_and_comes_back_with_all_it_had() -> None:
