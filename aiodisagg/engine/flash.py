@@ -16,8 +16,9 @@ import torch
 
 from aiodisagg.engine.inputs import StepInputs
 
-MIN_PAIRS = 1 << 22
-"""Of new tokens and tokens of context, over the longer segments of a step, to gather keys for."""
+MIN_PAIRS = 1 << 23
+"""Of new tokens and tokens of context, over the longer segments of a step, to gather keys for. Calling it takes 0.15 to
+0.3 ms of Python a layer, which smaller steps do not hide."""
 
 
 @dataclass(frozen=True, slots=True)
