@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import statistics
+import tempfile
 import time
 from collections.abc import AsyncIterator
 
 import msgspec
 
-from aiodisagg.bench.partner import Came, Done, Join, Partner
+from aiodisagg.bench.echo import Caller
+from aiodisagg.bench.partner import Came, Done, Join, Partner, Reflect
 from aiodisagg.bench.paths import TransportPath
+from aiodisagg.link import framing
 from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.link.link import Link
 from aiodisagg.link.server import LinkServer
-from aiodisagg.protocol.messages import Cancel, Chunk, Commit, Grant, ItemKey, Offer
+from aiodisagg.protocol.messages import Cancel, Chunk, Commit, Grant, ItemKey, Message, Offer, encode
 from aiodisagg.protocol.rows import ModelFingerprint
 from aiodisagg.transport.mapping import IpcRemote
 
@@ -24,6 +27,9 @@ ROW_BYTES = 16384
 PAUSE_S = 0.002
 HAND_OFF, HAND_OFF_AFTER_PAUSE = "hand-off, no copy", "hand-off, no copy, after 2 ms of silence"
 UNIX, TCP = "link round trip, unix", "link round trip, TCP"
+TASK_UNIX, TASK_TCP = "link, one side a task that waits, unix", "link, one side a task that waits, TCP"
+BARE_UNIX, BARE_TCP = "its bytes by bare protocols, unix", "its bytes by bare protocols, TCP"
+ROUNDS = 10
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -56,19 +62,89 @@ async def link_to(partner: Partner, address: str) -> AsyncIterator[Link]:
         yield await linked
 
 
+@contextlib.asynccontextmanager
+async def bare_to(partner: Partner, address: str) -> AsyncIterator[Caller]:
+    """A connection that the partner dialled and on which it sends back every byte."""
+    loop = asyncio.get_running_loop()
+    made: asyncio.Future[Caller] = loop.create_future()
+
+    def accept() -> Caller:
+        caller = Caller()
+        loop.call_soon(made.set_result, caller)  # when the connection is made
+        return caller
+
+    kind, _, where = address.partition(":")
+    if kind == "unix":
+        server: asyncio.Server = await loop.create_unix_server(accept, where)
+    else:
+        server = await loop.create_server(accept, where, 0)
+        address = f"tcp:{where}:{server.sockets[0].getsockname()[1]}"
+    try:
+        await partner.ask(Reflect(address), Done)
+        caller = await made
+        yield caller
+        caller.close()
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
 async def round_trips(partner: Partner, count: int) -> list[Latency]:
-    """Of a small message over a unix socket and over TCP, taking turns."""
+    """Of a small message over a unix socket and over TCP, and of its bytes by bare protocols, taking turns."""
     found: dict[str, list[float]] = {}
-    async with link_to(partner, "unix:") as unix, link_to(partner, "tcp:127.0.0.1:0") as tcp:
-        for turn in range(6):
-            for what, link in ((UNIX, unix), (TCP, tcp)):
-                for _ in range(count // 5):
-                    began = time.perf_counter()
-                    link.send_nowait(Cancel(ItemKey(1, 0), 1))
-                    await link.recv()
-                    if turn:  # the first is warm-up
-                        found.setdefault(what, []).append(time.perf_counter() - began)
+    message = Cancel(ItemKey(1, 0), 1)
+    data = framing.frame(framing.MESSAGE, encode(message))
+    with tempfile.TemporaryDirectory(prefix="aiodisagg-bench-") as folder:
+        async with (
+            link_to(partner, "unix:") as unix, link_to(partner, "tcp:127.0.0.1:0") as tcp,
+            bare_to(partner, f"unix:{folder}/echo") as bare_unix, bare_to(partner, "tcp:127.0.0.1") as bare_tcp,
+        ):  # fmt: skip
+            for turn in range(1 + ROUNDS):
+                for what, link, ask in (
+                    (UNIX, unix, _calls), (TCP, tcp, _calls), (TASK_UNIX, unix, _asks), (TASK_TCP, tcp, _asks),
+                ):  # fmt: skip
+                    times = await ask(link, message, count // ROUNDS)
+                    found.setdefault(what, []).extend(times if turn else ())  # the first is warm-up
+                for what, bare in ((BARE_UNIX, bare_unix), (BARE_TCP, bare_tcp)):
+                    times = await bare.round_trips(data, count // ROUNDS)
+                    found.setdefault(what, []).extend(times if turn else ())
     return [latency(what, 0, times) for what, times in found.items()]
+
+
+async def _calls(link: Link, message: Message, count: int) -> list[float]:
+    """As the services talk: the next one is sent by the handler that got the last one's answer."""
+    times: list[float] = []
+    began = 0.0
+
+    def handle(_: Message) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        times.append(now - began)
+        if len(times) == count:
+            receiving.cancel()
+            return
+        began = now
+        link.send_nowait(message)
+
+    receiving = asyncio.ensure_future(link.deliver(handle))
+    await asyncio.sleep(0)  # it has its first turn
+    began = time.perf_counter()
+    link.send_nowait(message)
+    await asyncio.wait({receiving})
+    if not receiving.cancelled():
+        receiving.result()  # the link was lost
+    return times
+
+
+async def _asks(link: Link, message: Message, count: int) -> list[float]:
+    """By a task that waits for the answer."""
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        link.send_nowait(message)
+        await link.recv()
+        times.append(time.perf_counter() - began)
+    return times
 
 
 async def hand_offs(partner: Partner, path: TransportPath, sizes: tuple[int, ...], count: int) -> list[Latency]:

@@ -18,12 +18,13 @@ import msgspec
 import uvloop
 import xxhash
 
+from aiodisagg.bench.echo import Echo
 from aiodisagg.bench.watch import LoopWatch
 from aiodisagg.errors import AiodisaggError, TransportUnavailable
 from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.link.link import Link, dial
 from aiodisagg.peer.planes import make_transport
-from aiodisagg.protocol.messages import Commit, Grant, Lend, Offer
+from aiodisagg.protocol.messages import Commit, Grant, Lend, Message, Offer
 from aiodisagg.transport.arena import Arena
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -77,6 +78,12 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     address: str
 
 
+class Reflect(msgspec.Struct, frozen=True, tag=True):
+    """Dial this bare address, ``unix:PATH`` or ``tcp:HOST:PORT``, and send back whatever comes."""
+
+    address: str
+
+
 class Came(msgspec.Struct, frozen=True, tag=True):
     """When did the commits come?"""
 
@@ -86,7 +93,7 @@ class Done(msgspec.Struct, frozen=True):
     times_s: tuple[float, ...] = ()
 
 
-Word = Open | Wipe | Sum | Hog | Ask | Join | Came
+Word = Open | Wipe | Sum | Hog | Ask | Join | Reflect | Came
 
 
 class PartnerEnded(AiodisaggError):
@@ -160,6 +167,8 @@ class _Receiver:
                 self._stack.push_async_callback(link.aclose)
                 serving = asyncio.get_running_loop().create_task(self._serve(link))
                 self._stack.callback(serving.cancel)
+            case Reflect(address):
+                await self._reflect(address)
             case Came():
                 came, self._came = tuple(self._came), []
                 return Done(0, came)
@@ -199,6 +208,16 @@ class _Receiver:
         self._stack.push_async_callback(asyncio.to_thread, made.close)
         return str(made.address)
 
+    async def _reflect(self, address: str) -> None:
+        loop = asyncio.get_running_loop()
+        kind, _, where = address.partition(":")
+        if kind == "unix":
+            transport, _ = await loop.create_unix_connection(Echo, where)
+        else:
+            host, _, port = where.rpartition(":")
+            transport, _ = await loop.create_connection(Echo, host, int(port))
+        self._stack.callback(transport.close)
+
     def _wipe(self, size_bytes: int) -> None:
         self._arena.view[:size_bytes] = bytes(size_bytes)
 
@@ -217,14 +236,16 @@ class _Receiver:
             number = (number * 31 + 7) % 1_000_003
 
     async def _serve(self, link: Link) -> None:
-        while True:
-            match message := await link.recv():
+        def handle(message: Message) -> None:
+            match message:
                 case Offer():
                     link.send_nowait(Grant(message.key, message.epoch, (Lend(0, 0, 0, message.rows),), ()))
                 case Commit():
                     self._came.append(time.monotonic())
                 case _:
                     link.send_nowait(message)
+
+        await link.deliver(handle)
 
 
 async def _main() -> None:

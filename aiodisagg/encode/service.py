@@ -234,9 +234,7 @@ class EncodeService:
         logger.info("%s: %s linked", self.name, link.remote.name)
         try:
             self._feed(LinkUp(peer))
-            while True:
-                message = await link.recv()
-                self.driver.feed(MessageReceived(peer, message))
+            await link.deliver(lambda message: self.driver.feed(MessageReceived(peer, message)))
         except LinkClosed as error:
             logger.info("%s: %s", self.name, error)
         except RemoteProtocolError as error:

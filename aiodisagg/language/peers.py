@@ -223,8 +223,7 @@ class EncodePeers:
             self._tell(LinkUp(remote.incarnation))
             async with self._changed:
                 self._changed.notify_all()
-            while True:
-                self._tell(MessageReceived(remote.incarnation, await link.recv()))
+            await link.deliver(lambda message: self._tell(MessageReceived(remote.incarnation, message)))
         except LinkClosed as error:
             logger.warning("%s", error)
         except RemoteProtocolError as error:

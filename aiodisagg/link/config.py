@@ -29,7 +29,7 @@ class LinkConfig:
     max_unsent_bytes: int = 64 * MiB
     """``send_nowait`` queues at most this much behind the high-water mark; past it the link is closed."""
     max_queued_messages: int = 1024
-    """Received and not yet taken: past this the socket is not read. One read (64 KiB) may overshoot."""
+    """Received and not yet taken: past this the socket is not read. One read (256 KiB) may overshoot."""
     max_queued_bytes: int = 64 * MiB
     """The same bound, in bytes of payload; one message may overshoot."""
     max_handshakes: int = 64

@@ -3,8 +3,9 @@
 Life: ``connection_made`` -> handshake -> ``ready`` -> messages -> ``fail``, ``abort`` or the peer's end ->
 ``connection_lost``.
 
-* Received messages are decoded at once, in the read callback, and queued. A full queue stops reading the socket; it
-  never stops heartbeats, which are answered in the read callback and sent by a timer.
+* Received messages are decoded at once, in the read callback. There they go to ``deliver``'s handler, or into a queue
+  for ``recv``: waking a task costs another turn of the loop, a fifth of a round trip. A full queue stops reading the
+  socket; it never stops heartbeats, which are answered in the read callback and sent by a timer.
 * Messages leave in the order of the calls. Above the high-water mark they wait in ``_outbox``, not yet encoded, so a
   hundred large messages that wait cost their references only. A cancelled ``send`` that still waits is taken out.
 * Every end goes through ``_end``: the first reason stays and is what ``recv`` and ``send`` report.
@@ -15,12 +16,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from typing import cast
+from collections.abc import Callable
+from typing import NoReturn, cast
 
 from aiodisagg.errors import AiodisaggError, AuthenticationFailed, LinkClosed, LinkError, RemoteProtocolError
 from aiodisagg.link import framing
 from aiodisagg.link.address import check_user, tune_tcp
 from aiodisagg.link.config import LinkConfig
+from aiodisagg.link.framing import frame
 from aiodisagg.link.hello import MAX_HANDSHAKE_FRAME_BYTES, Handshake, Hello, bye, decode_bye
 from aiodisagg.link.pulse import Beat, Pulse
 from aiodisagg.protocol.messages import Message, decode, encode
@@ -31,7 +34,7 @@ _COPY_BELOW = 16 * 1024
 """Header and payload of smaller frames are joined: one write beats one copy."""
 
 
-class Connection(asyncio.BufferedProtocol):
+class Connection(asyncio.Protocol):
     """One connection of one link, on either side.
 
     Args:
@@ -64,6 +67,7 @@ class Connection(asyncio.BufferedProtocol):
         self._inbox_bytes = 0
         self._reading = True
         self._receiver: asyncio.Future[None] | None = None
+        self._handler: Callable[[Message], None] | None = None
         self._outbox: OrderedDict[asyncio.Future[None] | object, Message | bytes] = OrderedDict()
         self._nowait_bytes = 0
         self._writing = True
@@ -88,20 +92,24 @@ class Connection(asyncio.BufferedProtocol):
         tune_tcp(sock, self._config.timeout_s)
         self._put(self.handshake.greeting)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._reader.get_buffer()
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def data_received(self, data: bytes) -> None:
         self._heard = True
-        self.bytes_received += nbytes
-        self._reader.advance(nbytes)
+        self.bytes_received += len(data)
+        reader = self._reader
+        reader.feed(data)
         try:
-            while self.reason is None and (frame := self._reader.next()) is not None:
-                kind, payload = frame
-                if kind == framing.MESSAGE and self.handshake.done:
-                    self._deliver(decode(payload, self.peer), len(payload))
-                else:
+            while self.reason is None and (whole := reader.next()) is not None:
+                kind, payload = whole
+                if kind != framing.MESSAGE or self.handshake.remote is None:
                     self._control(kind, payload)
+                elif self._handler is None:
+                    self._queue(decode(payload, self.peer), len(payload))
+                else:
+                    message = decode(payload, self.peer)
+                    try:
+                        self._handler(message)
+                    except Exception as error:  # it belongs to the caller of ``deliver``, not to the loop
+                        self._end_delivery(error)
         except AuthenticationFailed as error:
             self.fail("auth", "the other side does not know our shared secret", error)
         except RemoteProtocolError as error:
@@ -152,7 +160,8 @@ class Connection(asyncio.BufferedProtocol):
             self._outbox.pop(waiter, None)
 
     def send_nowait(self, message: Message) -> None:
-        self._check_open()
+        if self.reason is not None:
+            raise self._closed()
         payload = self._encode(message)
         if self._writing and not self._outbox:
             self._write(payload)
@@ -165,7 +174,7 @@ class Connection(asyncio.BufferedProtocol):
 
     async def recv(self) -> Message:
         if self._receiver is not None:
-            raise RuntimeError("another task already waits in recv")
+            raise RuntimeError("another task already receives")
         while not self._inbox:
             self._check_open()
             self._receiver = self._loop.create_future()
@@ -180,6 +189,24 @@ class Connection(asyncio.BufferedProtocol):
             assert self._transport is not None
             self._transport.resume_reading()
         return message
+
+    async def deliver(self, handle: Callable[[Message], None]) -> NoReturn:
+        while self._inbox:
+            handle(await self.recv())
+        self._check_open()
+        if self._receiver is not None:
+            raise RuntimeError("another task already receives")
+        self._receiver, self._handler = self._loop.create_future(), handle
+        try:
+            await self._receiver
+        finally:
+            self._receiver = self._handler = None
+        raise self._closed()
+
+    def _end_delivery(self, error: Exception) -> None:
+        self._handler = None
+        if self._receiver is not None and not self._receiver.done():
+            self._receiver.set_exception(error)
 
     def drop_received(self) -> None:
         """Forgets what was received and not taken."""
@@ -240,7 +267,7 @@ class Connection(asyncio.BufferedProtocol):
 
     # -- frames -------------------------------------------------------------------------------------------------
 
-    def _control(self, kind: int, payload: memoryview) -> None:
+    def _control(self, kind: int, payload: bytes | bytearray) -> None:
         assert self._transport is not None
         if kind == framing.BYE:
             self._bye(payload)
@@ -252,7 +279,7 @@ class Connection(asyncio.BufferedProtocol):
         elif kind == framing.PING:
             # A peer that pings and does not read gets no pile of answers: bytes are on their way to it anyway.
             if self._writing:
-                self._put(framing.frame(framing.PONG))
+                self._put(frame(framing.PONG))
         elif kind != framing.PONG:
             raise RemoteProtocolError(self.peer, f"frame of kind {kind} after the handshake")
 
@@ -263,7 +290,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self.ready.done():
             self.ready.set_result(None)
 
-    def _bye(self, payload: memoryview) -> None:
+    def _bye(self, payload: bytes | bytearray) -> None:
         said = decode_bye(payload, self.peer)
         if said.code == "auth":
             self._close(said.reason, AuthenticationFailed(self.peer, f"refused by the peer: {said.reason}"))
@@ -273,7 +300,7 @@ class Connection(asyncio.BufferedProtocol):
             self.parted = said.code == "closed"
             self._close("closed by the peer" if said.code == "closed" else f"closed by the peer: {said.reason}")
 
-    def _deliver(self, message: Message, size_bytes: int) -> None:
+    def _queue(self, message: Message, size_bytes: int) -> None:
         self._inbox.append((message, size_bytes))
         self._inbox_bytes += size_bytes
         if self._receiver is not None and not self._receiver.done():
@@ -303,10 +330,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def _write(self, payload: bytes) -> None:
-        assert self._transport is not None
         self._said = True
         if len(payload) < _COPY_BELOW:
-            self._put(framing.frame(framing.MESSAGE, payload))
+            self._put(frame(framing.MESSAGE, payload))
         else:
             self._put(framing.header(framing.MESSAGE, len(payload)))
             self._put(payload)
@@ -322,5 +348,5 @@ class Connection(asyncio.BufferedProtocol):
             self.fail("timeout", reason)
             return
         if beat is Beat.PING and self._transport.get_write_buffer_size() == 0:
-            self._put(framing.frame(framing.PING))
+            self._put(frame(framing.PING))
         self._timer = self._loop.call_later(self._config.heartbeat_s, self._tick)

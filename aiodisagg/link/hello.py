@@ -136,7 +136,7 @@ def bye(code: str, reason: str) -> bytes:
     return framing.frame(framing.BYE, _encode(Bye(code, reason[:512])))
 
 
-def decode_bye(payload: memoryview, peer: str) -> Bye:
+def decode_bye(payload: bytes | bytearray, peer: str) -> Bye:
     return _decode(_byes, payload, peer, "a bye")
 
 
@@ -163,7 +163,7 @@ class Handshake:
     def done(self) -> bool:
         return self.remote is not None
 
-    def receive(self, kind: int, payload: memoryview) -> bytes | None:
+    def receive(self, kind: int, payload: bytes | bytearray) -> bytes | None:
         """Takes a frame; returns the frame to send now, if any.
 
         Raises:
@@ -203,7 +203,7 @@ class Handshake:
         return mac.digest()
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes | memoryview, peer: str, what: str) -> T:
+def _decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray, peer: str, what: str) -> T:
     try:
         return decoder.decode(payload)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import ssl as tls
 from collections.abc import Callable
+from typing import NoReturn
 
 from aiodisagg.errors import AuthenticationFailed, ConfigError, LinkError
 from aiodisagg.link.address import TcpAddress, UnixAddress, check_user, connect_unix, is_loopback, parse, resolve
@@ -47,13 +48,25 @@ class Link:
         """
         self._connection.send_nowait(message)
 
+    async def deliver(self, handle: Callable[[Message], None]) -> NoReturn:
+        """Calls ``handle`` with every message, in order and right where the socket is read, until the link is closed:
+        there and back that saves two wake-ups of a task. ``handle`` must not block, and may send.
+
+        Cancelling loses none: later messages are kept for the next ``deliver`` or ``recv``.
+
+        Raises:
+            LinkClosed: as ``recv``, after the last message. And whatever ``handle`` raises, which ends the delivery.
+            RuntimeError: another task is already receiving.
+        """
+        await self._connection.deliver(handle)
+
     async def recv(self) -> Message:
         """The next message. Cancelling loses none.
 
         Raises:
             LinkClosed: the link is closed and every message that came before its end was taken. ``__cause__`` is the
                 RemoteProtocolError if the peer broke the protocol.
-            RuntimeError: another task is already waiting here.
+            RuntimeError: another task is already receiving.
         """
         return await self._connection.recv()
 

@@ -8,6 +8,7 @@ malformed bytes can raise is :class:`~aiodisagg.errors.RemoteProtocolError`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -170,13 +171,11 @@ FromReceiver = Want | Grant | Release | Cancel
 FromSender = Offer | Progress | Commit | Fenced | Refuse
 Message = FromReceiver | FromSender
 
-_encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
-def encode(message: Message) -> bytes:
-    """The message as one frame's payload."""
-    return _encoder.encode(message)
+encode: Callable[[Message], bytes] = msgspec.msgpack.Encoder().encode
+"""The message as one frame's payload."""
 
 
 def decode(data: bytes | bytearray | memoryview, peer: str) -> Message:

@@ -37,7 +37,7 @@ class Scissors:
 
     def __init__(self, monkeypatch: Any, *, delivered: bool) -> None:
         self.messages, self.at = 0, -1
-        send_nowait, send, recv = Link.send_nowait, Link.send, Link.recv
+        send_nowait, send, deliver = Link.send_nowait, Link.send, Link.deliver
 
         def send_or_cut(link: Link, message: Message) -> None:
             if not delivered and self._now():
@@ -49,15 +49,17 @@ class Scissors:
                 link.abort()
             await send(link, message)
 
-        async def recv_and_cut(link: Link) -> Message:
-            message = await recv(link)
-            if delivered and self._now():
-                asyncio.get_running_loop().call_soon(link.abort)
-            return message
+        async def deliver_and_cut(link: Link, handle: Callable[[Message], None]) -> None:
+            def handle_and_cut(message: Message) -> None:
+                handle(message)
+                if delivered and self._now():
+                    link.abort()
+
+            await deliver(link, handle_and_cut)
 
         monkeypatch.setattr(Link, "send_nowait", send_or_cut)
         monkeypatch.setattr(Link, "send", wait_or_cut)
-        monkeypatch.setattr(Link, "recv", recv_and_cut)
+        monkeypatch.setattr(Link, "deliver", deliver_and_cut)
 
     def _now(self) -> bool:
         self.messages += 1

@@ -31,9 +31,7 @@ def side(*, dialling: bool, secret: bytes | None = SECRET) -> Handshake:
 def give(to: Handshake, data: bytes) -> bytes:
     """Feeds one frame; returns the answer."""
     reader = FrameReader("x", 2**20)
-    buffer = reader.get_buffer()
-    buffer[: len(data)] = data
-    reader.advance(len(data))
+    reader.feed(data)
     frame = reader.next()
     return (to.receive(*frame) if frame else None) or b""
 

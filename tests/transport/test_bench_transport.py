@@ -36,7 +36,10 @@ def test_the_command_reports_every_transport_beside_its_limit(tmp_path: Path) ->
         assert one["gib_s"] == pytest.approx(one["size_bytes"] * one["concurrent"] / one["runs_s"][0] / 2**30)
     assert {one["path"] for one in report["loops"]} == here | {"idle"}
     assert all(0 < one["p50_us"] <= one["p99_us"] for one in report["latencies"])
-    assert len(report["latencies"]) == 2 + 2 * 3
+    assert len(report["latencies"]) == 6 + 2 * 3
+    p50_us = {one["what"]: one["p50_us"] for one in report["latencies"]}
+    ratio = p50_us["link round trip, TCP"] / p50_us["its bytes by bare protocols, TCP"]
+    assert f"{ratio:.1f} times its bytes bare" in ended.stdout
     assert "| stream | 16 MiB | 8 |" in ended.stdout
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     again = subprocess.run([*command, "--read", str(tmp_path / "a.json")], capture_output=True, text=True, check=False)
