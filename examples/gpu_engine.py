@@ -240,11 +240,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--shape", default="both", choices=("apart", "both", "inside"), help="Of the phase load.")
     parser.add_argument("--concurrency", default="", help="Of the phase load: clients at a time, with commas.")
+    parser.add_argument(
+        "--rates", default="", help="Of the phase load: an open loop of so many requests a second each."
+    )
+    parser.add_argument("--loop-s", type=float, default=20.0, help="How long one of them is, on average.")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--wait", action="store_true", help="Prefill waits for all pictures of a prompt.")
     parser.add_argument("--each", type=int, default=3, help="Requests for each client.")
     parser.add_argument("--name", default="a", choices=("a", "b"), help="Of two replicas that load together.")
     parser.add_argument("--meet", type=Path, help="A folder where two replicas wait for each other.")
     parser.add_argument("--share", action="store_true", help="The two encode for each other.")
-    parser.add_argument("--block-rows", type=int, default=256, help="Of the pool that rows are received in.")
+    parser.add_argument("--inter-token-ms", type=float, default=100.0, help="Pace of answers while the tower works.")
     parser.add_argument("command", nargs="*")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)

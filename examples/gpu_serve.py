@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ class Answered:
     first_s: float
     end_s: float
     tokens: int
+    gaps_s: Sequence[float] = ()
+    """Between its tokens."""
 
 
 def text_of(service_planner: Any, tokens: int) -> str:
@@ -97,14 +100,18 @@ def text_of(service_planner: Any, tokens: int) -> str:
 
 
 async def ask(service: LanguageService, text: str, images: Sequence[bytes], tokens: int) -> Answered:
-    began, first, count = time.perf_counter(), 0.0, 0
+    began, first, count, gaps, last = time.perf_counter(), 0.0, 0, list[float](), 0.0
     message = ChatMessage("user", (*(ImagePart(data) for data in images), TextPart(text)))
     async with aclosing(service.generate([message], SamplingParams(max_tokens=tokens, ignore_eos=True))) as deltas:
         async for delta in deltas:
-            if delta.token_ids and not count:
-                first = time.perf_counter() - began
-            count += len(delta.token_ids)
-    return Answered(first, time.perf_counter() - began, count)
+            if delta.token_ids:
+                now = time.perf_counter() - began
+                if count:
+                    gaps += [now - last, *[0.0] * (len(delta.token_ids) - 1)]
+                else:
+                    first = now
+                last, count = now, count + len(delta.token_ids)
+    return Answered(first, time.perf_counter() - began, count, gaps)
 
 
 def serve(bench: Any, found: dict[str, Any]) -> None:
@@ -145,21 +152,27 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
         device=bench.device,
         dtype=bench.half.layout.dtype,
         row_dtype=bench.half.layout.dtype,
-        pool_bytes=(8 if tiny else 1024) * MiB,
+        pool_bytes=8 * MiB if tiny else None,
         kv_bytes=16 * MiB if tiny else None,
         token_budget=256 if tiny else 8192,
-        block_rows=bench.options.block_rows,
         cache_bytes=0,
+        overlap=not bench.options.wait,
     )
     height, width = (64, 96) if tiny else (1080, 1920)
     loaded = model.planner(), bench.half, model.fingerprint
     async with AsyncExitStack() as stack:
         if shape in ("both", "inside"):
             encoder = await asyncio.to_thread(model.encoder, bench.device)
-            threads = 8 if shape == "both" or bench.options.concurrency else 1
+            threads = 8 if shape == "both" or bench.options.concurrency or bench.options.rates else 1
             settings = encode_config(model, encoder, there, prepare_threads=threads)
-            peer = BothService(config, settings, inter_token_s=0.1, inline=shape == "inside", encoder=encoder,
-                               loaded=loaded)  # fmt: skip
+            peer = BothService(
+                config,
+                settings,
+                inter_token_s=bench.options.inter_token_ms / 1e3,
+                inline=shape == "inside",
+                encoder=encoder,
+                loaded=loaded,
+            )
             service = (await stack.enter_async_context(peer)).language
         else:
             address = asyncio.ensure_future(_encode_process(stack, tiny, model.folder, there))
@@ -167,9 +180,12 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
             service.add_peer(await address)
         await service.peers.wait_any(60)
         bench.say(f"{shape}: encode peer on {there} linked")
-        if bench.options.concurrency:
+        if bench.options.concurrency and not bench.options.rates:
             await _meet(bench, stack, service, peer.address if shape == "both" else "")
             await _loops(bench, found, service, loaded[0])
+        elif bench.options.rates:
+            await _meet(bench, stack, service, peer.address if shape == "both" else "")
+            await open_loops(bench, found, service, loaded[0])
         else:
             await _cases(bench, found, service, loaded[0], height, width)
 
@@ -233,6 +249,49 @@ async def _loops(bench: Any, found: dict[str, Any], service: LanguageService, pl
         }
         shown = {k: v for k, v in found[str(concurrency)].items() if k != "all_ttft_ms"}
         bench.say(f"loop of {concurrency}: " + ", ".join(f"{k} {v:.1f}" for k, v in shown.items()))
+        bench.save()
+
+
+async def open_loops(bench: Any, found: dict[str, Any], service: LanguageService, planner: Any) -> None:
+    """Poisson arrivals of one sequence that both replicas know, of which each answers every other request; or all."""
+    tiny, options = bench.options.tiny, bench.options
+    height, width = (64, 96) if tiny else (720, 1280)
+    text, replicas = text_of(planner, 16 if tiny else 64), 2 if options.meet is not None else 1
+    own = ord(options.name[0]) - ord("a")
+    warm = [picture(1 << 20 | own << 10 | i, height, width) for i in range(4)]
+    await asyncio.gather(*(ask(service, f"{i} {text}", warm[i : i + 1], 8) for i in range(4)))
+    loop = asyncio.get_running_loop()
+    for turn, (seed, rate) in enumerate((s, float(r)) for s in range(options.seeds) for r in options.rates.split(",")):
+        draw = np.random.default_rng(100 + seed)
+        count = max(8, round(rate * options.loop_s))
+        at = np.cumsum(draw.exponential(1 / rate, count)).tolist()
+        images = draw.integers(1, 9, count).tolist()
+        ours = [i for i in range(count) if replicas == 1 or i % replicas == own]
+        with ThreadPoolExecutor(8) as pool:
+            seeds = {i: [turn << 24 | i << 4 | j for j in range(images[i])] for i in ours}
+            making = {i: [pool.submit(picture, one, height, width) for one in its] for i, its in seeds.items()}
+            made = {i: [await asyncio.wrap_future(one) for one in its] for i, its in making.items()}
+        if bench.meeting is not None:
+            await bench.meeting(f"rate{turn}")
+        began = loop.time() + 0.2
+
+        async def one(i: int) -> Answered:
+            await asyncio.sleep(began + at[i] - loop.time())  # noqa: B023 - ends before the next one begins
+            return await ask(service, f"{i} {text}", made[i], 8 if tiny else 128)  # noqa: B023
+
+        answers = await asyncio.gather(*map(one, ours))
+        found[f"{rate} {seed}"] = {
+            "rate": rate,
+            "seed": seed,
+            "seconds": loop.time() - began,
+            "ttft_ms": [round(a.first_s * 1e3, 1) for a in answers],
+            "end_ms": [round(a.end_s * 1e3, 1) for a in answers],
+            "gaps_ms": [round(g * 1e3, 1) for a in answers for g in a.gaps_s],
+        }
+        ttft = sorted(a.first_s for a in answers)
+        bench.say(
+            f"{rate}/s, seed {seed}: {len(ours)} requests, TTFT {statistics.mean(ttft):.3f} s, {ttft[-1]:.3f} most"
+        )
         bench.save()
 
 

@@ -72,6 +72,8 @@ class StepInputs:
         self._copied = torch.cuda.Event() if pinned else None
         self.pieces: tuple[Piece, ...] = ()
         """The segments as the host knows them, padding left out."""
+        self.derived: dict[str, object] = {}
+        """What kernels have made of this step, to use it again in the next layer."""
         self.tokens = self.decodes = self.tiles = 0
         self.cut(tokens, segments, tiles)
 
@@ -153,7 +155,7 @@ class StepInputs:
         host["dec_pages"][decodes : wanted[1]] = 0
         host["tile_segment"][tiles : wanted[2]] = -1
         host["sampled"][: len(sampled)] = sampled
-        self.pieces = tuple(pieces)
+        self.pieces, self.derived = tuple(pieces), {}
         self.cut(*wanted)
         self.sampled = self.sampled[: len(sampled)]
         self._all.copy_(self._staged, non_blocking=True)

@@ -185,7 +185,26 @@ def choose_kernels(shapes: Shapes) -> Kernels:
             chosen[name] = kernel
         else:
             logger.warning("kernel %s is not used: it is off by %.1e", name, found)
+    if "attend" in chosen and shapes.device.type == "cuda":
+        chosen["attend"] = _with_flash(chosen["attend"], shapes, limit)
     return Kernels(**chosen, fast=frozenset(chosen))
+
+
+def _with_flash(kernel: Any, shapes: Shapes, limit: float) -> Any:
+    """FlashAttention 4 for long prefill, if it is there and agrees."""
+    from aiodisagg.engine.flash import FlashPrefill
+
+    try:
+        from flash_attn.cute import flash_attn_varlen_func
+
+        found = _check_attend(FlashPrefill(kernel, flash_attn_varlen_func, min_pairs=1), shapes)
+        if found > limit:
+            raise ValueError(f"it is off by {found:.1e}")
+    except Exception as error:  # not installed, or not for this device
+        logger.info("prefill by flash-attn-4 is not used: %s", error)
+        return kernel
+    logger.info("prefill by flash-attn-4 where contexts are long")
+    return FlashPrefill(kernel, flash_attn_varlen_func)
 
 
 def _draw(shapes: Shapes, *size: int) -> torch.Tensor:

@@ -168,18 +168,20 @@ def splits(entries: int, kv_heads: int, multiprocessors: int = 132) -> int:
     return 32 if wanted > 8 else 8 if wanted > 2 else 2
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Any, scaling: float) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Any, scaling: float, *, longer: bool = True
+) -> torch.Tensor:
     """Attention outputs [T, heads, d] of queries [T, heads, d] over one layer of the pool [slots, kv_heads, d].
 
     ``step``: the :class:`~aiodisagg.engine.inputs.StepInputs`. Rows of padding are zero or undefined, never read by
-    others.
+    others; so are those of longer segments unless ``longer``.
     """
     heads, d = query.shape[1], query.shape[2]
     kv_heads = keys.shape[1]
     group, d_pad = heads // kv_heads, max(16, triton.next_power_of_2(d))
     out = torch.empty_like(query)
     scale = scaling * LOG2E
-    if step.tiles:
+    if longer and step.tiles:
         _prefill[(step.tiles, kv_heads)](
             query, keys, values, out, step.pages, step.tile_segment, step.tile_at,
             step.seg_start, step.seg_new, step.seg_total, step.seg_pages, scale,

@@ -20,7 +20,7 @@ from aiodisagg.language.take import Taker
 from aiodisagg.language.trace import Traces
 from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.peer import metrics
-from aiodisagg.peer.config import LanguageConfig
+from aiodisagg.peer.config import LanguageConfig, MiB
 from aiodisagg.peer.driver import Driver, Tasks
 from aiodisagg.peer.planes import Planes
 from aiodisagg.protocol.blocks import BlockPool
@@ -95,8 +95,9 @@ class RowReceiver:
 
     async def _open(self) -> RowReceiver:
         config, row_bytes = self.config, self.layout.row_bytes
-        blocks = max(1, config.pool_bytes // (config.block_rows * row_bytes))
-        self.pool = BlockPool(blocks, config.block_rows, row_bytes)
+        rows = config.block_rows or (256 if config.device == "cpu" else 1024)
+        pool_bytes = config.pool_bytes or (64 if config.device == "cpu" else 1024) * MiB
+        self.pool = BlockPool(max(1, pool_bytes // (rows * row_bytes)), rows, row_bytes)
         memory = await asyncio.to_thread(RowMemory, self.pool.size_bytes, self._accelerator)
         self._stack.push_async_callback(asyncio.to_thread, memory.close)
         receiver_config = ReceiverConfig(

@@ -103,10 +103,10 @@ class LanguageConfig(PeerConfig):
 
     dtype: str | None = None
     """Of the language half's weights; None: float32 on a CPU, bfloat16 elsewhere."""
-    pool_bytes: int = 64 * MiB
-    """Memory that encode peers write into."""
-    block_rows: int = 256
-    """Rows of a block; a chunk is at most one block."""
+    pool_bytes: int | None = None
+    """Memory that encode peers write into; None: 64 MiB, or 1 GiB for a GPU, pinned."""
+    block_rows: int | None = None
+    """Rows of a block; a chunk is at most one block. None: 256, or 1024 for a GPU, whose copies want to be large."""
     window_blocks: int = 4
     """Blocks lent to one item at a time."""
     kv_bytes: int | None = None
@@ -142,9 +142,10 @@ class LanguageConfig(PeerConfig):
         PeerConfig.__post_init__(self)
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}")
-        keys = ("pool_bytes", "block_rows", "window_blocks", "token_budget", "stall_s")
-        if self.kv_bytes is not None:
-            check("kv_bytes", self.kv_bytes)
+        for key in ("pool_bytes", "block_rows", "kv_bytes"):
+            if (value := getattr(self, key)) is not None:
+                check(key, value)
+        keys = ("window_blocks", "token_budget", "stall_s")
         for key in (*keys, "max_running", "request_timeout_s"):
             check(key, getattr(self, key))
         check("peer_wait_s", self.peer_wait_s, exclusive=False)

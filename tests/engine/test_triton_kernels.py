@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from aiodisagg.engine import triton_attention, triton_experts, triton_layers
 from aiodisagg.engine.experts import draw, run_loop
+from aiodisagg.engine.flash import FlashPrefill
 from aiodisagg.engine.inputs import Piece, StepInputs
 from aiodisagg.engine.kernels import Shapes, add_norm, attend, new_inputs, rotate_store, route
 
@@ -175,3 +178,57 @@ def test_plans_by_rows_per_expert() -> None:
         found = [triton_experts.plan_of(tokens, 8, 128, plans) for tokens in (8, 64, 512, 2048)]
         assert found == list(plans)
         assert [plan.gate_up.m == plan.down.m for plan in plans] == [True] * 4  # they share the order of pairs
+
+
+class Flash:
+    """What ``flash_attn_varlen_func`` computes, and how often it was asked."""
+
+    calls = 0
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool,
+    ) -> tuple[torch.Tensor, Any]:  # fmt: skip
+        self.calls += 1
+        assert causal and k.shape == v.shape and k.is_contiguous()
+        queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        assert (max(queries), max(keys)) == (max_seqlen_q, max_seqlen_k)
+        parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
+        out = []
+        for mine, its_keys, its_values in parts:
+            mask = torch.ones(len(mine), len(its_keys), dtype=torch.bool).tril_(len(its_keys) - len(mine))
+            heads = [one.transpose(0, 1)[None] for one in (mine, its_keys, its_values)]
+            done = scaled_dot_product_attention(*heads, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+            out.append(done[0].transpose(0, 1))
+        return torch.cat(out), None
+
+
+@pytest.mark.parametrize(
+    ("batch", "calls"),
+    [
+        ([(1, 1), (1, 40)], 0),  # decodes only
+        ([(37, 37)], 1),
+        ([(1, 40), (1, 3), (19, 19), (30, 100), (2, 17)], 1),
+        ([(19, 19), (1, 40), (30, 100)], 0),  # the longer ones do not lie together
+        ([(1, 40), (5, 6)], 0),  # not worth it
+    ],
+)
+def test_long_prefill_gathers_its_keys(batch: list[tuple[int, int]], calls: int) -> None:
+    of, flash = shapes(), Flash()
+    step, query, pool = filled(of, batch)
+    run = FlashPrefill(triton_attention.attend, flash, min_pairs=100)
+    wanted = attend(query, *pool, step, 0.25)
+    close(run(query, *pool, step, 0.25), wanted)
+    close(run(query, *pool, step, 0.25), wanted)  # of the next layer
+    assert flash.calls == 2 * calls
+
+
+def test_inputs_forget_what_was_gathered_for_an_earlier_step() -> None:
+    of, flash = shapes(), Flash()
+    step, query, pool = filled(of, [(1, 40), (30, 100)])
+    run = FlashPrefill(triton_attention.attend, flash, min_pairs=100)
+    run(query, *pool, step, 0.25)
+    other = [Piece(piece.new, piece.total, piece.pages[::-1]) for piece in step.pieces]
+    step.fill(other, torch.zeros(31).numpy(), torch.zeros(3, 31).numpy())
+    whole = pool.nan_to_num()
+    close(run(query, *whole, step, 0.25), attend(query, *whole, step, 0.25))
