@@ -16,7 +16,7 @@ import torch
 
 from aiodisagg.engine.inputs import StepInputs
 
-MIN_PAIRS = 1 << 23
+MIN_PAIRS = 8_000_000
 """Of new tokens and tokens of context, over the longer segments of a step, to gather keys for. Calling it takes 0.15 to
 0.3 ms of Python a layer, which smaller steps do not hide."""
 
