@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -46,6 +47,9 @@ def announcer(ready_fd: int | None) -> Announce:
         os.set_inheritable(ready_fd, False)  # the launcher reads to its end: no child may keep it open
 
     def announce(facts: Mapping[str, str]) -> None:
+        # What is there by now stays: a collection that walks through all of torch stops the loop for 0.1 s.
+        gc.collect()
+        gc.freeze()
         if ready_fd is not None:
             with os.fdopen(ready_fd, "w") as out:
                 json.dump(dict(facts), out)

@@ -11,23 +11,21 @@ it, and a long video's rows come by groups of frame pairs. What is cancelled is 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from aiodisagg.device.copies import DeviceBytes
 from aiodisagg.encode.gate import Gate, OpenGate
+from aiodisagg.encode.prepare import Preparer
 from aiodisagg.encode.queue import Piece
 from aiodisagg.encode.tower import Made, Tower, WrongRows
 from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import ItemKind, Patches, VisionEncoder
-from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import EncodeStopped, RowsReady, StageEntered, StartEncode
 
 if TYPE_CHECKING:
@@ -49,13 +47,15 @@ class _Job:
     start: StartEncode
     order: int
     since: float
+    """When its stage began."""
+    stage: str = "queued"
+    """As it was told."""
     prepared: int = 0
-    """Patches of it that count as prepared and not yet encoded."""
-    begun: bool = False
+    """Patches of it that are prepared and not yet encoded; a preparing thread's, until the stage is ``prepared``."""
+    prepare_s: float = 0.0
+    prepared_at: float = 0.0
     end: EncodeStopped | None = None
     """It will stop as soon as no piece of it is in the tower."""
-    waiting: asyncio.Task[None] | None = None
-    """Its preparing, until that runs on a thread: so far it may simply be cancelled."""
 
 
 class EncodePipeline:
@@ -63,8 +63,8 @@ class EncodePipeline:
 
     Args:
         encoder: the encode half; ``encode`` is called on one thread only.
-        tell: gets StageEntered (``preparing``, ``prepared``, ``encoding``, ``encoded``; each with how long the one
-            before took), RowsReady for growing fronts of rows up to all of them, or EncodeStopped.
+        tell: gets StageEntered (``preparing``, ``prepared``, ``encoding``; each with how long the one before took),
+            RowsReady for growing fronts of rows up to all of them, or EncodeStopped.
         batch_patches: patch budget of a tower batch; None: by device. An image with more goes alone.
         keep_on_device: leave the rows where the tower made them; else they are brought to the host at once.
         device: where the tower is, as torch names it.
@@ -78,7 +78,6 @@ class EncodePipeline:
         self._keep_on_device = keep_on_device
         self.encoder, self._tell = encoder, tell
         self.batch_patches = batch_patches or BATCH_PATCHES.get(device.partition(":")[0], BATCH_PATCHES["cuda"])
-        self._room_patches = max(PREPARED_PATCHES, 2 * self.batch_patches)
         self.batch_sizes: Counter[int] = Counter()
         """Tower batches by how many items had a part in them."""
         self.items_encoded = 0
@@ -87,24 +86,27 @@ class EncodePipeline:
         self._jobs: dict[str, _Job] = {}
         self._started = 0
         self._rows: dict[str, torch.Tensor] = {}
-        self._prepared_patches = 0
-        self._room = asyncio.Condition()
-        self._slots = asyncio.Semaphore(prepare_threads)
-        self._prepare_pool = ThreadPoolExecutor(prepare_threads, "aiodisagg-prepare")
-        self._tasks = Tasks("encode")
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        self._preparer = Preparer(
+            self._prepare,
+            began=lambda job: self._on_loop(self._preparing, job.digest, time.monotonic()),
+            done=self._prepared_on_thread,
+            threads=prepare_threads,
+            room_patches=max(PREPARED_PATCHES, 2 * self.batch_patches),
+        )
         self._tower = Tower(
             encoder,
             batch_patches=self.batch_patches,
-            began=lambda pieces: self._on_loop(self._began, pieces),
-            made=lambda made: self._on_loop(self._made, made),
+            began=lambda pieces: self._on_loop(self._began, pieces, time.monotonic()),
+            made=lambda made: self._on_loop(self._made, made, time.monotonic()),
             gate=gate or OpenGate(),
             to_host=not keep_on_device,
             device=device,
         )
 
     async def __aenter__(self) -> EncodePipeline:
+        self._preparer.start()
         self._tower.start()
         return self
 
@@ -112,8 +114,7 @@ class EncodePipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._closed = True
-        await self._tasks.aclose()
-        await asyncio.to_thread(self._prepare_pool.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._preparer.close)
         await asyncio.to_thread(self._tower.close)
         self._rows.clear()
 
@@ -122,10 +123,15 @@ class EncodePipeline:
         """Jobs whose rows are not complete."""
         return len(self._jobs)
 
+    @property
+    def prepared_patches(self) -> int:
+        """Patches that wait for the tower or are in it."""
+        return self._preparer.prepared_patches
+
     def start(self, job: StartEncode) -> None:
         self._started += 1
-        entry = self._jobs[job.digest] = _Job(job, self._started, time.monotonic())
-        entry.waiting = self._tasks.start(self._prepare(entry), f"prepare {job.digest}")
+        self._jobs[job.digest] = _Job(job, self._started, time.monotonic())
+        self._preparer.add(job)
 
     def cancel(self, digest: str) -> None:
         """Stops a job at once while it waits; one that is on a thread when that is done with it, unless the rows are
@@ -134,10 +140,9 @@ class EncodePipeline:
         if entry is None:
             return
         entry.end = entry.end or EncodeStopped(digest, "cancelled", "nobody wants it any more", True)
-        if entry.waiting is not None:
-            entry.waiting.cancel()
+        if self._preparer.cancel(entry.start):
             self._stop(entry)
-        elif entry.prepared:
+        elif entry.stage in ("prepared", "encoding"):
             self._leave_tower(entry)
 
     def rows(self, digest: str, start: int, stop: int) -> memoryview | DeviceBytes:
@@ -154,55 +159,62 @@ class EncodePipeline:
 
     # -- prepare -------------------------------------------------------------------------------------------------
 
-    async def _prepare(self, entry: _Job) -> None:
-        digest = entry.start.digest
-        async with self._slots:
-            async with self._room:
-                await self._room.wait_for(lambda: self._prepared_patches < self._room_patches)
-            entry.waiting = None
-            self._enter(entry, "preparing")
-            try:
-                patches = await self._call_prepare(entry.start)
-            except MediaError as error:
-                entry.end = EncodeStopped(digest, "invalid_media", str(error), False)
-            except Exception as error:
-                logger.exception("item %s: preparing failed", digest)
-                entry.end = EncodeStopped(digest, "prepare_failed", f"{type(error).__name__}: {error}", True)
-            self.prepare_s += time.monotonic() - entry.since
-        if entry.end is not None:
-            self._stop(entry)
-            return
-        self._enter(entry, "prepared")
-        entry.prepared = patches.count
-        self._prepared_patches += patches.count
-        self._tower.add(digest, entry.order, patches, entry.start.rows)
+    def _prepare(self, job: StartEncode) -> Patches:
+        return self.encoder.prepare(ItemKind(job.kind), job.media, job.grid_thw, job.fps)
 
-    async def _call_prepare(self, job: StartEncode) -> Patches:
-        call = functools.partial(self.encoder.prepare, ItemKind(job.kind), job.media, job.grid_thw, job.fps)
-        return await self._loop.run_in_executor(self._prepare_pool, call)
+    def _prepared_on_thread(self, job: StartEncode, outcome: Patches | Exception, seconds: float) -> None:
+        """From here to the tower without a turn of the loop, which is told what happened."""
+        entry = self._jobs[job.digest]
+        entry.prepare_s, entry.prepared_at = seconds, time.monotonic()
+        if isinstance(outcome, Patches):
+            entry.prepared = outcome.count
+            if entry.end is None:  # cancelled in this very moment, it is taken out again
+                self._tower.add(job.digest, entry.order, outcome, job.rows)
+            self._on_loop(self._prepared, entry)
+        else:
+            self._on_loop(self._not_prepared, entry, outcome)
+
+    def _preparing(self, digest: str, at: float) -> None:
+        entry = self._jobs.get(digest)
+        if entry is not None and not entry.prepare_s:  # else it is over already, and so short that nobody has to know
+            self._enter(entry, "preparing", at - entry.since, at)
+
+    def _prepared(self, entry: _Job) -> None:
+        """The tower has it: may be heard after it has begun there."""
+        if entry.stage in ("prepared", "encoding") or self._jobs.get(entry.start.digest) is not entry:
+            return
+        self.prepare_s += entry.prepare_s
+        self._enter(entry, "prepared", entry.prepare_s, entry.prepared_at)
+        if entry.end is not None:  # no piece of it is begun from now on
+            self._leave_tower(entry)
+
+    def _not_prepared(self, entry: _Job, error: Exception) -> None:
+        self.prepare_s += entry.prepare_s
+        digest = entry.start.digest
+        if isinstance(error, MediaError):
+            entry.end = EncodeStopped(digest, "invalid_media", str(error), False)
+        else:
+            logger.error("item %s: preparing failed", digest, exc_info=error)
+            entry.end = EncodeStopped(digest, "prepare_failed", f"{type(error).__name__}: {error}", True)
+        self._stop(entry)
 
     def _make_room(self, entry: _Job, patches: int) -> None:
         entry.prepared -= patches
-        self._prepared_patches -= patches
-        self._tasks.start(self._wake(), "room")
-
-    async def _wake(self) -> None:
-        async with self._room:
-            self._room.notify_all()
+        self._preparer.free(patches)
 
     # -- the tower -----------------------------------------------------------------------------------------------
 
-    def _on_loop(self, call: Callable[..., None], what: object) -> None:
-        self._loop.call_soon_threadsafe(call, what)
+    def _on_loop(self, call: Callable[..., None], *what: object) -> None:
+        self._loop.call_soon_threadsafe(call, *what)
 
-    def _began(self, pieces: list[Piece]) -> None:
+    def _began(self, pieces: list[Piece], at: float) -> None:
         for piece in pieces:
             entry = self._jobs[piece.digest]
-            if not entry.begun and not self._closed:
-                entry.begun = True
-                self._enter(entry, "encoding")
+            self._prepared(entry)
+            if entry.stage != "encoding":
+                self._enter(entry, "encoding", at - entry.since, at)
 
-    def _made(self, made: Made) -> None:
+    def _made(self, made: Made, at: float) -> None:
         if self._closed:
             return
         self.tower_s += made.seconds
@@ -214,7 +226,7 @@ class EncodePipeline:
             if isinstance(rows, Exception):
                 self._failed(entry, rows)
             elif entry.end is None or (piece.last and entry.end.code == "cancelled"):
-                self._publish(entry, piece, rows)
+                self._publish(entry, piece, rows, at)
             if entry.end is not None and self._jobs.get(piece.digest) is entry:
                 self._leave_tower(entry)
 
@@ -226,7 +238,7 @@ class EncodePipeline:
         code = "wrong_shape" if wrong else "encode_failed"
         entry.end = entry.end or EncodeStopped(digest, code, what, retryable=not wrong)
 
-    def _publish(self, entry: _Job, piece: Piece, rows: torch.Tensor) -> None:
+    def _publish(self, entry: _Job, piece: Piece, rows: torch.Tensor, at: float) -> None:
         """The rows up to the end of this piece exist now."""
         job = entry.start
         self._rows[job.digest] = rows
@@ -235,8 +247,7 @@ class EncodePipeline:
             return
         self.items_encoded += 1
         del self._jobs[job.digest]
-        self._tell_of(StageEntered(job.digest, "encoded", time.monotonic() - entry.since))
-        self._tell_of(RowsReady(job.digest, job.rows))
+        self._tell_of(RowsReady(job.digest, job.rows, at - entry.since))
 
     # -- ends and words ------------------------------------------------------------------------------------------
 
@@ -252,13 +263,14 @@ class EncodePipeline:
         del self._jobs[entry.start.digest]
         self._tell_of(entry.end)
 
-    def _enter(self, entry: _Job, stage: str) -> None:
-        now = time.monotonic()
-        self._tell_of(StageEntered(entry.start.digest, stage, now - entry.since))
-        entry.since = now
+    def _enter(self, entry: _Job, stage: str, elapsed_s: float, at: float) -> None:
+        entry.stage, entry.since = stage, at
+        self._tell_of(StageEntered(entry.start.digest, stage, elapsed_s))
 
     def _tell_of(self, event: PipelineEvent) -> None:
         """A job that the listener has no place for must not stop the others."""
+        if self._closed:
+            return
         try:
             self._tell(event)
         except Exception:

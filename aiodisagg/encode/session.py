@@ -28,9 +28,7 @@ WriterEvent = ChunkWritten | WriteFailed | WritesFenced
 
 
 async def checksum_of(data: memoryview) -> int:
-    """xxh3-64 of the bytes; large ones are hashed on a thread (the library lets go of the GIL)."""
-    if data.nbytes < INLINE_BYTES:
-        return xxhash.xxh3_64_intdigest(data)
+    """xxh3-64 of many bytes, on a thread (the library lets go of the GIL)."""
     return await asyncio.to_thread(xxhash.xxh3_64_intdigest, data)
 
 
@@ -97,11 +95,14 @@ class Session:
             assert self._handoff is not None
             return await self._handoff.write(plane, data, action.offset, action.lease)
         writing = plane.transport.write(plane.remote, [Slice(data, action.offset, action.lease)])
-        checksum, _ = await asyncio.gather(self._sum(data), writing)
+        if not self._checksum:
+            await writing
+            return 0, False
+        if data.nbytes < INLINE_BYTES:  # two tasks cost more than hashing it
+            await writing
+            return xxhash.xxh3_64_intdigest(data), False
+        checksum, _ = await asyncio.gather(checksum_of(data), writing)
         return checksum, False
-
-    async def _sum(self, data: memoryview) -> int:
-        return await checksum_of(data) if self._checksum else 0
 
     def _written(self, action: Write, task: asyncio.Task[Chunk]) -> None:
         del self._writes[action.key]

@@ -38,6 +38,8 @@ class FanOut:
         self.rows, self.row_bytes, self.size_bytes = rows, row_bytes, rows * row_bytes
         self.counted = 0
         """Rows that were already told of; the loop's."""
+        self.legs = 0
+        """Fetches that fill it; the loop's."""
         self._deliver, self._accelerator = deliver, accelerator
         self._keep = np.empty(rows * row_bytes, np.uint8) if keeps else None
         self._lock = threading.Lock()

@@ -68,6 +68,8 @@ class Sharing:
         self._wanted: dict[ItemKey, _Wanted] = {}
         self._fans: dict[ItemKey, FanOut] = {}
         """By fetch."""
+        self._keeping_bytes = 0
+        """Of the fans that keep."""
         self._loop = asyncio.get_running_loop()
 
     def has(self, digest: str) -> bool:
@@ -99,13 +101,29 @@ class Sharing:
         self.flights.join(spec.digest if keeps else f"{key} {spec.digest}", key, wanted.deadline)
         fan = FanOut(spec.rows, self._row_bytes, self._deliver, keeps=keeps, accelerator=self._accelerator)
         fan.share(key)
-        wanted.fan = self._fans[key] = fan
+        wanted.fan = fan
+        self._put(key, fan)
         return True
 
     def _has_room(self, size_bytes: int) -> bool:
         """Whether the rows may be kept while they come: all that do together are no more than the cache holds."""
-        keeping = {id(fan): fan.size_bytes for fan in self._fans.values() if fan.keeps}
-        return sum(keeping.values()) + size_bytes <= self.cache.capacity_bytes
+        return self._keeping_bytes + size_bytes <= self.cache.capacity_bytes
+
+    def _put(self, leg: ItemKey, fan: FanOut) -> None:
+        """The fetch fills the fan."""
+        if fan.keeps and not fan.legs:
+            self._keeping_bytes += fan.size_bytes
+        fan.legs += 1
+        self._fans[leg] = fan
+
+    def _pop(self, leg: ItemKey) -> FanOut | None:
+        """The fetch is over, or nobody needs it."""
+        fan = self._fans.pop(leg, None)
+        if fan is not None:
+            fan.legs -= 1
+            if fan.keeps and not fan.legs:
+                self._keeping_bytes -= fan.size_bytes
+        return fan
 
     def _share(self, key: ItemKey, wanted: _Wanted, fan: FanOut) -> None:
         self._traces.shared(key, self.sharers(key)[0], fan.counted)
@@ -153,7 +171,7 @@ class Sharing:
             self._end_leg(leg)
 
     def _end_leg(self, leg: ItemKey) -> None:
-        self._fans.pop(leg, None)
+        self._pop(leg)
         self._drop(leg)
 
     def _too_late(self, key: ItemKey) -> None:
@@ -184,7 +202,7 @@ class Sharing:
         wanted = self._wanted[next(iter(flight.sharers))]
         key = ItemKey(secrets.randbits(62), leg.index)
         self.flights.hedge(flight.digest, key)
-        self._fans[key] = self._fans[leg]
+        self._put(key, self._fans[leg])
         left_s = max(max(flight.sharers.values()) - self._loop.time(), 0.001)
         return key, wanted.spec, left_s
 
@@ -215,7 +233,7 @@ class Sharing:
 
     def landed(self, leg: ItemKey) -> None:
         """All rows of a fetch were taken."""
-        fan, landing = self._fans.pop(leg, None), self.flights.landed(leg)
+        fan, landing = self._pop(leg), self.flights.landed(leg)
         if fan is None or landing is None:
             return
         for other in landing.cancel:
@@ -234,7 +252,7 @@ class Sharing:
     def failed(self, failed: Fail) -> None:
         """A fetch failed. With a second one under way, or time left, nobody has to know."""
         leg, heir = failed.key, None
-        fan = self._fans.pop(leg, None)
+        fan = self._pop(leg)
         if failed.code == "deadline":
             landing, heir = self.flights.expired(leg, self._loop.time())
         else:
@@ -245,7 +263,7 @@ class Sharing:
             self._tell(landing.sharers, failed)
         if heir is not None and fan is not None:
             wanted = self._wanted[heir]
-            self._fans[heir] = fan
+            self._put(heir, fan)
             self._fetch([(heir, wanted.spec, max(wanted.deadline - self._loop.time(), 0.001))])
 
     def _tell(self, sharers: Sequence[ItemKey], failed: Fail | None) -> None:

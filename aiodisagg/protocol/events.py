@@ -206,10 +206,11 @@ class StageEntered:
 
 @dataclass(frozen=True, slots=True)
 class RowsReady:
-    """Rows ``[0, stop)`` of the source exist now."""
+    """Rows ``[0, stop)`` of the source exist now. With all of them the job is done: ``encoding`` took ``elapsed_s``."""
 
     digest: str
     stop: int
+    elapsed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,7 +238,7 @@ class OutgoingItem:
 
     def _rows_ready(self, event: RowsReady, now: float) -> Actions:
         stage = "encoded" if event.stop >= self.rows else "encoding"
-        return [Send(self.peer, Progress(self.key, self.epoch, stage, 0.0, event.stop)), *self._pump()]
+        return [Send(self.peer, Progress(self.key, self.epoch, stage, event.elapsed_s, event.stop)), *self._pump()]
 
     def _stage(self, event: StageEntered, now: float) -> Actions:
         ready = self.source.ready if self.source is not None else 0

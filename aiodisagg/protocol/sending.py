@@ -73,11 +73,9 @@ class Sender:
                 if not source.cancelled or stop == source.job.rows:
                     source.ready, source.cancelled = stop, False
                     actions = self._users(digest, event, now)
-            case StageEntered(digest, stage):
-                source = self.sources.get(digest)
-                if source is None:
+            case StageEntered(digest):
+                if self.sources.get(digest) is None:
                     raise InvalidTransition("no such source", repr(event))
-                source.stage = stage
                 actions = self._users(digest, event, now)
             case EncodeStopped(digest):
                 users, actions = self.sources.stopped(digest)

@@ -28,7 +28,6 @@ class Source:
     ready: int = 0
     started: bool = False
     cancelled: bool = False
-    stage: str = "queued"
     users: set[User] = field(default_factory=set)
 
     @property
@@ -110,10 +109,12 @@ class SourceTable:
         return actions
 
     def _evict(self, room: int) -> list[SenderAction]:
-        idle = [d for d, s in self._sources.items() if s.started and s.complete and not s.users]
         dropped: list[SenderAction] = []
-        for digest in idle:
-            if self.used_bytes + room <= self.capacity_bytes:
+        while self.used_bytes + room > self.capacity_bytes:
+            # Only what is in use lies before the first one found, so this looks at few, however many are cached.
+            idle = (d for d, s in self._sources.items() if s.started and s.complete and not s.users)
+            digest = next(idle, None)
+            if digest is None:
                 break
             self.used_bytes -= self._sources.pop(digest).size_bytes
             dropped.append(DropSource(digest))
@@ -124,7 +125,7 @@ class SourceTable:
         source = self._sources[digest]
         self.used_bytes -= source.size_bytes
         if source.cancelled and source.users:
-            source.ready, source.started, source.cancelled, source.stage = 0, False, False, "queued"
+            source.ready, source.started, source.cancelled = 0, False, False
             self._queue.append(digest)
             return set(), [DropSource(digest)]
         del self._sources[digest]

@@ -95,7 +95,7 @@ class PeerBook(Generic[K]):
             return
         item.stage = stage
         if item.placed.held:
-            if stage == "preparing":  # it has dropped them meanwhile
+            if stage in ("preparing", "prepared"):  # it has dropped them meanwhile
                 self._made.pop(item.digest, None)
             return
         if item.encodes and item.prepares and stage in ("prepared", "encoding", "encoded"):

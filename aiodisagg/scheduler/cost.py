@@ -33,6 +33,9 @@ CLIP = 3.0
 RIDGE = 0.01
 """Weight, in observations, of the pull towards one multiple of the priors."""
 SWEEPS = 12
+STILL = 1e-3
+"""Fitting ends when a sweep moves the coefficients by less than this share; the next observation goes on from there."""
+INDICES = tuple(range(n) for n in range(8))
 LEARNING = 0.1
 """Weight of the newest relative error in its mean."""
 SHORTEST_S = 1e-9
@@ -164,7 +167,7 @@ class StageModel:
         if base <= 0:
             return
         shares, ratio = [part / base for part in parts], seconds / base
-        n = range(len(shares))
+        n = INDICES[len(shares)]
         self._weight = forget * self._weight + 1.0
         self._ratio = forget * self._ratio + ratio
         for i in n:
@@ -175,10 +178,17 @@ class StageModel:
         common = RIDGE * self._ratio / self._weight
         multiples = [c / prior for c, prior in zip(self.coefficients, self.priors, strict=True)]
         for _ in range(SWEEPS):  # coordinate descent: convex, so it cannot go astray, and a bound at zero is one max()
+            moved = 0.0
             for i in n:
-                row = self._products[i]
-                rest = sum(row[j] * multiples[j] for j in n if j != i)
-                multiples[i] = max(0.0, (self._cross[i] + common - rest) / (row[i] + RIDGE))
+                row, before = self._products[i], multiples[i]
+                rest = -row[i] * before
+                for j in n:
+                    rest += row[j] * multiples[j]
+                after = (self._cross[i] + common - rest) / (row[i] + RIDGE)
+                multiples[i] = after = after if after > 0.0 else 0.0
+                moved += abs(after - before)
+            if moved <= STILL * common / RIDGE:  # a full sweep each time would be most of what placing an item costs
+                break
         self.coefficients = tuple(m * prior for m, prior in zip(multiples, self.priors, strict=True))
 
 

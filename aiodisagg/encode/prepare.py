@@ -1,0 +1,103 @@
+"""Threads that prepare items: decode, resize and cut them. First come, first served, as far as there is room behind.
+
+What is prepared and not yet encoded takes memory: at the bound the threads wait until ``free`` is told. An item is
+taken off the line and begun by whoever is free, with no word to the loop in between, so many tiny items cost no turn of
+it each.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from aiodisagg.models.base import Patches
+from aiodisagg.protocol.events import StartEncode
+
+Prepare = Callable[[StartEncode], Patches]
+
+
+class Preparer:
+    """Owns the threads; its methods may be called on any thread.
+
+    Args:
+        prepare: called on the threads; what it raises goes to ``done``.
+        began: called on a thread before ``prepare``.
+        done: called on the same thread with the patches or the error, and the seconds it took.
+        room_patches: nothing is begun while as many are prepared.
+    """
+
+    def __init__(
+        self, prepare: Prepare, *, began: Callable[[StartEncode], None],
+        done: Callable[[StartEncode, Patches | Exception, float], None], threads: int, room_patches: int,
+    ) -> None:  # fmt: skip
+        self._prepare, self._began, self._done, self._room_patches = prepare, began, done, room_patches
+        self._line: deque[StartEncode] = deque()
+        self._prepared_patches = 0
+        self._wake = threading.Condition()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"aiodisagg-prepare-{index}", daemon=True)
+            for index in range(threads)
+        ]
+
+    @property
+    def prepared_patches(self) -> int:
+        """Patches that are prepared and were not freed."""
+        return self._prepared_patches
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, job: StartEncode) -> None:
+        with self._wake:
+            self._line.append(job)
+            self._wake.notify()
+
+    def cancel(self, job: StartEncode) -> bool:
+        """Takes a job off the line; False: it has begun."""
+        with self._wake:
+            if job in self._line:
+                self._line.remove(job)
+                return True
+            return False
+
+    def free(self, patches: int) -> None:
+        """So many prepared patches are not needed any more."""
+        with self._wake:
+            was_full = self._prepared_patches >= self._room_patches
+            self._prepared_patches -= patches
+            if was_full:
+                self._wake.notify_all()
+
+    def close(self) -> None:
+        """Returns when the threads have ended, each after the item it is at; what waits is dropped. Blocking."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    # -- on the threads ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            began = time.monotonic()
+            self._began(job)
+            outcome: Patches | Exception
+            try:
+                outcome = self._prepare(job)
+            except Exception as error:
+                outcome = error
+            else:
+                with self._wake:
+                    self._prepared_patches += outcome.count
+            self._done(job, outcome, time.monotonic() - began)
+
+    def _next(self) -> StartEncode | None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing or (self._line and self._prepared_patches < self._room_patches))
+            return None if self._closing else self._line.popleft()
