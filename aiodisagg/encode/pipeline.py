@@ -63,8 +63,8 @@ class EncodePipeline:
 
     Args:
         encoder: the encode half; ``encode`` is called on one thread only.
-        tell: gets StageEntered (``preparing``, ``prepared``, ``encoding``; each with how long the one before took),
-            RowsReady for growing fronts of rows up to all of them, or EncodeStopped.
+        tell: gets StageEntered as :class:`~aiodisagg.protocol.messages.Progress` has them, RowsReady for growing fronts
+            of rows up to all of them, or EncodeStopped.
         batch_patches: patch budget of a tower batch; None: by device. An image with more goes alone.
         keep_on_device: leave the rows where the tower made them; else they are brought to the host at once.
         device: where the tower is, as torch names it.
@@ -180,8 +180,8 @@ class EncodePipeline:
             self._enter(entry, "preparing", at - entry.since, at)
 
     def _prepared(self, entry: _Job) -> None:
-        """The tower has it: may be heard after it has begun there."""
-        if entry.stage in ("prepared", "encoding") or self._jobs.get(entry.start.digest) is not entry:
+        """The tower has it, and may have begun already."""
+        if entry.stage == "encoding" or self._jobs.get(entry.start.digest) is not entry:
             return
         self.prepare_s += entry.prepare_s
         self._enter(entry, "prepared", entry.prepare_s, entry.prepared_at)
@@ -210,9 +210,14 @@ class EncodePipeline:
     def _began(self, pieces: list[Piece], at: float) -> None:
         for piece in pieces:
             entry = self._jobs[piece.digest]
-            self._prepared(entry)
-            if entry.stage != "encoding":
-                self._enter(entry, "encoding", at - entry.since, at)
+            if entry.stage == "encoding":
+                continue
+            if entry.stage == "prepared":
+                elapsed_s = at - entry.since
+            else:  # the tower was faster than the loop, and one word does for both
+                elapsed_s = entry.prepare_s
+                self.prepare_s += elapsed_s
+            self._enter(entry, "encoding", elapsed_s, at)
 
     def _made(self, made: Made, at: float) -> None:
         if self._closed:

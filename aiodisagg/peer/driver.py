@@ -72,7 +72,9 @@ class Driver(Generic[E, A]):
     def _arm(self) -> None:
         due = self._machine.next_timer()
         if self._timer is not None:
-            if self._due == due:
+            if (
+                due is not None and self._due <= due
+            ):  # it looks again when it fires
                 return
             self._timer.cancel()
             self._timer = None
@@ -82,7 +84,11 @@ class Driver(Generic[E, A]):
 
     def _fire(self) -> None:
         self._timer = None
-        self.feed(self._timer_event())
+        due = self._machine.next_timer()
+        if due is not None and due <= self._loop.time():
+            self.feed(self._timer_event())
+        else:
+            self._arm()
 
     def close(self) -> None:
         """No event is taken any more. Idempotent."""

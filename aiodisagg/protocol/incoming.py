@@ -103,7 +103,7 @@ class IncomingItem:
         self.ready = 0
         self.born, self.deadline, self.timeout_s = now, now + timeout_s, timeout_s
         self.wake = self.deadline
-        self.story: deque[str] = deque(maxlen=24)
+        self._story: deque[tuple[float, str]] = deque(maxlen=24)
         self._pool, self._config = pool, config
         self._linked = False
         self._has_media: set[str] = set()
@@ -131,6 +131,11 @@ class IncomingItem:
     def timer(self) -> float:
         """When TimerFired is due at the latest."""
         return min(self.deadline, self.wake)
+
+    @property
+    def story(self) -> tuple[str, ...]:
+        """What happened, and how long after the item was asked for."""
+        return tuple(f"{now - self.born:.3f}s {what}" for now, what in self._story)
 
     @property
     def complete(self) -> bool:
@@ -384,7 +389,7 @@ class IncomingItem:
             actions.append(Send(self.peer, Cancel(self.key, self.epoch)))
         self.state = State.FAILED
         self._tell(now, f"{code}: {message}")
-        return [*actions, Fail(self.key, code, message, tuple(self.story))]
+        return [*actions, Fail(self.key, code, message, self.story)]
 
     def _meta_rows(self, region: Region) -> int:
         return 1 if region is Region.AUX else self.spec.rows
@@ -393,7 +398,7 @@ class IncomingItem:
         return []
 
     def _tell(self, now: float, what: str) -> None:
-        self.story.append(f"{now - self.born:.3f}s {what}")
+        self._story.append((now, what))
 
     def __repr__(self) -> str:
         return (

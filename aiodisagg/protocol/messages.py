@@ -128,7 +128,8 @@ class Offer(msgspec.Struct, frozen=True, tag="offer", array_like=True):
 class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
     """Sender: ``ready`` rows exist, and the item entered ``stage``.
 
-    Stages are ``preparing``, which is left out if it is over by then, ``prepared``, ``encoding`` and ``encoded``.
+    Stages are ``preparing``, ``prepared``, ``encoding`` and ``encoded``. The first two are left out if they are over
+    before they could be said; ``encoding`` then tells what preparing took.
     ``ready`` counts the contiguous front of rows that can be written now, so blocks can be lent where they are used.
     It grows batch by batch of the tower, ``encoding`` being said again with each.
     """

@@ -77,6 +77,16 @@ class RangeSet:
             start = self._stops[i]
             i += 1
 
+    def first_gap(self, start: int, stop: int) -> Span | None:
+        """The first of ``gaps``."""
+        i = bisect_right(self._stops, start)
+        if i < len(self._starts) and self._starts[i] <= start:
+            start = self._stops[i]
+            i += 1
+        if start >= stop:
+            return None
+        return start, min(stop, self._starts[i]) if i < len(self._starts) else stop
+
     def front(self) -> int:
         """Length of the contiguous run that begins at 0."""
         return self._stops[0] if self._starts and self._starts[0] == 0 else 0

@@ -183,13 +183,15 @@ class Receiver:
     def _gap(self, item: IncomingItem) -> tuple[int, int] | None:
         if item.state not in (State.WAITING_FOR_INPUT, State.TRANSFERRING):
             return None
-        lent = sum(1 for block in item.lends.values() if not block.revoked)
-        if lent >= self.config.window_blocks:
+        window = self.config.window_blocks
+        if len(item.lends) >= window and sum(not block.revoked for block in item.lends.values()) >= window:
             return None
-        return next(iter(item.claimed.gaps(0, item.spec.rows)), None)
+        return item.claimed.first_gap(0, item.spec.rows)
 
     def _lend(self) -> list[ReceiverAction]:
         """Lends what can be lent, one block per item in turn, and states each receiver's ledger with its grant."""
+        if not self._eager and not self._early:
+            return []
         grants: dict[ItemKey, list[Lend]] = {}
         while self.pool.free:
             if self._eager:

@@ -5,7 +5,7 @@ The costs are calibrated here, from what an encode peer says of each item (stage
 
 | seen | is an observation of |
 |---|---|
-| ``prepared``, elapsed | prepare |
+| ``prepared``, or ``encoding`` without it, elapsed | prepare |
 | ``encoding`` ... ``encoded``, elapsed | the tower, over the items that left it together |
 | all rows exist ... all rows are here | the transfer of the rows that were still missing |
 | asked ... all rows are here | the predicted finish: nothing is learned, its error is counted |
@@ -101,9 +101,9 @@ class PeerBook(Generic[K]):
         if item.encodes and item.prepares and stage in ("prepared", "encoding", "encoded"):
             item.prepares = False
             self._prepare_s -= item.placed.service.prepare_s
-        if stage == "prepared" and item.clean:
-            self.costs.prepared(item.size, elapsed_s)
-        elif stage == "encoding":
+            if stage != "encoded" and item.clean:
+                self.costs.prepared(item.size, elapsed_s)
+        if stage == "encoding":
             item.entered = self._in_tower[key] = now
         elif stage == "encoded" and self._in_tower.pop(key, None) is not None and item.clean:
             self._departed(item, elapsed_s, now)

@@ -33,9 +33,6 @@ CLIP = 3.0
 RIDGE = 0.01
 """Weight, in observations, of the pull towards one multiple of the priors."""
 SWEEPS = 12
-STILL = 1e-3
-"""Fitting ends when a sweep moves the coefficients by less than this share; the next observation goes on from there."""
-INDICES = tuple(range(n) for n in range(8))
 LEARNING = 0.1
 """Weight of the newest relative error in its mean."""
 SHORTEST_S = 1e-9
@@ -167,7 +164,7 @@ class StageModel:
         if base <= 0:
             return
         shares, ratio = [part / base for part in parts], seconds / base
-        n = INDICES[len(shares)]
+        n = range(len(shares))
         self._weight = forget * self._weight + 1.0
         self._ratio = forget * self._ratio + ratio
         for i in n:
@@ -177,18 +174,15 @@ class StageModel:
                 row[j] = forget * row[j] + shares[i] * shares[j]
         common = RIDGE * self._ratio / self._weight
         multiples = [c / prior for c, prior in zip(self.coefficients, self.priors, strict=True)]
+        products, cross = self._products, self._cross
         for _ in range(SWEEPS):  # coordinate descent: convex, so it cannot go astray, and a bound at zero is one max()
-            moved = 0.0
             for i in n:
-                row, before = self._products[i], multiples[i]
-                rest = -row[i] * before
+                row = products[i]
+                rest = -row[i] * multiples[i]
                 for j in n:
                     rest += row[j] * multiples[j]
-                after = (self._cross[i] + common - rest) / (row[i] + RIDGE)
-                multiples[i] = after = after if after > 0.0 else 0.0
-                moved += abs(after - before)
-            if moved <= STILL * common / RIDGE:  # a full sweep each time would be most of what placing an item costs
-                break
+                after = (cross[i] + common - rest) / (row[i] + RIDGE)
+                multiples[i] = after if after > 0.0 else 0.0
         self.coefficients = tuple(m * prior for m, prior in zip(multiples, self.priors, strict=True))
 
 

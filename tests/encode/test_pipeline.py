@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -89,14 +89,18 @@ class Bench:
 
     async def until(self, event: object, times: int = 1) -> None:
         """Returns when so many equal events were told, times of stages aside."""
-        async with asyncio.timeout(PATIENCE_S):
-            while [_plain(told) for told in self.told].count(event) < times:
-                self._news.clear()
-                await self._news.wait()
+        await self._told(lambda: [_plain(told) for told in self.told].count(event) >= times)
 
     async def prepared(self, *digests: str) -> None:
-        for digest in digests:
-            await self.until(("prepared", digest))
+        """Returns when the tower has them; it is not told that they were prepared if they are in it by then."""
+        ready = {(stage, digest) for digest in digests for stage in ("prepared", "encoding")}
+        await self._told(lambda: {digest for _, digest in ready & {_plain(told) for told in self.told}} == set(digests))
+
+    async def _told(self, enough: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not enough():
+                self._news.clear()
+                await self._news.wait()
 
     async def call(self) -> list[tuple[int, int]]:
         """Waits for the tower's next call."""
@@ -110,7 +114,7 @@ class Bench:
         return {event.digest: event.code for event in self.told if isinstance(event, EncodeStopped)}
 
 
-def _plain(event: PipelineEvent) -> object:
+def _plain(event: PipelineEvent) -> Hashable:
     if isinstance(event, RowsReady):
         return RowsReady(event.digest, event.stop)
     return (event.stage, event.digest) if isinstance(event, StageEntered) else event
@@ -163,7 +167,7 @@ async def test_rows_of_a_video_leave_by_groups_of_frame_pairs() -> None:
             assert made.read(video, 0, 4 * pairs) == [[5, i] for i in range(4 * pairs)]
         assert [e.stop for e in made.told if isinstance(e, RowsReady)] == [12, 24, 32]
         stages = [e.stage for e in made.told if isinstance(e, StageEntered)]
-        assert stages[-2:] == ["prepared", "encoding"]
+        assert stages == sorted(stages, key=["preparing", "prepared", "encoding"].index) and stages[-1] == "encoding"
         assert made.pipeline.items_encoded == 1
 
 

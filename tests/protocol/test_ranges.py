@@ -36,6 +36,7 @@ def test_it_is_a_set_of_integers(script: list[tuple[str, tuple[int, int]]], aske
     assert ranges.covers(*asked) == (numbers <= plain)
     assert ranges.overlaps(*asked) == bool(numbers & plain)
     assert {n for a, b in ranges.gaps(*asked) for n in range(a, b)} == numbers - plain
+    assert ranges.first_gap(*asked) == next(iter(ranges.gaps(*asked)), None)
     assert ranges.front() == next(n for n in range(SIZE + 2) if n not in plain)
 
 
