@@ -72,9 +72,7 @@ class Driver(Generic[E, A]):
     def _arm(self) -> None:
         due = self._machine.next_timer()
         if self._timer is not None:
-            if (
-                due is not None and self._due <= due
-            ):  # it looks again when it fires
+            if due is not None and self._due <= due:  # it looks again when it fires
                 return
             self._timer.cancel()
             self._timer = None
