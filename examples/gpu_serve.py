@@ -157,6 +157,7 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
         token_budget=256 if tiny else 8192,
         cache_bytes=0,
         overlap=not bench.options.wait,
+        itl_budget_ms=bench.options.itl_budget_ms,
     )
     height, width = (64, 96) if tiny else (1080, 1920)
     loaded = model.planner(), bench.half, model.fingerprint
@@ -293,6 +294,7 @@ async def open_loops(bench: Any, found: dict[str, Any], service: LanguageService
             f"{rate}/s, seed {seed}: {len(ours)} requests, TTFT {statistics.mean(ttft):.3f} s, {ttft[-1]:.3f} most"
         )
         bench.save()
+    found["metrics"] = service.metrics()
 
 
 async def _encode_process(stack: AsyncExitStack, tiny: bool, folder: Path, device: str) -> str:
