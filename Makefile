@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test stress bench-faults bench-transport bench-overlap bench-system bench-control bench-overload bench-simulate test-rdma check install clean
+.PHONY: demo test stress bench-faults bench-transport bench-overlap bench-system bench-reuse bench-control bench-overload bench-simulate test-rdma check install clean
 install: $(STAMP)
 
 # torch first and alone: the pinned release is taken wherever pip is told to look for it.
@@ -46,6 +46,10 @@ bench-overlap: $(STAMP)
 # Shapes of the same two cores under the same load: hours.
 bench-system: $(STAMP)
 	$(BIN)/aiodisagg bench system --shapes dp2,1+1-waits,1+1,2both --json docs/system.json --plot docs/system.png
+
+# Pictures that come again, with caches and without; two cores, a quarter of an hour.
+bench-reuse: $(STAMP)
+	$(BIN)/aiodisagg bench reuse --json docs/reuse.json
 
 bench-control: $(STAMP)
 	$(BIN)/aiodisagg bench control --json docs/control.json

@@ -112,7 +112,9 @@ async def bench_compare(options: CompareOptions, say: Say = lambda what, done, t
         if not model:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aiodisagg-bench-"))
             model = f"synthetic, {options.size}"
-            setting = replace(setting, model=await asyncio.to_thread(_build, Path(folder) / options.size, options.size))
+            setting = replace(
+                setting, model=await asyncio.to_thread(build_model, Path(folder) / options.size, options.size)
+            )
         comparison = _Comparison(options, setting, say)
         await comparison.measure_replicas()
         for seed in options.seeds:
@@ -124,7 +126,8 @@ async def bench_compare(options: CompareOptions, say: Say = lambda what, done, t
     )
 
 
-def _build(folder: Path, size: str) -> str:
+def build_model(folder: Path, size: str) -> str:
+    """A synthetic model's folder. Blocking."""
     from aiodisagg.models.synthetic import build_synthetic
 
     return str(build_synthetic(folder, size))

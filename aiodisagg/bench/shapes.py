@@ -124,7 +124,7 @@ async def started(shape: str, setting: Setting) -> AsyncIterator[tuple[str, ...]
             await meeting.complete(sum(part.meets for part in parts))
         urls = tuple(facts["url"] for part in parts if "url" in (facts := members[part.name].facts))
         for url in urls:
-            await _healthy(session, url)
+            await healthy(session, url)
         yield urls
 
 
@@ -157,7 +157,7 @@ class _Meeting:
                 await asyncio.sleep(0.05)
 
 
-async def _healthy(session: aiohttp.ClientSession, url: str) -> None:
+async def healthy(session: aiohttp.ClientSession, url: str) -> None:
     """Returns when the peer says that it can serve requests with pictures."""
     async with asyncio.timeout(READY_S):
         while True:

@@ -8,6 +8,7 @@ from rich.table import Table
 from aiodisagg.bench.control import ControlReport
 from aiodisagg.bench.faults import FaultReport
 from aiodisagg.bench.resume import ResumeReport
+from aiodisagg.bench.reuse import ReuseReport
 
 
 def size(value: float | None) -> str:
@@ -89,5 +90,28 @@ def control_table(report: ControlReport) -> Table:
             str(one.peers), f"{one.requests_per_s:,.0f}", f"{full.p50:.1f} ms", f"{full.p99:.1f} ms",
             f"{one.half_per_s:,.0f}/s", f"{half.p50:.2f} ms", f"{half.p99:.2f} ms",
             f"{one.receiver_cpu_us:.0f} us", f"{one.encoders_cpu_us:.0f} us",
+        )  # fmt: skip
+    return found
+
+
+def reuse_table(report: ReuseReport) -> Table:
+    on = report.found[0]
+    title = (
+        f"{report.model}, {report.concurrency} requests at a time, {report.reuse:.0%} of the pictures from a pool of "
+        f"{report.pool}; {on.all.requests} requests each"
+    )
+    found = Table(title=title, title_justify="left")
+    for column in ("caches", "failed", "requests/s", "TTFT mean", "p50", "p99", "E2E mean"):
+        found.add_column(column, justify="right")
+    for column in ("pictures", "different", "encoded", "twice while held", "cached", "shared", "not sent", "evicted"):
+        found.add_column(column, justify="right")
+    for one in report.found:
+        ttft, e2e = one.all.ttft_ms, one.all.e2e_ms
+        times = [ttft.mean, ttft.p50, ttft.p99, e2e.mean] if ttft is not None and e2e is not None else []
+        found.add_row(
+            "on" if one.caches else "off", str(one.all.requests - one.all.completed), f"{one.all.requests_per_s:.2f}",
+            *(f"{ms:,.0f} ms" for ms in times), *([] if times else ["-"] * 4), str(one.items), str(one.unique),
+            str(one.encoded), str(one.twice) if one.caches else "-", str(one.cached), str(one.shared),
+            size(one.saved_bytes), str(one.evicted),
         )  # fmt: skip
     return found

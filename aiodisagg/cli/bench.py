@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from aiodisagg.cli.bench_serve import bench_serve_command
-from aiodisagg.cli.bench_system import bench_control_command, bench_system_command
+from aiodisagg.cli.bench_system import bench_control_command, bench_reuse_command, bench_system_command
 from aiodisagg.cli.bench_times import bench_times_command
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
 from aiodisagg.errors import AiodisaggError
@@ -268,5 +268,11 @@ def bench_transport_command(
     click.echo(markdown(report))
 
 
-for command in (bench_serve_command, bench_system_command, bench_control_command, bench_times_command):
+for command in (
+    bench_serve_command,
+    bench_system_command,
+    bench_reuse_command,
+    bench_control_command,
+    bench_times_command,
+):
     bench.add_command(command)

@@ -1,4 +1,4 @@
-"""``aiodisagg bench system`` and ``bench control``: this package against itself, on this machine."""
+"""``aiodisagg bench system``, ``bench reuse`` and ``bench control``: this package against itself, on this machine."""
 
 from __future__ import annotations
 
@@ -133,5 +133,51 @@ def bench_control_command(
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
     Console(width=None if sys.stdout.isatty() else 120).print(control_table(report))
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+
+
+@click.command("reuse")
+@click.option("--model", default="", help="A Qwen3-VL(-MoE) folder; a synthetic one if left out.")
+@click.option("--size", type=click.Choice(["tiny", "115m"]), default="115m", help="Of the synthetic model.")
+@click.option("--requests", default=1000, help="Of each run.")
+@click.option("--concurrency", default=64, help="Requests at a time.")
+@click.option("--rounds", default=3, type=click.IntRange(min=1), help="Both ways once in each.")
+@click.option("--pool", default=200, help="Pictures that come again.")
+@click.option("--reuse", default=0.8, help="How many of the pictures are from the pool.")
+@click.option("--side", default=160, help="Pixels of a picture's side.")
+@click.option("--on", type=click.Choice(["cores", "gpus"]), default="cores", help="What each of the two peers has.")
+@click.option("--places", default="0,1", help="Numbers of the cores or GPUs.")
+@click.option("--quick", is_flag=True, help="A tiny model, one round, few requests: shows that it works.")
+@click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON.")
+def bench_reuse_command(
+    model: str, size: str, requests: int, concurrency: int, rounds: int, pool: int, reuse: float, side: int, on: Any,
+    places: str, quick: bool, verbose: int, json_file: Path | None,
+) -> None:  # fmt: skip
+    """What the caches are worth when pictures come again, and that none is encoded twice while it is held."""
+    import msgspec
+    import uvloop
+    from rich.console import Console
+
+    setup_logging(0, "bench")
+    try:
+        from aiodisagg.bench.reuse import ReuseOptions, bench_reuse
+        from aiodisagg.bench.shapes import Setting
+        from aiodisagg.bench.tables import reuse_table
+
+        setting = Setting(model=model, on=on, places=numbers("places", places, int), verbose=verbose)
+        options = ReuseOptions(
+            setting=setting, size=size, requests=requests, concurrency=concurrency, rounds=rounds, pool=pool,
+            reuse=reuse, side=side,
+        )  # fmt: skip
+        if quick:
+            options = replace(options, size="tiny", requests=60, concurrency=8, rounds=1, pool=8)
+        with progress() as say:
+            report = uvloop.run(bench_reuse(options, say))
+    except AiodisaggError as error:
+        raise click.ClickException(str(error)) from error
+    Console(width=None if sys.stdout.isatty() else 180).print(reuse_table(report))
+    click.echo(f"caches: {report.throughput_gain:.2f} times the requests a second")
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")

@@ -70,3 +70,18 @@ async def test_control(tmp_path: Path) -> None:
     (one,) = json.loads(read(tmp_path / "a.json"))["measured"]
     assert one["peers"] == 3 and one["requests_per_s"] > 0
     assert one["half_per_s"] == one["requests_per_s"] / 2 and one["half_latency_ms"]["p99"] > 0
+
+
+async def test_reuse(tmp_path: Path) -> None:
+    code, said, err = await bench(
+        "reuse", "--quick", "--places", "0,0", "--json", str(tmp_path / "a.json")
+    )  # fmt: skip
+    assert code == 0, err
+    assert "twice while held" in said and "times the requests a second" in said
+    on, off = json.loads(read(tmp_path / "a.json"))["found"]
+    assert (on["caches"], off["caches"]) == (True, False)
+    assert (on["all"]["completed"], on["items"], off["items"]) == (60, 60, 60)
+    assert on["unique"] == off["unique"] < 40
+    assert (on["encoded"], on["twice"], on["evicted"]) == (on["unique"], 0, 0)
+    assert on["cached"] > 0 and on["saved_bytes"] > 0 and off["cached"] == off["saved_bytes"] == 0
+    assert off["encoded"] >= off["unique"]
