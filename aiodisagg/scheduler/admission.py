@@ -1,28 +1,28 @@
 """Who of those that wait goes to the engine next, and who is sent away. Pure: events in, decisions out.
 
-Theory. Beyond this queue everything is first come, first served, so little is let through at a time and the rest waits
-here. What decides, in this order:
+Theory. Little is let through to the engine at a time and the rest waits here, where it can still be put in order,
+refused, or given up at no cost. What decides:
 
 * **Lanes.** Requests with media and requests without wait for different things first, the tower and the engine. Each
   lane lets a little through ahead (:mod:`~aiodisagg.scheduler.lanes`). A full lane does not hold up the other.
-  ``max_running`` bounds both together.
+  ``max_running`` bounds both together. First come, first served knows one lane only.
 * **Tenants** share a lane as :mod:`~aiodisagg.scheduler.shares` says: by weights, whoever floods the queue. When the
   queue is full, the tenant with most in it for its weight makes room.
-* **Within a tenant** a newcomer passes those of a lower class (a greater ``priority``) and those of its own class that
-  cost at least twice as much, from the end of the line until it meets one that it may not pass.
+* **Within a tenant** it is :mod:`~aiodisagg.scheduler.order`, the rule of the engine as well. A newcomer passes those
+  that it goes before, from the end of the line until it meets one that goes before it.
 
-Nobody starves, because passing spends slack. A request's *start* is predicted from the work in flight, its tenant's
-requests before it, and what the shares give to others meanwhile. A newcomer may pass it only if its start, delayed by
-the newcomer's cost, is not after its ``release_by``: ``max_wait_s`` after its arrival, or the last moment at which its
-first token still meets its limit (its deadline and ``max_ttft_s``), whichever is first. So
+Nobody starves, because passing spends slack. A request is due at its ``release_by``: ``max_wait_s`` after its arrival,
+or the last moment at which its first token still meets its limit (its deadline and ``max_ttft_s``), whichever is first.
+Its *start* is predicted from the work in flight, its tenant's requests before it, and what the shares give to others
+meanwhile. Whether a newcomer passes it is asked for the moment at which it would then start: who would be due by then
+is not passed. So
 
 1. at the predicted rate, while no further tenant comes and ``max_running`` is not reached, a request is released by the
    later of its ``release_by`` and the start that was predicted on its arrival: passing keeps the former, and a release
    or an end before it keeps both;
 2. at any rate, of its tenant and lane only those are released before it from ``release_by`` on that stand before it
    then, and all of them arrived before that moment;
-3. between a tenant's lanes, which meet only at ``max_running``, the lower class number goes first, then text; but a
-   lane whose first has waited half of the time to its ``release_by`` gets every second place at least.
+3. between a tenant's lanes, which meet only at ``max_running``, the same order decides, as of now.
 
 Nothing is let in that cannot be in time: a newcomer whose first token is predicted after its limit is shed at once.
 One that cannot be in time any more (its limit has passed, or will while it is served) leaves the queue unserved. So
@@ -41,11 +41,10 @@ from dataclasses import dataclass
 
 from aiodisagg.errors import ConfigError, InvalidTransition
 from aiodisagg.scheduler.lanes import Lane
+from aiodisagg.scheduler.order import Claim, Order
 from aiodisagg.scheduler.prices import Work
 from aiodisagg.scheduler.shares import Entry, Flow, Shares, Tenant
 
-_PASSES_AT = 2.0
-"""Those that cost at least this much more are passed. Near 1, equal requests would be served in an odd order."""
 _OUTPUT_TOKENS = 2
 """Prompt tokens that a generated token is charged as, as in Sheng et al. 2024, "Fairness in serving large language
 models"; it is known, and charged to the tenant, when the request ends."""
@@ -62,6 +61,8 @@ class AdmissionConfig:
     """A request whose first token is not expected within this is shed, on arrival or as soon as that is clear."""
     max_wait_s: float = 10.0
     """The aging bound: nobody is passed who would then have to wait longer than this."""
+    order: Order = Order.SHORT_FIRST
+    """Of requests of one tenant and class."""
     window_s: float = 1.0
     """Predicted work in a lane that is let through ahead. More than the latency of an idle service keeps it busy."""
     min_in_flight: int = 8
@@ -72,6 +73,8 @@ class AdmissionConfig:
             value = getattr(self, key)
             if not value > 0:
                 raise ConfigError(key, f"must be above 0, not {value}")
+        if self.order not in tuple(Order):
+            raise ConfigError("order", f"{self.order!r} is none of {', '.join(Order)}")
 
 
 # -- events -----------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ class AdmissionQueue:
     def __init__(self, config: AdmissionConfig, max_running: int) -> None:
         self.config, self.max_running = config, max_running
         self.lanes = (self._lane(False), self._lane(True))
-        """By whether requests have media."""
+        """By whether requests have media; where all go as they come they are in the first, whatever they have."""
         self._shares = Shares()
         self._waiting: dict[str, Entry] = {}
         self._running: dict[str, Entry] = {}
@@ -227,7 +230,7 @@ class AdmissionQueue:
         if request_id in self._waiting or request_id in self._running:
             raise InvalidTransition("known", "Arrived")
         flow = self._shares.enter(event.tenant)
-        has_media = event.work.patches > 0
+        has_media = event.work.patches > 0 and self.config.order is not Order.FIRST_COME
         limit = min(event.deadline, now + self.config.max_ttft_s)
         entry = Entry(
             request_id, flow, has_media, event.priority, event.work, now, self._arrivals, event.deadline, limit
@@ -280,26 +283,26 @@ class AdmissionQueue:
 
     def _line_up(self, entry: Entry, now: float) -> Shed | None:
         """Takes its place in its tenant's line, or says why it must not."""
-        flow, lane = entry.flow, self.lanes[entry.has_media]
+        flow, lane, rank = entry.flow, self.lanes[entry.has_media], self.config.order.rank
         line, price = flow.lines[entry.has_media], lane.prices.of
         cost_s, in_flight_s = price(entry.work), lane.in_flight_s(now)
         ahead_s = price(line.work)
         # Of the last one; for those before it, it is no less than the truth, which only makes passing harder.
         not_ours_s = in_flight_s + self._shares.others(flow, entry.has_media, ahead_s, price)
+        newcomer = Claim(entry.order, math.inf, entry.priority, cost_s)  # it has not waited yet, so it is never due
         at = len(line.entries)
         while at:
             last = line.entries[at - 1]
             last_s = price(last.work)
-            if (entry.priority, _PASSES_AT * cost_s) > (last.priority, last_s):
-                break
-            if now + not_ours_s + (ahead_s - last_s) + cost_s > last.release_by:
+            starts = now + not_ours_s + (ahead_s - last_s) + cost_s
+            if rank(newcomer, starts) > rank(last.claim._replace(service=last_s), starts):
                 break
             ahead_s -= last_s
             at -= 1
         start_s = in_flight_s + ahead_s + self._shares.others(flow, entry.has_media, ahead_s, price)
         own_s = cost_s + max(0.0, lane.latency_s)
         latest = entry.limit - own_s
-        entry.release_by = min(now + self.config.max_wait_s, latest)
+        entry.release_by, entry.service_s = min(now + self.config.max_wait_s, latest), cost_s
         if lane.prices.known:
             entry.predicted_s = start_s + own_s
             is_idle = not len(lane) and not lane.somebody_waits
@@ -366,7 +369,6 @@ class AdmissionQueue:
                 decisions.append(self._too_late(entry, now))
                 continue
             self._running[entry.request_id] = entry
-            entry.flow.last_had_media = entry.has_media
             lane.enter(entry, now)
             self._shares.charge(entry.flow, entry.cost_s)
             decisions.append(Release(entry.request_id, now - entry.arrived))
@@ -384,11 +386,4 @@ class AdmissionQueue:
                     best = found if best is None or found[:2] < best[:2] else best
         if best is None:
             return None
-        return min(heads[best[1]], key=lambda entry: _rank(entry, now))
-
-
-def _rank(entry: Entry, now: float) -> tuple[bool, int, bool]:
-    """Between the lanes of a tenant: the lowest goes first."""
-    hurries = now - entry.arrived >= (entry.release_by - entry.arrived) / 2
-    is_its_turn = entry.flow.last_had_media != entry.has_media
-    return (not (hurries and is_its_turn), entry.priority, entry.has_media)
+        return min(heads[best[1]], key=lambda entry: self.config.order.rank(entry.claim, now))

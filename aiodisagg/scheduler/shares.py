@@ -5,8 +5,8 @@ Theory. A tenant's *finish* is the service it has had, in seconds over its weigh
 comes back with the others and not with savings. The tenant of the smallest start is served, and its finish becomes its
 start plus the cost over its weight. Between any two moments at which two tenants wait for the same thing all the time,
 their services over their weights differ by at most one largest request of each (Goyal, Vin, Cheng 1996). The start does
-not depend on which of its requests a tenant sends next, so that order is free: see
-:mod:`~aiodisagg.scheduler.admission`.
+not depend on which of its requests a tenant sends next, so that order is free: it is the one of
+:mod:`~aiodisagg.scheduler.order`, which each line keeps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from aiodisagg.errors import ConfigError
+from aiodisagg.scheduler.order import Claim
 from aiodisagg.scheduler.prices import NOTHING, Work
 
 MAX_TENANTS = 1024
@@ -51,7 +52,9 @@ class Entry:
     limit: float
     """When its first token must be here, or it is of no use: its deadline or the service's limit."""
     release_by: float = 0.0
-    """Nobody who comes later in its line may delay it beyond this."""
+    """Nobody who comes later in its line may delay it beyond this: it is due then."""
+    service_s: float = 0.0
+    """What it was predicted to cost when it came."""
     predicted_s: float | None = None
     """From its arrival to its first token, as it was predicted then; None: nothing was known."""
     released: float = -1.0
@@ -60,6 +63,10 @@ class Entry:
     cost_s: float = 0.0
     """What it was charged for."""
     streams: bool = False
+
+    @property
+    def claim(self) -> Claim:
+        return Claim(self.order, self.release_by, self.priority, self.service_s)
 
 
 class Line:
@@ -83,13 +90,11 @@ class Line:
 class Flow:
     """A tenant's requests and the service it has had."""
 
-    __slots__ = ("finish", "last_had_media", "lines", "name", "open", "weight")
+    __slots__ = ("finish", "lines", "name", "open", "weight")
 
     def __init__(self, tenant: Tenant) -> None:
         self.name, self.weight = tenant.name, tenant.weight
         self.finish = 0.0
-        self.last_had_media = False
-        """Of its request that was released last."""
         self.open = 0
         """Requests that have not ended."""
         self.lines = (Line(), Line())

@@ -22,6 +22,7 @@ from aiodisagg.scheduler.admission import (
     TimerFired,
 )
 from aiodisagg.scheduler.lanes import Lane
+from aiodisagg.scheduler.order import Order
 from aiodisagg.scheduler.prices import Work
 from aiodisagg.scheduler.shares import Entry, Tenant
 
@@ -46,7 +47,7 @@ class Front:
     names: itertools.count[int] = field(default_factory=itertools.count)
 
     @classmethod
-    def of(cls, max_running: int = 1000, *, known: bool = False, **config: float) -> Front:
+    def of(cls, max_running: int = 1000, *, known: bool = False, **config: float | Order) -> Front:
         front = cls(AdmissionQueue(AdmissionConfig(**config), max_running))  # type: ignore[arg-type]
         if known:
             for lane in front.queue.lanes:

@@ -8,6 +8,7 @@ import pytest
 
 from aiodisagg.errors import ConfigError, InvalidTransition
 from aiodisagg.scheduler.admission import AdmissionConfig, Arrived, Charged, Ended, Expire, FirstToken, Release, Shed
+from aiodisagg.scheduler.order import Order
 from aiodisagg.scheduler.prices import Work
 from aiodisagg.scheduler.shares import MAX_TENANTS, Tenant
 from tests.scheduler.lines import ALICE, BIG, BOB, PICTURE, TEXT, Front, knows, released
@@ -95,7 +96,7 @@ def test_who_has_waited_for_the_aging_bound_is_passed_by_no_class() -> None:
     assert front.order("first") == ["first", "old", "young"]
 
 
-def test_between_lanes_classes_then_text_until_half_of_the_aging_bound() -> None:
+def test_between_lanes_the_order_is_the_same() -> None:
     def second(wait: float, low: int, high: int) -> list[str]:
         front = Front.of(max_running=1, max_wait_s=5.0)
         front.arrive("first", TEXT)
@@ -104,12 +105,12 @@ def test_between_lanes_classes_then_text_until_half_of_the_aging_bound() -> None
         front.arrive("text", TEXT, priority=high)
         return front.end("first")
 
-    assert second(2.4, 1, 0) == second(2.4, 0, 0) == ["text"]
-    assert second(2.4, 0, 1) == ["images"]
-    assert second(2.5, 1, 0) == second(2.5, 0, 0) == ["images"]
+    assert second(4.9, 1, 0) == second(4.9, 0, 0) == ["text"]
+    assert second(4.9, 0, 1) == ["images"]
+    assert second(5.0, 1, 0) == second(5.0, 0, 0) == ["images"]
 
 
-def test_lanes_take_turns_when_both_have_waited_long() -> None:
+def test_who_is_due_goes_by_arrival_in_whatever_lane() -> None:
     front = Front.of(max_running=1, max_wait_s=5.0)
     front.arrive("first", TEXT)
     for n in range(3):
@@ -120,6 +121,22 @@ def test_lanes_take_turns_when_both_have_waited_long() -> None:
     for name in order:
         order += front.end(name)
     assert order == ["first", "i0", "t0", "i1", "t1", "i2", "t2"]
+
+
+def test_first_come_first_served_knows_classes_but_neither_lanes_nor_sizes() -> None:
+    front = Front.of(min_in_flight=1, order=Order.FIRST_COME)
+    front.arrive("first", BIG)
+    for name, work, priority in (("dear", BIG, 0), ("text", TEXT, 0), ("low", TEXT, 1), ("last", PICTURE, 0)):
+        assert front.arrive(name, work, priority=priority) == []
+    assert front.order("first") == ["first", "dear", "text", "last", "low"]
+
+
+def test_who_is_in_a_hurry_when_it_comes_passes_nobody_for_that() -> None:
+    front = Front.of(known=True, min_in_flight=1, window_s=1e-9)
+    front.arrive("first")
+    front.arrive("patient")
+    front.arrive("hurried", within=0.15)
+    assert front.order("first") == ["first", "patient", "hurried"]
 
 
 # -- tenants ----------------------------------------------------------------------------------------------------
@@ -342,6 +359,11 @@ def test_what_cannot_be_changes_nothing(event: Arrived | FirstToken | Ended) -> 
 def test_settings_are_checked(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=key):
         AdmissionConfig(**{key: value})  # type: ignore[arg-type]
+
+
+def test_an_unknown_order_is_refused() -> None:
+    with pytest.raises(ConfigError, match="none of short-first, first-come"):
+        AdmissionConfig(order="longest")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", [{"weight": 0.0}, {"weight": math.inf}, {"weight": math.nan}, {"name": ""}])
