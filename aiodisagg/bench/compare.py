@@ -36,6 +36,7 @@ def small_mixes() -> dict[str, Mix]:
     """For a model of 115 M parameters on CPU cores, where a picture of 160 x 160 pixels takes about 50 ms."""
     return {
         "images-1-8": Mix(Ranges(((1, 8, 1.0),)), ((160, 160),), Ranges(((16, 64, 1.0),)), exactly(16)),
+        "mixed": Mix(Ranges(((0, 0, 1.0), (1, 8, 1.0))), ((160, 160),), Ranges(((16, 64, 1.0),)), exactly(16)),
         "servegen": servegen_mix().scaled(visual=1 / 16, text=1 / 8, output=1 / 8),
     }
 

@@ -52,6 +52,7 @@ _MIXES: dict[str, Callable[[], Mix]] = {
     "servegen": servegen_mix,
     "reuse": lambda: Mix(exactly(1), HD, exactly(400), exactly(150), pool=200, reuse=0.8),
     "documents": lambda: Mix(exactly(5), FULL_HD, exactly(9000), exactly(1024)),
+    "mixed": lambda: Mix(Ranges(((0, 0, 1.0), (1, 8, 1.0))), HD, _TEXT, _ANSWER),
     "text": lambda: Mix(exactly(0), HD, _TEXT, _ANSWER),
 }
 MIX_NAMES = tuple(_MIXES)
@@ -64,6 +65,7 @@ def named_mix(name: str) -> Mix:
     - ``servegen``: see :func:`servegen_mix`
     - ``reuse``: a picture of 720p, four in five from a pool of 200, 400 text tokens, answers of 150
     - ``documents``: 5 pictures of 1080p, 9,000 text tokens, answers of 1,024
+    - ``mixed``: half as ``images-1-8``, half as ``text``
     - ``text``: no pictures, 32 to 128 text tokens, answers of 128
     """
     make = _MIXES.get(name)

@@ -50,6 +50,7 @@ def _split(*options: str) -> tuple[Part, ...]:
 SHAPES: dict[str, tuple[Part, ...]] = {
     "single": _replica(0),
     "single-both": (Part("both-0", "both", 0),),
+    "single-both-first-come": (Part("both-0", "both", 0, ("--order", "first-come")),),
     "dp2": (*_replica(0), *_replica(1)),
     "dp2-waits": (*_replica(0, "--no-overlap"), *_replica(1, "--no-overlap")),
     "dp2-inline": (Part("both-0", "both", 0, ("--inline",)), Part("both-1", "both", 1, ("--inline",))),

@@ -62,7 +62,7 @@ def mix_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--tokens", help="Visual tokens of a picture, as --images; instead of --sizes."),
         click.option("--sizes", help="Pictures in pixels, each equally likely: 1280x720,1920x1080."),
         click.option("--images", help="Pictures of a request: 4, 1-8, 1,2,4 or, weighted, 0:0.5,1-8:0.5."),
-        click.option("--mix", default="images-1-8", help="images-1-8, servegen, reuse, documents or text."),
+        click.option("--mix", default="images-1-8", help="images-1-8, mixed, servegen, reuse, documents or text."),
     ):
         command = option(command)
     return command

@@ -16,7 +16,7 @@ import click
 import aiodisagg
 from aiodisagg.cli.bench import bench
 from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, both_command
-from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
+from aiodisagg.cli.process import announcer, begin, order_option, process_options, run, setup_logging
 from aiodisagg.cli.simulate import bench_simulate, plan_command, simulate
 from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.peer.tls import Tls
@@ -106,7 +106,7 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
     )
     given = {f"{what}_bytes": options[f"{what}_mib"] for what in ("pool", "cache", "kv")}
     sizes = {key: None if mib is None else int(mib * MiB) for key, mib in given.items()}
-    line = {key: options[key] for key in ("max_queue", "max_ttft_s", "max_wait_s")}
+    line = {key: options[key] for key in ("max_queue", "max_ttft_s", "max_wait_s", "order")}
     return LanguageConfig(**_settings(options, *same, admission=AdmissionConfig(**line), **sizes))
 
 
@@ -215,6 +215,7 @@ def encode(
 @click.option("--max-queue", default=1024, help="Requests that wait for the engine.")
 @click.option("--max-ttft-s", default=math.inf, help="Refuse what is predicted to take longer to its first token.")
 @click.option("--max-wait-s", default=10.0, help="Requests that would wait longer are overtaken by nobody.")
+@order_option
 @click.option("--kv-mib", type=int, help="Memory of the paged KV pool; what a GPU has left, or 256, if not given.")
 @click.option("--token-budget", default=2048, help="Tokens of one engine step.")
 @click.option("--max-running", default=64, help="Requests that hold KV pages at once.")

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import click
 
 from aiodisagg.errors import AiodisaggError
+from aiodisagg.scheduler.order import Order
 
 _PR_SET_PDEATHSIG = 1
 
@@ -97,3 +98,14 @@ def begin(name: str, verbose: int, parent: int | None) -> None:
     setup_logging(verbose, name)
     if parent is not None:
         die_with_parent(parent)
+
+
+def order_option(command: Command) -> Command:
+    """``--order``, wherever requests wait."""
+    return click.option(
+        "--order",
+        type=click.Choice([order.value for order in Order]),
+        default=Order.SHORT_FIRST.value,
+        callback=lambda context, param, value: Order(value),
+        help="Of those that wait: who needs least first, or by arrival.",
+    )(command)

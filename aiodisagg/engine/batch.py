@@ -9,6 +9,7 @@ in all three rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,9 @@ class EngineSequence:
         rows: RequestRows,
         decode: Callable[[Sequence[int]], str],
         keys: PageKeys | None = None,
+        *,
+        due: float = -math.inf,
+        priority: int = 0,
     ) -> None:
         self.request_id = handle.request_id
         self.handle, self.plan, self.sampling, self.rows = handle, plan, sampling, rows
@@ -55,6 +59,8 @@ class EngineSequence:
         self.generated: list[int] = []
         self.keys = keys
         """None: its pages are not shared."""
+        self.due, self.priority = due, priority
+        """See :class:`~aiodisagg.scheduler.order.Claim`; on the clock ``time.monotonic``."""
 
     def append(self, token: int) -> None:
         """The answer's next token."""

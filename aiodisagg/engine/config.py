@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aiodisagg.errors import ConfigError
+from aiodisagg.scheduler.order import Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,10 @@ class EngineConfig:
     """Prefill what has arrived of a prompt; else a prefill begins when the last row is here."""
     prefix_cache: bool = True
     """Keep what finished requests leave in the pool for prompts that begin alike."""
+    order: Order = Order.SHORT_FIRST
+    """Of requests of one class: who gets pages, and prompt tokens, before whom."""
+    max_wait_s: float = 10.0
+    """A request that has waited so long for its first token goes before all that have not, in order of arrival."""
     max_running: int = 64
     """Requests that hold pages at once; never more than ``token_budget``, so that each decode fits into every step."""
     max_waiting: int = 1024
@@ -44,7 +49,7 @@ class EngineConfig:
         for key in ("page_size", "token_budget", "max_running", "max_waiting"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, f"must be at least 1, not {getattr(self, key)}")
-        for key in ("itl_budget_ms", "coalesce_tokens"):
+        for key in ("itl_budget_ms", "coalesce_tokens", "max_wait_s"):
             if not getattr(self, key) >= 0:
                 raise ConfigError(key, f"must be at least 0, not {getattr(self, key)}")
         for key in ("num_pages", "pool_bytes", "max_context"):

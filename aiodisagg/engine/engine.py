@@ -11,6 +11,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -41,6 +42,10 @@ class EngineRequest:
     request_id: str
     plan: PromptPlan
     sampling: SamplingParams
+    priority: int = 0
+    """Its class: lower goes first."""
+    waited_s: float = 0.0
+    """How long it has waited already; counts for ``max_wait_s``."""
 
 
 class Engine:
@@ -88,6 +93,7 @@ class Engine:
             overlap=self.config.overlap,
             coalesce_tokens=self.config.coalesce_tokens,
             pace=self._pace,
+            order=self.config.order,
         )
         self._limit = min(self._scheduler.largest(), self._runner.max_context)
         self._live: dict[str, EngineSequence] = {}
@@ -166,7 +172,16 @@ class Engine:
             stream=self._stream,
         )
         keys = PageKeys(plan, self.config.page_size) if self.config.prefix_cache else None
-        sequence = EngineSequence(RequestHandle(request_id, self.cancel), plan, sampling, rows, self._decode, keys)
+        sequence = EngineSequence(
+            RequestHandle(request_id, self.cancel),
+            plan,
+            sampling,
+            rows,
+            self._decode,
+            keys,
+            due=monotonic() + self.config.max_wait_s - request.waited_s,
+            priority=request.priority,
+        )
         with self._lock:
             if request_id in self._live:
                 raise EngineError(request_id, "the id is in use")

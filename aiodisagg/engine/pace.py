@@ -129,7 +129,13 @@ class Pace:
         ``start``: tokens before the first of them, of the request that has most.
         """
         alone = self.expect(decodes)
-        room = max(self.budget_s - alone, alone)
+        return self._fit_into(max(self.budget_s - alone, alone), start, most)
+
+    def prefill_after(self, step: StepShape, start: int, most: int) -> int:
+        """Prompt tokens, at most ``most``, for which this step takes twice as long; ``start`` as above."""
+        return min(most, self._fit_into(self.expect(step), start, most))
+
+    def _fit_into(self, room: float, start: int, most: int) -> int:
         _, _, _, token, pair = self._fitted()
         linear, square = token + pair * start / 1e6, pair / 2e6
         # The positive root of square * n**2 + linear * n = room, in the form that does not divide by a small square.

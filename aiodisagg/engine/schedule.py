@@ -4,12 +4,18 @@ Theory. A request is a row of ``total = prompt + generated`` tokens of which ``c
 the pool. Prefill, decode and computing again after a preemption are one thing: move ``computed`` towards ``total``;
 the step that reaches it samples the next token. A decode is the case in which one token is missing.
 
-* Seniority is the order of arrival and never changes. Admission is strictly by seniority, the victim of a preemption
-  is always the newest running request, so **every running request is older than every waiting one** and the oldest
-  is never preempted: it always gets on, and by induction everybody finishes.
-* Admission reserves the pages of everything known (prompt, and what a preempted request had generated), so a prefill
-  never stops for lack of pages while rows arrive. Decodes take further pages one at a time and preempt for them. A
-  newcomer leaves one page for each running request, or the next few decodes would throw it out again.
+* Who goes first is said by :mod:`~aiodisagg.scheduler.order`, for pages and for prompt tokens alike. What a request
+  still needs is counted in tokens: those to be computed, and those whose rows are not here once more, for the tower.
+  Who has got a token has waited, so it is due: it goes by arrival, before all that wait for a first one.
+* Admission takes the first in order, and if that does not fit, nobody. It reserves the pages of everything known
+  (prompt, and what a preempted request had generated), so a prefill never stops for lack of pages while rows arrive.
+  Decodes take further pages one at a time and preempt for them. A newcomer leaves one page for each running request,
+  or the next few decodes would throw it out again.
+* The victim of a preemption is the last in order of all that run: who has got no token yet before who has. Nobody is
+  preempted for ever: a decode takes a page only to compute a token, and who gives way to itself has got one since it
+  was admitted, so **each preemption is paid for with a token**; they are finitely many for finitely many requests. And
+  of those that are due nobody gives way to one that came later, so with newcomers without end the oldest still gets
+  on, and by induction everybody finishes.
 * A prefill never passes ``front``, the contiguous part of the prompt whose rows are here. A request that waits for
   rows keeps its pages and costs nothing else.
 * What a request needs first may be in pages already (:mod:`~aiodisagg.engine.pages`): admission shares them and the
@@ -17,9 +23,11 @@ the step that reaches it samples the next token. A decode is the case in which o
   need not come, so the front begins behind it. Where it is then, only who holds the rows knows: whoever drives this
   says so after each admission (a request beyond its front waits until then), and again after a preemption, since the
   pages may be gone when the request comes back; until then it has no front.
-* Fairness inside the token budget: decodes first; of the rest the oldest prefill gets at least half, so a stream of
-  short prompts cannot starve a long one, and what remains goes to who needs least to finish, so a long prompt does not
-  hold up short ones. ``max_running <= token_budget`` leaves at least one token for prefill whenever there is one.
+* Inside the token budget decodes go first and prefills follow in order, each with all that it can compute. Short first
+  is of use only if who goes first need not wait for the others all the same: those behind one that gets its first token
+  in a step may make that step twice as long, and no longer.
+  ``max_running <= token_budget`` leaves at least one token for prefill whenever there is one. A stream of short prompts
+  cannot starve a long one, as that one is due in the end.
 * Beside decodes the budget is what :class:`~aiodisagg.engine.pace.Pace` allows, so a burst of prompts does not stop
   running streams; without decodes nobody waits for a token and a step is as large as it may be.
 * A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has
@@ -31,11 +39,13 @@ the step that reaches it samples the next token. A decode is the case in which o
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.pages import Pages
+from aiodisagg.scheduler.order import Claim, Order, Queue, Rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +79,8 @@ class _Request:
     prompt: int
     front: int
     keys: Sequence[bytes]
+    due: float
+    priority: int
     generated: int = 0
     computed: int = 0
     reused: int = 0
@@ -85,6 +97,13 @@ class _Request:
     @property
     def decodes(self) -> bool:
         return self.generated > 0 and self.missing == 1
+
+    @property
+    def claim(self) -> Claim:
+        due = -math.inf if self.generated else self.due
+        return Claim(
+            self.order, due, self.priority, self.missing + max(0, self.prompt - max(self.front, self.computed))
+        )
 
     @property
     def complete(self) -> bool:
@@ -107,11 +126,12 @@ class Scheduler:
         overlap: prefill what has arrived of a prompt; else a prefill begins when all of its rows are here.
         coalesce_tokens: fewer ready tokens than that, with more to follow, wait while a step has other work.
         pace: bounds the prefill beside decodes; None: the token budget alone does.
+        order: of requests for pages and for prompt tokens.
     """
 
     def __init__(
         self, *, num_pages: int, page_size: int, token_budget: int, max_running: int, overlap: bool = True,
-        coalesce_tokens: int = 0, pace: Pace | None = None,
+        coalesce_tokens: int = 0, pace: Pace | None = None, order: Order = Order.SHORT_FIRST,
     ) -> None:  # fmt: skip
         self.pages = Pages(num_pages)
         self.page_size = page_size
@@ -123,8 +143,9 @@ class Scheduler:
         """Admissions that found at least one page."""
         self._overlap, self._coalesce, self._pace = overlap, coalesce_tokens, pace
         self._requests: dict[str, _Request] = {}
-        self._running: list[_Request] = []  # both by seniority
-        self._waiting: list[_Request] = []
+        self._order = order
+        self._running: list[_Request] = []  # by arrival
+        self._waiting: Queue[_Request] = Queue(order)
         self._arrivals = 0
 
     def __repr__(self) -> str:
@@ -137,12 +158,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        return tuple(r.request_id for r in self._waiting)
+        """By arrival."""
+        return tuple(r.request_id for r in sorted(self._waiting, key=lambda r: r.order))
 
-    @property
-    def only_decodes(self) -> bool:
+    def only_decodes(self, now: float) -> bool:
         """Whether the next step would do nothing but decode: nobody can be admitted, and no prompt can go on."""
-        return bool(self._running) and not self._worthwhile(True) and not self._admissible()
+        return bool(self._running) and not self._worthwhile(True) and not self._admissible(now)
 
     def pages_of(self, request_id: str) -> list[int]:
         """Pages in the order of the request's tokens; empty while it waits. Not to be changed by the caller."""
@@ -156,25 +177,33 @@ class Scheduler:
         """Tokens of the longest request that can ever run. The last token of an answer needs no page."""
         return self.pages.count * self.page_size + 1
 
-    def add(self, request_id: str, prompt: int, max_tokens: int, front: int, keys: Sequence[bytes] = ()) -> None:
+    def add(
+        self, request_id: str, prompt: int, max_tokens: int, front: int, keys: Sequence[bytes] = (), *,
+        due: float = -math.inf, priority: int = 0,
+    ) -> None:  # fmt: skip
         """A new request, the newest of all. ValueError if it is known, empty, or longer than :meth:`largest`.
 
         ``keys``: of its full pages, in order; the caller lets them grow as tokens are sampled. Pages without a key are
-        neither found nor shared.
+        neither found nor shared. ``due``, on the clock of :meth:`plan_step`, and ``priority``: see
+        :class:`~aiodisagg.scheduler.order.Claim`.
         """
         if request_id in self._requests:
             raise ValueError(f"request {request_id} is known already")
         if prompt < 1 or max_tokens < 1 or prompt + max_tokens > self.largest():
             raise ValueError(f"request {request_id}: {prompt} + {max_tokens} tokens, {self.largest()} are the most")
-        request = _Request(request_id, self._arrivals, prompt, front, keys)
+        request = _Request(request_id, self._arrivals, prompt, front, keys, due, priority)
         self._arrivals += 1
         self._requests[request_id] = request
-        self._waiting.append(request)
+        self._waiting.add(request, request.claim)
 
     def set_front(self, request_id: str, front: int) -> None:
         """The first ``front`` prompt tokens can be computed or are in pages. It moves back by a preemption only."""
         request = self._requests[request_id]
-        request.front = max(request.front, front)
+        if front > request.front:
+            request.front = front
+            if not request.pages:
+                self._waiting.remove(request)
+                self._waiting.add(request, request.claim)
 
     def advance(self, segment: Segment, *, sampled: bool) -> None:
         """A segment of the last step is computed; ``sampled``: the request got a token."""
@@ -193,52 +222,59 @@ class Scheduler:
         request = self._requests.pop(request_id, None)
         if request is None:
             return
-        (self._running if request in self._running else self._waiting).remove(request)
+        if request.pages:
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request)
         if spoilt:
             self.pages.forget(request.pages)
         self.pages.give_back(request.pages)
 
-    def plan_step(self) -> Step:
-        """The next step. Takes pages, admits and preempts as the theory above says."""
+    def plan_step(self, now: float) -> Step:
+        """The next step. Takes pages, admits and preempts as the theory above says. ``now`` does not go back."""
         preempted: list[str] = []
-        decodes = self._plan_decodes(preempted)
+        decodes = self._plan_decodes(now, preempted)
         # A victim does not come back in the same step: somebody has taken one of its pages.
-        admitted = self._admit()
-        prefills = self._plan_prefills(decodes)
+        admitted = self._admit(now)
+        prefills = self._plan_prefills(now, decodes)
         return Step((*decodes, *prefills), tuple(admitted), tuple(preempted))
+
+    def _rank(self, request: _Request, now: float) -> Rank:
+        return self._order.rank(request.claim, now)
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def _plan_decodes(self, preempted: list[str]) -> list[Segment]:
+    def _plan_decodes(self, now: float, preempted: list[str]) -> list[Segment]:
         segments = []
         for request in tuple(self._running):
             if not request.decodes or not request.pages:
                 continue
             if self._pages_for(request.total) > len(request.pages):
                 while not self.pages.free and request.pages:
-                    preempted.append(self._preempt_newest())
+                    # Never one that is planned already: it came earlier, and who decodes goes by arrival.
+                    preempted.append(self._preempt(max(self._running, key=lambda r: self._rank(r, now))))
                 if not request.pages:
                     continue
                 request.pages += self.pages.take(1)
             segments.append(Segment(request.request_id, request.computed, request.total, samples=True))
         return segments
 
-    def _preempt_newest(self) -> str:
-        victim = self._running.pop()
+    def _preempt(self, victim: _Request) -> str:
+        self._running.remove(victim)
         self.pages.give_back(victim.pages)
         victim.pages = []
         if victim.reused:
             victim.front = 0
         victim.computed = victim.reused = 0
-        bisect.insort(self._waiting, victim, key=lambda r: r.order)
+        self._waiting.add(victim, victim.claim)
         return victim.request_id
 
-    def _admissible(self) -> tuple[_Request, list[int]] | None:
+    def _admissible(self, now: float) -> tuple[_Request, list[int]] | None:
         """Who is admitted next, and the pages that it shares; None: nobody waits, or must wait for others to end."""
-        if not self._waiting or len(self._running) >= self.max_running:
+        request = self._waiting.first(now)
+        if request is None or len(self._running) >= self.max_running:
             return None
-        request = self._waiting[0]
         # At least the last token is computed.
         found = self.pages.find(request.keys[: (request.total - 1) // self.page_size])
         needed = self._pages_for(request.total) - len(found) + self.pages.idle_among(found)
@@ -246,20 +282,21 @@ class Scheduler:
             return None
         return request, found
 
-    def _admit(self) -> list[str]:
+    def _admit(self, now: float) -> list[str]:
         admitted = []
-        while (first := self._admissible()) is not None:
+        while (first := self._admissible(now)) is not None:
             request, found = first
             self.pages.share(found)
             request.pages = found + self.pages.take(self._pages_for(request.total) - len(found))
             request.computed = request.reused = len(found) * self.page_size
             self.hits += bool(found)
             self.tokens_reused += request.reused
-            self._running.append(self._waiting.pop(0))
+            self._waiting.remove(request)
+            bisect.insort(self._running, request, key=lambda r: r.order)
             admitted.append(request.request_id)
         return admitted
 
-    def _plan_prefills(self, decodes: Sequence[Segment]) -> list[Segment]:
+    def _plan_prefills(self, now: float, decodes: Sequence[Segment]) -> list[Segment]:
         prefills = self._worthwhile(bool(decodes))
         if not prefills:
             return []
@@ -267,21 +304,26 @@ class Scheduler:
         if self._pace is not None and decodes:
             furthest = max(r.computed for r in prefills)
             budget = self._pace.prefill_beside(StepShape.of(decodes), furthest, budget)
-        granted = {prefills[0].request_id: min(prefills[0].ready, -(-budget // 2))}
-        budget -= granted[prefills[0].request_id]
-        for request in sorted(prefills, key=lambda r: (r.missing, r.order)):
-            before = granted.get(request.request_id, 0)
-            more = min(request.ready - before, budget)
-            granted[request.request_id] = before + more
-            budget -= more
-        return [
-            Segment(r.request_id, r.computed, r.computed + n, samples=r.computed + n == r.total)
-            for r in prefills
-            if (n := granted[r.request_id])
-        ]
+        segments: list[Segment] = []
+        room = budget
+        for request in sorted(prefills, key=lambda r: self._rank(r, now)):
+            stop = request.computed + min(request.ready, room)
+            if stop == request.computed:
+                break
+            segments.append(Segment(request.request_id, request.computed, stop, samples=stop == request.total))
+            budget, room = budget - segments[-1].tokens, room - segments[-1].tokens
+            if segments[-1].samples and self._order is Order.SHORT_FIRST:
+                room = self._room_after(StepShape.of([*decodes, *segments]), budget)
+        return segments
+
+    def _room_after(self, step: StepShape, most: int) -> int:
+        """Prompt tokens for which a step that gives somebody a first token may take longer: twice as long."""
+        if self._pace is None:
+            return min(most, step.prefill + step.decodes)
+        return self._pace.prefill_after(step, 0, most)
 
     def _worthwhile(self, busy: bool) -> list[_Request]:
-        """Running requests with prefill to do now, by seniority; ``busy``: the step has decodes."""
+        """Running requests with prefill to do now, by arrival; ``busy``: the step has decodes."""
         able = [r for r in self._running if r.ready and not r.decodes and (r.complete or self._overlap)]
         large = [r for r in able if r.complete or r.ready >= self._coalesce]
         if busy or any(r.complete for r in able):

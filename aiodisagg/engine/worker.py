@@ -15,7 +15,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import torch
 
@@ -166,7 +166,15 @@ class StepThread:
         plan, sampling = sequence.plan, sequence.sampling
         self._sequences[sequence.request_id] = sequence
         keys = () if sequence.keys is None else sequence.keys.keys
-        self._scheduler.add(sequence.request_id, plan.tokens, sampling.max_tokens, sequence.rows.front, keys)
+        self._scheduler.add(
+            sequence.request_id,
+            plan.tokens,
+            sampling.max_tokens,
+            sequence.rows.front,
+            keys,
+            due=sequence.due,
+            priority=sequence.priority,
+        )
 
     def _end(self, command: End) -> None:
         if command.request_id not in self._sequences:
@@ -178,7 +186,7 @@ class StepThread:
 
     def _put_off(self) -> bool:
         """Lets a step that would only decode wait, as long as the watcher has patience and nothing comes."""
-        wait_s = self._watcher.patience_s() if self._scheduler.only_decodes else 0.0
+        wait_s = self._watcher.patience_s() if self._scheduler.only_decodes(monotonic()) else 0.0
         if wait_s <= 0:
             return False
         with self._wake:
@@ -186,7 +194,7 @@ class StepThread:
 
     def _step(self) -> bool:
         """Plans and runs one step. False: nothing to do until a command comes."""
-        step = self._scheduler.plan_step()
+        step = self._scheduler.plan_step(monotonic())
         for request_id in step.preempted:
             self._set_front(request_id, reused=0)
         for request_id in step.admitted:

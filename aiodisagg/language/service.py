@@ -148,6 +148,8 @@ class LanguageService:
             itl_budget_ms=config.itl_budget_ms,
             overlap=config.overlap,
             prefix_cache=config.prefix_cache,
+            order=config.admission.order,
+            max_wait_s=config.admission.max_wait_s,
         )
         planner = self._planner
         accelerator = await asyncio.to_thread(open_accelerator, config.device)
@@ -286,9 +288,11 @@ class LanguageService:
                 await self.peers.wait_any(self.config.peer_wait_s)
             if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
-            turn = Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=trace.since())
-            await self.admission.take(turn)
-            handle = self.engine.submit(EngineRequest(request_id, plan, sampling))
+            spent_s = trace.since()
+            await self.admission.take(Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=spent_s))
+            handle = self.engine.submit(
+                EngineRequest(request_id, plan, sampling, priority, waited_s=trace.since() - spent_s)
+            )
             fetching = self._tasks.start(self._fetch(handle, plan, request, trace, timeout_s), f"fetch {request_id}")
             try:
                 async with aclosing(aiter(handle)) as deltas:

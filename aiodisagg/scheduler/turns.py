@@ -12,10 +12,16 @@ the chunk would take the device from the tower that the request waits for, and e
 weights. They wait, and are computed in one piece. Rows from elsewhere for a device whose tower has nothing as old go
 in at once: that is the overlap that gains.
 
+One thing goes before age. A prompt whose rows are all here, as those of text alone are, is in nobody's way for long,
+but would be for several times as long beside the tower. Where it goes before the tower's request in
+:mod:`~aiodisagg.scheduler.order`, the tower waits for it. It does not starve: what it works for is due in the end.
+
 Ages are any numbers that grow with the time at which a request was let in.
 """
 
 from __future__ import annotations
+
+from aiodisagg.scheduler.order import Claim, Order
 
 
 def tower_may_begin(oldest_item: float, oldest_prefill: float | None) -> bool:
@@ -26,6 +32,16 @@ def tower_may_begin(oldest_item: float, oldest_prefill: float | None) -> bool:
             among those with prompt tokens that can be computed; None: there is none.
     """
     return oldest_prefill is None or oldest_item <= oldest_prefill
+
+
+def prefill_goes_first(order: Order, item: Claim, prefill: Claim | None, now: float) -> bool:
+    """Whether the tower's next batch waits for a prompt that came later.
+
+    Args:
+        item: of the request whose item is next. prefill: of the first in order whose prompt could be computed to its
+            end now; None: there is none.
+    """
+    return prefill is not None and order.rank(prefill, now) < order.rank(item, now)
 
 
 def rows_may_go(request: float, oldest_encoding: float | None) -> bool:

@@ -147,7 +147,7 @@ class Cluster:
             engine = peer.engine = Engine(
                 device, self.costs, self.gaps, inline=role == "replica", ended=self._ended, first=self._first,
                 leaps=self._leaps, pace=Pace(pace_ms / 1e3) if pace_ms else None, overlap=self.system.overlap,
-                coalesce_tokens=self.system.coalesce_tokens,
+                coalesce_tokens=self.system.coalesce_tokens, order=self.system.doors.order,
             )  # fmt: skip
             peer.door = open_door(
                 self.system.doors, self.clock, self._begin, self._refuse, runs=self.costs.times.max_running
@@ -200,6 +200,7 @@ class Cluster:
         prompt = self.costs.prompt(images, source.text_tokens)
         unloaded = self.costs.unloaded_s(images, prompt)
         request = SimRequest(number, source, prompt, unloaded, self.costs.decode_s(1, prompt))
+        request.due_s = source.arrival_s + self.system.doors.max_wait_s
         request.items = [
             Item(request, i, image.identity, rows)
             for i, (image, rows) in enumerate(zip(source.images, images, strict=True))

@@ -13,7 +13,7 @@ from aiodisagg.bench.serve_metrics import Spread
 from aiodisagg.bench.workload import Mix
 from aiodisagg.errors import ConfigError
 from aiodisagg.simulate.cluster import Routing, System
-from aiodisagg.simulate.doors import Doors, Order
+from aiodisagg.simulate.doors import Doors, Line
 from aiodisagg.simulate.runs import Offered, first_tokens
 from aiodisagg.simulate.times import ServiceTimes
 
@@ -23,7 +23,7 @@ PACE_MS, SLACK_MS, COALESCE = 100.0, 50.0, 64
 
 _STARTED = System(
     "", both=2, pace_ms=PACE_MS, inter_token_ms=SLACK_MS, coalesce_tokens=COALESCE, turns=False,
-    doors=Doors(order=Order.ADMISSION), routing=Routing.OUTSTANDING,
+    doors=Doors(line=Line.ADMISSION), routing=Routing.OUTSTANDING,
 )  # fmt: skip
 """As ``bench system`` starts peers: with an admission queue, and a balancer in the client."""
 

@@ -79,27 +79,21 @@ def overload(scale: Scale, say: Say) -> str:
 
 
 def text(scale: Scale, say: Say) -> str:
-    found = studies.text_beside_images(read_times("h200-vllm"), requests=scale.requests, loads=(0.5, 0.7, 0.9), say=say)
-    columns = (
-        "load",
-        "system",
-        "order",
-        "text TTFT p50",
-        "text p99",
-        "of the first",
-        "mean of all",
-        "p99 of all",
-        "longest wait outside",
-    )
+    times, loads = read_times("h200-vllm"), (0.5, 0.7, 0.9)
+    found = studies.text_beside_images(times, requests=scale.requests, loads=loads, cvs=(1.0, 4.9), say=say)
+    columns = ["cv", "load", "system", "text TTFT p99, first-come", "short-first", "ratio"]
+    columns += ["mean of all, first-come", "short-first", "p99 of all, first-come", "short-first"]
+    columns += ["longest wait of images, s, first-come", "short-first", "bound, s"]
     rows = []
-    for one in found:
-        first = next(other for other in found if other.load == one.load)
-        text, whole = one.report.ttft_text, one.report.ttft
+    for before, after in zip(found[::2], found[1::2], strict=True):
+        texts, alls = [(one.report.ttft_text, one.report.ttft) for one in (before, after)], (before, after)
+        ratio = texts[1][0].p99 / max(texts[0][0].p99, 1e-9)
         rows.append(
             (
-                f"{one.load:g}", one.report.system, one.order, f"{text.p50:.0f}", f"{text.p99:.0f}",
-                f"{text.p99 / max(first.report.ttft_text.p99, 1e-9):.2f}", f"{whole.mean:.0f}", f"{whole.p99:.0f}",
-                f"{one.longest_wait_ms:.0f}",
+                f"{before.cv:g}", f"{before.load:g}", before.report.system,
+                *(f"{text.p99:.0f}" for text, _ in texts), f"{ratio:.2f}",
+                *(f"{whole.mean:.0f}" for _, whole in texts), *(f"{whole.p99:.0f}" for _, whole in texts),
+                *(f"{one.longest_wait_s:.1f}" for one in alls), f"{before.bound_s:g}",
             )
         )  # fmt: skip
     return markdown(columns, rows)

@@ -23,6 +23,7 @@ from aiodisagg.scheduler.admission import (
     Shed,
     TimerFired,
 )
+from aiodisagg.scheduler.order import Order
 from aiodisagg.scheduler.prices import Work
 from aiodisagg.scheduler.shares import Tenant
 from aiodisagg.simulate.clock import Clock
@@ -31,11 +32,11 @@ from aiodisagg.simulate.request import SimRequest
 Tell = Callable[[SimRequest], None]
 
 
-class Order(enum.StrEnum):
-    """Who goes next."""
+class Line(enum.StrEnum):
+    """Where those wait who are not let in."""
 
-    FIRST_COME = "first-come"
-    """The order of arrival."""
+    ARRIVAL = "arrival"
+    """In one line, whatever they want."""
     ADMISSION = "admission"
     """As the services do: :class:`aiodisagg.scheduler.admission.AdmissionQueue`."""
 
@@ -43,12 +44,14 @@ class Order(enum.StrEnum):
 class Doors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How requests are let in to each language peer.
 
-    ``inside``: requests at once, 0 for as many as come (first-come) or as the engine runs (admission). ``shed_at``:
+    ``inside``: requests at once, 0 for as many as come (arrival) or as the engine runs (admission). ``shed_at``:
     refuse whose first token is predicted, or has become, later than this multiple of its unloaded time; 0: nobody.
-    ``max_wait_s``, ``window_s``, ``min_in_flight``: as :class:`~aiodisagg.scheduler.admission.AdmissionConfig`.
+    ``order`` and ``max_wait_s`` hold inside of the engine as well. They, ``window_s`` and ``min_in_flight``: as
+    :class:`~aiodisagg.scheduler.admission.AdmissionConfig`.
     """
 
-    order: Order = Order.FIRST_COME
+    line: Line = Line.ARRIVAL
+    order: Order = Order.SHORT_FIRST
     inside: int = 0
     shed_at: float = 0.0
     max_wait_s: float = 10.0
@@ -63,7 +66,12 @@ class Doors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def admission(self) -> AdmissionConfig:
         """Raises ConfigError."""
-        return AdmissionConfig(max_wait_s=self.max_wait_s, window_s=self.window_s, min_in_flight=self.min_in_flight)
+        return AdmissionConfig(
+            max_wait_s=self.max_wait_s,
+            order=self.order,
+            window_s=self.window_s,
+            min_in_flight=self.min_in_flight,
+        )
 
 
 class Door(Protocol):
@@ -84,7 +92,7 @@ class Door(Protocol):
 
 def open_door(doors: Doors, clock: Clock, begin: Tell, refuse: Tell, *, runs: int) -> Door:
     """``runs``: requests that the engine behind it runs at once."""
-    if doors.order is Order.ADMISSION:
+    if doors.line is Line.ADMISSION:
         return QueueDoor(doors, clock, begin, refuse, runs)
     return LineDoor(doors, begin, refuse)
 
@@ -138,7 +146,7 @@ class QueueDoor:
         self._here[request.name] = request
         self.waiting_s += request.unloaded_s
         tenant = Tenant(source.tenant or "default")
-        self._act(self._queue.handle(Arrived(request.name, work, tenant, -source.priority, deadline), now))
+        self._act(self._queue.handle(Arrived(request.name, work, tenant, source.priority, deadline), now))
 
     def first(self, request: SimRequest) -> None:
         self._act(self._queue.handle(FirstToken(request.name), self._clock.now))

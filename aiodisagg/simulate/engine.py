@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable
 
 from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.schedule import Segment
-from aiodisagg.scheduler.turns import rows_may_go
+from aiodisagg.scheduler.order import Order
+from aiodisagg.scheduler.turns import prefill_goes_first, rows_may_go
 from aiodisagg.simulate.device import Device
 from aiodisagg.simulate.leap import LeapingScheduler
 from aiodisagg.simulate.request import Item, SimRequest
@@ -42,6 +44,7 @@ class Engine:
         self, device: Device, costs: Costs, gaps: TokenGaps, *, inline: bool, ended: Callable[[SimRequest], None],
         first: Callable[[SimRequest], None], page_tokens: int = PAGE_TOKENS, leaps: bool = True,
         pace: Pace | None = None, overlap: bool = True, coalesce_tokens: int = 0,
+        order: Order = Order.SHORT_FIRST,
     ) -> None:  # fmt: skip
         times = costs.times
         self.device, self.costs, self.gaps = device, costs, gaps
@@ -53,8 +56,9 @@ class Engine:
             overlap=overlap,
             coalesce_tokens=coalesce_tokens,
             pace=pace,
+            order=order,
         )
-        self._pace = pace
+        self._pace, self._order = pace, order
         self.steps = 0
         self.preemptions = 0
         self._inline, self._ended, self._first, self._leaps = inline, ended, first, leaps
@@ -83,7 +87,14 @@ class Engine:
     def add(self, request: SimRequest) -> None:
         self._requests[request.name] = request
         request.front = 0 if self._inline and request.items else request.reach()
-        self.scheduler.add(request.name, request.prompt, request.output, request.front)
+        self.scheduler.add(
+            request.name,
+            request.prompt,
+            request.output,
+            request.front,
+            due=request.due_s,
+            priority=request.source.priority,
+        )
         self.wake()
 
     def arrived(self, request: SimRequest) -> None:
@@ -107,6 +118,13 @@ class Engine:
         """When the request was let in that has waited longest for a prefill that could be done now."""
         name = self.scheduler.oldest_prefill()
         return None if name is None else self._requests[name].begun_s
+
+    def has_before(self, request: SimRequest) -> bool:
+        """Whether a prompt that could be computed now goes before the request."""
+        now = self.device.clock.now
+        name = self.scheduler.first_prefill(now)
+        first = None if name is None else self._requests[name].claim
+        return prefill_goes_first(self._order, request.claim, first, now)
 
     def prepared(self, item: Item) -> None:
         """The pixels of an image are here, to be encoded in the loop."""
@@ -141,11 +159,11 @@ class Engine:
 
     def _begin(self) -> None:
         encoding = self._encode_batch() if self._to_encode else 0.0
-        step = self.scheduler.plan_step()
+        step = self.scheduler.plan_step(self.device.clock.now)
         if self._to_encode and step.admitted and not encoding:  # who was let in now need not wait for the next step
             encoding = self._encode_batch()
             if encoding and not step.segments:
-                step = self.scheduler.plan_step()
+                step = self.scheduler.plan_step(self.device.clock.now)
         self.preemptions += len(step.preempted)
         if not step.segments and not encoding:
             if self.beside is not None:
@@ -156,6 +174,8 @@ class Engine:
         limit = 1 << 60
         for segment in step.segments:
             request = self._requests[segment.request_id]
+            if request.served_s < 0:
+                request.served_s = self.device.clock.now
             if request.generated and segment.stop - segment.start == 1:
                 decodes += 1
                 context += segment.stop
@@ -167,6 +187,8 @@ class Engine:
         if prefills:
             spent = self.costs.mixed_s(prefills, decodes, context)
         elif decodes:
+            single_s = self.costs.decode_s(decodes, context)
+            limit = min(limit, math.ceil(min((self.scheduler.next_due - self.device.clock.now) / single_s, limit)))
             if self._leaps and not (encoding or self._to_encode or (self.beside is not None and self.beside.working)):
                 self._planned = self.scheduler.most_steps(self._segments, limit)
             spent = self.costs.decode_s(decodes, context + decodes * (self._planned - 1) / 2)
@@ -192,6 +214,8 @@ class Engine:
             return 0.0
         for item in batch:
             self._to_encode.remove(item)
+            if item.request.served_s < 0:
+                item.request.served_s = self.device.clock.now
             item.arrived = item.rows
         for request in dict.fromkeys(item.request for item in batch):
             request.front = request.reach()

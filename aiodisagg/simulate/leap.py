@@ -12,7 +12,8 @@ class LeapingScheduler(Scheduler):
 
     Theory. Between two steps that only decode, nothing that the scheduler looks at changes but the pages: contexts
     grow and free pages become fewer. So as long as no request ends, comes, or gets rows, and the pages last, the next
-    steps decode for the same requests, admit nobody (who did not fit before fits less now) and preempt nobody.
+    steps decode for the same requests, admit nobody (who did not fit before fits less now) and preempt nobody. Time
+    alone changes one thing: who becomes due may be the first in line from then on, and may fit (:attr:`next_due`).
     """
 
     def most_steps(self, segments: Sequence[Segment], limit: int) -> int:
@@ -39,6 +40,16 @@ class LeapingScheduler(Scheduler):
                 request.pages += self.pages.take(more)
             moved.append(Segment(segment.request_id, request.computed, request.total, samples=True))
         return moved
+
+    @property
+    def next_due(self) -> float:
+        """No later than when the next one of those without pages becomes due."""
+        return self._waiting.next_due
+
+    def first_prefill(self, now: float) -> str | None:
+        """The first in order of those whose prompt could be computed to its end now."""
+        able = [r for r in self._running if r.complete and r.ready and not r.decodes]
+        return min(able, key=lambda r: self._rank(r, now)).request_id if able else None
 
     def oldest_prefill(self) -> str | None:
         """The request that has waited longest of those with prompt tokens that could be computed now."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from aiodisagg.bench.workload import WorkloadRequest
+from aiodisagg.scheduler.order import Claim
 from aiodisagg.simulate.times import PATCHES_PER_TOKEN
 
 
@@ -38,8 +40,12 @@ class SimRequest:
     items: list[Item] = field(default_factory=list)
     generated: int = 0
     front: int = 0
+    due_s: float = math.inf
+    """When it has waited for its aging bound."""
     begun_s: float = -1.0
     """When it was let in."""
+    served_s: float = -1.0
+    """When the first of its images began to be encoded, or of its tokens to be computed."""
     first_s: float = -1.0
     last_s: float = -1.0
     end_s: float = -1.0
@@ -54,6 +60,11 @@ class SimRequest:
     @property
     def output(self) -> int:
         return self.source.output_tokens
+
+    @property
+    def claim(self) -> Claim:
+        """As the engine counts it, while nothing of it is computed."""
+        return Claim(self.begun_s, self.due_s, self.source.priority, 2 * self.prompt - self.reach())
 
     @property
     def complete(self) -> bool:

@@ -9,8 +9,9 @@ import msgspec
 from aiodisagg.bench.distributions import Ranges, exactly, parse_ranges
 from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.workload import Mix
+from aiodisagg.scheduler.order import Order
 from aiodisagg.simulate.cluster import Cluster, System
-from aiodisagg.simulate.doors import Doors, Order
+from aiodisagg.simulate.doors import Doors, Line
 from aiodisagg.simulate.record import Report, report
 from aiodisagg.simulate.runs import Offered, goodput, run, work
 from aiodisagg.simulate.systems import flexible, ladder, replicas, split_overlap, split_waits
@@ -106,7 +107,7 @@ def overload(
     most = goodput(open_door, times, offered, slo=slo, share=0.9, seeds=(0,), guess=guess)
     best = run(open_door, times, offered.at(most, 0), slo=slo)
     inside = max(1, round(most * best.e2e.mean / 1e3 / devices))
-    doors = Doors(order=Order.ADMISSION, inside=inside, shed_at=slo)
+    doors = Doors(line=Line.ADMISSION, inside=inside, shed_at=slo)
     shedding: System = msgspec.structs.replace(open_door, doors=doors)
     found = []
     for factor in factors:
@@ -117,34 +118,35 @@ def overload(
     return found
 
 
-def text_and_images() -> Mix:
-    """Half of the requests have no image, half have one to eight of 1080p."""
-    base = named_mix("images-1-8")
-    return Mix(Ranges(((0, 0, 1.0), (1, 8, 1.0))), FULL_HD, base.text_tokens, base.output_tokens)
-
-
 class TextBeside(msgspec.Struct, frozen=True):
     load: float
+    cv: float
     order: str
     report: Report
-    longest_wait_ms: float
-    """Of any request, from its arrival until it was let in."""
+    longest_wait_s: float
+    """Of a request with images, from its arrival until the first of its images or tokens was begun."""
+    bound_s: float
+    """What it should have waited at most."""
 
 
-def text_beside_images(times: ServiceTimes, *, requests: int, loads: Sequence[float], say: Say) -> list[TextBeside]:
-    """Text-only requests among images on two devices: replicas and flexible peers, first come first served, and behind
-    the admission queue; loads are of the device time that the requests take."""
-    offered = Offered(text_and_images(), requests)
-    spent = work(times, offered.at(1.0, 0)).total_s
+def text_beside_images(
+    times: ServiceTimes, *, requests: int, loads: Sequence[float], cvs: Sequence[float], say: Say
+) -> list[TextBeside]:
+    """Requests of text alone among those with images on two devices, replicas and flexible peers: first come, first
+    served from the line to the last step, and short first; loads are of the device time that the requests take."""
     found = []
-    for load in loads:
-        workload = offered.at(2 * load / spent, 0)
-        for base in (replicas(2), flexible(2)):
-            for order in Order:
-                doors = Doors(order=order, window_s=0.25, min_in_flight=2)
-                cluster = Cluster(msgspec.structs.replace(base, doors=doors), times)
-                cluster.run(workload)
-                longest = max(request.begun_s - request.source.arrival_s for request in cluster.requests)
-                found.append(TextBeside(load, order.value, report(cluster, seed=0), longest * 1e3))
-        say(f"text beside images at load {load:g}")
+    for cv in cvs:
+        offered = Offered(named_mix("mixed"), requests, cv)
+        spent = work(times, offered.at(1.0, 0)).total_s
+        for load in loads:
+            workload = offered.at(2 * load / spent, 0)
+            for base in (replicas(2), flexible(2)):
+                for order in (Order.FIRST_COME, Order.SHORT_FIRST):
+                    doors = Doors(line=Line.ADMISSION, order=order, window_s=0.25, min_in_flight=2)
+                    cluster = Cluster(msgspec.structs.replace(base, doors=doors), times)
+                    cluster.run(workload)
+                    longest = max(r.served_s - r.source.arrival_s for r in cluster.requests if r.items)
+                    said = report(cluster, seed=0)
+                    found.append(TextBeside(load, cv, order.value, said, longest, doors.max_wait_s))
+            say(f"text beside images at load {load:g}, cv {cv:g}")
     return found

@@ -140,7 +140,10 @@ class Tower:
         if self._lane.busy or not self._queue:
             return
         head = next(iter(self._ready.values()))
-        if self.beside is not None and not tower_may_begin(head.request.begun_s, self.beside.oldest_prefill_s()):
+        if self.beside is not None and (
+            not tower_may_begin(head.request.begun_s, self.beside.oldest_prefill_s())
+            or self.beside.has_before(head.request)
+        ):
             return
         if self.slack is not None and not self.slack.free:
             self._lane.device.before_sharing()  # a leap of the engine would earn nothing before its end
@@ -152,6 +155,9 @@ class Tower:
         self._began_s = self._clock.now
         identities = [int(piece.digest) for piece in pieces]
         self._at_work = [self._ready.pop(identity) for identity in identities]
+        for item in self._at_work:
+            if item.request.served_s < 0:
+                item.request.served_s = self._clock.now
         self._lane.start(self.costs.tower_s(patches), lambda: self._encoded(identities))
         self._preparing.feed()
 

@@ -60,7 +60,7 @@ class Run:
         self.s.add(name, prompt, tokens, front=prompt)
 
     def step(self) -> None:
-        step = self.s.plan_step()
+        step = self.s.plan_step(0.0)
         shape = StepShape.of(step.segments)
         took = self.machine.seconds(shape) * self.noise()
         self.now += took
@@ -193,7 +193,7 @@ def make(coalesce: int = 8, overlap: bool = True) -> Scheduler:
 
 def ranges(s: Scheduler) -> list[tuple[str, int, int]]:
     """One step, everything computed."""
-    step = s.plan_step()
+    step = s.plan_step(0.0)
     for segment in step.segments:
         s.advance(segment, sampled=segment.samples)
     return [(x.request_id, x.start, x.stop) for x in step.segments]

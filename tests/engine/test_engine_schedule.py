@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiodisagg.engine.schedule import Scheduler, Segment, Step
+from aiodisagg.scheduler.order import Order
 
 
-def make(*, num_pages: int = 8, page_size: int = 4, token_budget: int = 16, max_running: int = 8) -> Scheduler:
-    return Scheduler(num_pages=num_pages, page_size=page_size, token_budget=token_budget, max_running=max_running)
+def make(
+    *, num_pages: int = 8, page_size: int = 4, token_budget: int = 16, max_running: int = 8,
+    order: Order = Order.SHORT_FIRST,
+) -> Scheduler:  # fmt: skip
+    return Scheduler(
+        num_pages=num_pages, page_size=page_size, token_budget=token_budget, max_running=max_running, order=order
+    )
 
 
 def ranges(step: Step) -> list[tuple[str, int, int]]:
     return [(s.request_id, s.start, s.stop) for s in step.segments]
 
 
-def run(scheduler: Scheduler) -> Step:
+def run(scheduler: Scheduler, now: float = 0.0) -> Step:
     """One step, everything computed, every sampled token wanted."""
-    step = scheduler.plan_step()
+    step = scheduler.plan_step(now)
     for segment in step.segments:
         scheduler.advance(segment, sampled=segment.samples)
     return step
@@ -51,7 +59,7 @@ def test_prefill_stops_at_the_first_missing_row_and_goes_on_when_it_comes() -> N
 def test_pages_are_reserved_before_any_row_is_there() -> None:
     s = make()
     s.add("a", 17, 1, front=0)
-    step = s.plan_step()
+    step = s.plan_step(0.0)
     assert step.admitted == ("a",) and step.segments == ()
     assert len(s.pages_of("a")) == 5 and s.pages.free == 3
 
@@ -61,23 +69,23 @@ def test_admission_is_in_order_and_leaves_a_page_for_who_runs() -> None:
     s.add("a", 16, 8, front=16)
     s.add("b", 16, 1, front=16)  # 4 pages are free, but then none for a's next token
     s.add("c", 4, 1, front=4)  # would fit, but b was first
-    assert s.plan_step().admitted == ("a",)
+    assert s.plan_step(0.0).admitted == ("a",)
     assert s.waiting == ("b", "c")
     s.remove("a")
-    assert s.plan_step().admitted == ("b", "c")
+    assert s.plan_step(0.0).admitted == ("b", "c")
 
 
 def test_only_decodes_are_left_while_nobody_else_can_go_on_or_come_in() -> None:
     s = make(num_pages=8, token_budget=32)
     s.add("a", 16, 8, front=16)
     s.add("b", 20, 1, front=20)
-    assert not s.only_decodes, "a prompt waits for its first step"
+    assert not s.only_decodes(0.0), "a prompt waits for its first step"
     assert run(s).admitted == ("a",)
-    assert s.only_decodes, "b does not fit beside a, so the next step has nothing but a's next token"
+    assert s.only_decodes(0.0), "b does not fit beside a, so the next step has nothing but a's next token"
     s.add("c", 4, 1, front=4)
-    assert s.only_decodes, "nor may c pass b"
+    assert s.only_decodes(0.0), "nor may c pass b"
     s.remove("b")
-    assert not s.only_decodes, "c fits"
+    assert not s.only_decodes(0.0), "c fits"
 
 
 def test_the_newest_gives_its_pages_to_the_oldest_and_comes_back_with_all_it_had() -> None:
@@ -125,30 +133,115 @@ def test_victims_wait_in_their_old_order_before_newcomers() -> None:
 @pytest.mark.parametrize(
     ("prompts", "expected"),
     [
-        ([40, 4], [("r0", 0, 12), ("r1", 0, 4)]),  # a short prompt passes, the long one keeps the rest
-        ([40, 20], [("r0", 0, 8), ("r1", 0, 8)]),  # but half belongs to the oldest
-        ([40, 4, 4, 4], [("r0", 0, 8), ("r1", 0, 4), ("r2", 0, 4)]),
-        ([20, 40], [("r0", 0, 16)]),  # who is oldest and needs least gets all
+        ([40, 4], [("r1", 0, 4), ("r0", 0, 4)]),  # a short prompt passes, and its step takes twice as long at most
+        ([40, 20], [("r1", 0, 16)]),
+        ([40, 4, 4, 4], [("r1", 0, 4), ("r2", 0, 4), ("r3", 0, 4), ("r0", 0, 4)]),
+        ([30, 20], [("r0", 0, 16)]),  # what is nearly equal goes by arrival
     ],
 )
-def test_the_budget_is_shared(prompts: list[int], expected: list[tuple[str, int, int]]) -> None:
+def test_who_needs_least_gets_the_budget_first(prompts: list[int], expected: list[tuple[str, int, int]]) -> None:
     s = make(num_pages=64, token_budget=16)
     for i, prompt in enumerate(prompts):
-        s.add(f"r{i}", prompt, 1, front=prompt)
-    assert ranges(s.plan_step()) == expected
+        s.add(f"r{i}", prompt, 1, front=prompt, due=inf)
+    assert ranges(s.plan_step(0.0)) == expected
+
+
+def test_rows_that_are_not_here_count_once_more() -> None:
+    s = make(num_pages=64, token_budget=8)
+    s.add("image", 30, 1, front=12, due=inf)
+    s.add("text", 40, 1, front=40, due=inf)
+    assert ranges(s.plan_step(0.0)) == [("image", 0, 8)]
+    s = make(num_pages=64, token_budget=8)
+    s.add("image", 30, 1, front=4, due=inf)
+    s.add("text", 20, 1, front=20, due=inf)
+    assert ranges(s.plan_step(0.0)) == [("text", 0, 8)]
+
+
+def test_who_is_due_goes_first_and_by_arrival() -> None:
+    s = make(num_pages=64, token_budget=16)
+    s.add("long", 40, 1, front=40, due=5.0)
+    s.add("short", 6, 1, front=6, due=inf)
+    s.add("also long", 20, 1, front=20, due=4.0, priority=-1)
+    assert ranges(s.plan_step(3.9))[0] == ("also long", 0, 16)
+    assert ranges(s.plan_step(4.9))[0] == ("also long", 0, 16)
+    assert ranges(s.plan_step(5.0)) == [("long", 0, 16)]
+
+
+def test_classes_go_before_sizes() -> None:
+    s = make(num_pages=64, token_budget=16)
+    s.add("low", 4, 1, front=4, due=inf, priority=1)
+    s.add("high", 40, 1, front=40, due=inf, priority=-1)
+    assert ranges(s.plan_step(0.0)) == [("high", 0, 16)]
+
+
+def test_first_come_first_served_fills_the_step_by_arrival() -> None:
+    s = make(num_pages=64, token_budget=16, order=Order.FIRST_COME)
+    for name, prompt in (("a", 12), ("b", 40), ("c", 2)):
+        s.add(name, prompt, 1, front=prompt, due=inf)
+    assert ranges(s.plan_step(0.0)) == [("a", 0, 12), ("b", 0, 4)]
+
+
+def test_text_passes_images_for_pages_until_they_are_due() -> None:
+    s = make(num_pages=6)
+    s.add("running", 8, 8, front=8, due=inf)
+    run(s)
+    s.add("image", 12, 1, front=0, due=5.0)  # three pages: it does not fit
+    for n in range(3):
+        s.add(f"text {n}", 3, 1, front=3, due=inf)
+        assert run(s, 4.0).admitted == (f"text {n}",)
+        s.remove(f"text {n}")
+    s.add("text", 3, 1, front=3, due=inf)
+    assert run(s, 5.0).admitted == ()
+    s.remove("running")
+    assert run(s, 5.0).admitted[0] == "image"
+
+
+def test_rows_that_arrive_while_a_request_waits_for_pages_count() -> None:
+    s = make(num_pages=4)
+    s.add("running", 12, 2, front=12, due=inf)
+    run(s)
+    s.add("a", 9, 1, front=0, due=inf)
+    s.add("b", 10, 1, front=4, due=inf)
+    s.set_front("b", 10)
+    s.remove("running")
+    assert s.plan_step(0.0).admitted == ("b",)
+
+
+def test_who_has_no_token_yet_gives_way_to_who_has() -> None:
+    s = make(num_pages=6, page_size=2, max_running=3)
+    s.add("image", 6, 2, front=0, due=inf)  # three pages, while it waits for rows
+    s.add("stream", 2, 9, front=2, due=inf)
+    preempted: list[str] = []
+    while not preempted:
+        preempted += run(s).preempted
+    assert preempted == ["image"] and s.running == ("stream",)
+
+
+def test_who_was_preempted_after_its_first_token_comes_back_before_newcomers() -> None:
+    s = make(num_pages=4)
+    s.add("old", 4, 8, front=4, due=inf)
+    s.add("new", 4, 8, front=4, due=inf)
+    while "new" in s.running or not s.running:
+        run(s)
+    s.add("newcomer", 2, 1, front=2, due=inf)
+    assert run(s).admitted == ()
+    s.remove("old")
+    assert run(s).admitted[0] == "new"
 
 
 def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
     s = make(num_pages=64, token_budget=8, max_running=16)
-    s.add("long", 64, 1, front=64)
-    steps = 0
-    while s.running == () or s.running[0] == "long":
-        s.add(f"short{steps}", 8, 1, front=8)
-        for segment in run(s).segments:
+    s.add("long", 64, 1, front=64, due=100.0)
+    steps, began = 0, inf
+    while "long" in (*s.running, *s.waiting):
+        s.add(f"short{steps}", 8, 1, front=8, due=steps + 100.0)
+        for segment in run(s, float(steps)).segments:
+            if segment.request_id == "long":
+                began = min(began, steps)
             if segment.samples:
                 s.remove(segment.request_id)
         steps += 1
-    assert steps <= 64 // 4 + 1
+    assert began == 100 and steps == 100 + 64 // 8
 
 
 def test_what_can_never_fit_is_refused_and_the_largest_fits() -> None:
@@ -186,7 +279,7 @@ def test_the_last_token_is_always_computed_and_a_page_is_shared_when_it_is_full_
     s.add("a", 8, 1, front=8, keys=keys_of("x", "y"))
     run(s)  # six of eight tokens
     s.add("b", 10, 1, front=10, keys=keys_of("x", "y"))
-    assert run(s).segments == (Segment("a", 6, 8, True), Segment("b", 4, 8, False))
+    assert run(s).segments == (Segment("a", 6, 8, True), Segment("b", 4, 6, False))
     s.remove("a")
     s.remove("b")
     s.add("c", 8, 1, front=8, keys=keys_of("x", "y"))
@@ -245,7 +338,7 @@ def test_removing_what_is_gone_is_no_error() -> None:
     s.add("a", 4, 1, front=4)
     s.remove("a")
     s.remove("a")
-    assert s.pages.free == 8 and s.plan_step() == Step((), (), ())
+    assert s.pages.free == 8 and s.plan_step(0.0) == Step((), (), ())
 
 
 class Traffic:
@@ -257,6 +350,9 @@ class Traffic:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.s = scheduler
+        self.now = 0.0
+        self.dues: dict[str, float] = {}
+        self.tokens = self.preemptions = 0
         self.left: dict[str, int] = {}  # tokens still wanted
         self.prompts: dict[str, int] = {}
         self.fronts: dict[str, int] = {}  # tokens whose rows have come
@@ -279,7 +375,9 @@ class Traffic:
             keys.append(self.token(name, (len(keys) + 1) * self.s.page_size - 1).encode())
         self.known[name] = tokens
 
-    def add(self, prompt: int, tokens: int, front: int, family: int = 0, alike: int = 0) -> None:
+    def add(
+        self, prompt: int, tokens: int, front: int, family: int, alike: int, waits: float, priority: int
+    ) -> None:  # fmt: skip
         name = f"r{len(self.seen)}"
         self.seen[name] = len(self.seen)
         self.left[name], self.prompts[name], self.fronts[name] = tokens, prompt, min(front, prompt)
@@ -287,7 +385,10 @@ class Traffic:
         self.reach[name] = self.fronts[name]
         self.alike[name], self.keys[name] = (family, min(alike, prompt)), []
         self.know(name, prompt)
-        self.s.add(name, prompt, tokens, self.fronts[name], self.keys[name])
+        self.dues[name] = self.now + waits
+        self.s.add(
+            name, prompt, tokens, self.fronts[name], self.keys[name], due=self.dues[name], priority=priority
+        )  # fmt: skip
 
     def arrive(self, name: str, front: int) -> None:
         self.fronts[name] = max(self.fronts[name], min(front, self.prompts[name]))
@@ -306,7 +407,10 @@ class Traffic:
         del self.left[name]
 
     def step(self) -> Step:
-        step = self.s.plan_step()
+        self.now += 1.0
+        step = self.s.plan_step(self.now)
+        self.preemptions += len(step.preempted)
+        self.check_order(step)
         for name in step.preempted:
             self.computed[name] = self.reused[name] = 0
             self.tell(name)
@@ -323,11 +427,35 @@ class Traffic:
             self.computed[x.request_id] = x.stop
             if x.samples:
                 self.left[x.request_id] -= 1
+                self.tokens += 1
+                self.dues[x.request_id] = -1.0  # who has a token goes by arrival
                 self.know(x.request_id, self.known[x.request_id] + 1)
             self.s.advance(x, sampled=x.samples)
             if x.samples and not self.left[x.request_id]:
                 self.end(x.request_id)
         return step
+
+    def check_order(self, step: Step) -> None:
+        """Nobody who is due is passed by who came later, or is not: not for pages, not for tokens, not as a victim."""
+        went = [(x.request_id, name) for x in step.segments for name in self.s.running if self.ready(name)]
+        went = [(a, b) for a, b in went if not self.decodes[a] and b not in {x.request_id for x in step.segments}]
+        stayed = [name for name in self.s.waiting if name not in step.preempted]
+        went += [(a, b) for a in step.admitted for b in stayed]
+        went += [(a, b) for a in self.s.running for b in step.preempted if a not in step.admitted]
+        for first, second in went:
+            if self.dues[second] <= self.now:
+                assert self.dues[first] <= self.now and self.seen[first] < self.seen[second], (first, second)
+
+    def ready(self, name: str) -> bool:
+        """It could have been given tokens: all of its rows are here."""
+        return self.reach[name] >= self.prompts[name] and not self.decodes[name]
+
+    @property
+    def decodes(self) -> dict[str, bool]:
+        return {
+            name: self.known[name] > self.prompts[name] and self.known[name] - self.computed[name] == 1
+            for name in self.left
+        }
 
     def compute(self, x: Segment) -> None:
         name, pages, size = x.request_id, self.s.pages_of(x.request_id), self.s.page_size
@@ -344,17 +472,23 @@ class Traffic:
     def check(self) -> None:
         owned = {page for name in self.left for page in self.s.pages_of(name)}
         assert len(owned) + self.s.pages.free == self.s.pages.count
-        orders = [self.seen[name] for name in (*self.s.running, *self.s.waiting)]
-        assert orders == sorted(orders), "every running request is older than every waiting one"
+        assert self.preemptions <= self.tokens, "a preemption is paid for with a token"
         assert all(self.s.pages_of(name) for name in self.s.running)
         assert not any(self.s.pages_of(name) for name in self.s.waiting)
 
 
 alike = (st.integers(0, 1), st.integers(0, 40))  # (family, tokens that all of the family begin with)
+place = (st.sampled_from([-1, 5, 40, 10**9]), st.integers(-1, 1))  # (until it is due, class)
 event = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 12), st.integers(0, 40), *alike),
+    st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 12), st.integers(0, 40), *alike, *place),
     st.tuples(
-        st.just("add"), st.integers(1, 16), st.integers(4, 30), st.sampled_from([0, 40]), st.just(0), st.just(16)
+        st.just("add"),
+        st.integers(1, 16),
+        st.integers(4, 30),
+        st.sampled_from([0, 40]),
+        st.just(0),
+        st.just(16),
+        *place,
     ),
     st.tuples(st.just("step"), st.integers(1, 12)),
     st.tuples(st.just("step"), st.integers(1, 12)),
@@ -372,14 +506,15 @@ event = st.one_of(
     max_running=st.integers(1, 6),
     coalesce=st.integers(0, 8),
     overlap=st.booleans(),
+    order=st.sampled_from(Order),
 )
 def test_everybody_finishes_and_reads_only_what_it_would_have_computed(
     events: list[tuple[object, ...]], num_pages: int, page_size: int, budget: int, max_running: int, coalesce: int,
-    overlap: bool,
+    overlap: bool, order: Order,
 ) -> None:  # fmt: skip
     s = Scheduler(
         num_pages=num_pages, page_size=page_size, token_budget=budget, max_running=max_running, overlap=overlap,
-        coalesce_tokens=coalesce,
+        coalesce_tokens=coalesce, order=order,
     )  # fmt: skip
     traffic = Traffic(s)
     for kind, *args in events:

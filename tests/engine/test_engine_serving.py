@@ -135,9 +135,10 @@ async def test_cancelling_frees_everything(how: str) -> None:
 async def test_who_waits_for_admission_learns_of_a_cancel() -> None:
     async with make_engine(tiny_model("dense"), num_pages=2) as engine:
         first = submit(engine, make_plan([2, (1, 4, 5), 3]))  # takes both pages and waits for rows
+        await first.admitted  # else the second goes before it
         second = submit(engine, make_plan([20]))
         waiting = asyncio.create_task(second._wait_admitted())
-        await first.admitted
+        await asyncio.sleep(0)
         assert not waiting.done()
         second.cancel()
         with pytest.raises(EngineError, match="cancelled before"):

@@ -9,7 +9,7 @@ from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.workload import Gamma, ImageSpec, Mix, WorkloadRequest, generate
 from aiodisagg.errors import ConfigError
 from aiodisagg.simulate.cluster import Cluster, Routing, System
-from aiodisagg.simulate.doors import Doors, Order
+from aiodisagg.simulate.doors import Doors, Line
 from aiodisagg.simulate.machines import MachineWires
 from aiodisagg.simulate.placing import Placing
 from aiodisagg.simulate.record import report
@@ -29,7 +29,7 @@ SYSTEMS = (
     System("all", replicas=1, encode=1, language=1, both=1, placing=Placing.ROWS),
     System("at once", both=2, turns=False, inter_token_ms=0.0),
     System("no slack", both=2, inter_token_ms=0.0),
-    msgspec.structs.replace(flexible(2), name="admission", doors=Doors(order=Order.ADMISSION, inside=4)),
+    msgspec.structs.replace(flexible(2), name="admission", doors=Doors(line=Line.ADMISSION, inside=4)),
 )
 
 

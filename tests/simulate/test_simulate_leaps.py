@@ -35,14 +35,14 @@ class Twin:
 
     def go(self) -> None:
         """Until some request ends: both must have done the same."""
-        step = self.leaping.plan_step()
+        step = self.leaping.plan_step(0.0)
         segments, steps = list(step.segments), 1
         if all(s.samples and s.tokens == 1 and self.left[s.request_id] < self.outputs[s.request_id] for s in segments):
             steps = self.leaping.most_steps(segments, min(self.left[s.request_id] for s in segments))
             segments = self.leaping.leap(segments, steps)
             self.leapt += steps > 1
         for _ in range(steps):
-            plain = self.plain.plan_step()
+            plain = self.plain.plan_step(0.0)
             for segment in plain.segments:
                 self._advance(self.plain, segment, self.left[segment.request_id])
         assert plain.segments == tuple(segments)
