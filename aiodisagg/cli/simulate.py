@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from aiodisagg.cli.process import order_option
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
     from aiodisagg.bench.workload import Mix
+    from aiodisagg.scheduler.order import Order
 
 Command = Callable[..., None]
 
@@ -84,6 +86,7 @@ def write_json(file: Path | None, found: Any) -> None:
 @click.option("--trace", type=click.Path(path_type=Path), help="Requests of a file, one a line, instead of a mix.")
 @click.option("--protocol", is_flag=True, help="Move every item with the real protocol machines; slower.")
 @click.option("--shed", default=0.0, help="Refuse whom the first token is predicted later than this multiple for.")
+@order_option
 @click.option("--compare", "measured", type=click.Path(path_type=Path), help="Report of bench system to predict.")
 @workload_options
 def simulate(measured: Path | None, **options: Any) -> None:
@@ -99,7 +102,7 @@ def simulate(measured: Path | None, **options: Any) -> None:
 
 def _simulate(
     systems: tuple[str, ...], devices: int, encode: int, rates: tuple[float, ...], seed: int, trace: Path | None,
-    protocol: bool, shed: float, times: str, mix: str, small: bool, requests: int, cv: float, slo: str,
+    protocol: bool, shed: float, order: Order, times: str, mix: str, small: bool, requests: int, cv: float, slo: str,
     json_file: Path | None, plot_file: Path | None,
 ) -> None:  # fmt: skip
     import msgspec
@@ -125,7 +128,7 @@ def _simulate(
         workloads = [offered.at(rate, seed) for rate in rates]
     began, found = time.perf_counter(), []
     for name in chosen:
-        system = msgspec.structs.replace(named_system(name, devices, encode), doors=Doors(shed_at=shed))
+        system = msgspec.structs.replace(named_system(name, devices, encode), doors=Doors(shed_at=shed, order=order))
         for workload in workloads:
             found.append(run(system, hardware, workload, seed=seed, slo=slo_of(slo), protocol=protocol))
     spent_s = time.perf_counter() - began
