@@ -539,3 +539,16 @@ def test_everybody_finishes_and_reads_only_what_it_would_have_computed(
         traffic.step()
     assert not traffic.left, f"{traffic.left} never finished: {s!r}"
     assert s.pages.free == num_pages and not s.running and not s.waiting
+
+
+@pytest.mark.parametrize("order", Order)
+def test_preemptions_in_a_small_pool_keep_the_order_and_end(order: Order) -> None:
+    """Eight long answers that cannot be held together, text and images, due sooner or later."""
+    traffic = Traffic(make(num_pages=14, page_size=2, order=order))
+    for n in range(8):
+        traffic.add(1 + n % 4, 20, 40, n, 0, (5.0, 60.0, 1e9)[n % 3], n % 2)
+    for _ in range(1000):
+        if traffic.left:
+            traffic.step()
+    assert not traffic.left and traffic.tokens == 8 * 20
+    assert 0 < traffic.preemptions <= traffic.tokens // 2
