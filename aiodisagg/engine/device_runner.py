@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +66,8 @@ class DeviceRunner:
         self._context_pages = min(pool.keys.shape[1] // pool.page_size, -(-max_context // pool.page_size))
         self._inputs = self._new_inputs(token_budget, max_running)
         self._rows: torch.Tensor | None = None
+        self.launch_s = 0.0
+        """What a step costs for being launched and not replayed; known after ``warm_up``."""
         self.graphs: DecodeGraphs | None = None
         if (
             graphs
@@ -109,10 +112,22 @@ class DeviceRunner:
                 except Exception as error:  # a driver's or a library's; steps can still be launched one by one
                     logger.warning("no decode graphs: %r", error)
                     self.graphs = None
-            for tokens in (self._inputs.capacity, 1 + min(256, self._inputs.capacity // 2)):
+            few = 1 + min(256, self._inputs.capacity // 2)
+            for tokens in (self._inputs.capacity, few):
                 self._dry(tokens)
+            if self.graphs is not None:
+                self.launch_s = min(self._timed(few) for _ in range(3))
+                logger.info("a step that is launched takes %.1f ms at least", self.launch_s * 1e3)
             if self.shapes.device.type == "cuda":
                 torch.cuda.synchronize(self.shapes.device)
+
+    def _timed(self, tokens: int) -> float:
+        """Seconds of a step that computes nothing, until the device has done it."""
+        torch.cuda.synchronize(self.shapes.device)
+        began = perf_counter()
+        self._dry(tokens)
+        torch.cuda.synchronize(self.shapes.device)
+        return perf_counter() - began
 
     def _dry(self, tokens: int) -> None:
         """A step of one prompt and one decode whose tokens are all padding: every kernel of a launched step runs, on

@@ -109,6 +109,8 @@ class Engine:
             raise RuntimeError("an engine is entered once")
         if self._runner.device_runner is not None:
             await asyncio.to_thread(self._runner.warm_up)
+            if self._pace is not None:
+                self._pace.launch_s = self._runner.device_runner.launch_s
         loop = asyncio.get_running_loop()
         self._steps = StepThread(
             self._runner,

@@ -17,9 +17,11 @@ BUDGET_S = 0.05
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds: of a step, of each decode, of 1000 keys that decodes read, of a prompt token, of a million pairs."""
+    """Seconds: of a step, of one with prompt tokens, of each decode, of 1000 keys that decodes read, of a prompt token,
+    of a million pairs."""
 
     step: float = 0.008
+    mixed: float = 0.0
     decode: float = 0.0003
     keys: float = 0.0001
     token: float = 0.00004
@@ -28,6 +30,7 @@ class Machine:
     def seconds(self, shape: StepShape) -> float:
         return (
             self.step
+            + self.mixed * (shape.prefill > 0)
             + self.decode * shape.decodes
             + self.keys * shape.context / 1e3
             + self.token * shape.prefill
@@ -38,6 +41,7 @@ class Machine:
 GPU = Machine()
 SLOW = Machine(step=0.02, decode=0.006, keys=0.002, token=0.0005, pairs=0.2)  # decodes alone take more than the budget
 LONG = Machine(pairs=0.01)  # attention is most of a long prompt
+LAUNCHED = Machine(step=0.004, mixed=0.035, token=0.00001)  # decodes are replayed; a step with a prompt is launched
 
 
 @dataclass
@@ -101,12 +105,13 @@ def burst(run: Run) -> None:
 
 def bound(run: Run, shape: StepShape) -> float:
     """What the budget promises for a step with these decodes."""
-    return max(BUDGET_S, 2 * run.machine.seconds(StepShape(decodes=shape.decodes, context=shape.context)))
+    alone = run.machine.seconds(StepShape(decodes=shape.decodes, context=shape.context))
+    return max(BUDGET_S, 2 * (alone + run.machine.mixed))
 
 
 @pytest.mark.parametrize("machine", [GPU, SLOW, LONG], ids=["gpu", "slow", "long"])
 def test_a_burst_of_prompts_does_not_stop_running_streams(machine: Machine) -> None:
-    run, unbounded = Run(machine, Pace(BUDGET_S)), Run(machine, None)
+    run, unbounded = Run(machine, Pace(BUDGET_S, machine.mixed)), Run(machine, None)
     burst(run)
     burst(unbounded)
     beside = [(shape, took) for shape, took in run.steps if shape.decodes and shape.prefill]
@@ -132,7 +137,7 @@ def test_a_noisy_machine_that_now_and_then_stops() -> None:
 def test_a_machine_that_becomes_slower_is_noticed_within_a_few_steps() -> None:
     run = Run(GPU, Pace(BUDGET_S))
     burst(run)
-    run.machine = Machine(*(4 * cost for cost in (GPU.step, GPU.decode, GPU.keys, GPU.token, GPU.pairs)))
+    run.machine = Machine(*(4 * cost for cost in (GPU.step, GPU.mixed, GPU.decode, GPU.keys, GPU.token, GPU.pairs)))
     before = len(run.steps)
     for i in range(6):
         run.add(f"more{i}", 4000, 8)
@@ -170,6 +175,14 @@ def test_prefill_always_goes_on_and_gets_half_of_the_time_when_the_budget_is_too
     tokens = pace.prefill_beside(streams, 0, 2048)
     assert SLOW.token * tokens == pytest.approx(SLOW.seconds(streams), rel=0.2)
     assert Pace(1e-9).prefill_beside(StepShape(decodes=1), 0, 1) == 1
+
+
+def test_steps_that_must_be_launched_are_not_made_small_for_a_budget_they_cannot_keep() -> None:
+    run = Run(LAUNCHED, Pace(0.04, LAUNCHED.mixed))
+    burst(run)
+    chunks = sorted(shape.prefill for shape, _ in run.steps if shape.decodes and shape.prefill)
+    assert all(took <= 1.1 * 2 * (0.035 + 0.02) for shape, took in run.steps if shape.decodes)
+    assert LAUNCHED.token * chunks[len(chunks) // 2] > 0.5 * LAUNCHED.mixed, "launching took nearly all of the time"
 
 
 def test_expectations_are_right_where_nothing_was_measured() -> None:
