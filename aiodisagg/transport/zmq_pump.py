@@ -33,6 +33,10 @@ NAME = "zmq"
 Socket = zmq.Socket[bytes]
 
 _ZERO_COPY_BYTES = 64 << 10
+_SEND_BUFFER_BYTES = 512 << 10
+"""Of the kernel, which doubles it; so much of a connection is under way, which fits a processor's cache, and one call
+of the kernel moves no more. Left to itself the buffer grows to 4 MiB, a call copies as much, and a thread in a call
+keeps every other one from its processor. 25 MB/s at 40 ms there and back, 5 GB/s at 0.2 ms."""
 _TURN = 16
 """Messages taken from one socket before the others get their turn."""
 _LOST = (
@@ -177,6 +181,7 @@ class Pump:
         sock = self._context.socket(kind)
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.IPV6, 1)
+        sock.setsockopt(zmq.SNDBUF, _SEND_BUFFER_BYTES)
         sock.setsockopt(zmq.HEARTBEAT_IVL, int(self._options.heartbeat_s * 1000))
         sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(self._options.heartbeat_s * 5000))
         sock.setsockopt(zmq.HEARTBEAT_TTL, int(self._options.heartbeat_s * 5000))
