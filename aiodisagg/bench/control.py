@@ -9,6 +9,7 @@ takes: all of it is added by us.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -75,10 +76,31 @@ class ControlReport(msgspec.Struct, frozen=True):
     rows: int
     measured: list[Controlled]
 
+    @property
+    def growth(self) -> str:
+        """What more encode peers cost, from the fewest to the most; empty if there was one number of them only."""
+        few, many = (choose(self.measured, key=lambda one: one.peers) for choose in (min, max))
+        if few.peers == many.peers:
+            return ""
+        receiver, encoders = (
+            (after - before, (after - before) / (many.peers - few.peers))
+            for before, after in (
+                (few.receiver_cpu_us, many.receiver_cpu_us),
+                (few.encoders_cpu_us, many.encoders_cpu_us),
+            )
+        )
+        return (
+            f"from {few.peers} to {many.peers} encode peers: {many.requests_per_s / few.requests_per_s:.2f} times the "
+            f"requests/s; CPU of a request {receiver[0]:+.0f} us at the receiver ({receiver[1]:+.1f} us a peer), "
+            f"{encoders[0]:+.0f} us at the encoders ({encoders[1]:+.1f} us a peer)"
+        )
+
 
 async def bench_control(options: ControlOptions, say: Callable[[str], None] = lambda text: None) -> ControlReport:
     """Measures. Raises ItemFailed, ProcessEnded."""
     found = []
+    gc.collect()
+    gc.freeze()  # as every peer does when it is ready
     with pinned(options.cores[0]):
         for peers in options.peers:
             found.append(await _with(peers, options))

@@ -1,8 +1,8 @@
 """``bench reuse``: what the caches are worth when pictures come again, and that none is encoded twice while it is held.
 
 An encode and a language peer, each with a core to itself, are started with their caches and without, in turn; both get
-the same requests: a picture each, four in five from a pool. With caches a picture that comes again is in pages of the
-KV, in the language peer's row cache, on its way for somebody else, or among the encode peer's sources. Without, the
+the same requests: the mix ``reuse``, scaled down for CPU cores. With caches a picture that comes again is in pages of
+the KV, in the language peer's row cache, on its way for somebody else, or among the encode peer's sources. Without, the
 language peer keeps nothing and the encode peer little more than what it is sending.
 """
 
@@ -20,14 +20,14 @@ import msgspec
 
 from aiodisagg.bench.chat_client import ChatClient, Clock, open_session
 from aiodisagg.bench.compare import build_model
-from aiodisagg.bench.distributions import exactly
+from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.serve import Bench, Run, Say, ServeOptions
 from aiodisagg.bench.serve_metrics import Outcome, Summary, summarize
 from aiodisagg.bench.shapes import SHAPES, Setting, healthy
 from aiodisagg.bench.workload import Closed, Mix, generate
 from aiodisagg.demo.cluster import Cluster
 
-WITHOUT = {"encode": ("--source-mib", "1"), "language": ("--cache-mib", "0", "--no-prefix-cache")}
+WITHOUT = {"encode": ("--source-mib", "8"), "language": ("--cache-mib", "0", "--no-prefix-cache")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +43,13 @@ class ReuseOptions:
     rounds: int = 3
     pool: int = 200
     reuse: float = 0.8
-    side: int = 160
-    """Pixels of a picture's side."""
+    scale: float = 1 / 9
+    """Visual tokens of a picture, texts and answers, as shares of those of the mix ``reuse``."""
 
     @property
     def mix(self) -> Mix:
-        sizes = ((self.side, self.side),)
-        return Mix(exactly(1), sizes, exactly(32), exactly(16), pool=self.pool, reuse=self.reuse)
+        mix = named_mix("reuse").scaled(visual=self.scale, text=self.scale, output=self.scale)
+        return replace(mix, pool=self.pool, reuse=self.reuse)
 
 
 class Reused(msgspec.Struct, frozen=True):
@@ -61,7 +61,7 @@ class Reused(msgspec.Struct, frozen=True):
     unique: int
     encoded: int
     twice: int
-    """Encoded once more, in the same round, though nothing had been dropped for want of room: must be 0."""
+    """How often a picture was encoded that had been in the same round: must be 0 while the caches hold all of them."""
     cached: int
     shared: int
     saved_bytes: int
@@ -145,8 +145,7 @@ def _together(options: ReuseOptions, caches: bool, runs: Sequence[tuple[Run, lis
         ]
         different = len(set(asked))
         items, unique = items + len(asked), unique + different
-        dropped = counted(run, "row_cache_evictions")
-        twice += max(0, counted(run, "items_encoded") - different - dropped) if caches else 0
+        twice += max(0, counted(run, "items_encoded") - different)
     outcomes = [one for _, ended in runs for one in ended]
     return Reused(
         caches=caches, all=summarize(outcomes, seconds=sum(run.all.seconds for run, _ in runs)), items=items,

@@ -103,7 +103,7 @@ def reuse_table(report: ReuseReport) -> Table:
     found = Table(title=title, title_justify="left")
     for column in ("caches", "failed", "requests/s", "TTFT mean", "p50", "p99", "E2E mean"):
         found.add_column(column, justify="right")
-    for column in ("pictures", "different", "encoded", "twice while held", "cached", "shared", "not sent", "evicted"):
+    for column in ("pictures", "different", "encoded", "again", "cached", "shared", "not sent", "evicted"):
         found.add_column(column, justify="right")
     for one in report.found:
         ttft, e2e = one.all.ttft_ms, one.all.e2e_ms
@@ -111,7 +111,7 @@ def reuse_table(report: ReuseReport) -> Table:
         found.add_row(
             "on" if one.caches else "off", str(one.all.requests - one.all.completed), f"{one.all.requests_per_s:.2f}",
             *(f"{ms:,.0f} ms" for ms in times), *([] if times else ["-"] * 4), str(one.items), str(one.unique),
-            str(one.encoded), str(one.twice) if one.caches else "-", str(one.cached), str(one.shared),
+            str(one.encoded), str(one.twice), str(one.cached), str(one.shared),
             size(one.saved_bytes), str(one.evicted),
         )  # fmt: skip
     return found

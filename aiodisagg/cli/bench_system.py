@@ -133,6 +133,8 @@ def bench_control_command(
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
     Console(width=None if sys.stdout.isatty() else 120).print(control_table(report))
+    if report.growth:
+        click.echo(report.growth)
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
 
@@ -145,14 +147,14 @@ def bench_control_command(
 @click.option("--rounds", default=3, type=click.IntRange(min=1), help="Both ways once in each.")
 @click.option("--pool", default=200, help="Pictures that come again.")
 @click.option("--reuse", default=0.8, help="How many of the pictures are from the pool.")
-@click.option("--side", default=160, help="Pixels of a picture's side.")
+@click.option("--scale", default=1 / 9, help="Sizes of pictures, texts and answers, as a share of the mix's.")
 @click.option("--on", type=click.Choice(["cores", "gpus"]), default="cores", help="What each of the two peers has.")
 @click.option("--places", default="0,1", help="Numbers of the cores or GPUs.")
 @click.option("--quick", is_flag=True, help="A tiny model, one round, few requests: shows that it works.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON.")
 def bench_reuse_command(
-    model: str, size: str, requests: int, concurrency: int, rounds: int, pool: int, reuse: float, side: int, on: Any,
+    model: str, size: str, requests: int, concurrency: int, rounds: int, pool: int, reuse: float, scale: float, on: Any,
     places: str, quick: bool, verbose: int, json_file: Path | None,
 ) -> None:  # fmt: skip
     """What the caches are worth when pictures come again, and that none is encoded twice while it is held."""
@@ -169,10 +171,10 @@ def bench_reuse_command(
         setting = Setting(model=model, on=on, places=numbers("places", places, int), verbose=verbose)
         options = ReuseOptions(
             setting=setting, size=size, requests=requests, concurrency=concurrency, rounds=rounds, pool=pool,
-            reuse=reuse, side=side,
+            reuse=reuse, scale=scale,
         )  # fmt: skip
         if quick:
-            options = replace(options, size="tiny", requests=60, concurrency=8, rounds=1, pool=8)
+            options = replace(options, size="tiny", requests=60, concurrency=8, rounds=1, pool=8, scale=1 / 36)
         with progress() as say:
             report = uvloop.run(bench_reuse(options, say))
     except AiodisaggError as error:

@@ -104,7 +104,8 @@ class Placing:
         views = []
         for peer in self._peers.linked:
             holding = peer.book.holding(digests, now)
-            holding |= {d: 0.0 for d in digests if d not in holding and advertised(d, peer.digests)}
+            if peer.digests:
+                holding |= {d: 0.0 for d in digests if d not in holding and advertised(d, peer.digests)}
             standing = self.standings.of(peer.incarnation, now)
             views.append(PeerView(peer.incarnation, peer.book.costs, peer.book.backlog(now), standing, holding))
         return views
