@@ -1,7 +1,8 @@
 """Ways to lay a system out on the same machine: which peers there are, and the core or GPU that each has to itself.
 
-A shape is a line of parts. ``dp2`` are the replicas everything is compared with: each place holds a whole model, as two
-processes that share its core (``dp2-both``: as one), with nothing between the places but a balancer in the client.
+A shape is a line of parts. ``dp2-inline`` are the replicas everything is compared with: each place holds a whole model
+whose tower is part of its engine's loop; in ``dp2`` these are two processes that share the core. There is nothing
+between the places but a balancer in the client.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Part:
     meets: bool = False
 
 
+INLINE = ("--inline", "--batch-patches", "16384")
+"""All pictures of a prompt between two steps, as servers do whose tower is part of the engine's loop."""
+
+
 def _replica(place: int, *options: str) -> tuple[Part, ...]:
     encode = f"encode-{place}"
     return Part(encode, "encode", place), Part(f"language-{place}", "language", place, options, (encode,))
@@ -53,7 +58,7 @@ SHAPES: dict[str, tuple[Part, ...]] = {
     "single-both-first-come": (Part("both-0", "both", 0, ("--order", "first-come")),),
     "dp2": (*_replica(0), *_replica(1)),
     "dp2-waits": (*_replica(0, "--no-overlap"), *_replica(1, "--no-overlap")),
-    "dp2-inline": (Part("both-0", "both", 0, ("--inline",)), Part("both-1", "both", 1, ("--inline",))),
+    "dp2-inline": (Part("both-0", "both", 0, INLINE), Part("both-1", "both", 1, INLINE)),
     "1+1": _split(),
     "1+1-waits": _split("--no-overlap"),
     "dp2-both": (Part("both-0", "both", 0), Part("both-1", "both", 1)),

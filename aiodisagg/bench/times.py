@@ -227,6 +227,11 @@ class _Steps:
     def patience_s(self) -> float:
         return 0.0
 
+    def prefill_waits(self, waits: bool) -> None: ...
+
+    def whole_prompts(self) -> bool:
+        return False
+
     def prefills_ms(self) -> list[float]:
         return [1e3 * (ended - began) for began, ended, _ in self.seen]
 

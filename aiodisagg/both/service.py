@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from aiodisagg.encode.core import CoreGate
 from aiodisagg.encode.gate import InlineGate, SlackGate
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.engine.types import Delta, SamplingParams
@@ -43,27 +44,35 @@ class BothService:
 
     Args:
         language: also says where the peer registers. encode: its ``bootstrap`` is not used.
-        inter_token_s: pace that running streams are owed, see :class:`~aiodisagg.scheduler.slack.Slack`.
+        inter_token_s: pace that running streams are owed, see :class:`~aiodisagg.scheduler.slack.Slack`. None:
+            ``INTER_TOKEN_S``, but on a CPU the operating system shares cores out (:mod:`aiodisagg.encode.core`).
         inline: the tower is part of the engine's loop: no step while it works, and no prefill before a prompt's last
             image. What replicas without any of this do; it is there to be compared with.
         encoder: instead of the checkpoint's vision tower. loaded: as for LanguageService.
     """
 
     def __init__(
-        self, language: LanguageConfig, encode: EncodeConfig, *, inter_token_s: float = INTER_TOKEN_S,
+        self, language: LanguageConfig, encode: EncodeConfig, *, inter_token_s: float | None = None,
         inline: bool = False, encoder: VisionEncoder | None = None,
         loaded: tuple[Planner, LanguageHalf, ModelFingerprint] | None = None,
     ) -> None:  # fmt: skip
         self._loaded = loaded
-        check("inter_token_s", inter_token_s)
+        if inter_token_s is not None:
+            check("inter_token_s", inter_token_s)
         name = language.name or encode.name or f"both-{encode.incarnation[:6]}"  # by name the halves are one
         of_language, of_encode = (_nearest(half.transports, encode.device) for half in (language, encode))
         overlap = language.overlap and not inline
         self._language = dataclasses.replace(language, name=name, transports=of_language, overlap=overlap)
         encode = dataclasses.replace(encode, name=name, bootstrap=(), transports=of_encode)
         self.name, self.model_name = name, language.model.resolve().name
-        same_device = language.device == encode.device and encode.device != "cpu"
-        self.gate = InlineGate() if inline else SlackGate(Slack(inter_token_s), same_device=same_device)
+        self.gate: InlineGate | CoreGate | SlackGate
+        if inline:
+            self.gate = InlineGate()
+        elif inter_token_s is None and language.device == encode.device == "cpu":
+            self.gate = CoreGate()
+        else:
+            same_device = language.device == encode.device and encode.device != "cpu"
+            self.gate = SlackGate(Slack(inter_token_s or INTER_TOKEN_S), same_device=same_device)
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
         self._stack = AsyncExitStack()
 

@@ -39,14 +39,16 @@ def both_command(
     """The command, with the options of both kinds of peers, each once, and its own."""
 
     @click.command()
-    @click.option("--inter-token-ms", default=INTER_TOKEN_MS, help=INTER_TOKEN_HELP)
+    @click.option(
+        "--inter-token-ms", type=float, help=f"{INTER_TOKEN_HELP} If left out: {INTER_TOKEN_MS:g}; on a CPU none."
+    )
     @click.option("--separate", is_flag=True, help="Run the tower in a process of its own; it registers as one, too.")
     @click.option("--inline", is_flag=True, help=INLINE_HELP)
     def both(
         host: str,
         port: int,
         peers: tuple[str, ...],
-        inter_token_ms: float,
+        inter_token_ms: float | None,
         separate: bool,
         inline: bool,
         verbose: int,
@@ -66,13 +68,13 @@ def both_command(
             if not separate:
                 from aiodisagg.both.service import BothService
 
-                pace = inter_token_ms / 1000
+                pace = None if inter_token_ms is None else inter_token_ms / 1000
                 async with BothService(of_language, of_encode, inter_token_s=pace, inline=inline) as service:
                     facts = {"address": service.address, "incarnation": of_encode.incarnation}
                     await front.serve(service, facts, stop)
                 return
             arguments = _arguments(encode, options | {"name": f"{options['name'] or 'both'}-tower"})
-            arguments += ["--inter-token-ms", str(inter_token_ms)]
+            arguments += ["--inter-token-ms", str(inter_token_ms or INTER_TOKEN_MS)]
             if options["bootstrap_token"]:  # not where everybody reads it
                 os.environ[TOKEN_VARIABLE] = options["bootstrap_token"]
             await _serve_separate(front, of_language, arguments, verbose, stop)

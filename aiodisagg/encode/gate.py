@@ -77,6 +77,11 @@ class SlackGate:
                 return 0.0
             return self._began + self._slack.inter_token_s - self._clock()
 
+    def prefill_waits(self, waits: bool) -> None: ...
+
+    def whole_prompts(self) -> bool:
+        return False
+
     def stepped(self, step_s: float, decodes: int) -> None:
         """A step took ``step_s``; on any thread."""
         with self._changed:
@@ -146,6 +151,11 @@ class InlineGate:
 
     def patience_s(self) -> float:
         return 0.0
+
+    def prefill_waits(self, waits: bool) -> None: ...
+
+    def whole_prompts(self) -> bool:
+        return False
 
     # -- the tower's thread --------------------------------------------------------------------------------------
 

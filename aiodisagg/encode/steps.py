@@ -47,6 +47,11 @@ class StepSender:
     def patience_s(self) -> float:
         return 0.0  # what the tower does is not known here
 
+    def prefill_waits(self, waits: bool) -> None: ...
+
+    def whole_prompts(self) -> bool:
+        return False
+
     def close(self) -> None:
         self._sock.close()
 

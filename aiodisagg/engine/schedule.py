@@ -70,6 +70,8 @@ class Step:
     admitted: tuple[str, ...]
     """Requests that hold pages since this step, those that come back from a preemption included."""
     preempted: tuple[str, ...]
+    prefills: bool = False
+    """There are others than decodes among the segments."""
 
 
 @dataclass(slots=True, eq=False)
@@ -230,14 +232,17 @@ class Scheduler:
             self.pages.forget(request.pages)
         self.pages.give_back(request.pages)
 
-    def plan_step(self, now: float) -> Step:
-        """The next step. Takes pages, admits and preempts as the theory above says. ``now`` does not go back."""
+    def plan_step(self, now: float, *, whole: bool = False) -> Step:
+        """The next step. Takes pages, admits and preempts as the theory above says. ``now`` does not go back.
+
+        ``whole``: no prompt is begun, or goes on, before all of its rows are here.
+        """
         preempted: list[str] = []
         decodes = self._plan_decodes(now, preempted)
         # A victim does not come back in the same step: somebody has taken one of its pages.
         admitted = self._admit(now)
-        prefills = self._plan_prefills(now, decodes)
-        return Step((*decodes, *prefills), tuple(admitted), tuple(preempted))
+        prefills = self._plan_prefills(now, decodes, whole)
+        return Step((*decodes, *prefills), tuple(admitted), tuple(preempted), bool(prefills))
 
     def _rank(self, request: _Request, now: float) -> Rank:
         return self._order.rank(request.claim, now)
@@ -296,8 +301,8 @@ class Scheduler:
             admitted.append(request.request_id)
         return admitted
 
-    def _plan_prefills(self, now: float, decodes: Sequence[Segment]) -> list[Segment]:
-        prefills = self._worthwhile(bool(decodes))
+    def _plan_prefills(self, now: float, decodes: Sequence[Segment], whole: bool) -> list[Segment]:
+        prefills = [r for r in self._worthwhile(bool(decodes)) if r.complete or not whole]
         if not prefills:
             return []
         budget = self.token_budget - len(decodes)

@@ -16,6 +16,12 @@ class StepWatcher(Protocol):
     def patience_s(self) -> float:
         """How long a step that would only decode may be put off, for the good of others; 0: not at all."""
 
+    def prefill_waits(self, waits: bool) -> None:
+        """Told before each step, and when there is none to do: whether there are prompt tokens to compute now."""
+
+    def whole_prompts(self) -> bool:
+        """Whether prompts shall wait for all of their rows for now, since somebody else wants the device."""
+
 
 class Unwatched:
     """Nobody does."""
@@ -26,3 +32,8 @@ class Unwatched:
 
     def patience_s(self) -> float:
         return 0.0
+
+    def prefill_waits(self, waits: bool) -> None: ...
+
+    def whole_prompts(self) -> bool:
+        return False

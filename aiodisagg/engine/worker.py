@@ -137,6 +137,7 @@ class StepThread:
             for command in left:
                 if isinstance(command, EngineSequence):
                     self._sequences[command.request_id] = command
+            self._watcher.prefill_waits(False)
             self._watcher.step_ended(0)
             for request_id in tuple(self._sequences):
                 self._finish(request_id, error=EngineError(request_id, why))
@@ -194,7 +195,8 @@ class StepThread:
 
     def _step(self) -> bool:
         """Plans and runs one step. False: nothing to do until a command comes."""
-        step = self._scheduler.plan_step(monotonic())
+        step = self._scheduler.plan_step(monotonic(), whole=self._watcher.whole_prompts())
+        self._watcher.prefill_waits(step.prefills)
         for request_id in step.preempted:
             self._set_front(request_id, reused=0)
         for request_id in step.admitted:

@@ -48,7 +48,7 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``inter_token_ms``: what prefill, and a tower beside the engine, leave to running streams; 0: no bound.
     A replica has none. ``pace_ms``: the same for prefill alone, also of replicas; None: as ``inter_token_ms``.
     ``coalesce_tokens``: as of :class:`~aiodisagg.engine.schedule.Scheduler`.
-    ``batch_patches``: of a tower batch; 0: what the times say.
+    ``batch_patches``, ``inline_patches``: of a tower batch, and of one in a replica; 0: what the times say.
     """
 
     name: str
@@ -66,6 +66,7 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     coalesce_tokens: int = 0
     turns: bool = True
     batch_patches: int = 0
+    inline_patches: int = 0
     kept_rows: int = 1 << 17
     doors: Doors = Doors()
 
@@ -114,6 +115,8 @@ class Cluster:
         system.check()
         if system.batch_patches:
             times = msgspec.structs.replace(times, batch_patches=system.batch_patches)
+        if system.inline_patches:
+            times = msgspec.structs.replace(times, inline_patches=system.inline_patches)
         self.system, self.costs = system, Costs(times)
         self.clock = Clock()
         self.gaps = TokenGaps()

@@ -28,6 +28,10 @@ _STARTED = System(
 """As ``bench system`` starts peers: with an admission queue, and a balancer in the client."""
 
 
+_CORE: Mapping[str, Any] = {"turns": True, "tower_share": 0.7, "inter_token_ms": 0.0}
+"""A peer whose halves share a core, see :mod:`aiodisagg.encode.core`."""
+
+
 def _shape(name: str, **what: Any) -> System:  # fields of a System
     return msgspec.structs.replace(_STARTED, name=name, **what)
 
@@ -35,14 +39,14 @@ def _shape(name: str, **what: Any) -> System:  # fields of a System
 SHAPES: Mapping[str, System] = {
     one.name: one
     for one in (
-        _shape("dp2-inline", replicas=2, both=0, overlap=False),
+        _shape("dp2-inline", replicas=2, both=0, overlap=False, inline_patches=16384),
         # two processes a place: the tower gets its half of the core, and nothing bounds it
         _shape("dp2", links=1, inter_token_ms=0.0),
         _shape("dp2-waits", links=1, inter_token_ms=0.0, overlap=False),
         _shape("1+1", both=0, encode=1, language=1),
         _shape("1+1-waits", both=0, encode=1, language=1, overlap=False),
-        _shape("dp2-both", links=1),
-        _shape("2both"),
+        _shape("dp2-both", links=1, **_CORE),
+        _shape("2both", **_CORE),
     )
 }
 """What the shapes of ``bench system`` are here."""

@@ -365,6 +365,11 @@ async def test_a_patient_watcher_holds_decodes_back_and_nothing_else() -> None:
             self.asked.set()
             return 600.0
 
+        def prefill_waits(self, waits: bool) -> None: ...
+
+        def whole_prompts(self) -> bool:
+            return False
+
     watcher = Patient()
     config = EngineConfig(num_pages=128, token_budget=64)
     async with Engine(tiny_model("dense"), decode, frozenset(), config, watcher=watcher) as engine:

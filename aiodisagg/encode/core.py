@@ -1,0 +1,97 @@
+"""The gate of a tower and an engine that share CPU cores.
+
+Theory. On an accelerator a tower's batch cannot be interrupted, hence :class:`~aiodisagg.scheduler.slack.Slack`. A CPU
+is shared out by its operating system in slices of milliseconds, better than any gate could. What is left to decide:
+
+* **Prefill goes before the tower.** Two kinds of work that share a core both end late; one after the other, the first
+  ends twice as early and the second no later. A prompt that can be computed is nearest to its first token.
+* **While the tower has work, prompts are computed in one piece.** A chunk takes the core from the tower that the rest
+  of the prompt may be waiting for, and pays once more for reading the weights. Rows from elsewhere for a peer whose
+  tower is idle are computed as they come.
+* **Beside decodes the tower gets the larger share.** Decodes of several streams cost little more than those of one, so
+  what holds up first tokens makes decoding dearer. The engine's thread steps back by ``NICE``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+
+NICE = 4
+"""Of the engine's thread: seven tenths of a core for the tower while both work."""
+LONGEST_S = 1.0
+"""A batch does not wait longer for prefills: a stream of prompts without images must not stop all images."""
+
+
+class CoreGate:
+    """Between an engine's step thread and a tower's thread of one process, on a CPU."""
+
+    def __init__(self, *, longest_s: float = LONGEST_S) -> None:
+        self._longest_s = longest_s
+        self._changed = threading.Condition()
+        self._prefills = self._wants = self._closed = self._stepped_back = False
+        self._batches = 0
+        self.waits = 0
+        """How often a batch had to wait for a prefill."""
+        self.waited_s = 0.0
+
+    # -- the engine's thread -------------------------------------------------------------------------------------
+
+    def step_began(self) -> None:
+        if not self._stepped_back:
+            self._stepped_back = True
+            _step_back(NICE)
+
+    def step_ended(self, decodes: int) -> None: ...
+
+    def patience_s(self) -> float:
+        return 0.0
+
+    def prefill_waits(self, waits: bool) -> None:
+        with self._changed:
+            self._prefills = waits
+            if not waits:
+                self._changed.notify_all()
+
+    def whole_prompts(self) -> bool:
+        with self._changed:
+            return not self._closed and (self._wants or self._batches > 0)
+
+    # -- the tower's thread --------------------------------------------------------------------------------------
+
+    @property
+    def open(self) -> bool:
+        return self._closed or not self._prefills
+
+    def wait(self) -> bool:
+        with self._changed:
+            self._wants = True
+            if not self.open:
+                began = time.monotonic()
+                self.waits += 1
+                self._changed.wait_for(lambda: self.open, self._longest_s)
+                self.waited_s += time.monotonic() - began
+            self._wants = False
+            self._batches += not self._closed
+            return not self._closed
+
+    def spent(self, tower_s: float) -> None:
+        with self._changed:
+            self._batches = max(0, self._batches - 1)  # a batch that failed is paid for piece by piece
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def _step_back(by: int) -> None:
+    """Lowers the priority of this thread, where threads have one of their own."""
+    if sys.platform != "linux":
+        return
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + by)
