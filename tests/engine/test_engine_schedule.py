@@ -60,14 +60,14 @@ def test_whole_prompts_wait_for_all_of_their_rows_and_say_whether_there_is_prefi
     s = make()
     s.add("a", 4, 4, front=4)
     s.add("b", 12, 1, front=5)
-    step = s.plan_step(whole=True)
+    step = s.plan_step(0.0, whole=True)
     assert ranges(step) == [("a", 0, 4)] and step.prefills
     s.advance(step.segments[0], sampled=True)
-    step = s.plan_step(whole=True)
+    step = s.plan_step(0.0, whole=True)
     assert ranges(step) == [("a", 4, 5)] and not step.prefills
-    assert ranges(s.plan_step()) == [("a", 4, 5), ("b", 0, 5)], "nothing was lost"
+    assert ranges(s.plan_step(0.0)) == [("a", 4, 5), ("b", 0, 5)], "nothing was lost"
     s.set_front("b", 12)
-    assert ranges(s.plan_step(whole=True)) == [("a", 4, 5), ("b", 0, 12)]
+    assert ranges(s.plan_step(0.0, whole=True)) == [("a", 4, 5), ("b", 0, 12)]
 
 
 def test_pages_are_reserved_before_any_row_is_there() -> None:
