@@ -173,8 +173,12 @@ class StageModel:
             for j in n:
                 row[j] = forget * row[j] + shares[i] * shares[j]
         common = RIDGE * self._ratio / self._weight
-        multiples = [c / prior for c, prior in zip(self.coefficients, self.priors, strict=True)]
         products, cross = self._products, self._cross
+        if len(n) == 2:
+            multiples = _two(products, cross, common)
+            self.coefficients = tuple(m * prior for m, prior in zip(multiples, self.priors, strict=True))
+            return
+        multiples = [c / prior for c, prior in zip(self.coefficients, self.priors, strict=True)]
         for _ in range(SWEEPS):  # coordinate descent: convex, so it cannot go astray, and a bound at zero is one max()
             for i in n:
                 row = products[i]
@@ -184,6 +188,19 @@ class StageModel:
                 after = (cross[i] + common - rest) / (row[i] + RIDGE)
                 multiples[i] = after if after > 0.0 else 0.0
         self.coefficients = tuple(m * prior for m, prior in zip(multiples, self.priors, strict=True))
+
+
+def _two(products: Sequence[Sequence[float]], cross: Sequence[float], common: float) -> tuple[float, float]:
+    """The same for two features, at once: most models have two, and each item teaches two of them."""
+    (a, b), (_, d) = products
+    a, d, left, right = a + RIDGE, d + RIDGE, cross[0] + common, cross[1] + common
+    scale = a * d - b * b
+    first, second = (d * left - b * right) / scale, (a * right - b * left) / scale
+    if first < 0.0:  # the best within the bounds lies on the bound that was crossed; never both are
+        return 0.0, right / d
+    if second < 0.0:
+        return left / a, 0.0
+    return first, second
 
 
 class PeerCosts:
