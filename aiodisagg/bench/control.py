@@ -9,7 +9,6 @@ takes: all of it is added by us.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from aiodisagg.demo.cluster import Cluster
 from aiodisagg.errors import AiodisaggError
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.peer.config import LanguageConfig, MiB
+from aiodisagg.peer.garbage import settle
 from aiodisagg.protocol.events import Fail
 from aiodisagg.protocol.messages import ItemKey
 
@@ -99,8 +99,7 @@ class ControlReport(msgspec.Struct, frozen=True):
 async def bench_control(options: ControlOptions, say: Callable[[str], None] = lambda text: None) -> ControlReport:
     """Measures. Raises ItemFailed, ProcessEnded."""
     found = []
-    gc.collect()
-    gc.freeze()  # as every peer does when it is ready
+    settle()  # as every peer does when it is ready
     with pinned(options.cores[0]):
         for peers in options.peers:
             found.append(await _with(peers, options))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import gc
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import click
 
 from aiodisagg.errors import AiodisaggError
+from aiodisagg.peer.garbage import settle
 from aiodisagg.scheduler.order import Order
 
 _PR_SET_PDEATHSIG = 1
@@ -48,9 +48,7 @@ def announcer(ready_fd: int | None) -> Announce:
         os.set_inheritable(ready_fd, False)  # the launcher reads to its end: no child may keep it open
 
     def announce(facts: Mapping[str, str]) -> None:
-        # What is there by now stays: a collection that walks through all of torch stops the loop for 0.1 s.
-        gc.collect()
-        gc.freeze()
+        settle()
         if ready_fd is not None:
             with os.fdopen(ready_fd, "w") as out:
                 json.dump(dict(facts), out)
