@@ -175,8 +175,8 @@ class StageModel:
         common = RIDGE * self._ratio / self._weight
         products, cross = self._products, self._cross
         if len(n) == 2:
-            multiples = _two(products, cross, common)
-            self.coefficients = tuple(m * prior for m, prior in zip(multiples, self.priors, strict=True))
+            first, second = _two(products, cross, common)
+            self.coefficients = (first * self.priors[0], second * self.priors[1])
             return
         multiples = [c / prior for c, prior in zip(self.coefficients, self.priors, strict=True)]
         for _ in range(SWEEPS):  # coordinate descent: convex, so it cannot go astray, and a bound at zero is one max()
