@@ -31,7 +31,7 @@ TABLE_ROWS = 40
 KILL_CONCURRENCY = 64
 KILL_OPTIONS = ("--block-rows", "1", "--pool-mib", "0.03125", "--hedge-s", "0")
 """A pool of a few rows: many items are half here at any moment, so that one of them can be seen to move."""
-ENDED_S = 2.0
+ENDED_S = 10.0
 """How long after an error the end of a process may become known."""
 
 

@@ -40,7 +40,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]
 
 
 async def closed(call: Call) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await call.closed.wait()
     assert call.cancelled
 

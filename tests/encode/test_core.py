@@ -11,7 +11,7 @@ import pytest
 from aiodisagg.encode.core import NICE, CoreGate
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def test_a_batch_waits_for_a_prefill_and_for_decodes_it_does_not() -> None:

@@ -14,7 +14,7 @@ from aiodisagg.scheduler.slack import Slack
 from tests.conftest import LOOPS
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Clock:

@@ -23,7 +23,7 @@ from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.scheduler.slack import Slack
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Stepped:

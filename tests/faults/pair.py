@@ -23,7 +23,7 @@ from aiodisagg.protocol.ranges import RangeSet
 
 MODEL = synthetic_model(hidden_size=16, levels=3)
 ROW_BYTES = 128
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def rows_of(seed: int, rows: int) -> bytes:

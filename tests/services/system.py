@@ -18,7 +18,7 @@ from aiodisagg.models.base import ItemKind, Patches, VisionEncoder
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 
 MiB = 1 << 20
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 async def eventually(condition: Callable[[], object], what: str = "") -> None:

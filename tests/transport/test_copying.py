@@ -30,7 +30,7 @@ async def test_done_waits_for_the_slowest_thread(no_leaks: None) -> None:
 
     def place(piece: int) -> None:
         if piece == 0:
-            go_on.wait(10)
+            go_on.wait(60)
         placed.append(piece)
         if len(placed) == 4:
             others.set()
@@ -52,7 +52,7 @@ async def test_an_end_before_its_time_waits_for_the_piece_under_way(how: str, no
 
     def place(piece: int) -> None:
         inside.set()
-        go_on.wait(10)
+        go_on.wait(60)
         if how == "fail":
             raise Stops
         placed.append(piece)
@@ -84,7 +84,7 @@ async def test_copies_take_turns(no_leaks: None) -> None:
     placed: list[str] = []
 
     def place(piece: str) -> None:
-        both_started.wait(10)
+        both_started.wait(60)
         placed.append(piece)
 
     one = threads.start(iter("aaa"), place)

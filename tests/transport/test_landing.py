@@ -24,7 +24,7 @@ async def test_settled_waits_for_the_copy_in_progress_on_another_thread(no_leaks
         target = landing.enter(0, 50, lease)
         assert target is not None
         inside.set()
-        go_on.wait(10)
+        go_on.wait(60)
         target[:] = b"x" * 50
         landing.leave(lease)
 
@@ -38,7 +38,7 @@ async def test_settled_waits_for_the_copy_in_progress_on_another_thread(no_leaks
         await asyncio.sleep(0)
     assert not settled.done()
     go_on.set()
-    await asyncio.wait_for(settled, 10)
+    await asyncio.wait_for(settled, 60)
     assert pool[:50] == b"x" * 50
     assert landing.enter(0, 50, lease) is None
     thread.join()
@@ -50,7 +50,7 @@ async def test_a_copy_that_is_asking_when_its_lease_is_withdrawn_is_waited_for(n
 
     def admit(offset: int, size_bytes: int, lease: int) -> bool:
         asked.set()
-        answer.wait(10)
+        answer.wait(60)
         return True  # decided before the lease was withdrawn
 
     landing = Landing(memoryview(bytearray(10)), admit)
@@ -67,7 +67,7 @@ async def test_a_copy_that_is_asking_when_its_lease_is_withdrawn_is_waited_for(n
     assert entered[0] is not None
     assert not settled.done()
     landing.leave(7)
-    await asyncio.wait_for(settled, 10)
+    await asyncio.wait_for(settled, 60)
 
 
 async def test_what_is_outside_or_cannot_be_admitted_is_refused(no_leaks: None) -> None:

@@ -159,7 +159,7 @@ async def test_strangers_at_the_side_port_are_no_trouble(no_leaks: None) -> None
             reader, stream = await asyncio.open_connection(pool.host, pool.port)
             stream.write(words)
             stream.write_eof()
-            assert await asyncio.wait_for(reader.read(), 10) == b""
+            assert await asyncio.wait_for(reader.read(), 60) == b""
             stream.close()
         thief = msgspec.structs.replace(pool, token=secrets.token_bytes(16))
         with pytest.raises(PeerGone):
@@ -204,7 +204,7 @@ async def test_a_small_write_is_not_stuck_behind_many_large_ones(no_leaks: None)
 async def test_a_write_under_a_revoked_lease_is_refused_and_others_go_on(no_leaks: None) -> None:
     async with KIT.pair() as (receiver, writer, remote, name):
         item, other = receiver.slice(b"too late", 0), receiver.slice(b"fine", 100)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await receiver.transport.revoke(name, [item.lease])
         with pytest.raises(WriteRefused):
             await writer.write(remote, [Slice(other.source, 50, other.lease), item])

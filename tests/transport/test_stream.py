@@ -27,15 +27,15 @@ class Stranger:
         self.reader, self.writer = reader, writer
 
     async def hear(self) -> object:
-        data = await asyncio.wait_for(self.reader.readexactly(FRAME_BYTES), 10)
+        data = await asyncio.wait_for(self.reader.readexactly(FRAME_BYTES), 60)
         end = 2 + int.from_bytes(data[:2], "big")
         if end > FRAME_BYTES:
-            data += await asyncio.wait_for(self.reader.readexactly(end - FRAME_BYTES), 10)
+            data += await asyncio.wait_for(self.reader.readexactly(end - FRAME_BYTES), 60)
         return decode(data[2:end])
 
     async def is_sent_away(self) -> bool:
         try:
-            return await asyncio.wait_for(self.reader.read(), 10) == b""
+            return await asyncio.wait_for(self.reader.read(), 60) == b""
         except ConnectionError:
             return True
 
@@ -157,8 +157,8 @@ async def test_a_peer_that_never_answers_is_given_up(no_leaks: None) -> None:
             other.writer.write(frame(Welcome(1, 1 << 24)))
         remote = await connecting
         with pytest.raises(WriteFailed, match="no answer"):
-            await asyncio.wait_for(writer.write(remote, [unlent(b"x" * (16 << 20))]), 10)
-        await asyncio.wait_for(writer.fence(remote), 10)
+            await asyncio.wait_for(writer.write(remote, [unlent(b"x" * (16 << 20))]), 60)
+        await asyncio.wait_for(writer.fence(remote), 60)
         with pytest.raises(PeerGone):
             await writer.write(remote, [unlent(b"x")])
 
@@ -187,7 +187,7 @@ async def test_a_small_write_does_not_wait_for_a_huge_one_that_is_stuck(no_leaks
         chunk = await others[0].hear()
         assert isinstance(chunk, Chunk) and await others[0].reader.readexactly(1000) == b"y" * 1000
         others[0].writer.write(frame(Placed(chunk.number)))
-        await asyncio.wait_for(small, 10)
+        await asyncio.wait_for(small, 60)
         assert not huge.done()
         huge.cancel()
         await asyncio.gather(huge, return_exceptions=True)
