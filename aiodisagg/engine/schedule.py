@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from aiodisagg.engine.pace import Pace, StepShape
@@ -165,7 +165,8 @@ class Scheduler:
 
     def only_decodes(self, now: float) -> bool:
         """Whether the next step would do nothing but decode: nobody can be admitted, and no prompt can go on."""
-        return bool(self._running) and not self._worthwhile(True) and not self._admissible(now)
+        decodes = {r.request_id for r in self._running if r.decodes}
+        return bool(self._running) and not self._worthwhile(True, decodes) and not self._admissible(now)
 
     def pages_of(self, request_id: str) -> list[int]:
         """Pages in the order of the request's tokens; empty while it waits. Not to be changed by the caller."""
@@ -302,7 +303,8 @@ class Scheduler:
         return admitted
 
     def _plan_prefills(self, now: float, decodes: Sequence[Segment], whole: bool) -> list[Segment]:
-        prefills = [r for r in self._worthwhile(bool(decodes)) if r.complete or not whole]
+        planned = {segment.request_id for segment in decodes}
+        prefills = [r for r in self._worthwhile(bool(decodes), planned) if r.complete or not whole]
         if not prefills:
             return []
         budget = self.token_budget - len(decodes)
@@ -327,9 +329,12 @@ class Scheduler:
             return min(most, step.prefill + step.decodes)
         return self._pace.prefill_after(step, 0, most)
 
-    def _worthwhile(self, busy: bool) -> list[_Request]:
-        """Running requests with prefill to do now, by arrival; ``busy``: the step has decodes."""
-        able = [r for r in self._running if r.ready and not r.decodes and (r.complete or self._overlap)]
+    def _worthwhile(self, busy: bool, planned: Collection[str]) -> list[_Request]:
+        """Running requests with prefill to do now, by arrival; ``busy``: the step has decodes, those of ``planned``.
+
+        Who was just let in again and found all but its last token in pages is one of them: its decode was not planned.
+        """
+        able = [r for r in self._running if r.ready and r.request_id not in planned and (r.complete or self._overlap)]
         large = [r for r in able if r.complete or r.ready >= self._coalesce]
         if busy or any(r.complete for r in able):
             return large

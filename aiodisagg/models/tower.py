@@ -6,8 +6,9 @@ What differs from transformers' forward, and why (1080p, 27 blocks, an H200):
 * positions (resampled embeddings, rope) of a grid are kept for the next picture of that size;
 * the patch embedding is a product, not a three-dimensional convolution with one step;
 * rope is one kernel in place, where casting, turning and casting back was ten;
-* attention runs by whichever kernel is fastest here for this head size (:func:`choose_attention`), all equal segments
-  that follow each other in one call.
+* attention runs by whichever kernel is fastest here for this head size (:func:`choose_kernels`), all equal segments
+  that follow each other in one call;
+* where it can, all of it is replayed from a graph (:mod:`~aiodisagg.models.tower_graphs`).
 
 The sums are the same up to the order of rounding.
 """
@@ -25,12 +26,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from aiodisagg.models.tower_graphs import MOST_PATCHES, AttendRanges, Capture, TowerGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +103,34 @@ def flash_4() -> Attend:
     return attend
 
 
+def flash_4_ranges(scaling: float) -> AttendRanges:
+    """The same over segments whose bounds the device knows. Raises ImportError."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    def attend(qkv: torch.Tensor, bounds: torch.Tensor, most: int) -> torch.Tensor:
+        q, k, v = qkv.unbind(1)
+        made, *_ = flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=most, max_seqlen_k=most,
+            softmax_scale=scaling,
+        )  # fmt: skip
+        return cast(torch.Tensor, made).reshape(qkv.shape[0], -1)
+
+    return attend
+
+
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Of one grid: embeddings [n, hidden], cos and sin float32 [n, head_dim]."""
+    """Of one grid, or of several: embeddings [n, hidden], cos and sin float32 [n, head_dim]."""
 
     embeddings: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+
+    @classmethod
+    def together(cls, parts: Sequence[Positions]) -> Positions:
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat(of) for of in zip(*((p.embeddings, p.cos, p.sin) for p in parts), strict=True)))
 
 
 class FusedTower:
@@ -126,22 +150,46 @@ class FusedTower:
         self._positions: OrderedDict[Grid, Positions] = OrderedDict()
         self.turn: Turn = turn
         self.attend: Attend = sdpa(None)
+        self.graphs: TowerGraphs | None = None
+        """Asked first."""
+
+    def use_graphs(
+        self, attend: AttendRanges, *, most: int = MOST_PATCHES, capture: Capture | None = None
+    ) -> None:  # fmt: skip
+        """Computes from graphs what they have room for, attending by ``attend``."""
+        config = self._tower.config
+        self.graphs = TowerGraphs(
+            self, attend, values=self._patch.shape[1], hidden=self._patch.shape[0],
+            merge=config.spatial_merge_size**2, width=(1 + len(self._levels)) * config.out_hidden_size,
+            dtype=self._patch.dtype, device=self._patch.device, most=most, capture=capture,
+        )  # fmt: skip
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Rows [sum(t*h*w)/merge**2, (1+levels)*out_hidden] of patches [sum(t*h*w), values]."""
-        tower, heads, d = self._tower, self.heads, self.head_dim
         found = [self.positions(grid) for grid in grids]
-        x = functional.linear(patches, self._patch, self._patch_bias) + _together(p.embeddings for p in found)
-        cos, sin = _together(p.cos for p in found), _together(p.sin for p in found)
         segments = [(t, h * w) for t, h, w in grids]
+        if self.graphs is not None:
+            rows = self.graphs(patches, found, [size for times, size in segments for _ in range(times)])
+            if rows is not None:
+                return rows
+        return self.compute(patches, Positions.together(found), lambda qkv: self._attend(qkv, segments))
+
+    def compute(
+        self, patches: torch.Tensor, positions: Positions, attend: Callable[[torch.Tensor], torch.Tensor],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """The tower without what differs from batch to batch: which patches attend to each other is ``attend``'s, from
+        queries, keys and values [N, 3, heads, d] to [N, heads*d]."""
+        tower, heads, d = self._tower, self.heads, self.head_dim
+        x = functional.linear(patches, self._patch, self._patch_bias) + positions.embeddings
         deep: dict[int, torch.Tensor] = {}
         for i, block in enumerate(tower.blocks):
             qkv = block.attn.qkv(block.norm1(x)).view(-1, 3, heads, d)
-            x = x + block.attn.proj(self._attend(self.turn(qkv, cos, sin), segments))
+            x = x + block.attn.proj(attend(self.turn(qkv, positions.cos, positions.sin)))
             x = x + block.mlp(block.norm2(x))
             if i in self._levels:
                 deep[self._levels[i]] = tower.deepstack_merger_list[self._levels[i]](x)
-        return torch.cat([tower.merger(x), *(deep[level] for level in sorted(deep))], dim=-1)
+        return torch.cat([tower.merger(x), *(deep[level] for level in sorted(deep))], dim=-1, out=out)
 
     def _attend(self, qkv: torch.Tensor, segments: Sequence[tuple[int, int]]) -> torch.Tensor:
         out = torch.empty(qkv.shape[0], self.heads, self.head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -177,11 +225,6 @@ class FusedTower:
         embeddings = (tower.pos_embed(indices) * weights[:, :, None]).sum(1).to(table.dtype)
         cos, sin = tower.rotary_pos_emb(embeddings.float(), get_vision_position_ids(grids, merge))
         return Positions(embeddings, cos.float().contiguous(), sin.float().contiguous())
-
-
-def _together(parts: Any) -> torch.Tensor:
-    found = list(parts)
-    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 # -- which kernels ----------------------------------------------------------------------------------------------
@@ -251,7 +294,25 @@ def choose_kernels(tower: FusedTower, dtype: torch.dtype, device: torch.device) 
     for size, name in best.items():
         shown = {other: round(ms, 3) for other, ms in times[size].items()}
         logger.info("tower: attention over %d patches by %s; ms: %s", size, name, shown)
+    if device.type == "cuda":
+        _use_graphs(tower, small, limit)
     return times
+
+
+def _use_graphs(tower: FusedTower, qkv: torch.Tensor, limit: float) -> None:
+    """If attention over segments of any sizes works here: two of them, and something behind."""
+    try:
+        attend = flash_4_ranges(qkv.shape[3] ** -0.5)
+        bounds = torch.tensor([0, 130, 300, 300], dtype=torch.int32, device=qkv.device)
+        found, wanted = attend(qkv, bounds, 400), torch.empty(400, *qkv.shape[2:], device=qkv.device)
+        for start, stop in ((0, 130), (130, 300)):
+            sdpa(SDPBackend.MATH)(qkv[start:stop].float(), 1, stop - start, wanted[start:stop], qkv.shape[3] ** -0.5)
+        if (off := _distance(found[:300], wanted[:300].view(300, -1))) > limit:
+            logger.warning("the tower is launched, not replayed from graphs: attention is off by %.1e", off)
+        else:
+            tower.use_graphs(attend)
+    except Exception as error:  # not installed, or not for this torch
+        logger.info("the tower is launched, not replayed from graphs: %s", error)
 
 
 def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:

@@ -347,6 +347,22 @@ def test_spoilt_pages_are_not_found() -> None:
     assert run(s).segments == (Segment("b", 0, 8, True),) and s.hits == 0
 
 
+def test_who_comes_back_and_finds_all_but_its_last_token_in_pages_is_not_passed() -> None:
+    s = make(num_pages=5)
+    s.add("old", 8, 9, front=8)
+    s.add("young", 7, 9, front=7, keys=(keys := keys_of("first", "second")))
+    run(s)
+    while not (step := run(s)).preempted:
+        pass
+    assert step.preempted == ("young",)
+    s.add("last", 1, 4, front=1)
+    s.remove("old")
+    s.set_front("young", 7)
+    step = run(s)
+    assert step.admitted == ("young", "last") and s.reused("young") == 8 == 4 * len(keys)
+    assert ranges(step) == [("young", 8, 9), ("last", 0, 1)]
+
+
 def test_removing_what_is_gone_is_no_error() -> None:
     s = make()
     s.add("a", 4, 1, front=4)
