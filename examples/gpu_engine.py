@@ -126,7 +126,7 @@ class Bench:
         began = time.monotonic()
         tokens = 256 if self.options.tiny else 8192
         config = EngineConfig(pool_bytes=(1 << 24) if self.options.tiny else 5 * GiB, token_budget=tokens)
-        self.runner = Runner(self.half.causal, config)
+        self.runner = Runner(self.half.causal, config, row_width=self.half.layout.width)
         if not self.gpu:
             made = DeviceRunner.of(
                 self.half.causal, self.runner.pool, token_budget=tokens, max_running=64, max_context=4096

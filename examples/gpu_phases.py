@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gpu_serve import picture
 
+from aiodisagg.device.graphs import Captures
 from aiodisagg.engine.batch import EngineSequence, Work
-from aiodisagg.engine.graphs import DecodeGraphs
+from aiodisagg.engine.graphs import StepGraphs, decode_sizes
 from aiodisagg.engine.kernels import distance
 from aiodisagg.engine.schedule import Segment
 from aiodisagg.models.base import ItemKind
@@ -48,8 +49,12 @@ def check(bench: Bench, found: dict[str, Any]) -> None:
     work = [
         Work(Segment(s.request_id, 0, s.plan.tokens, True), s, bench.pages(i, 512)) for i, s in enumerate(sequences)
     ]
+    stepper = bench.stepper
     with torch.inference_mode():
         ours = bench.runner.forward(work)[0].float().clone()
+        prompts, stepper.prompt_graphs = stepper.prompt_graphs, None
+        launched = bench.runner.forward(work)[0].float().clone()
+        stepper.prompt_graphs = prompts
         kept, bench.runner.device_runner = bench.runner.device_runner, None
         try:
             theirs = bench.runner.forward(work)[0].float()
@@ -58,7 +63,9 @@ def check(bench: Bench, found: dict[str, Any]) -> None:
     found["distance"] = distance(ours, theirs)
     found["same_tokens"] = int((ours.argmax(-1) == theirs.argmax(-1)).sum()), len(lengths)
     bench.say(f"check: fused against transformers {found['distance']:.1e}, same tokens {found['same_tokens']}")
-    graphs, stepper = bench.stepper.graphs, bench.stepper
+    found["prompt_graph"] = distance(ours, launched)
+    bench.say(f"check: prompts by a graph ({prompts is not None}) against launches: {found['prompt_graph']:.1e}")
+    graphs = stepper.graphs
     for batch in (1, 3):
         logits = []
         for use in (graphs, None):
@@ -103,8 +110,8 @@ def decode(bench: Bench, found: dict[str, Any]) -> None:
         entry: dict[str, Any] = {"bound_ms": bound}
         step = bench.decoding(batch, 64, 256)
         entry["chosen"] = bench.times(step, count, 4)
-        if graphs is not None and (size := graphs.size_for(batch)) is not None:
-            entry["graph alone"] = bench.times(lambda size=size: graphs._graphs[size].replay(), count)
+        if graphs is not None and (size := graphs.size_for(batch, batch, 0)) is not None:
+            entry["graph alone"] = bench.times(lambda size=size: graphs._replay[size](), count)
         bench.stepper.graphs = None
         entry["launched"] = bench.times(step, max(3, count // 5))
         bench.stepper.graphs = graphs
@@ -118,7 +125,7 @@ def decode(bench: Bench, found: dict[str, Any]) -> None:
         if name == "loop":
             continue
         bench.stepper.decoder.experts = chosen.only(name)
-        own = DecodeGraphs(graphs._inputs, graphs._compute, batches)
+        own = StepGraphs(graphs.inputs, graphs._compute, decode_sizes(batches), Captures(torch.device(bench.device)))
         own.capture()
         for batch in batches:
             step = bench.decoding(batch, 64, 256)
@@ -150,6 +157,8 @@ def prefill(bench: Bench, found: dict[str, Any]) -> None:
         entry: dict[str, Any] = {"flops_ms": bound, "bytes_ms": read}
         count = 3 if bench.options.tiny else 5
         entry["chosen"] = bench.times(lambda s=sequence, n=size: bench.prefill(s, 0, n), count)
+        graphs, bench.stepper.prompt_graphs = bench.stepper.prompt_graphs, None
+        entry["launched"] = bench.times(lambda s=sequence, n=size: bench.prefill(s, 0, n), count)
         with contextlib.suppress(Exception):
             entry["launching"] = _launching(bench, sequence, size)
         for name in chosen.ways:
@@ -158,7 +167,7 @@ def prefill(bench: Bench, found: dict[str, Any]) -> None:
                 entry[f"experts by {name}"] = bench.times(
                     lambda s=sequence, n=size: bench.prefill(s, 0, n), 3, 1
                 )  # fmt: skip
-        bench.stepper.decoder.experts = chosen
+        bench.stepper.decoder.experts, bench.stepper.prompt_graphs = chosen, graphs
         found[str(size)] = entry
         shown = ", ".join(f"{name} {ms:.2f}" for name, ms in entry.items())
         bench.say(f"prefill of {size}, ms: {shown}")

@@ -116,11 +116,12 @@ class Runner:
             that takes inputs_embeds [1, T, h], position_ids ([3, 1, T] if its config has an ``mrope_section``, else
             [1, T]), input_deepstack_embeds [1, T, k*h] (passed only with rows that have them), logits_to_keep
             (indices) and hands other keyword arguments to its attention function.
+        row_width: elements of the rows that will come, if known.
 
     Raises ConfigError if the model cannot be switched to paged attention or the pool has no page.
     """
 
-    def __init__(self, model: Any, config: EngineConfig) -> None:
+    def __init__(self, model: Any, config: EngineConfig, *, row_width: int | None = None) -> None:
         shape = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self._model = model
         self._embed = model.get_input_embeddings()
@@ -151,9 +152,9 @@ class Runner:
         self._attention_before = use_paged_attention(model)
         self.device_runner: DeviceRunner | None = None
         if self.device.type == "cuda":
-            self.device_runner = self._on_device(config)
+            self.device_runner = self._on_device(config, row_width)
 
-    def _on_device(self, config: EngineConfig) -> DeviceRunner | None:
+    def _on_device(self, config: EngineConfig, row_width: int | None) -> DeviceRunner | None:
         """The same model in few launches. Imported here: Triton is only there, and needed, with a GPU."""
         from aiodisagg.engine.device_runner import DeviceRunner
 
@@ -163,6 +164,7 @@ class Runner:
             token_budget=config.token_budget,
             max_running=min(config.max_running, config.token_budget),
             max_context=self.max_context,
+            row_width=row_width,
         )
 
     def warm_up(self) -> None:

@@ -1,8 +1,7 @@
 """Steps on an accelerator: packs a batch into device tensors and runs the fused decoder, under a graph if it can.
 
-Segments of one token without item rows are decodes; a batch of nothing else, up to the ladder's largest, is replayed
-from a graph. Everything else is launched: such a step reads nearly all experts (14 ms of an H200's memory for 30B-A3B),
-so its launches hide behind its work.
+Batches up to the sizes of :mod:`aiodisagg.engine.graphs` are replayed from a graph: decodes, and steps with prompts of
+up to some two thousand tokens. Larger ones are launched: they work for longer than launching takes.
 """
 
 # The model is transformers' untyped nn.Module, hence Any.
@@ -10,18 +9,20 @@ so its launches hide behind its work.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from aiodisagg.device.graphs import Capture, Captures
 from aiodisagg.engine.attention import KvPool
 from aiodisagg.engine.decoder import FusedDecoder, shapes_of, unsupported
 from aiodisagg.engine.experts import BUCKETS, Experts, choose_experts
-from aiodisagg.engine.graphs import LADDER, DecodeGraphs
+from aiodisagg.engine.flash import FlashPrefill
+from aiodisagg.engine.graphs import DECODES, PROMPT_TOKENS, PROMPTS, StepGraphs, decode_sizes, prompt_sizes
 from aiodisagg.engine.inputs import Piece, StepInputs
 from aiodisagg.engine.kernels import Kernels, choose_kernels, new_inputs
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from aiodisagg.engine.batch import Work
 
 logger = logging.getLogger(__name__)
+
+Part = tuple[np.ndarray, torch.Tensor]
+"""Ascending token indices of a step, and the rows that stand for their embeddings."""
 
 
 class DeviceRunner:
@@ -38,7 +42,9 @@ class DeviceRunner:
         pool: whose pages the batches name. token_budget, max_running: what a batch rarely passes.
         max_context: most tokens of a request.
         kernels, experts: chosen and checked on the device unless given.
-        graphs: capture decode steps, where the kernels allow it.
+        row_width: elements of the rows of items; None: not known, and steps with rows are always launched.
+        capture: how steps are captured, where the kernels allow it; None: as CUDA graphs, on a GPU.
+        ladder, prompts: sizes that are, see :mod:`aiodisagg.engine.graphs`.
     """
 
     def __init__(
@@ -51,8 +57,10 @@ class DeviceRunner:
         max_context: int,
         kernels: Kernels | None = None,
         experts: Experts | None = None,
-        graphs: bool = True,
-        ladder: Sequence[int] = LADDER,
+        row_width: int | None = None,
+        capture: Capture | None = None,
+        ladder: Sequence[int] = DECODES,
+        prompts: Sequence[int] = PROMPT_TOKENS,
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
         self._pool, self.shapes = pool, shapes_of(model, pool.page_size)
@@ -66,19 +74,19 @@ class DeviceRunner:
         self._context_pages = min(pool.keys.shape[1] // pool.page_size, -(-max_context // pool.page_size))
         self._inputs = self._new_inputs(token_budget, max_running)
         self._rows: torch.Tensor | None = None
-        self.launch_s = 0.0
-        """What a step costs for being launched and not replayed; known after ``warm_up``."""
-        self.graphs: DecodeGraphs | None = None
-        if (
-            graphs
-            and kernels.padded
-            and self.shapes.device.type == "cuda"
-            and (layer is None or self.decoder.experts.captured)
-        ):
-            largest = max(ladder)
-            self.graphs = DecodeGraphs(
-                self._new_inputs(largest, largest), lambda step: self.decoder(step, pool, every=True), ladder
-            )
+        self._row_width = row_width
+        self.prefill_s = 0.0
+        """What a step costs for having prompt tokens, whatever their number; known after ``warm_up``."""
+        self.graphs: StepGraphs | None = None
+        """Of decodes."""
+        self.prompt_graphs: StepGraphs | None = None
+        self._graph_rows: torch.Tensor | None = None
+        attend = kernels.attend
+        self._most_pairs = attend.min_pairs if isinstance(attend, FlashPrefill) else math.inf
+        if capture is None and self.shapes.device.type == "cuda":
+            capture = Captures(self.shapes.device)
+        if capture is not None and kernels.padded and (layer is None or self.decoder.experts.captured):
+            self._make_graphs(capture, ladder, prompts)
         logger.info("fused decoder: kernels %s, graphs %s", sorted(kernels.fast), self.graphs is not None)
 
     @classmethod
@@ -93,6 +101,24 @@ class DeviceRunner:
             logger.exception("the fused decoder cannot run this model")
             return None
 
+    def _make_graphs(self, capture: Capture, ladder: Sequence[int], prompts: Sequence[int]) -> None:
+        sizes = decode_sizes(ladder)
+        most = max(size.tokens for size in sizes)
+        self.graphs = StepGraphs(
+            self._new_inputs(most, most), lambda step: self.decoder(step, self._pool, every=True), sizes, capture
+        )
+        sizes = prompt_sizes(self._inputs.tile_tokens, prompts)
+        tokens = min(max(size.tokens for size in sizes), self._inputs.capacity)
+        segments = max(size.decodes for size in sizes) + PROMPTS
+        if self._row_width is not None:
+            self._graph_rows = self._new_rows(tokens, self._row_width)
+
+        def compute(step: StepInputs) -> torch.Tensor:
+            return self.decoder(step, self._pool, None if self._graph_rows is None else self._graph_rows[: step.tokens])
+
+        inputs = self._new_inputs(tokens, segments)
+        self.prompt_graphs = StepGraphs(inputs, compute, sizes, capture, logits=segments)
+
     def _new_inputs(self, tokens: int, segments: int) -> StepInputs:
         return new_inputs(self.shapes, tokens=tokens, segments=segments, pages=segments * self._context_pages)
 
@@ -106,28 +132,26 @@ class DeviceRunner:
         Writes to no slot of the pool.
         """
         with torch.inference_mode(), self._here():
-            if self.graphs is not None:
-                try:
-                    self.graphs.capture()
-                except Exception as error:  # a driver's or a library's; steps can still be launched one by one
-                    logger.warning("no decode graphs: %r", error)
-                    self.graphs = None
             few = 1 + min(256, self._inputs.capacity // 2)
             for tokens in (self._inputs.capacity, few):
                 self._dry(tokens)
+            try:
+                for graphs in (self.prompt_graphs, self.graphs):
+                    if graphs is not None:
+                        graphs.capture()
+            except Exception as error:  # a driver's or a library's; steps can still be launched one by one
+                logger.warning("no graphs: %r", error)
+                self.graphs = self.prompt_graphs = None
             if self.graphs is not None:
-                self.launch_s = min(self._timed(few) for _ in range(3))
-                logger.info("a step that is launched takes %.1f ms at least", self.launch_s * 1e3)
+                self.prefill_s = self._experts_s()
+                logger.info("a step with prompt tokens takes %.1f ms at least", self.prefill_s * 1e3)
             if self.shapes.device.type == "cuda":
                 torch.cuda.synchronize(self.shapes.device)
 
-    def _timed(self, tokens: int) -> float:
-        """Seconds of a step that computes nothing, until the device has done it."""
-        torch.cuda.synchronize(self.shapes.device)
-        began = perf_counter()
-        self._dry(tokens)
-        torch.cuda.synchronize(self.shapes.device)
-        return perf_counter() - began
+    def _experts_s(self) -> float:
+        """Seconds of reading nearly all experts, as a step of 64 tokens does."""
+        ms = min((self.decoder.experts.measured.get(64) or {}).values(), default=0.0)
+        return sum(layer.router is not None for layer in self.decoder.layers) * ms / 1e3
 
     def _dry(self, tokens: int) -> None:
         """A step of one prompt and one decode whose tokens are all padding: every kernel of a launched step runs, on
@@ -156,31 +180,62 @@ class DeviceRunner:
             at += work.segment.tokens
             if work.segment.samples:
                 sampled.append(at - 1)
-        size = None
-        if self.graphs is not None and not parts and at == len(batch):
-            size = self.graphs.size_for(at)
-        if self.graphs is not None and size is not None:
-            logits = self.graphs.run(size, pieces, ids, positions)
-            return (logits[:at] if len(sampled) == at else logits[sampled]), 0
+        visual = np.concatenate([where for where, _ in parts]) if parts else None
+        used = 0 if visual is None else len(visual)
+        logits = self._replayed(pieces, ids, positions, parts, visual, sampled)
+        if logits is not None:
+            return logits, used
         if not self._inputs.fits(pieces):  # the scheduler's budget is the usual bound; others may call as well
             self._inputs = self._new_inputs(max(at, self._inputs.capacity), max(len(batch), self._inputs.segments))
-        rows = self._place(parts, at)
-        visual = np.concatenate([where for where, _ in parts]) if parts else None
+        rows = self._room(parts, at)
+        if rows is not None:
+            _place(parts, rows)
         self._inputs.fill(pieces, ids, positions, visual=visual, sampled=sampled)
-        return self.decoder(self._inputs, self._pool, rows), 0 if visual is None else len(visual)
+        return self.decoder(self._inputs, self._pool, rows), used
 
-    def _place(self, parts: Sequence[tuple[np.ndarray, torch.Tensor]], tokens: int) -> torch.Tensor | None:
-        """Rows [tokens, width] with those of the items at their tokens; what lies at the others is never used."""
+    def _replayed(
+        self, pieces: Sequence[Piece], ids: np.ndarray, positions: np.ndarray, parts: Sequence[Part],
+        visual: np.ndarray | None, sampled: Sequence[int],
+    ) -> torch.Tensor | None:  # fmt: skip
+        """The logits by a graph; None: there is none for such a batch."""
+        tokens, decodes = len(ids), sum(piece.new == 1 for piece in pieces)
+        if self.graphs is not None and not parts and decodes == tokens:
+            size = self.graphs.size_for(tokens, decodes, 0)
+            if size is not None:
+                logits = self.graphs.run(size, pieces, ids, positions)
+                return logits[:tokens] if len(sampled) == tokens else logits[sampled]
+        graphs, rows = self.prompt_graphs, self._graph_rows
+        if graphs is None or not graphs.inputs.fits(pieces):
+            return None
+        if any(rows is None or taken.shape[1] != rows.shape[1] for _, taken in parts):
+            return None
+        longer = [piece for piece in pieces if piece.new > 1]
+        tiles = sum(-(-piece.new // graphs.inputs.tile_tokens) for piece in longer)
+        size = graphs.size_for(tokens, decodes, tiles)
+        if size is None or sum(piece.new * piece.total for piece in longer) >= self._most_pairs:
+            return None
+        if rows is not None:
+            _place(parts, rows)
+        return graphs.run(size, pieces, ids, positions, visual=visual, sampled=sampled)[: len(sampled)]
+
+    def _room(self, parts: Sequence[Part], tokens: int) -> torch.Tensor | None:
+        """For rows [tokens, width] of a step that is launched."""
         if not parts:
             return None
         width = parts[0][1].shape[1]
         if self._rows is None or self._rows.shape[0] < tokens or self._rows.shape[1] != width:
-            with torch.inference_mode(False):
-                size = max(tokens, self._inputs.capacity), width
-                self._rows = torch.zeros(size, dtype=self.shapes.dtype, device=self.shapes.device)
-        for where, taken in parts:
-            # An image is one run of tokens, a video one a frame pair: copies need no index on the device.
-            breaks = np.flatnonzero(np.diff(where) != 1) + 1
-            for start, stop in zip([0, *breaks], [*breaks, len(where)], strict=True):
-                self._rows[where[start] : where[start] + stop - start].copy_(taken[start:stop])
+            self._rows = self._new_rows(max(tokens, self._inputs.capacity), width)
         return self._rows[:tokens]
+
+    def _new_rows(self, tokens: int, width: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(tokens, width, dtype=self.shapes.dtype, device=self.shapes.device)
+
+
+def _place(parts: Sequence[Part], rows: torch.Tensor) -> None:
+    """Puts the rows of items at their tokens; what lies at the others is never used."""
+    for where, taken in parts:
+        # An image is one run of tokens, a video one a frame pair: copies need no index on the device.
+        breaks = np.flatnonzero(np.diff(where) != 1) + 1
+        for start, stop in zip([0, *breaks], [*breaks, len(where)], strict=True):
+            rows[where[start] : where[start] + stop - start].copy_(taken[start:stop])

@@ -78,8 +78,8 @@ class Engine:
         self._stream, self._watcher = stream, watcher
         self.config = config or EngineConfig()
         self._decode, self._eos_ids = decode, eos_ids
-        self._runner = Runner(model, self.config)
         self._row_width = None if layout is None else layout.width
+        self._runner = Runner(model, self.config, row_width=self._row_width)
         ours = (self._runner.hidden_size, str(self._runner.dtype).removeprefix("torch."))
         if layout is not None and (layout.hidden_size, layout.dtype) != ours:
             self._runner.release()
@@ -110,7 +110,7 @@ class Engine:
         if self._runner.device_runner is not None:
             await asyncio.to_thread(self._runner.warm_up)
             if self._pace is not None:
-                self._pace.launch_s = self._runner.device_runner.launch_s
+                self._pace.prefill_s = self._runner.device_runner.prefill_s
         loop = asyncio.get_running_loop()
         self._steps = StepThread(
             self._runner,

@@ -70,14 +70,14 @@ class FlashPrefill:
     def __init__(
         self, attend: Callable[..., torch.Tensor], flash: Callable[..., Any], *, min_pairs: int = MIN_PAIRS
     ) -> None:
-        self._attend, self._flash, self._min_pairs = attend, flash, min_pairs
+        self._attend, self._flash, self.min_pairs = attend, flash, min_pairs
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepInputs, scaling: float
     ) -> torch.Tensor:
         """Attention outputs [T, heads, d] of queries [T, heads, d] over one layer of the pool [slots, kv_heads, d]."""
         if "gathered" not in step.derived:
-            step.derived["gathered"] = Gathered.of(step, self._min_pairs)
+            step.derived["gathered"] = Gathered.of(step, self.min_pairs)
         found: Any = step.derived["gathered"]
         if found is None:
             return self._attend(query, keys, values, step, scaling)

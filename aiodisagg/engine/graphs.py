@@ -1,74 +1,110 @@
-"""Decode steps under CUDA graphs: one for each batch size of a ladder, all in one memory pool.
+"""Steps under CUDA graphs: one for each size of a ladder, all in one memory pool.
 
-A decode step is some 530 launches of a few microseconds each; launched one by one from Python they take longer than
-they run. A graph is replayed for any batch that is not larger: the rest of it is padding, which reads no context, no
-expert and writes to no slot.
+A step is some 530 launches of a few microseconds each; launched one by one from Python they take 18 to 55 ms by the
+host's processor, and every other thread of the process waits for them. A graph is replayed for any batch that is not
+larger: the rest of it is padding, which reads no context, no expert and writes to no slot.
 """
-
-# torch declares no types for streams and events.
-# mypy: disallow-untyped-calls=False
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from aiodisagg.device.graphs import Capture
 from aiodisagg.engine.inputs import Piece, StepInputs
 
 logger = logging.getLogger(__name__)
 
-LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Batches of decodes."""
+PROMPT_TOKENS = (64, 128, 256, 512, 1024, 1536, 2048)
+"""Tokens of a step with prompts. With experts its time is that of reading them all up to about a thousand tokens."""
+BESIDE = (0, 4, 16, 64)
+"""Decodes of such a step."""
+PROMPTS = 16
+"""Prompts, or parts of some, in such a step."""
 
 
-class DecodeGraphs:
-    """Captured steps of one token a segment.
+class Size(NamedTuple):
+    """What a graph has room for."""
+
+    tokens: int
+    decodes: int
+    tiles: int
+
+
+def decode_sizes(ladder: Sequence[int] = DECODES) -> list[Size]:
+    return [Size(batch, batch, 0) for batch in ladder]
+
+
+def prompt_sizes(tile_tokens: int, tokens: Sequence[int] = PROMPT_TOKENS, beside: Sequence[int] = BESIDE) -> list[Size]:
+    return [Size(t, d, -(-t // tile_tokens) + PROMPTS) for t in tokens for d in beside if d < t]
+
+
+class StepGraphs:
+    """Captured steps.
 
     Args:
-        inputs: with room for the largest batch; the graphs read it, and nothing else may fill it.
-        compute: the step, from inputs to logits [tokens, vocab]; must not wait for the device.
-        ladder: batch sizes.
+        inputs: with room for the largest; the graphs read it, and nothing else may fill it.
+        compute: the step, from inputs to logits [n, vocab]; must not wait for the device.
+        sizes: those that the inputs have no room for are left out.
+        logits: of how many tokens ``compute`` gives logits; None: of all.
+        capture: in whose memory pool.
     """
 
     def __init__(
-        self, inputs: StepInputs, compute: Callable[[StepInputs], torch.Tensor], ladder: Sequence[int] = LADDER
-    ) -> None:
-        self._inputs, self._compute = inputs, compute
-        self.ladder = tuple(sorted({size for size in ladder if size <= inputs.segments}))
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, torch.Tensor] = {}
+        self, inputs: StepInputs, compute: Callable[[StepInputs], torch.Tensor], sizes: Sequence[Size],
+        capture: Capture, *, logits: int | None = None,
+    ) -> None:  # fmt: skip
+        self.inputs, self._compute, self._capture, self._wanted = inputs, compute, capture, logits
+        self.sizes = tuple(sorted({s for s in sizes if s.tokens <= inputs.capacity and s.decodes <= inputs.segments}))
+        self._replay: dict[Size, Callable[[], None]] = {}
+        self._logits: dict[Size, torch.Tensor] = {}
 
-    def size_for(self, batch: int) -> int | None:
-        """The captured batch size that ``batch`` segments are padded to; None: there is none."""
-        return next((size for size in self.ladder if size >= batch and size in self._graphs), None)
+    def size_for(self, tokens: int, decodes: int, tiles: int) -> Size | None:
+        """The smallest captured size that such a batch fits in; None: there is none."""
+        return next(
+            (s for s in self.sizes
+             if s.tokens >= tokens and s.decodes >= decodes and s.tiles >= tiles and s in self._replay),
+            None,
+        )  # fmt: skip
 
     def capture(self) -> None:
         """Runs and captures every size, the largest first, whose memory the others reuse."""
-        began = time.perf_counter()
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._inputs.ids.device)
-        for size in reversed(self.ladder):
-            self._inputs.fill((), *_nothing(), pad_to=(size, size, 0))
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # compiles, and lets libraries allocate what they keep
-                    self._compute(self._inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads copy rows meanwhile, which only a capture of this thread's own calls tolerates.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._logits[size] = self._compute(self._inputs)
-            self._graphs[size] = graph
-        logger.info("captured decode steps of %s in %.1f s", self.ladder, time.perf_counter() - began)
+        began, run = time.perf_counter(), set[int]()
+        for size in reversed(self.sizes):
 
-    def run(self, size: int, pieces: Sequence[Piece], ids: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Logits [size, vocab] of a batch padded to ``size``; valid until the next run."""
-        self._inputs.fill(pieces, ids, positions, pad_to=(size, size, 0))
-        self._graphs[size].replay()
+            def compute(size: Size = size) -> None:
+                self._logits[size] = self._compute(self.inputs)
+
+            self._fill(size, (), np.zeros(0, dtype=np.int64), np.zeros((3, 0), dtype=np.int64))
+            if size.tokens not in run:  # compiles, and lets libraries allocate what they keep
+                run.add(size.tokens)
+                compute()
+                compute()
+            self._replay[size] = self._capture(compute)
+        took = time.perf_counter() - began
+        logger.info("captured %d steps of up to %d tokens in %.1f s", len(self.sizes), self.sizes[-1].tokens, took)
+
+    def run(
+        self, size: Size, pieces: Sequence[Piece], ids: np.ndarray, positions: np.ndarray, *,
+        visual: np.ndarray | None = None, sampled: Sequence[int] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Logits of a batch padded to ``size``, valid until the next run: of all its tokens and padding, or of those
+        of ``sampled`` and others behind them."""
+        self._fill(size, pieces, ids, positions, visual, sampled)
+        self._replay[size]()
         return self._logits[size]
 
-
-def _nothing() -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros(0, dtype=np.int64), np.zeros((3, 0), dtype=np.int64)
+    def _fill(
+        self, size: Size, pieces: Sequence[Piece], ids: np.ndarray, positions: np.ndarray,
+        visual: np.ndarray | None = None, sampled: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        if self._wanted is not None:
+            sampled = [*sampled, *[0] * (self._wanted - len(sampled))]
+        self.inputs.fill(pieces, ids, positions, visual=visual, sampled=sampled, pad_to=size)

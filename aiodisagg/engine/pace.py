@@ -6,11 +6,11 @@ The five are fitted to the steps seen, by least squares of relative errors with 
 not get faster by doing more). Steps with and without prefill are remembered apart, so a long stretch of decodes does
 not make the cost of a prompt forgotten. Old steps fade: what the machine does besides may change.
 
-Where decodes are replayed from a graph, a step with prompt tokens has a cost of its own, for it is launched: that is
-measured at the start (``launch_s``), since steps of one size cannot tell it from the cost of their tokens.
+On a GPU a step with prompt tokens has a cost of its own, however few they are: it reads nearly all experts. That is
+measured at the start (``prefill_s``), since steps of one size cannot tell it from the cost of their tokens.
 
 The budget is kept as far as decodes leave it: **a step may take the budget, or twice what it takes before its first
-prompt token if that is more**, so prompt tokens always get at least half of the time, and a budget that launched steps
+prompt token if that is more**, so prompt tokens always get at least half of the time, and a budget that such steps
 cannot keep does not make them so small that prompts pile up. And it may not take more than twice the prefill that has
 been tried before: what has never been measured is approached, not believed.
 """
@@ -92,11 +92,11 @@ class _Memory:
 class Pace:
     """Step times so far, and the prefill that fits beside decodes.
 
-    ``budget_s``: of a step, and so between tokens. ``launch_s``: of a step with prompt tokens, whatever their number.
+    ``budget_s``: of a step, and so between tokens. ``prefill_s``: of a step with prompt tokens, whatever their number.
     """
 
-    def __init__(self, budget_s: float, launch_s: float = 0.0) -> None:
-        self.budget_s, self.launch_s = budget_s, launch_s
+    def __init__(self, budget_s: float, prefill_s: float = 0.0) -> None:
+        self.budget_s, self.prefill_s = budget_s, prefill_s
         self._memories = {False: _Memory(), True: _Memory()}
         self._costs = [0.0] * 5
         self._unfitted = 0  # steps since the last fit
@@ -110,7 +110,7 @@ class Pace:
         """A step of this shape took so long."""
         memory = self._memories[shape.prefill > 0]
         if shape.prefill:
-            seconds = max(seconds - self.launch_s, 0.1 * seconds)
+            seconds = max(seconds - self.prefill_s, 0.1 * seconds)
         scale = seconds
         if memory.steps >= _SETTLED:
             # Relative to what was expected: else a machine that got slower would long be judged by its fast steps.
@@ -122,7 +122,7 @@ class Pace:
 
     def expect(self, shape: StepShape) -> float:
         """Seconds that a step of this shape should take."""
-        return self._sum(shape, self._fitted()) + (self.launch_s if shape.prefill else 0.0)
+        return self._sum(shape, self._fitted()) + (self.prefill_s if shape.prefill else 0.0)
 
     def _sum(self, shape: StepShape, costs: list[float]) -> float:
         return sum(cost * term for cost, term in zip(costs, shape._terms, strict=True))
@@ -130,14 +130,14 @@ class Pace:
     def worth(self, tokens: int) -> bool:
         """Whether a step that computes so many prompt tokens costs more for them than for being a step."""
         fixed, _, _, token, _ = self._fitted()
-        return token * tokens >= fixed + self.launch_s
+        return token * tokens >= fixed + self.prefill_s
 
     def prefill_beside(self, decodes: StepShape, start: int, most: int) -> int:
         """Prompt tokens, at least 1 and at most ``most``, for a step with these decodes.
 
         ``start``: tokens before the first of them, of the request that has most.
         """
-        before = self.expect(decodes) + self.launch_s
+        before = self.expect(decodes) + self.prefill_s
         return self._fit_into(max(self.budget_s - before, before), start, most)
 
     def prefill_after(self, step: StepShape, start: int, most: int) -> int:

@@ -33,7 +33,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from aiodisagg.models.tower_graphs import MOST_PATCHES, AttendRanges, Capture, TowerGraphs
+from aiodisagg.device.graphs import Capture
+from aiodisagg.models.tower_graphs import MOST_PATCHES, AttendRanges, TowerGraphs
 
 logger = logging.getLogger(__name__)
 

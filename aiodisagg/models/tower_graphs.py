@@ -10,9 +10,6 @@ belongs to no segment: nobody attends to it, and its rows are dropped. A size th
 captured; the first time its kernels are compiled.
 """
 
-# torch declares no types for streams and events.
-# mypy: disallow-untyped-calls=False
-
 from __future__ import annotations
 
 import functools
@@ -25,6 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from aiodisagg.device.graphs import Capture, Captures
 
 if TYPE_CHECKING:
     from aiodisagg.models.tower import FusedTower, Positions
@@ -39,10 +38,8 @@ SLOTS = (1, 8, 64)
 KEPT = 48
 
 AttendRanges = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""(qkv [N, 3, heads, d], bounds int32 [slots + 1], longest): [N, heads*d]; from each bound to the next, patches attend to
-each other. Equal bounds are empty segments; behind the last bound it may be anything."""
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Of what launches something: what launches it again, from a graph."""
+"""(qkv [N, 3, heads, d], bounds int32 [slots + 1], longest): [N, heads*d]; from each bound to the next, patches attend
+to each other. Equal bounds are empty segments; behind the last bound it may be anything."""
 
 
 def room_for(patches: int) -> int:
@@ -68,7 +65,7 @@ class TowerGraphs:
 
         self._tower, self._attend, self._merge = tower, attend, merge
         self._most = most
-        self._capture = capture or _Capturing(device)
+        self._capture = capture or Captures(device)
         zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
         cos, sin = zeros(2, most, tower.head_dim, dtype=torch.float32)
         self._patches, self._positions = zeros(most, values), Positions(zeros(most, hidden), cos, sin)
@@ -146,23 +143,3 @@ class TowerGraphs:
             logger.debug("captured %d patches, %d segments in %.3f s", size, slots, time.perf_counter() - began)
         replay()
         return True
-
-
-class _Capturing:
-    """Captures into one memory pool: graphs are replayed one after the other, and what they made is copied by then."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-
-    def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            # torch.cuda.graph would wait for the device and give memory back, while an engine computes beside.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                compute()
-            finally:
-                graph.capture_end()
-        return graph.replay

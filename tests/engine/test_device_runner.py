@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_engine_exact import NEW, cases
-from tiny_engine import HIDDEN, ask, make_engine, tiny_model
+from tiny_engine import HIDDEN, ask, make_engine, make_plan, make_rows, tiny_model
 
 from aiodisagg.engine import experts as experts_module
 from aiodisagg.engine import kernels, triton_attention, triton_layers
+from aiodisagg.engine.batch import EngineSequence, Work
 from aiodisagg.engine.decoder import unsupported
 from aiodisagg.engine.device_runner import DeviceRunner
 from aiodisagg.engine.engine import Engine
 from aiodisagg.engine.experts import Experts, choose_experts, run_grouped, run_loop
-from aiodisagg.engine.graphs import DecodeGraphs
-from aiodisagg.engine.inputs import Piece
+from aiodisagg.engine.graphs import PROMPTS, StepGraphs, decode_sizes, prompt_sizes
+from aiodisagg.engine.inputs import Piece, StepInputs
 from aiodisagg.engine.kernels import Kernels, Shapes, choose_kernels, new_inputs
+from aiodisagg.engine.rows import RequestRows
+from aiodisagg.engine.schedule import Segment
+from aiodisagg.engine.stream import RequestHandle
+from aiodisagg.engine.types import SamplingParams
 
 pytestmark = pytest.mark.anyio
 
@@ -28,15 +34,19 @@ LOOP = Experts({"loop": run_loop}, ((0, "loop"),))
 GROUPED = Experts({"grouped": run_grouped}, ((0, "grouped"),))
 
 
-def on_device(model: Any, experts: Experts, **config: Any) -> Engine:
+def on_device(
+    model: Any, experts: Experts, *, kernels: Kernels | None = None, settings: dict[str, Any] | None = None,
+    **config: Any,
+) -> Engine:  # fmt: skip
     """An engine over a copy of the model (its projections are joined) that steps as with an accelerator."""
     model = copy.deepcopy(model)
     engine = make_engine(model, **config)
     assert unsupported(model) is None
     runner = engine._runner
     runner.device_runner = DeviceRunner(
-        model, runner.pool, token_budget=16, max_running=2, max_context=4096, kernels=Kernels(), experts=experts
-    )
+        model, runner.pool, token_budget=16, max_running=2, max_context=4096, kernels=kernels or Kernels(),
+        experts=experts, **settings or {},
+    )  # fmt: skip
     return engine
 
 
@@ -62,19 +72,21 @@ async def test_level_after_the_last_layer() -> None:
         assert (await ask(engine, plan, rows, max_tokens=NEW)).tokens == expected
 
 
-def interpreted(model: Any, **config: Any) -> Engine:
+TRITON = Kernels(
+    triton_layers.add_norm,
+    triton_layers.rotate_store,
+    triton_attention.attend,
+    triton_layers.route,
+    fast=frozenset({"add_norm", "rotate_store", "attend", "route"}),
+)
+
+
+def interpreted(model: Any, **settings: Any) -> Engine:
     """As :func:`on_device`, by Triton's kernels."""
-    engine = on_device(model, LOOP, **config)
+    experts = Experts(experts_module._candidates(), ((0, "triton"),))
+    engine = on_device(model, experts, kernels=TRITON, settings=settings)
     runner = engine._runner.device_runner
     assert runner is not None
-    runner.decoder.kernels = Kernels(
-        triton_layers.add_norm,
-        triton_layers.rotate_store,
-        triton_attention.attend,
-        triton_layers.route,
-        fast=frozenset({"add_norm", "rotate_store", "attend", "route"}),
-    )
-    runner.decoder.experts = Experts(experts_module._candidates(), ((0, "triton"),))
     runner.decoder.layers = runner.decoder.layers[:2]  # interpreting a launch costs a tenth of a second
     return engine
 
@@ -172,8 +184,84 @@ def test_a_model_with_another_layer_is_left_to_transformers() -> None:
     assert "no model.layers" in str(unsupported(torch.nn.Linear(1, 1)))
 
 
-def test_ladder_takes_the_next_size() -> None:
-    graphs = DecodeGraphs(new_inputs(Shapes(8, 2, 1, 8, 0, 0, 16, torch.float32, torch.device("cpu")), tokens=8,
-                                     segments=8, pages=8), lambda step: step.ids, (1, 2, 4, 8, 16))  # fmt: skip
-    assert graphs.ladder == (1, 2, 4, 8)  # no size that the inputs have no room for
-    assert graphs.size_for(1) is None  # nothing is captured yet
+def inputs(tokens: int, segments: int) -> StepInputs:
+    shapes = Shapes(8, 2, 1, 8, 0, 0, 16, torch.float32, torch.device("cpu"))
+    return new_inputs(shapes, tokens=tokens, segments=segments, pages=segments)
+
+
+def again(compute: Callable[[], None]) -> Callable[[], None]:
+    """What a capture would launch again."""
+    return compute
+
+
+def test_a_batch_takes_the_smallest_size_that_has_room_for_it() -> None:
+    graphs = StepGraphs(inputs(8, 8), lambda step: step.ids, decode_sizes((1, 2, 4, 8, 16)), again)
+    assert [size.tokens for size in graphs.sizes] == [1, 2, 4, 8]  # no size that the inputs have no room for
+    assert graphs.size_for(1, 1, 0) is None  # nothing is captured yet
+    graphs.capture()
+    assert [graphs.size_for(n, n, 0) for n in (1, 3, 9)] == [(1, 1, 0), (4, 4, 0), None]
+
+    sizes = prompt_sizes(16, (64, 256), (0, 4, 64))
+    graphs = StepGraphs(inputs(256, 80), lambda step: step.ids, sizes, again, logits=3)
+    graphs.capture()
+    assert graphs.size_for(60, 0, 4) == (64, 0, 4 + PROMPTS)
+    assert graphs.size_for(60, 5, 4) == (256, 64, 16 + PROMPTS), "64 decodes leave no room for a prompt in 64 tokens"
+    assert graphs.size_for(64, 3, 4 + PROMPTS) == (64, 4, 4 + PROMPTS)
+    assert graphs.size_for(65, 65, 0) is None and graphs.size_for(257, 0, 17) is None
+    ids = graphs.run(graphs.sizes[0], [Piece(3, 3, [0])], np.arange(1, 4), np.zeros((3, 3)), sampled=[2])
+    assert ids.tolist() == [1, 2, 3, *[0] * 61] and graphs.inputs.sampled.tolist() == [2, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what a token of padding computes means nothing
+def test_replayed_steps_give_what_launched_ones_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes, a chunk with rows of an item, and prompts, in batches smaller than the sizes they are padded to."""
+    monkeypatch.setattr(triton_attention, "splits", lambda entries, kv_heads: 2)
+    model = tiny_model("moe")
+    plan = make_plan([2, (1, 2, 3), 3])
+    rows = make_rows(plan, 3)
+    width = rows[0].shape[1]
+    engine = interpreted(model, capture=again, ladder=(2,), prompts=(16,), row_width=width)
+    runner = engine._runner.device_runner
+    assert runner is not None and runner.graphs is not None and runner.prompt_graphs is not None
+    runner.graphs.capture()
+    monkeypatch.setattr(runner.prompt_graphs, "sizes", [s for s in runner.prompt_graphs.sizes if s.decodes in (0, 4)])
+    runner.prompt_graphs.capture()
+
+    def sequence(name: str) -> EngineSequence:
+        held = RequestRows(name, plan, hidden_size=HIDDEN, width=width, dtype=torch.float32, device=torch.device("cpu"))
+        for i, item in enumerate(rows):
+            held.write(i, 0, item)
+        return EngineSequence(RequestHandle(name, lambda _: None), plan, SamplingParams(), held, lambda _: "")
+
+    first, second = sequence("a"), sequence("b")
+    for one in (first, second):
+        one.generated.append(5)
+    t = plan.tokens
+    steps = [
+        [Work(Segment("a", 0, t, True), first, [3, 1])],
+        [Work(Segment("a", t, t + 1, True), first, [3, 1]), Work(Segment("b", 0, t - 1, False), second, [0, 2])],
+        [Work(Segment("a", t, t + 1, True), first, [3, 1]), Work(Segment("b", t - 1, t, True), second, [0, 2])],
+        [Work(Segment("b", t, t + 1, True), second, [0, 2])],
+    ]
+    found: list[list[torch.Tensor]] = []
+    replayed = 0
+    run = StepGraphs.run
+
+    def counted(*args: Any, **named: Any) -> torch.Tensor:
+        nonlocal replayed
+        replayed += 1
+        return run(*args, **named)
+
+    monkeypatch.setattr(StepGraphs, "run", counted)
+    with torch.inference_mode():
+        for graphs in (True, False):
+            if not graphs:
+                runner.graphs = runner.prompt_graphs = None
+            for cache in (engine._runner.pool.keys, engine._runner.pool.values):
+                cache.fill_(float("nan"))
+            found.append([runner.forward(step)[0].clone() for step in steps])
+    assert replayed == len(steps)
+    for ours, wanted in zip(*found, strict=True):
+        assert ours.shape == wanted.shape and torch.isfinite(wanted).all()
+        torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+    engine._runner.release()

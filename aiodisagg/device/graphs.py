@@ -1,0 +1,36 @@
+"""CUDA graphs: launches that are recorded once and then launched as one."""
+
+# torch declares no types for streams and events.
+# mypy: disallow-untyped-calls=False
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Of what launches something: what launches it again, at once."""
+
+
+class Captures:
+    """Captures into one memory pool: graphs of it are replayed one after the other, and what one has made is used
+    before the next one runs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """``compute`` may not wait for the device, and has run before, so that everything is compiled. It runs once
+        more, without effect. Raises what a driver or a library raises."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # Other threads launch and allocate meanwhile, which only a capture of this thread's own calls tolerates;
+            # torch.cuda.graph would also wait for the device and give memory back.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                compute()
+            finally:
+                graph.capture_end()
+        return graph.replay
