@@ -5,12 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Of what launches something: what launches it again, at once."""
+
+
+TRIES = 3
+"""A thread that waits for the whole device meanwhile spoils a capture."""
 
 
 class Captures:
@@ -21,8 +29,18 @@ class Captures:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
-        """``compute`` may not wait for the device, and has run before, so that everything is compiled. It runs once
-        more, without effect. Raises what a driver or a library raises."""
+        """``compute`` may not wait for the device, and has run before, so that everything is compiled. It is called
+        once more, without effect. Raises what a driver or a library raises."""
+        for left in reversed(range(TRIES)):
+            try:
+                return self._capture(compute)
+            except Exception as error:
+                if not left:
+                    raise
+                logger.info("captured again, for it was spoilt: %s", error)
+        raise AssertionError
+
+    def _capture(self, compute: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -31,6 +49,9 @@ class Captures:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 compute()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay

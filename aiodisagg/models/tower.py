@@ -33,8 +33,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from aiodisagg.device.graphs import Capture
-from aiodisagg.models.tower_graphs import MOST_PATCHES, AttendRanges, TowerGraphs
+from aiodisagg.device.graphs import Capture, Captures
+from aiodisagg.models.tower_graphs import AttendRanges, TowerGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -154,15 +154,13 @@ class FusedTower:
         self.graphs: TowerGraphs | None = None
         """Asked first."""
 
-    def use_graphs(
-        self, attend: AttendRanges, *, most: int = MOST_PATCHES, capture: Capture | None = None
-    ) -> None:  # fmt: skip
-        """Computes from graphs what they have room for, attending by ``attend``."""
+    def use_graphs(self, attend: AttendRanges, capture: Capture, **sizes: Any) -> None:
+        """Computes from graphs what they have room for, attending by ``attend``; see TowerGraphs for ``sizes``."""
         config = self._tower.config
         self.graphs = TowerGraphs(
-            self, attend, values=self._patch.shape[1], hidden=self._patch.shape[0],
+            self, attend, capture, values=self._patch.shape[1], hidden=self._patch.shape[0],
             merge=config.spatial_merge_size**2, width=(1 + len(self._levels)) * config.out_hidden_size,
-            dtype=self._patch.dtype, device=self._patch.device, most=most, capture=capture,
+            dtype=self._patch.dtype, device=self._patch.device, **sizes,
         )  # fmt: skip
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
@@ -311,9 +309,11 @@ def _use_graphs(tower: FusedTower, qkv: torch.Tensor, limit: float) -> None:
         if (off := _distance(found[:300], wanted[:300].view(300, -1))) > limit:
             logger.warning("the tower is launched, not replayed from graphs: attention is off by %.1e", off)
         else:
-            tower.use_graphs(attend)
-    except Exception as error:  # not installed, or not for this torch
+            tower.use_graphs(attend, Captures(qkv.device))
+    except ImportError as error:
         logger.info("the tower is launched, not replayed from graphs: %s", error)
+    except Exception as error:  # of a driver or a library, or no memory
+        logger.warning("the tower is launched, not replayed from graphs: %r", error)
 
 
 def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:

@@ -2,12 +2,11 @@
 
 A picture of 720p is computed in 11 ms of an H100, and launched from Python in 15 to 19; beside an engine in the same
 process, which launches steps, in 40, and the steps take twice as long as well: each waits for Python's lock at every
-launch. A graph is launched in less than one.
+launch. A graph is launched in one or two.
 
-A graph is of sizes, not of pictures: what it reads (patches, positions, the bounds of segments) lies in buffers, and
-batches of up to 6 % fewer patches, however many pictures they are, use the same one. What is behind the last patch
-belongs to no segment: nobody attends to it, and its rows are dropped. A size that is met for the second time is
-captured; the first time its kernels are compiled.
+A graph is of a size, not of pictures: what it reads (patches, positions, the bounds of segments) lies in buffers, and
+any batch that is not larger can use it. What is behind the last patch belongs to no segment: nobody attends to it, and
+its rows are dropped. All sizes are captured at the start, when nothing else happens in the process.
 """
 
 from __future__ import annotations
@@ -16,36 +15,27 @@ import functools
 import itertools
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from aiodisagg.device.graphs import Capture, Captures
+from aiodisagg.device.graphs import Capture
 
 if TYPE_CHECKING:
     from aiodisagg.models.tower import FusedTower, Positions
 
 logger = logging.getLogger(__name__)
 
-MOST_PATCHES = 16384
-"""Of a batch; larger ones are launched, which their computing hides."""
-LEAST_STEP = 128
-SLOTS = (1, 8, 64)
-"""How many segments a graph has room for. An empty one costs next to nothing, but a picture alone is the usual case."""
-KEPT = 48
+PATCHES = (*range(128, 1024, 128), *range(1024, 4096, 256), *range(4096, 8192, 512), *range(8192, 16385, 1024))
+"""Sizes; 720p and 1080p are 2 % and 0.4 % below one. Larger batches are launched, which their computing hides."""
+SLOTS = {1: 16384, 8: 8192, 64: 8192}
+"""How many segments there is room for, and up to which size. An empty one costs next to nothing."""
 
 AttendRanges = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(qkv [N, 3, heads, d], bounds int32 [slots + 1], longest): [N, heads*d]; from each bound to the next, patches attend
 to each other. Equal bounds are empty segments; behind the last bound it may be anything."""
-
-
-def room_for(patches: int) -> int:
-    """The size of the graph for so many patches."""
-    step = max(LEAST_STEP, 1 << max(0, (patches - 1).bit_length() - 5))
-    return -(-patches // step) * step
 
 
 class TowerGraphs:
@@ -53,31 +43,35 @@ class TowerGraphs:
 
     Args:
         attend: may not wait for the device.
-        merge: patches of a row. width: elements of a row. dtype, device: the tower's.
-        capture: None: as a CUDA graph.
+        values: elements of a patch. hidden: of a position's embedding. merge: patches of a row. width: elements of a
+        row. dtype, device: the tower's. sizes, slots: as ``PATCHES`` and ``SLOTS``.
+
+    Raises what a driver or a library raises.
     """
 
     def __init__(
-        self, tower: FusedTower, attend: AttendRanges, *, values: int, hidden: int, merge: int, width: int,
-        dtype: torch.dtype, device: torch.device, most: int = MOST_PATCHES, capture: Capture | None = None,
+        self, tower: FusedTower, attend: AttendRanges, capture: Capture, *, values: int, hidden: int, merge: int,
+        width: int, dtype: torch.dtype, device: torch.device, sizes: Sequence[int] = PATCHES,
+        slots: dict[int, int] | None = None,
     ) -> None:  # fmt: skip
         from aiodisagg.models.tower import Positions
 
         self._tower, self._attend, self._merge = tower, attend, merge
-        self._most = most
-        self._capture = capture or Captures(device)
+        most, slots = max(sizes), slots or SLOTS
         zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
         cos, sin = zeros(2, most, tower.head_dim, dtype=torch.float32)
         self._patches, self._positions = zeros(most, values), Positions(zeros(most, hidden), cos, sin)
-        self._bounds = zeros(max(SLOTS) + 1, dtype=torch.int32)
+        self._bounds = zeros(max(slots) + 1, dtype=torch.int32)
         self._rows: torch.Tensor = zeros(most // merge, width)
-        self._graphs: OrderedDict[tuple[int, int], Callable[[], None] | None] = OrderedDict()
-        self._works = True
-
-    @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(patches, segments) of graphs, least recently used first."""
-        return tuple(key for key, replay in self._graphs.items() if replay is not None)
+        self._replay: dict[tuple[int, int], Callable[[], None]] = {}
+        began = time.perf_counter()
+        for size in sorted(sizes, reverse=True):  # the memory of the largest serves all
+            self._computing(size, 1)()  # compiles, and lets libraries allocate what they keep
+            for count in (count for count, limit in slots.items() if size <= limit):
+                self._replay[count, size] = capture(self._computing(size, count))
+        self._sizes = sorted(self._replay)
+        took = time.perf_counter() - began
+        logger.info("captured the tower for %d sizes of up to %d patches in %.1f s", len(self._sizes), most, took)
 
     def __call__(
         self, patches: torch.Tensor, positions: Sequence[Positions], segments: Sequence[int]
@@ -87,16 +81,11 @@ class TowerGraphs:
         ``positions``: of each picture. ``segments``: patches of each, in order.
         """
         count = patches.shape[0]
-        slots = next((slots for slots in SLOTS if slots >= len(segments)), None)
-        if not self._works or slots is None or count > self._most:
+        found = next((key for key in self._sizes if key[0] >= len(segments) and key[1] >= count), None)
+        if found is None:
             return None
-        key = min(room_for(count), self._most), slots
-        self._fill(patches, positions, segments, slots)
-        if not self._run(*key):
-            return None
-        self._graphs.move_to_end(key)
-        if len(self._graphs) > KEPT:
-            self._graphs.popitem(last=False)
+        self._fill(patches, positions, segments, found[0])
+        self._replay[found]()
         return self._rows[: count // self._merge].clone()
 
     def _fill(
@@ -114,10 +103,11 @@ class TowerGraphs:
         bounds[: len(segments)] = [0, *itertools.accumulate(segments[:-1])]
         self._bounds[: slots + 1].copy_(torch.from_numpy(bounds), non_blocking=True)
 
-    def _run(self, size: int, slots: int) -> bool:
+    def _computing(self, size: int, slots: int) -> Callable[[], None]:
+        positions, bounds = self._positions, self._bounds[: slots + 1]
+        of_size = type(positions)(positions.embeddings[:size], positions.cos[:size], positions.sin[:size])
+
         def compute() -> None:
-            positions, bounds = self._positions, self._bounds[: slots + 1]
-            of_size = type(positions)(positions.embeddings[:size], positions.cos[:size], positions.sin[:size])
             self._tower.compute(
                 self._patches[:size],
                 of_size,
@@ -125,21 +115,4 @@ class TowerGraphs:
                 self._rows[: size // self._merge],
             )
 
-        key = size, slots
-        if key not in self._graphs:
-            self._graphs[key] = None
-            compute()
-            return True
-        replay = self._graphs[key]
-        if replay is None:
-            began = time.perf_counter()
-            try:
-                replay = self._graphs[key] = self._capture(compute)
-            except Exception as error:  # what a driver or a library raises
-                logger.warning("the tower is launched from now on: %d patches could not be captured: %r", size, error)
-                self._works = False
-                self._graphs.clear()
-                return False
-            logger.debug("captured %d patches, %d segments in %.3f s", size, slots, time.perf_counter() - began)
-        replay()
-        return True
+        return compute

@@ -202,14 +202,15 @@ def test_a_batch_takes_the_smallest_size_that_has_room_for_it() -> None:
     assert [graphs.size_for(n, n, 0) for n in (1, 3, 9)] == [(1, 1, 0), (4, 4, 0), None]
 
     sizes = prompt_sizes(16, (64, 256), (0, 4, 64))
-    graphs = StepGraphs(inputs(256, 80), lambda step: step.ids, sizes, again, logits=3)
+    graphs = StepGraphs(inputs(256, 80), lambda step: step.ids[:3], sizes, again, logits=3)
     graphs.capture()
     assert graphs.size_for(60, 0, 4) == (64, 0, 4 + PROMPTS)
     assert graphs.size_for(60, 5, 4) == (256, 64, 16 + PROMPTS), "64 decodes leave no room for a prompt in 64 tokens"
     assert graphs.size_for(64, 3, 4 + PROMPTS) == (64, 4, 4 + PROMPTS)
     assert graphs.size_for(65, 65, 0) is None and graphs.size_for(257, 0, 17) is None
     ids = graphs.run(graphs.sizes[0], [Piece(3, 3, [0])], np.arange(1, 4), np.zeros((3, 3)), sampled=[2])
-    assert ids.tolist() == [1, 2, 3, *[0] * 61] and graphs.inputs.sampled.tolist() == [2, 0, 0]
+    assert ids.tolist() == [1, 2, 3] and graphs.inputs.sampled.tolist() == [2, 0, 0]
+    assert graphs.inputs.ids.tolist() == [1, 2, 3, *[0] * 61]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what a token of padding computes means nothing
