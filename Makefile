@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/aiodisagg demo
 
+# A file's tests stay together: some share a model.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # 50,000 (and 25,000 stricter) worlds; prints how far it is.
 stress: $(STAMP)

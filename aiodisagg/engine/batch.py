@@ -73,6 +73,8 @@ class EngineSequence:
         prompt = self.plan.tokens
         if stop <= prompt:
             return self.plan.input_ids[start:stop]
+        if start == stop - 1:  # a decode
+            return np.array((self.generated[start - prompt],), dtype=np.int64)
         answer = self.generated[max(start - prompt, 0) : stop - prompt]
         return np.concatenate([self.plan.input_ids[start:], np.asarray(answer, dtype=np.int64)])
 
@@ -81,6 +83,8 @@ class EngineSequence:
         prompt = self.plan.tokens
         if stop <= prompt:
             return self.plan.positions[:, start:stop]
+        if start == stop - 1:
+            return np.full((3, 1), start + self.plan.delta, dtype=np.int64)
         counted = np.arange(max(start, prompt), stop) + self.plan.delta
         return np.concatenate([self.plan.positions[:, start:], np.tile(counted, (3, 1))], axis=1)
 

@@ -129,24 +129,30 @@ class StepInputs:
         if visual is not None:
             host["visual"][visual] = 1
         host["slots"][tokens:width] = -1
-        at = used = decodes = longer = tiles = 0
+        at = used = longer = tiles = 0
+        ones: list[tuple[int, int, int, int]] = []  # of decodes: token, total, first page, slot
+        staged = self._staged_pages.numpy()
         for piece in pieces:
-            own = np.asarray(piece.pages[: -(-piece.total // page)], dtype=np.int32)
-            self._staged_pages.numpy()[used : used + len(own)] = own
-            spots = np.arange(piece.total - piece.new, piece.total)
-            host["slots"][at : at + piece.new] = own[spots // page] * page + spots % page
+            count = -(-piece.total // page)
+            staged[used : used + count] = piece.pages[:count]
             if piece.new == 1:
-                host["dec_token"][decodes], host["dec_total"][decodes] = at, piece.total
-                host["dec_pages"][decodes] = used
-                decodes += 1
+                last = piece.total - 1
+                ones.append((at, piece.total, used, piece.pages[last // page] * page + last % page))
             else:
+                spots = np.arange(piece.total - piece.new, piece.total)
+                host["slots"][at : at + piece.new] = staged[used + spots // page] * page + spots % page
                 host["seg_start"][longer], host["seg_new"][longer] = at, piece.new
                 host["seg_total"][longer], host["seg_pages"][longer] = piece.total, used
-                count = -(-piece.new // self.tile_tokens)
-                host["tile_segment"][tiles : tiles + count] = longer
-                host["tile_at"][tiles : tiles + count] = np.arange(count) * self.tile_tokens
-                longer, tiles = longer + 1, tiles + count
-            at, used = at + piece.new, used + len(own)
+                cut = -(-piece.new // self.tile_tokens)
+                host["tile_segment"][tiles : tiles + cut] = longer
+                host["tile_at"][tiles : tiles + cut] = np.arange(cut) * self.tile_tokens
+                longer, tiles = longer + 1, tiles + cut
+            at, used = at + piece.new, used + count
+        decodes = len(ones)
+        if ones:
+            at_token, totals, first_pages, slots = zip(*ones, strict=True)
+            host["dec_token"][:decodes], host["dec_total"][:decodes] = at_token, totals
+            host["dec_pages"][:decodes], host["slots"][list(at_token)] = first_pages, slots
         wanted = pad_to or (tokens, decodes, tiles)
         # A decode entry of padding answers for a token of padding, which then is zeros and not whatever was there.
         spare = np.arange(tokens, tokens + wanted[1] - decodes)

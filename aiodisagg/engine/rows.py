@@ -184,6 +184,8 @@ class RequestRows:
 
         Returns their positions relative to ``start``, int64 [n], and a view of the rows [n, width], None if n is 0.
         """
+        if start >= self._tokens:
+            return self.visual[:0], None
         first, last = (int(n) for n in np.searchsorted(self.visual, (start, stop)))
         if first == last:
             return self.visual[:0], None
