@@ -210,12 +210,12 @@ def decode_rgb(data: bytes, param: str) -> Image.Image:
     image = _open(data, param)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     except Exception as error:  # as in _open
         raise MediaError(param, f"broken or truncated image: {_brief(error)}") from error
 

@@ -20,7 +20,7 @@ import msgspec
 from aiodisagg.transport.base import Slice
 from aiodisagg.transport.copying import pieces_of
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 MAX_HEADER = 4096
 
 

@@ -4,7 +4,7 @@ The receiver binds a ROUTER, each connected writer is a DEALER; one thread per t
 (:mod:`aiodisagg.transport.zmq_pump`). Bytes leave without a copy and arrive by ``recv_into`` in the lent range, after
 ``admit``. What is sent when, and when a write has ended: :mod:`aiodisagg.transport.chunks`.
 
-Memory beyond the pools: a receiver buffers at most ``window + 4`` chunks per connection (32 MiB by default, and a
+Memory beyond the pools: a receiver buffers at most ``window + 4`` chunks per connection (12 MiB by default, and a
 writer has two), honest or not, because of its high-water mark and its limit on a message's size; a writer buffers
 nothing but its kernel sockets. A connection that is lost is not made again, because ZMQ would silently drop chunks and
 might find another process at the address: the remote is gone, and the caller connects anew.
@@ -82,7 +82,7 @@ class ZmqTransport(Transport):
         advertise: str | None = None,
         encrypt: bool = False,
         chunk_bytes: int = chunks.CHUNK_BYTES,
-        window: int = 4,
+        window: int = 2,
         heartbeat_s: float = 2.0,
         connect_timeout_s: float = 5.0,
         stall_s: float = 60.0,
