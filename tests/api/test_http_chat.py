@@ -147,7 +147,7 @@ async def test_sampling_parameters_pass_through() -> None:
         SamplingParams(max_tokens=6, stop=("x",)),
         SamplingParams(max_tokens=9),
     ]
-    assert all(call.timeout_s is not None and 590 < call.timeout_s <= 600 for call in backend.calls)
+    assert all(call.timeout_s is not None and 300 < call.timeout_s <= 600 for call in backend.calls)
 
 
 async def test_the_sync_client_in_a_thread() -> None:
