@@ -31,14 +31,12 @@ class Captures:
     def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
         """``compute`` may not wait for the device, and has run before, so that everything is compiled. It is called
         once more, without effect. Raises what a driver or a library raises."""
-        for left in reversed(range(TRIES)):
+        for _ in range(TRIES - 1):
             try:
                 return self._capture(compute)
             except Exception as error:
-                if not left:
-                    raise
                 logger.info("captured again, for it was spoilt: %s", error)
-        raise AssertionError
+        return self._capture(compute)
 
     def _capture(self, compute: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()

@@ -1,7 +1,7 @@
 """Steps on an accelerator: packs a batch into device tensors and runs the fused decoder, under a graph if it can.
 
 Batches up to the sizes of :mod:`aiodisagg.engine.graphs` are replayed from a graph: decodes, and steps with prompts of
-up to some two thousand tokens. Larger ones are launched: they work for longer than launching takes.
+up to some four thousand tokens. Larger ones are launched: they work for longer than launching takes.
 """
 
 # The model is transformers' untyped nn.Module, hence Any.
@@ -135,13 +135,8 @@ class DeviceRunner:
             few = 1 + min(256, self._inputs.capacity // 2)
             for tokens in (self._inputs.capacity, few):
                 self._dry(tokens)
-            try:
-                for graphs in (self.prompt_graphs, self.graphs):
-                    if graphs is not None:
-                        graphs.capture()
-            except Exception as error:  # a driver's or a library's; steps can still be launched one by one
-                logger.warning("no graphs: %r", error)
-                self.graphs = self.prompt_graphs = None
+            self.prompt_graphs = _captured(self.prompt_graphs, "steps with prompts")
+            self.graphs = _captured(self.graphs, "decodes")
             if self.graphs is not None:
                 self.prefill_s = self._experts_s()
                 logger.info("a step with prompt tokens takes %.1f ms at least", self.prefill_s * 1e3)
@@ -230,6 +225,17 @@ class DeviceRunner:
     def _new_rows(self, tokens: int, width: int) -> torch.Tensor:
         with torch.inference_mode(False):
             return torch.zeros(tokens, width, dtype=self.shapes.dtype, device=self.shapes.device)
+
+
+def _captured(graphs: StepGraphs | None, what: str) -> StepGraphs | None:
+    if graphs is None:
+        return None
+    try:
+        graphs.capture()
+    except Exception as error:  # a driver's or a library's; steps can still be launched one by one
+        logger.warning("no graphs of %s: %r", what, error)
+        return None
+    return graphs
 
 
 def _place(parts: Sequence[Part], rows: torch.Tensor) -> None:

@@ -93,7 +93,8 @@ class StepGraphs:
                 compute()
             self._replay[size] = self._capture(compute)
         took = time.perf_counter() - began
-        logger.info("captured %d steps of up to %d tokens in %.1f s", len(self.sizes), self.sizes[-1].tokens, took)
+        most = max((size.tokens for size in self.sizes), default=0)
+        logger.info("captured %d steps of up to %d tokens in %.1f s", len(self.sizes), most, took)
 
     def run(
         self, size: Size, pieces: Sequence[Piece], ids: np.ndarray, positions: np.ndarray, *,

@@ -13,6 +13,7 @@ import torch
 from test_engine_exact import NEW, cases
 from tiny_engine import HIDDEN, ask, make_engine, make_plan, make_rows, tiny_model
 
+from aiodisagg.device.graphs import TRIES, Captures
 from aiodisagg.engine import experts as experts_module
 from aiodisagg.engine import kernels, triton_attention, triton_layers
 from aiodisagg.engine.batch import EngineSequence, Work
@@ -211,6 +212,47 @@ def test_a_batch_takes_the_smallest_size_that_has_room_for_it() -> None:
     ids = graphs.run(graphs.sizes[0], [Piece(3, 3, [0])], np.arange(1, 4), np.zeros((3, 3)), sampled=[2])
     assert ids.tolist() == [1, 2, 3] and graphs.inputs.sampled.tolist() == [2, 0, 0]
     assert graphs.inputs.ids.tolist() == [1, 2, 3, *[0] * 61]
+
+
+def test_prompts_that_cannot_be_captured_leave_decodes_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(graphs: StepGraphs) -> None:
+        if max(size.tiles for size in graphs.sizes):
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(StepGraphs, "capture", capture)
+    engine = interpreted(tiny_model("moe"), capture=again, ladder=(2,), prompts=(16,))
+    runner = engine._runner.device_runner
+    assert runner is not None
+    runner.warm_up()
+    assert runner.graphs is not None and runner.prompt_graphs is None
+    engine._runner.release()
+
+
+def test_inputs_with_room_for_no_size_are_captured_for_none() -> None:
+    graphs = StepGraphs(inputs(32, 80), lambda step: step.ids, prompt_sizes(16, (64,)), again, logits=3)
+    graphs.capture()
+    assert graphs.sizes == () and graphs.size_for(4, 0, 1) is None
+
+
+@pytest.mark.parametrize("spoilt", [TRIES - 1, TRIES])
+def test_a_spoilt_capture_is_tried_again(monkeypatch: pytest.MonkeyPatch, spoilt: int) -> None:
+    tries = 0
+
+    def capture(captures: Captures, compute: Callable[[], None]) -> Callable[[], None]:
+        nonlocal tries
+        tries += 1
+        if tries <= spoilt:
+            raise RuntimeError("a thread waited for the device")
+        return compute
+
+    monkeypatch.setattr(Captures, "_capture", capture)
+    captures = object.__new__(Captures)  # made, it asks the driver for a stream
+    if spoilt < TRIES:
+        assert captures(print) is print
+    else:
+        with pytest.raises(RuntimeError, match="waited"):
+            captures(print)
+    assert tries == TRIES
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what a token of padding computes means nothing
