@@ -39,6 +39,7 @@ from gpu_model import Random
 from gpu_phases import bytes_of, check, decode, limits, prefill, profile, tower
 from gpu_serve import both, encode_peer, inside, load, serve
 
+from aiodisagg.bench.mixes import MIX_NAMES
 from aiodisagg.engine.batch import EngineSequence, Runner, Work
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.device_runner import DeviceRunner
@@ -244,7 +245,9 @@ def main(arguments: Sequence[str]) -> int:
         "--rates", default="", help="Of the phase load: an open loop of so many requests a second each."
     )
     parser.add_argument("--loop-s", type=float, default=20.0, help="How long one of them is, on average.")
+    parser.add_argument("--mix", default="images-1-8", choices=MIX_NAMES, help="Of an open loop.")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--wait", action="store_true", help="Prefill waits for all pictures of a prompt.")
     parser.add_argument("--each", type=int, default=3, help="Requests for each client.")
     parser.add_argument("--name", default="a", choices=("a", "b"), help="Of two replicas that load together.")

@@ -35,6 +35,8 @@ from aiodisagg import (
     LanguageService,
     SamplingParams,
 )
+from aiodisagg.bench.mixes import named_mix
+from aiodisagg.bench.workload import Gamma, generate
 from aiodisagg.models.base import ImagePart, TextPart
 
 MiB = 1 << 20
@@ -256,35 +258,38 @@ async def _loops(bench: Any, found: dict[str, Any], service: LanguageService, pl
 async def open_loops(bench: Any, found: dict[str, Any], service: LanguageService, planner: Any) -> None:
     """Poisson arrivals of one sequence that both replicas know, of which each answers every other request; or all."""
     tiny, options = bench.options.tiny, bench.options
-    height, width = (64, 96) if tiny else (720, 1280)
-    text, replicas = text_of(planner, 16 if tiny else 64), 2 if options.meet is not None else 1
-    own = ord(options.name[0]) - ord("a")
-    warm = [picture(1 << 20 | own << 10 | i, height, width) for i in range(4)]
+    mix = named_mix(options.mix).scaled(visual=1 / 150, text=1 / 8, output=1 / 16) if tiny else named_mix(options.mix)
+    replicas, own = 2 if options.meet is not None else 1, ord(options.name[0]) - ord("a")
+    text = text_of(planner, 16)
+    warm = [picture(1 << 20 | own << 10 | i, *((64, 96) if tiny else (720, 1280))) for i in range(4)]
     await asyncio.gather(*(ask(service, f"{i} {text}", warm[i : i + 1], 8) for i in range(4)))
     loop = asyncio.get_running_loop()
-    for turn, (seed, rate) in enumerate((s, float(r)) for s in range(options.seeds) for r in options.rates.split(",")):
-        draw = np.random.default_rng(100 + seed)
-        count = max(8, round(rate * options.loop_s))
-        at = np.cumsum(draw.exponential(1 / rate, count)).tolist()
-        images = draw.integers(1, 9, count).tolist()
-        ours = [i for i in range(count) if replicas == 1 or i % replicas == own]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for turn, (seed, rate) in enumerate((s, float(r)) for s in seeds for r in options.rates.split(",")):
+        requests = generate(mix, Gamma(rate), max(8, round(rate * options.loop_s)), seed)
+        ours = [i for i in range(len(requests)) if replicas == 1 or i % replicas == own]
+        texts = {i: f"{i} {text_of(planner, requests[i].text_tokens)}" for i in ours}
         with ThreadPoolExecutor(8) as pool:
-            seeds = {i: [turn << 24 | i << 4 | j for j in range(images[i])] for i in ours}
-            making = {i: [pool.submit(picture, one, height, width) for one in its] for i, its in seeds.items()}
+            making = {
+                i: [pool.submit(picture, turn << 24 | s.identity, s.height, s.width) for s in requests[i].images]
+                for i in ours
+            }
             made = {i: [await asyncio.wrap_future(one) for one in its] for i, its in making.items()}
         if bench.meeting is not None:
             await bench.meeting(f"rate{turn}")
         began = loop.time() + 0.2
 
         async def one(i: int) -> Answered:
-            await asyncio.sleep(began + at[i] - loop.time())  # noqa: B023 - ends before the next one begins
-            return await ask(service, f"{i} {text}", made[i], 8 if tiny else 128)  # noqa: B023
+            await asyncio.sleep(began + requests[i].arrival_s - loop.time())  # noqa: B023 - ends before the next one
+            return await ask(service, texts[i], made[i], requests[i].output_tokens)  # noqa: B023
 
         answers = await asyncio.gather(*map(one, ours))
         found[f"{rate} {seed}"] = {
             "rate": rate,
             "seed": seed,
             "seconds": loop.time() - began,
+            "images": [len(requests[i].images) for i in ours],
+            "tokens": [a.tokens for a in answers],
             "ttft_ms": [round(a.first_s * 1e3, 1) for a in answers],
             "end_ms": [round(a.end_s * 1e3, 1) for a in answers],
             "gaps_ms": [round(g * 1e3, 1) for a in answers for g in a.gaps_s],

@@ -23,6 +23,7 @@ from aiodisagg.bench.partner import Ask, Partner
 from aiodisagg.bench.paths import LIMITS, MiB, Path, Paths
 from aiodisagg.bench.watch import QUIET, Held, LoopWatch
 
+HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 SECTIONS = ("sizes", "handoff", "link", "fairness", "gil", "hosts")
 CONCURRENT = (1, 8)
 
@@ -147,7 +148,11 @@ def _machine() -> tuple[str, str]:
     congestion = File(CONGESTION).read_text().strip()
     load = f"load {os.getloadavg()[0]:.1f} before"
     software = f"Linux {platform.release()}, Python {platform.python_version()}, TCP {congestion}"
-    return f"{os.cpu_count()} CPUs {platform.machine()}, {software}, {load}", congestion
+    huge = File(HUGE_PAGES).read_text() if File(HUGE_PAGES).exists() else "[none]"
+    memory = f"huge pages {huge.partition('[')[2].partition(']')[0]}"
+    if tunables := os.environ.get("GLIBC_TUNABLES"):
+        memory += f", {tunables}"
+    return f"{os.cpu_count()} CPUs {platform.machine()}, {software}, {memory}, {load}", congestion
 
 
 async def _measure(

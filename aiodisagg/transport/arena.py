@@ -3,8 +3,9 @@
 The arena is an anonymous shared mapping (memfd): it has no name in the file system, another process can map it only
 through a file descriptor that was handed over, and the kernel frees it with the last process that maps it, however
 that one ends. A fresh mapping copies at a tenth of memory speed because of page faults, so all pages are made
-resident at the start (``MADV_POPULATE_WRITE``, Linux 5.14; older kernels: one write per page). Its size is sealed:
-nobody who holds the descriptor can cut it short under another process's mapping, which would be a fatal SIGBUS there.
+resident at the start (``MADV_POPULATE_WRITE``, Linux 5.14; older kernels: one write per page). Its pages are huge ones
+where ``/sys/kernel/mm/transparent_hugepage/shmem_enabled`` lets those have them who ask. Its size is sealed: nobody
+who holds the descriptor can cut it short under another process's mapping, which would be a fatal SIGBUS there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ def populate(address: int, size_bytes: int) -> bool:
     return bool(_libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), _POPULATE_WRITE) == 0)
 
 
+def want_huge_pages(mapping: mmap.mmap) -> None:
+    """Asks for them, before the pages are made or mapped. Kernels without them refuse, which changes nothing."""
+    with contextlib.suppress(OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+
+
 def is_sealed(fd: int) -> bool:
     """True for a descriptor whose size can never change again, as an arena's."""
     try:
@@ -48,6 +55,7 @@ class Arena:
             os.ftruncate(self.fd, self.size_bytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._mapping = mmap.mmap(self.fd, self.size_bytes)
+            want_huge_pages(self._mapping)
         except BaseException:
             os.close(self.fd)
             raise

@@ -17,7 +17,7 @@ import numpy as np
 
 from aiodisagg.errors import PeerGone, TransportClosed, WriteRefused
 from aiodisagg.transport import attach
-from aiodisagg.transport.arena import is_sealed, populate
+from aiodisagg.transport.arena import is_sealed, populate, want_huge_pages
 from aiodisagg.transport.attach import Bar, BarList, Barred, Goodbye
 from aiodisagg.transport.base import Remote, Slice
 from aiodisagg.transport.copying import Copying, CopyThreads, copy_into, settle
@@ -32,6 +32,7 @@ async def map_pool(fd: int, size_bytes: int, threads: CopyThreads) -> mmap.mmap:
         raise ValueError("the descriptor is not a pool of the announced size")
     mapping = mmap.mmap(fd, size_bytes)
     mapping.madvise(mmap.MADV_DONTFORK)
+    want_huge_pages(mapping)
 
     def touch(whole: mmap.mmap) -> None:
         populate(np.frombuffer(whole, np.uint8).ctypes.data, size_bytes)

@@ -25,6 +25,24 @@ from tests.conftest import LOOPS
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)]
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage").exists()
+"""Whether this kernel knows them."""
+
+
+def pool_mappings() -> list[tuple[int, set[str]]]:
+    """Kilobytes and flags of each mapping of a pool in this process, as the kernel tells them."""
+    found, size, ours = [], 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if "-" in key and not key.endswith(":"):
+            ours = "aiodisagg-pool" in line
+        elif key == "Size:":
+            size = int(values[0])
+        elif key == "VmFlags:" and ours:
+            found.append((size, set(values)))
+    return found
+
+
 @asynccontextmanager
 async def pair() -> AsyncIterator[tuple[Receiver, IpcTransport, IpcRemote, str]]:
     async with Kit(IpcTransport).pair() as (receiver, writer, remote, name):
@@ -36,6 +54,13 @@ async def pair() -> AsyncIterator[tuple[Receiver, IpcTransport, IpcRemote, str]]
 async def still_waits(task: asyncio.Future[None]) -> bool:
     done, _ = await asyncio.wait([task], timeout=0.05)
     return not done
+
+
+async def test_both_ends_ask_for_huge_pages(no_leaks: None) -> None:
+    async with pair() as (receiver, _, _, _):
+        kib = receiver.arena.size_bytes >> 10
+        asked = ["hg" in flags for size, flags in pool_mappings() if size == kib]
+    assert asked == [HUGE_PAGES] * 2
 
 
 async def test_a_producer_writes_into_the_pool_itself(no_leaks: None) -> None:
