@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from aiodisagg.bench import transport
 from aiodisagg.bench.partner import Done, Hog, Partner
 from aiodisagg.bench.paths import LIMITS, MiB, Paths, WrongBytes
 from aiodisagg.bench.transport import Moved, TransportReport
@@ -100,3 +101,9 @@ def test_a_bar_is_judged_by_ratios_of_the_same_round() -> None:
     assert found["stream, 256 MiB", ">= 0.9 of bare BufferedProtocol pump"] == ("0.95", "met")
     assert found["zmq, 256 MiB", ">= 0.9 of bare pyzmq pump"] == ("0.85", "**missed**")
     assert "| zmq, 256 MiB | >= 0.9 of bare pyzmq pump | 0.85 | **missed** |" in markdown(report)
+
+
+def test_a_report_says_how_memory_was_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.cpu.x86_non_temporal_threshold=0x80000")
+    machine, _ = transport._machine()
+    assert "huge pages" in machine and "x86_non_temporal_threshold=0x80000" in machine
