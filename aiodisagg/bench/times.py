@@ -27,6 +27,7 @@ import msgspec
 
 from aiodisagg.bench.pictures import make_picture
 from aiodisagg.bench.workload import ImageSpec
+from aiodisagg.engine.steps import StepWatcher
 
 if TYPE_CHECKING:
     from aiodisagg.engine.engine import Engine
@@ -209,7 +210,7 @@ class _EngineTimes:
     kv_tokens: int
 
 
-class _Steps:
+class _Steps(StepWatcher):
     """A watcher that keeps (began, ended, tokens sampled) of every step."""
 
     def __init__(self) -> None:
@@ -223,14 +224,6 @@ class _Steps:
         if self._began:
             self.seen.append((self._began, time.perf_counter(), decodes))
         self._began = 0.0
-
-    def patience_s(self) -> float:
-        return 0.0
-
-    def prefill_waits(self, waits: bool) -> None: ...
-
-    def whole_prompts(self) -> bool:
-        return False
 
     def prefills_ms(self) -> list[float]:
         return [1e3 * (ended - began) for began, ended, _ in self.seen]

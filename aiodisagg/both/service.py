@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from aiodisagg.models.language import LanguageHalf
     from aiodisagg.protocol.rows import ModelFingerprint
 
-INTER_TOKEN_S = 0.05
+_PACE_S = 0.05
+"""Where prefill is not bounded either."""
+_SHARE = 0.25
+"""Of a step's time for the tower at least, on a device that both use. Steps with prompts leave it more by themselves:
+this is for streams that are slower than their pace without any."""
 
 
 class BothService:
@@ -44,8 +48,9 @@ class BothService:
 
     Args:
         language: also says where the peer registers. encode: its ``bootstrap`` is not used.
-        inter_token_s: pace that running streams are owed, see :class:`~aiodisagg.scheduler.slack.Slack`. None:
-            ``INTER_TOKEN_S``, but on a CPU the operating system shares cores out (:mod:`aiodisagg.encode.core`).
+        inter_token_s: pace that running streams are owed while the tower works, see
+            :class:`~aiodisagg.scheduler.slack.Slack`. None: what bounds prefill, ``language.itl_budget_ms``; but on a
+            CPU the operating system shares cores out (:mod:`aiodisagg.encode.core`).
         inline: the tower is part of the engine's loop: no step while it works, and no prefill before a prompt's last
             image. What replicas without any of this do; it is there to be compared with.
         encoder: instead of the checkpoint's vision tower. loaded: as for LanguageService.
@@ -72,7 +77,9 @@ class BothService:
             self.gate = CoreGate()
         else:
             same_device = language.device == encode.device and encode.device != "cpu"
-            self.gate = SlackGate(Slack(inter_token_s or INTER_TOKEN_S), same_device=same_device)
+            pace_s = inter_token_s or language.itl_budget_ms / 1e3 or _PACE_S
+            slack = Slack(pace_s, share=_SHARE) if same_device else Slack(pace_s)
+            self.gate = SlackGate(slack, same_device=same_device)
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
         self._stack = AsyncExitStack()
 

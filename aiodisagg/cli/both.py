@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from aiodisagg.language.service import LanguageService
     from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 
-INTER_TOKEN_MS = 50.0
 INLINE_HELP = "The tower takes turns with the engine, prefill waits for all images: a plain server, to compare with."
+INTER_TOKEN_MS = 50.0
 INTER_TOKEN_HELP = "Pace that running streams are owed while images are encoded."
 TOKEN_VARIABLE = "AIODISAGG_BOOTSTRAP_TOKEN"
 _LEFT_OUT = ("zero_deepstack", "http_port", "http_host", "steps_fd")
@@ -40,7 +40,7 @@ def both_command(
 
     @click.command()
     @click.option(
-        "--inter-token-ms", type=float, help=f"{INTER_TOKEN_HELP} If left out: {INTER_TOKEN_MS:g}; on a CPU none."
+        "--inter-token-ms", type=float, help=f"{INTER_TOKEN_HELP} If left out: --itl-budget-ms; on a CPU none."
     )
     @click.option("--separate", is_flag=True, help="Run the tower in a process of its own; it registers as one, too.")
     @click.option("--inline", is_flag=True, help=INLINE_HELP)
@@ -74,7 +74,7 @@ def both_command(
                     await front.serve(service, facts, stop)
                 return
             arguments = _arguments(encode, options | {"name": f"{options['name'] or 'both'}-tower"})
-            arguments += ["--inter-token-ms", str(inter_token_ms or INTER_TOKEN_MS)]
+            arguments += ["--inter-token-ms", str(inter_token_ms or of_language.itl_budget_ms or INTER_TOKEN_MS)]
             if options["bootstrap_token"]:  # not where everybody reads it
                 os.environ[TOKEN_VARIABLE] = options["bootstrap_token"]
             await _serve_separate(front, of_language, arguments, verbose, stop)

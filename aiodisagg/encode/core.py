@@ -20,13 +20,15 @@ import sys
 import threading
 import time
 
+from aiodisagg.engine.steps import StepWatcher
+
 NICE = 4
 """Of the engine's thread: seven tenths of a core for the tower while both work."""
 LONGEST_S = 1.0
 """A batch does not wait longer for prefills: a stream of prompts without images must not stop all images."""
 
 
-class CoreGate:
+class CoreGate(StepWatcher):
     """Between an engine's step thread and a tower's thread of one process, on a CPU."""
 
     def __init__(self, *, longest_s: float = LONGEST_S) -> None:
@@ -44,11 +46,6 @@ class CoreGate:
         if not self._stepped_back:
             self._stepped_back = True
             _step_back(NICE)
-
-    def step_ended(self, decodes: int) -> None: ...
-
-    def patience_s(self) -> float:
-        return 0.0
 
     def prefill_waits(self, waits: bool) -> None:
         with self._changed:

@@ -7,7 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.scheduler.slack import Slack
+
+TOWER_PART = 1 / 3
+"""Of the time between tokens on a device that both use, while the tower has something to do."""
 
 
 class Gate(Protocol):
@@ -40,25 +44,29 @@ class OpenGate:
     def close(self) -> None: ...
 
 
-class SlackGate:
+class SlackGate(StepWatcher):
     """Between an engine's step thread and a tower's thread of one process: a :class:`Slack` account under a lock.
 
     The engine is never held up: ``step_began`` and ``step_ended`` take the lock for microseconds.
 
     Args:
-        same_device: tower and engine share an accelerator, where each is as much slower as the other works. Then steps
-            that only decode keep the pace that streams are owed while the tower works, and not a faster one: what they
-            leave makes first tokens come sooner.
+        same_device: tower and engine share an accelerator. While both work each has half of it, so of the time in which
+            they did, half is counted for each: a step or a batch takes in this account what it would take alone. While
+            the tower has something to do, steps with prompts leave it ``TOWER_PART`` of the pace that streams are owed,
+            and steps that only decode keep that pace and not a faster one: what they leave makes first tokens come
+            sooner.
     """
 
     def __init__(
         self, slack: Slack, *, same_device: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:  # fmt: skip
         self._slack, self._same_device, self._clock = slack, same_device, clock
-        self._working = 0  # sub-batches that have begun and not been paid for
         self._changed = threading.Condition()
         self._began = 0.0
-        self._closed = False
+        self._stepping = self._wants = self._closed = False
+        self._working = 0  # sub-batches that have begun and not been paid for
+        self._batch_s = 0.0  # what the last one took
+        self._marked = self._step_both_s = self._batch_both_s = 0.0
         self.waits = 0
         """How often a sub-batch had to wait for slack."""
         self.waited_s = 0.0
@@ -66,10 +74,24 @@ class SlackGate:
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def step_began(self) -> None:
-        self._began = self._clock()
+        with self._changed:
+            self._began = self._mark()
+            self._stepping, self._step_both_s = True, 0.0
 
     def step_ended(self, decodes: int) -> None:
-        self.stepped(self._clock() - self._began, decodes)
+        with self._changed:
+            took_s = self._mark() - self._began - self._step_both_s / 2
+            self._stepping = False
+            self.stepped(took_s, decodes)
+
+    def slowed_s(self) -> float:
+        with self._changed:
+            self._mark()
+            return self._step_both_s / 2
+
+    def share(self) -> float:
+        with self._changed:
+            return 1.0 - TOWER_PART if self._same_device and (self._working or self._wants) else 1.0
 
     def patience_s(self) -> float:
         with self._changed:
@@ -77,46 +99,58 @@ class SlackGate:
                 return 0.0
             return self._began + self._slack.inter_token_s - self._clock()
 
-    def prefill_waits(self, waits: bool) -> None: ...
-
-    def whole_prompts(self) -> bool:
-        return False
-
     def stepped(self, step_s: float, decodes: int) -> None:
         """A step took ``step_s``; on any thread."""
         with self._changed:
             self._slack.stepped(step_s, decodes)
-            if self._slack.free:
+            if self.open:
                 self._changed.notify_all()
 
     # -- the tower's thread --------------------------------------------------------------------------------------
 
     @property
     def open(self) -> bool:
-        return self._closed or self._slack.free
+        """A batch that has begun and is not paid for counts as much as the one before."""
+        slack = self._slack
+        return self._closed or not slack.decodes or slack.earned_s > self._working * self._batch_s
 
     def wait(self) -> bool:
         with self._changed:
             if not self.open:
                 began = self._clock()
                 self.waits += 1
+                self._wants = True
                 self._changed.wait_for(lambda: self.open)
+                self._wants = False
                 self.waited_s += self._clock() - began
+            self._mark()
             self._working += not self._closed
             return not self._closed
 
     def spent(self, tower_s: float) -> None:
         with self._changed:
+            self._mark()
             self._working = max(0, self._working - 1)  # a batch that failed is paid for piece by piece
-            self._slack.spent(tower_s)
+            self._batch_s = tower_s - min(self._batch_both_s / 2, tower_s)
+            self._batch_both_s = 0.0
+            self._slack.spent(self._batch_s)
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
+    def _mark(self) -> float:
+        """The time now; what has passed since the last one is counted for both, if both were at work."""
+        now = self._clock()
+        if self._same_device and self._stepping and self._working:
+            self._step_both_s += now - self._marked
+            self._batch_both_s += now - self._marked
+        self._marked = now
+        return now
 
-class InlineGate:
+
+class InlineGate(StepWatcher):
     """Tower and engine take turns, as in a server whose vision tower is part of its engine's loop.
 
     While both have work, a step follows each batch and a batch each step.
@@ -148,14 +182,6 @@ class InlineGate:
         with self._changed:
             self._stepping, self._batch_next = False, self._batch_waits
             self._changed.notify_all()
-
-    def patience_s(self) -> float:
-        return 0.0
-
-    def prefill_waits(self, waits: bool) -> None: ...
-
-    def whole_prompts(self) -> bool:
-        return False
 
     # -- the tower's thread --------------------------------------------------------------------------------------
 

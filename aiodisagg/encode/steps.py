@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from aiodisagg.encode.gate import SlackGate
+from aiodisagg.engine.steps import StepWatcher
 
 SILENCE_S = 2.0
 _STEP = struct.Struct("<dI")
@@ -26,8 +27,8 @@ def step_pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-class StepSender:
-    """The engine's side: a ``StepWatcher``. Owns the socket until ``close``."""
+class StepSender(StepWatcher):
+    """The engine's side, which does not know what the tower does. Owns the socket until ``close``."""
 
     def __init__(self, sock: socket.socket, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._sock, self._clock = sock, clock
@@ -43,14 +44,6 @@ class StepSender:
         self._idle = not decodes
         with contextlib.suppress(OSError):
             self._sock.send(_STEP.pack(max(0.0, self._clock() - self._began), decodes))
-
-    def patience_s(self) -> float:
-        return 0.0  # what the tower does is not known here
-
-    def prefill_waits(self, waits: bool) -> None: ...
-
-    def whole_prompts(self) -> bool:
-        return False
 
     def close(self) -> None:
         self._sock.close()

@@ -25,6 +25,7 @@ from aiodisagg.engine.flash import FlashPrefill
 from aiodisagg.engine.graphs import DECODES, PROMPT_TOKENS, PROMPTS, StepGraphs, decode_sizes, prompt_sizes
 from aiodisagg.engine.inputs import Piece, StepInputs
 from aiodisagg.engine.kernels import Kernels, choose_kernels, new_inputs
+from aiodisagg.engine.pace import Reads
 
 if TYPE_CHECKING:
     from aiodisagg.engine.batch import Work
@@ -75,8 +76,8 @@ class DeviceRunner:
         self._inputs = self._new_inputs(token_budget, max_running)
         self._rows: torch.Tensor | None = None
         self._row_width = row_width
-        self.prefill_s = 0.0
-        """What a step costs for having prompt tokens, whatever their number; known after ``warm_up``."""
+        self.reads = Reads()
+        """What steps take for reading experts; known after ``warm_up``."""
         self.graphs: StepGraphs | None = None
         """Of decodes."""
         self.prompt_graphs: StepGraphs | None = None
@@ -138,15 +139,17 @@ class DeviceRunner:
             self.prompt_graphs = _captured(self.prompt_graphs, "steps with prompts")
             self.graphs = _captured(self.graphs, "decodes")
             if self.graphs is not None:
-                self.prefill_s = self._experts_s()
-                logger.info("a step with prompt tokens takes %.1f ms at least", self.prefill_s * 1e3)
+                self.reads = self._measured_reads()
+                logger.info("reading all experts takes %.1f ms", self.reads.all_s * 1e3)
             if self.shapes.device.type == "cuda":
                 torch.cuda.synchronize(self.shapes.device)
 
-    def _experts_s(self) -> float:
-        """Seconds of reading nearly all experts, as a step of 64 tokens does."""
+    def _measured_reads(self) -> Reads:
+        """By a step of 64 tokens, which reads nearly all of them."""
         ms = min((self.decoder.experts.measured.get(64) or {}).values(), default=0.0)
-        return sum(layer.router is not None for layer in self.decoder.layers) * ms / 1e3
+        layers = sum(layer.router is not None for layer in self.decoder.layers)
+        part = Reads(1.0, self.shapes.top_k / max(1, self.shapes.experts))
+        return Reads(layers * ms / 1e3 / part.seconds(64), part.of_token) if layers else Reads()
 
     def _dry(self, tokens: int) -> None:
         """A step of one prompt and one decode whose tokens are all padding: every kernel of a launched step runs, on

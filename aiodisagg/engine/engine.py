@@ -110,7 +110,7 @@ class Engine:
         if self._runner.device_runner is not None:
             await asyncio.to_thread(self._runner.warm_up)
             if self._pace is not None:
-                self._pace.prefill_s = self._runner.device_runner.prefill_s
+                self._pace.reads = self._runner.device_runner.reads
         loop = asyncio.get_running_loop()
         self._steps = StepThread(
             self._runner,

@@ -6,13 +6,15 @@ The five are fitted to the steps seen, by least squares of relative errors with 
 not get faster by doing more). Steps with and without prefill are remembered apart, so a long stretch of decodes does
 not make the cost of a prompt forgotten. Old steps fade: what the machine does besides may change.
 
-On a GPU a step with prompt tokens has a cost of its own, however few they are: it reads nearly all experts. That is
-measured at the start (``prefill_s``), since steps of one size cannot tell it from the cost of their tokens.
+A mixture of experts costs what it reads of them besides, which no line describes: a few decodes read a few experts,
+and some dozen tokens of a prompt nearly all. That is not fitted: reading all of them is measured at the start, and the
+share that is read follows from the number of tokens (:class:`Reads`).
 
-The budget is kept as far as decodes leave it: **a step may take the budget, or twice what it takes before its first
-prompt token if that is more**, so prompt tokens always get at least half of the time, and a budget that such steps
-cannot keep does not make them so small that prompts pile up. And it may not take more than twice the prefill that has
-been tried before: what has never been measured is approached, not believed.
+The budget is kept as far as decodes leave it: **a step may take the budget, or one and a half times what it takes before
+its first prompt token if that is more**, so prompt tokens always get at least a third of the time, and a budget that
+such steps cannot keep does not make them so small that prompts pile up. Where others want a part of the device, the
+share that is left is what counts, of the budget as of that third. And a step may not take more than twice the prefill that has been
+tried before: what has never been measured is approached, not believed.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ _FADE = 0.9
 """Weight of a step after the next of its kind."""
 _FIRST = 64
 """Prompt tokens that may always be tried."""
+_LEAST = 0.5
+"""Of what a step takes before its first prompt token, for prompt tokens at least."""
 _OUTLIER = 4.0
 """A step that took this many times what was expected counts as this many times: something else held it up."""
 _SETTLED = 8
@@ -38,6 +42,23 @@ _REFIT = 16
 _SWEEPS = 100
 _SETTLES = 1e-3
 """Fitting ends when no cost changes what it explains by more than about this part of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """Reading experts: ``all_s`` seconds for all of them, of which one token reads the part ``of_token``.
+
+    Tokens choose as if by chance, so ``n`` of them read the part ``1 - (1 - of_token)**n``.
+    """
+
+    all_s: float = 0.0
+    of_token: float = 1.0
+
+    def seconds(self, tokens: int) -> float:
+        return self.all_s * (1.0 - (1.0 - self.of_token) ** tokens)
+
+
+NO_READS = Reads()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +113,11 @@ class _Memory:
 class Pace:
     """Step times so far, and the prefill that fits beside decodes.
 
-    ``budget_s``: of a step, and so between tokens. ``prefill_s``: of a step with prompt tokens, whatever their number.
+    ``budget_s``: of a step, and so between tokens. ``reads``: what a step takes for reading experts.
     """
 
-    def __init__(self, budget_s: float, prefill_s: float = 0.0) -> None:
-        self.budget_s, self.prefill_s = budget_s, prefill_s
+    def __init__(self, budget_s: float, reads: Reads = NO_READS) -> None:
+        self.budget_s, self.reads = budget_s, reads
         self._memories = {False: _Memory(), True: _Memory()}
         self._costs = [0.0] * 5
         self._unfitted = 0  # steps since the last fit
@@ -109,8 +130,7 @@ class Pace:
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of this shape took so long."""
         memory = self._memories[shape.prefill > 0]
-        if shape.prefill:
-            seconds = max(seconds - self.prefill_s, 0.1 * seconds)
+        seconds = max(seconds - self.reads.seconds(shape.decodes + shape.prefill), 0.1 * seconds)
         scale = seconds
         if memory.steps >= _SETTLED:
             # Relative to what was expected: else a machine that got slower would long be judged by its fast steps.
@@ -122,7 +142,7 @@ class Pace:
 
     def expect(self, shape: StepShape) -> float:
         """Seconds that a step of this shape should take."""
-        return self._sum(shape, self._fitted()) + (self.prefill_s if shape.prefill else 0.0)
+        return self._sum(shape, self._fitted()) + self.reads.seconds(shape.decodes + shape.prefill)
 
     def _sum(self, shape: StepShape, costs: list[float]) -> float:
         return sum(cost * term for cost, term in zip(costs, shape._terms, strict=True))
@@ -130,15 +150,16 @@ class Pace:
     def worth(self, tokens: int) -> bool:
         """Whether a step that computes so many prompt tokens costs more for them than for being a step."""
         fixed, _, _, token, _ = self._fitted()
-        return token * tokens >= fixed + self.prefill_s
+        return token * tokens >= fixed + self.reads.all_s
 
-    def prefill_beside(self, decodes: StepShape, start: int, most: int) -> int:
+    def prefill_beside(self, decodes: StepShape, start: int, most: int, share: float = 1.0, late_s: float = 0.0) -> int:
         """Prompt tokens, at least 1 and at most ``most``, for a step with these decodes.
 
-        ``start``: tokens before the first of them, of the request that has most.
+        ``start``: tokens before the first of them, of the request that has most. ``share``: of the device, for steps.
+        ``late_s``: what these decodes have waited for this step.
         """
-        before = self.expect(decodes) + self.prefill_s
-        return self._fit_into(max(self.budget_s - before, before), start, most)
+        before = self._sum(decodes, self._fitted()) + self.reads.all_s
+        return self._fit_into(max(share * self.budget_s - late_s - before, _LEAST * share * before), start, most)
 
     def prefill_after(self, step: StepShape, start: int, most: int) -> int:
         """Prompt tokens, at most ``most``, for which this step takes twice as long; ``start`` as above."""

@@ -233,16 +233,18 @@ class Scheduler:
             self.pages.forget(request.pages)
         self.pages.give_back(request.pages)
 
-    def plan_step(self, now: float, *, whole: bool = False) -> Step:
+    def plan_step(self, now: float, *, whole: bool = False, share: float = 1.0, late_s: float = 0.0) -> Step:
         """The next step. Takes pages, admits and preempts as the theory above says. ``now`` does not go back.
 
-        ``whole``: no prompt is begun, or goes on, before all of its rows are here.
+        ``whole``: no prompt is begun, or goes on, before all of its rows are here. ``share``, ``late_s``: see
+        :meth:`Pace.prefill_beside <aiodisagg.engine.pace.Pace.prefill_beside>`.
         """
         preempted: list[str] = []
         decodes = self._plan_decodes(now, preempted)
         # A victim does not come back in the same step: somebody has taken one of its pages.
         admitted = self._admit(now)
-        prefills = self._plan_prefills(now, decodes, whole)
+        able = [r for r in self._worthwhile(bool(decodes), {s.request_id for s in decodes}) if r.complete or not whole]
+        prefills = self._plan_prefills(now, decodes, able, share, late_s) if able else []
         return Step((*decodes, *prefills), tuple(admitted), tuple(preempted), bool(prefills))
 
     def _rank(self, request: _Request, now: float) -> Rank:
@@ -302,15 +304,13 @@ class Scheduler:
             admitted.append(request.request_id)
         return admitted
 
-    def _plan_prefills(self, now: float, decodes: Sequence[Segment], whole: bool) -> list[Segment]:
-        planned = {segment.request_id for segment in decodes}
-        prefills = [r for r in self._worthwhile(bool(decodes), planned) if r.complete or not whole]
-        if not prefills:
-            return []
+    def _plan_prefills(
+        self, now: float, decodes: Sequence[Segment], prefills: Sequence[_Request], share: float, late_s: float
+    ) -> list[Segment]:
         budget = self.token_budget - len(decodes)
         if self._pace is not None and decodes:
             furthest = max(r.computed for r in prefills)
-            budget = self._pace.prefill_beside(StepShape.of(decodes), furthest, budget)
+            budget = self._pace.prefill_beside(StepShape.of(decodes), furthest, budget, share, late_s)
         segments: list[Segment] = []
         room = budget
         for request in sorted(prefills, key=lambda r: self._rank(r, now)):

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Protocol
 
+class StepWatcher:
+    """Told on the step thread, around every step; must not block for long and must not raise. This one does nothing."""
 
-class StepWatcher(Protocol):
-    """Told on the step thread, around every step; must not block and must not raise."""
-
-    def step_began(self) -> None: ...
+    def step_began(self) -> None:
+        pass
 
     def step_ended(self, decodes: int) -> None:
         """``decodes``: requests that got a token in it; 0 also when there was nothing to do, or will not be again."""
 
+    def slowed_s(self) -> float:
+        """How much longer the step that began last has taken until now because others used its device."""
+        return 0.0
+
+    def share(self) -> float:
+        """The part of the time between tokens that a step with prompt tokens may take; others want the rest."""
+        return 1.0
+
     def patience_s(self) -> float:
         """How long a step that would only decode may be put off, for the good of others; 0: not at all."""
+        return 0.0
 
     def prefill_waits(self, waits: bool) -> None:
         """Told before each step, and when there is none to do: whether there are prompt tokens to compute now."""
 
     def whole_prompts(self) -> bool:
         """Whether prompts shall wait for all of their rows for now, since somebody else wants the device."""
-
-
-class Unwatched:
-    """Nobody does."""
-
-    def step_began(self) -> None: ...
-
-    def step_ended(self, decodes: int) -> None: ...
-
-    def patience_s(self) -> float:
-        return 0.0
-
-    def prefill_waits(self, waits: bool) -> None: ...
-
-    def whole_prompts(self) -> bool:
         return False

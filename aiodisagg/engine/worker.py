@@ -24,7 +24,7 @@ from aiodisagg.engine.config import EngineStats
 from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.sampling import sample_batch
 from aiodisagg.engine.schedule import Scheduler, Segment, Step
-from aiodisagg.engine.steps import StepWatcher, Unwatched
+from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import Outbox, RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, Usage
 from aiodisagg.errors import AiodisaggError, EngineError
@@ -72,7 +72,7 @@ class StepThread:
         pace: Pace | None = None,
         watcher: StepWatcher | None = None,
     ) -> None:
-        self._watcher = watcher or Unwatched()
+        self._watcher = watcher or StepWatcher()
         self._runner, self._scheduler, self._eos_ids, self._outbox = runner, scheduler, eos_ids, outbox
         self._ended, self._stopped, self._pace = ended, stopped, pace
         self._sequences: dict[str, EngineSequence] = {}
@@ -81,6 +81,7 @@ class StepThread:
         self._arrived: set[str] = set()
         self._closing = False
         self._waited = True  # for all that the last step computed
+        self._stepped_at = 0.0  # when the last step did
         self._counts: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self.stats = EngineStats()
@@ -195,7 +196,10 @@ class StepThread:
 
     def _step(self) -> bool:
         """Plans and runs one step. False: nothing to do until a command comes."""
-        step = self._scheduler.plan_step(monotonic(), whole=self._watcher.whole_prompts())
+        late_s = perf_counter() - self._stepped_at
+        step = self._scheduler.plan_step(
+            monotonic(), whole=self._watcher.whole_prompts(), share=self._watcher.share(), late_s=late_s
+        )
         self._watcher.prefill_waits(step.prefills)
         for request_id in step.preempted:
             self._set_front(request_id, reused=0)
@@ -211,6 +215,7 @@ class StepThread:
         if step.segments:
             self._watcher.step_began()
             self._compute(step)
+            self._stepped_at = perf_counter()
         self._watcher.step_ended(sum(segment.samples for segment in step.segments))
         self._publish()
         return bool(step.segments or step.admitted or step.preempted)
@@ -228,7 +233,7 @@ class StepThread:
         try:
             self._forward(batch)
             if self._pace is not None and alone and self._waited:
-                self._pace.observe(StepShape.of(step.segments), perf_counter() - began)
+                self._pace.observe(StepShape.of(step.segments), perf_counter() - began - self._watcher.slowed_s())
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0], error)

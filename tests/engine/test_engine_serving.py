@@ -16,6 +16,7 @@ from tiny_engine import HIDDEN, ask, decode, deliver_all, make_engine, make_plan
 from aiodisagg.engine.batch import pool_bytes_on
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
+from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.types import FinishReason, SamplingParams, Usage
 from aiodisagg.errors import ConfigError, EncodeFailed, EngineError, InvalidRequest, Overloaded, PromptTooLong
 from aiodisagg.protocol.rows import RowLayout
@@ -348,13 +349,11 @@ async def test_a_patient_watcher_holds_decodes_back_and_nothing_else() -> None:
     """A stream that could have all its tokens waits; a prompt that comes meanwhile is computed at once, and the stream
     gets a token in the same step."""
 
-    class Patient:
+    class Patient(StepWatcher):
         """Patient for ever, once told that a stream decodes."""
 
         decoding = 0
         asked = threading.Event()
-
-        def step_began(self) -> None: ...
 
         def step_ended(self, decodes: int) -> None:
             self.decoding = decodes
@@ -364,11 +363,6 @@ async def test_a_patient_watcher_holds_decodes_back_and_nothing_else() -> None:
                 return 0.0
             self.asked.set()
             return 600.0
-
-        def prefill_waits(self, waits: bool) -> None: ...
-
-        def whole_prompts(self) -> bool:
-            return False
 
     watcher = Patient()
     config = EngineConfig(num_pages=128, token_budget=64)
