@@ -253,8 +253,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--name", default="a", choices=("a", "b"), help="Of two replicas that load together.")
     parser.add_argument("--meet", type=Path, help="A folder where two replicas wait for each other.")
     parser.add_argument("--share", action="store_true", help="The two encode for each other.")
-    parser.add_argument("--inter-token-ms", type=float, default=100.0, help="Pace of answers while the tower works.")
-    parser.add_argument("--itl-budget-ms", type=float, default=100.0, help="Of a step with prefill beside answers.")
+    parser.add_argument(
+        "--itl-budget-ms", type=float, help="Pace of answers beside prefill and tower; what peers have."
+    )
     parser.add_argument("command", nargs="*")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)

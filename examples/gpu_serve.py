@@ -171,7 +171,6 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
             peer = BothService(
                 config,
                 settings,
-                inter_token_s=bench.options.inter_token_ms / 1e3,
                 inline=shape == "inside",
                 encoder=encoder,
                 loaded=loaded,

@@ -49,7 +49,7 @@ class BothService:
     Args:
         language: also says where the peer registers. encode: its ``bootstrap`` is not used.
         inter_token_s: pace that running streams are owed while the tower works, see
-            :class:`~aiodisagg.scheduler.slack.Slack`. None: what bounds prefill, ``language.itl_budget_ms``; but on a
+            :class:`~aiodisagg.scheduler.slack.Slack`. None: what bounds prefill, ``language.pace_ms``; but on a
             CPU the operating system shares cores out (:mod:`aiodisagg.encode.core`).
         inline: the tower is part of the engine's loop: no step while it works, and no prefill before a prompt's last
             image. What replicas without any of this do; it is there to be compared with.
@@ -77,7 +77,7 @@ class BothService:
             self.gate = CoreGate()
         else:
             same_device = language.device == encode.device and encode.device != "cpu"
-            pace_s = inter_token_s or language.itl_budget_ms / 1e3 or _PACE_S
+            pace_s = inter_token_s or language.pace_ms / 1e3 or _PACE_S
             slack = Slack(pace_s, share=_SHARE) if same_device else Slack(pace_s)
             self.gate = SlackGate(slack, same_device=same_device)
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)

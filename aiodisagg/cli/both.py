@@ -74,14 +74,15 @@ def both_command(
                     await front.serve(service, facts, stop)
                 return
             arguments = _arguments(encode, options | {"name": f"{options['name'] or 'both'}-tower"})
-            arguments += ["--inter-token-ms", str(inter_token_ms or of_language.itl_budget_ms or INTER_TOKEN_MS)]
+            arguments += ["--inter-token-ms", str(inter_token_ms or of_language.pace_ms or INTER_TOKEN_MS)]
             if options["bootstrap_token"]:  # not where everybody reads it
                 os.environ[TOKEN_VARIABLE] = options["bootstrap_token"]
             await _serve_separate(front, of_language, arguments, verbose, stop)
 
         run(serve)
 
-    known = {param.name: param for param in (*both.params, *encode.params, *language.params)}
+    own = {param.name: param for param in both.params}  # not an encode peer's of the same name
+    known = own | {param.name: param for param in (*encode.params, *language.params)} | own
     both.params = [param for name, param in known.items() if name not in _LEFT_OUT]
     return both
 

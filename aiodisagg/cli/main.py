@@ -219,7 +219,9 @@ def encode(
 @click.option("--kv-mib", type=int, help="Memory of the paged KV pool; what a GPU has left, or 256, if not given.")
 @click.option("--token-budget", default=2048, help="Tokens of one engine step.")
 @click.option("--max-running", default=64, help="Requests that hold KV pages at once.")
-@click.option("--itl-budget-ms", default=100.0, help="What prefill may cost a running answer between two tokens.")
+@click.option(
+    "--itl-budget-ms", type=float, help="What prefill may cost a running answer between two tokens. [50; on a CPU 100]"
+)
 @click.option("--overlap/--no-overlap", default=True, help="Prefill what has arrived, or wait for all of a prompt.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse KV pages of prompts that begin alike.")
 @click.option("--dtype", help="Of the language half; float32 on a CPU, bfloat16 elsewhere.")

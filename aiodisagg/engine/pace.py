@@ -10,11 +10,11 @@ A mixture of experts costs what it reads of them besides, which no line describe
 and some dozen tokens of a prompt nearly all. That is not fitted: reading all of them is measured at the start, and the
 share that is read follows from the number of tokens (:class:`Reads`).
 
-The budget is kept as far as decodes leave it: **a step may take the budget, or one and a half times what it takes before
-its first prompt token if that is more**, so prompt tokens always get at least a third of the time, and a budget that
-such steps cannot keep does not make them so small that prompts pile up. Where others want a part of the device, the
-share that is left is what counts, of the budget as of that third. And a step may not take more than twice the prefill that has been
-tried before: what has never been measured is approached, not believed.
+The budget is kept as far as decodes leave it: **a step may take the budget, or one and a half times what it takes
+before its first prompt token if that is more**, so prompt tokens always get at least a third of the time, and a budget
+that such steps cannot keep does not make them so small that prompts pile up. Where others want a part of the device,
+the share that is left is what counts, of the budget as of that third. And a step may not take more than twice the
+prefill that has been tried before: what has never been measured is approached, not believed.
 """
 
 from __future__ import annotations

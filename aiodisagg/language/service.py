@@ -145,7 +145,7 @@ class LanguageService:
             pool_bytes=config.kv_bytes,
             token_budget=config.token_budget,
             max_running=config.max_running,
-            itl_budget_ms=config.itl_budget_ms,
+            itl_budget_ms=config.pace_ms,
             overlap=config.overlap,
             prefix_cache=config.prefix_cache,
             order=config.admission.order,

@@ -115,9 +115,10 @@ class LanguageConfig(PeerConfig):
     """Tokens of one engine step."""
     max_running: int = 64
     """Requests that hold KV pages at once; the items of others are not asked for yet."""
-    itl_budget_ms: float = 100.0
-    """What prefill may make a running answer wait between two of its tokens, or twice what its step takes alone if
-    that is more; 0: as long as ``token_budget`` tokens take."""
+    itl_budget_ms: float | None = None
+    """What prefill, and a tower on the same accelerator, may make a running answer wait between two of its tokens, or
+    one and a half times what its step takes before any prompt token if that is more. 0: as long as ``token_budget``
+    tokens take. None: 50, and 100 on a CPU, whose decodes alone take as long."""
     overlap: bool = True
     """Prefill what has arrived of a prompt; off, to measure what that is worth: wait for all of its items first."""
     prefix_cache: bool = True
@@ -149,5 +150,13 @@ class LanguageConfig(PeerConfig):
         for key in (*keys, "max_running", "request_timeout_s"):
             check(key, getattr(self, key))
         check("peer_wait_s", self.peer_wait_s, exclusive=False)
-        for key in ("failover_s", "cache_bytes", "hedge_s", "itl_budget_ms"):
+        for key in ("failover_s", "cache_bytes", "hedge_s"):
             check(key, getattr(self, key), exclusive=False)
+        check("itl_budget_ms", self.pace_ms, exclusive=False)
+
+    @property
+    def pace_ms(self) -> float:
+        """``itl_budget_ms``, or what stands for it on this device."""
+        if self.itl_budget_ms is not None:
+            return self.itl_budget_ms
+        return 100.0 if self.device == "cpu" else 50.0

@@ -220,7 +220,9 @@ def test_what_others_want_of_the_device_and_what_streams_have_waited_is_left_out
     assert took(0.6, 0.0) == pytest.approx(0.03, rel=0.1)
     assert took(1.0, 0.02) == pytest.approx(0.03, rel=0.1)
     alone = GPU.seconds(StepShape(4, 400))
-    assert took(0.5, 0.05) == pytest.approx(1.25 * alone, rel=0.1), "prompts go on, with their share of a third of the time"
+    assert took(0.5, 0.05) == pytest.approx(1.25 * alone, rel=0.1), (
+        "prompts go on, with their share of a third of the time"
+    )
 
 
 def test_expectations_are_right_where_nothing_was_measured() -> None:

@@ -13,7 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from aiodisagg.both.service import BothService
 from aiodisagg.cli import main
+from aiodisagg.encode.core import CoreGate
+from aiodisagg.encode.gate import InlineGate, SlackGate
+from aiodisagg.errors import ConfigError
 
 
 @dataclass
@@ -85,6 +89,23 @@ def test_options_that_cannot_be_meant(moe: Path, options: list[str], words: str)
 
 
 @pytest.mark.slow
+def test_on_a_cpu_the_operating_system_shares_the_core_of_a_peer_that_is_both(
+    moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encode peer's hidden option of the same name, which has a default, once stood in for the peer's own."""
+    gates = list[object]()
+
+    class Seen(BothService):
+        async def __aenter__(self) -> BothService:
+            gates.append(self.gate)
+            raise ConfigError("seen", "that is enough")
+
+    monkeypatch.setattr("aiodisagg.both.service.BothService", Seen)
+    for options in ([], ["--inter-token-ms", "20"], ["--inline"]):
+        CliRunner().invoke(main, ["both", "--model", str(moe), "--port", "0", *options])
+    assert [type(gate) for gate in gates] == [CoreGate, SlackGate, InlineGate]
+
+
 def test_bench_load_measures_each_part_in_processes_of_its_own(moe: Path, tmp_path: Path) -> None:
     ended = run("bench", "load", "--model", str(moe), "--repeats", "1", "--json", str(tmp_path / "load.json"))
     assert ended.returncode == 0
