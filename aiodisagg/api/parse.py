@@ -72,6 +72,7 @@ def sampling_of(request: ChatRequest, default_max_tokens: int) -> SamplingParams
         top_k=max(0, request.top_k or 0),
         seed=request.seed,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        ignore_eos=bool(request.ignore_eos),
     )
 
 

@@ -76,6 +76,8 @@ class ChatRequest(msgspec.Struct):
     """Extension; 0 and -1 mean all."""
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | list[Stop] | None = None
+    ignore_eos: bool | None = None
+    """Extension: the answer ends by its length or a stop string only, as load generators ask."""
     priority: Annotated[int, Meta(ge=-8, le=8)] | None = None
     """Extension: among the requests of one tenant, lower goes first."""
     # Read to be refused: ignoring one of these would give the client something else than it asked for.

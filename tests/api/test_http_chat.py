@@ -143,10 +143,12 @@ async def test_sampling_parameters_pass_through() -> None:
             extra_body={"top_k": 40, "no_such_field": {"deep": [1]}},
         )
         await create(model=MODEL, messages=HELLO, max_tokens=5, max_completion_tokens=6, stop="x", temperature=0)
+        await create(model=MODEL, messages=HELLO, extra_body={"ignore_eos": True})
         await create(model=MODEL, messages=HELLO, stop=None, n=1, extra_body={"top_k": -1, "tools": None})
     assert [call.sampling for call in backend.calls] == [
         SamplingParams(max_tokens=5, temperature=0.5, top_p=0.25, top_k=40, seed=-3, stop=("a", "bc")),
         SamplingParams(max_tokens=6, stop=("x",)),
+        SamplingParams(max_tokens=9, ignore_eos=True),
         SamplingParams(max_tokens=9),
     ]
     took = time.monotonic() - began
