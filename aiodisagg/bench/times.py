@@ -80,12 +80,15 @@ class TimesOptions:
     steps: int = 12
     """Decodes of each kind."""
     repeat: int = 5
+    busy: int = 0
+    """Cores that do the same meanwhile; the caller's business, said in ``source``."""
 
     def quick(self) -> TimesOptions:
         """The same with few runs of few kinds."""
         return TimesOptions(
             model=self.model, device=self.device, row_dtype=self.row_dtype, dtype=self.dtype, sides=(64, 96),
             batches=(1, 2), batch_side=64, prompts=(16, 32), decodes=(1, 2), contexts=(16, 64), steps=3, repeat=1,
+            busy=self.busy,
         )  # fmt: skip
 
 
@@ -145,7 +148,10 @@ def _machine(options: TimesOptions) -> str:
     if options.device != "cpu":
         return f"{torch.cuda.get_device_name(options.device)}, {options.row_dtype}, torch {torch.__version__}"
     threads = torch.get_num_threads()
-    return f"{threads} thread of {model}, {options.row_dtype}, torch {torch.__version__}, load average {busy:.1f}"
+    beside = f"{options.busy} more core{'s' * (options.busy > 1)} doing the same, " if options.busy else ""
+    return (
+        f"{threads} thread of {model}, {options.row_dtype}, torch {torch.__version__}, {beside}load average {busy:.1f}"
+    )
 
 
 def _overheads(planner: Qwen3VLPlanner) -> tuple[int, int, int]:

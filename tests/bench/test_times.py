@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -37,6 +38,33 @@ def test_what_it_writes_is_what_a_simulation_reads_and_says_where_it_is_from(tmp
 def test_a_core_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     found = CliRunner().invoke(main, ["bench", "times", "--core", "4096", "--json", str(tmp_path / "a.json")])
     assert found.exit_code == 1 and "core" in found.output
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--beside", "4096"], "beside: 4096 is none of"),
+        (["--core", "{mine}", "--beside", "{mine}"], "beside: core {mine} is the one that is measured"),
+        (["--device", "cuda:0", "--beside", "{mine}"], "beside: is for CPUs"),
+    ],
+)
+def test_only_another_core_of_ours_can_be_busy_beside(tmp_path: Path, options: list[str], said: str) -> None:
+    mine = str(min(os.sched_getaffinity(0)))
+    asked = [option.format(mine=mine) for option in options]
+    found = CliRunner().invoke(main, ["bench", "times", *asked, "--json", str(tmp_path / "a.json")])
+    assert found.exit_code == 1 and said.format(mine=mine) in found.output, found.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a second core")
+def test_another_core_does_the_same_meanwhile_and_no_longer(tmp_path: Path) -> None:
+    file, other = tmp_path / "times.json", max(os.sched_getaffinity(0))
+    command = ["bench", "times", "--quick", "--model", str(digits_model()), "--beside", str(other), "--json", str(file)]
+    found = CliRunner().invoke(main, command)
+    assert found.exit_code == 0, found.output
+    assert "1 more core doing the same" in read_times(str(file)).source
+    assert not multiprocessing.active_children()
 
 
 def test_a_fit_finds_the_coefficients_and_none_is_below_zero() -> None:
