@@ -16,7 +16,7 @@ from aiodisagg.cli.process import setup_logging
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
-    from multiprocessing.synchronize import Event
+    from multiprocessing.connection import Connection
 
     from aiodisagg.bench.times import TimesOptions
 
@@ -91,16 +91,15 @@ def _measure(
 def _busy(cores: tuple[int, ...], options: TimesOptions) -> Iterator[None]:
     """Processes on other cores that measure the same, over and over; begun when each of them has measured something."""
     context = multiprocessing.get_context("spawn")
-    started = [(core, context.Event()) for core in cores]
-    children = [
-        context.Process(target=_again, args=(core, options, os.getpid(), event), daemon=True) for core, event in started
-    ]
+    children = []
     try:
-        for child in children:
-            child.start()
-        for child, (_, event) in zip(children, started, strict=True):
-            while child.is_alive() and not event.wait(0.1):
-                pass
+        for core in cores:
+            ours, theirs = context.Pipe(duplex=False)
+            children.append(context.Process(target=_again, args=(core, options, os.getpid(), theirs), daemon=True))
+            children[-1].start()
+            theirs.close()
+            with ours, contextlib.suppress(EOFError):  # of one that ended at once
+                ours.recv_bytes()
         yield
         if not all(child.is_alive() for child in children):
             raise AiodisaggError("a process on another core has ended: it did not keep that core busy")
@@ -110,7 +109,7 @@ def _busy(cores: tuple[int, ...], options: TimesOptions) -> Iterator[None]:
             child.join()
 
 
-def _again(core: int, options: TimesOptions, parent: int, started: Event) -> None:
+def _again(core: int, options: TimesOptions, parent: int, started: Connection) -> None:
     import torch
 
     from aiodisagg.bench.times import measure_times
@@ -118,7 +117,13 @@ def _again(core: int, options: TimesOptions, parent: int, started: Event) -> Non
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     while os.getppid() == parent:
-        measure_times(options, lambda _: started.set())
+        measure_times(options, lambda _: _tell(started))
+
+
+def _tell(started: Connection) -> None:
+    if not started.closed:
+        started.send_bytes(b"measured")
+        started.close()
 
 
 def _row(points: tuple[tuple[float, float], ...]) -> str:
