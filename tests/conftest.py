@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -15,6 +16,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read w
 
 import pytest
 import uvloop
+
+# A shell that runs tests in the background has them ignore SIGINT, and what they start would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # libuv makes one pipe for the whole process with its first loop and keeps it; not a leak of any test.
 uvloop.new_event_loop().close()
