@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from aiodisagg.cli.process import setup_logging
 from aiodisagg.errors import AiodisaggError, ConfigError
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
-    from aiodisagg.bench.times import TimesOptions
 
 
 @click.command("times")
@@ -31,8 +26,10 @@ if TYPE_CHECKING:
 )
 @click.option("--quick", is_flag=True, help="A tiny model, few runs: shows that it works.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True, help="Where to write them.")
+@click.option("--again", is_flag=True, hidden=True, help="What --beside starts: measures until its parent ends.")
 def bench_times_command(
-    model: Path | None, size: str, device: str, core: int | None, beside: tuple[int, ...], quick: bool, json_file: Path
+    model: Path | None, size: str, device: str, core: int | None, beside: tuple[int, ...], quick: bool, json_file: Path,
+    again: bool,
 ) -> None:  # fmt: skip
     """Measure what tower and engine take on one core (or GPU); the file is what ``simulate --times`` reads."""
     setup_logging(0, "bench")
@@ -41,7 +38,7 @@ def bench_times_command(
         if device == "cpu":
             chosen = min(mine - set(beside), default=min(mine)) if core is None else core
             for name, one in [("core", chosen), *(("beside", one) for one in beside)]:
-                if one not in mine:
+                if one not in mine and not again:  # its parent has moved to a core, and asked before that
                     raise ConfigError(name, f"{one} is none of {sorted(mine)}")
             if chosen in beside:
                 raise ConfigError("beside", f"core {chosen} is the one that is measured")
@@ -49,7 +46,7 @@ def bench_times_command(
         elif beside:
             raise ConfigError("beside", "is for CPUs")
         with tempfile.TemporaryDirectory(prefix="aiodisagg-bench-") as folder:
-            _measure(model, Path(folder), "tiny" if quick else size, device, beside, quick, json_file)
+            _measure(model, Path(folder), "tiny" if quick else size, device, beside, quick, json_file, again)
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
     finally:
@@ -57,8 +54,9 @@ def bench_times_command(
 
 
 def _measure(
-    model: Path | None, folder: Path, size: str, device: str, beside: tuple[int, ...], quick: bool, json_file: Path
-) -> None:
+    model: Path | None, folder: Path, size: str, device: str, beside: tuple[int, ...], quick: bool, json_file: Path,
+    again: bool,
+) -> None:  # fmt: skip
     import msgspec
     import torch
 
@@ -72,12 +70,17 @@ def _measure(
             torch.set_num_threads(1)
         if model is None:
             model = build_synthetic(folder / size, size)
-        options = TimesOptions(
-            model=model, device=device, row_dtype="float32" if device == "cpu" else "bfloat16", busy=len(beside)
-        )
-        options = options.quick() if quick else options
-        with _busy(beside, options):
-            found = measure_times(options, lambda text: click.echo(text, err=True))
+        row_dtype = "float32" if device == "cpu" else "bfloat16"
+        options = TimesOptions(model=model, device=device, row_dtype=row_dtype, busy=len(beside))
+        if again:
+            parent = os.getppid()
+            measure_times(options.quick())
+            click.echo("warm")
+            while os.getppid() == parent:
+                measure_times(options)
+            return
+        with _busy(beside, model):
+            found = measure_times(options.quick() if quick else options, lambda text: click.echo(text, err=True))
         times = msgspec.convert(msgspec.to_builtins(found), ServiceTimes)
         Costs(times)  # checks them
     finally:
@@ -88,42 +91,21 @@ def _measure(
 
 
 @contextlib.contextmanager
-def _busy(cores: tuple[int, ...], options: TimesOptions) -> Iterator[None]:
-    """Processes on other cores that measure the same, over and over; begun when each of them has measured something."""
-    context = multiprocessing.get_context("spawn")
-    children = []
-    try:
+def _busy(cores: tuple[int, ...], model: Path) -> Iterator[None]:
+    """Processes on other cores that measure the same, over and over, from when they are warm."""
+    command = [sys.executable, "-m", "aiodisagg", "bench", "times", "--again", "--model", str(model), "--json", "-"]
+    with contextlib.ExitStack() as stack:
+        children = []
         for core in cores:
-            ours, theirs = context.Pipe(duplex=False)
-            children.append(context.Process(target=_again, args=(core, options, os.getpid(), theirs), daemon=True))
-            children[-1].start()
-            theirs.close()
-            with ours, contextlib.suppress(EOFError):  # of one that ended at once
-                ours.recv_bytes()
-        yield
-        if not all(child.is_alive() for child in children):
-            raise AiodisaggError("a process on another core has ended: it did not keep that core busy")
-    finally:
+            child = stack.enter_context(subprocess.Popen([*command, "--core", str(core)], stdout=subprocess.PIPE))
+            stack.callback(child.kill)
+            children.append(child)
         for child in children:
-            child.kill()
-            child.join()
-
-
-def _again(core: int, options: TimesOptions, parent: int, started: Connection) -> None:
-    import torch
-
-    from aiodisagg.bench.times import measure_times
-
-    os.sched_setaffinity(0, {core})
-    torch.set_num_threads(1)
-    while os.getppid() == parent:
-        measure_times(options, lambda _: _tell(started))
-
-
-def _tell(started: Connection) -> None:
-    if not started.closed:
-        started.send_bytes(b"measured")
-        started.close()
+            assert child.stdout is not None
+            child.stdout.readline()  # nothing from one that ended
+        yield
+        if any(child.poll() is not None for child in children):
+            raise AiodisaggError("a process on another core has ended: it did not keep that core busy")
 
 
 def _row(points: tuple[tuple[float, float], ...]) -> str:
