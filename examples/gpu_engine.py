@@ -4,9 +4,9 @@
     python examples/gpu_engine.py --json gpu.json --devices 2     # the tower on the second one
     python examples/gpu_engine.py --tiny                          # the same on a CPU with a tiny model, to try it
 
-Phases (``--phases``, all but the last unless named): limits, check, decode, prefill, profile, tower, serve, both,
-inside, load. One that fails, or has no time left (``--budget-s``), does not take the others with it; results so far are
-in the file after each. The table comes last. ``encode`` and ``warm`` are how the script starts itself.
+Phases (``--phases``, all but the last two unless named): limits, check, decode, prefill, profile, tower, serve, both,
+inside, times, load. One that fails, or has no time left (``--budget-s``), does not take the others with it; results so
+far are in the file after each. The table comes last. ``encode`` and ``warm`` are how the script starts itself.
 
 ``load`` is a closed loop; two replicas are two processes with one GPU each (CUDA_VISIBLE_DEVICES)::
 
@@ -38,6 +38,7 @@ import torch
 from gpu_model import Random
 from gpu_phases import bytes_of, check, decode, limits, prefill, profile, tower
 from gpu_serve import both, encode_peer, inside, load, serve
+from gpu_times import times
 
 from aiodisagg.bench.mixes import MIX_NAMES
 from aiodisagg.engine.batch import EngineSequence, Runner, Work
@@ -50,7 +51,7 @@ from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.models.base import PromptPlan
 
-PHASES = ("load", "limits", "check", "decode", "prefill", "profile", "tower", "serve", "both", "inside")
+PHASES = ("load", "times", "limits", "check", "decode", "prefill", "profile", "tower", "serve", "both", "inside")
 GiB = 1 << 30
 
 
@@ -196,6 +197,7 @@ RUN: dict[str, Callable[[Bench, dict[str, Any]], None]] = {
     "both": both,
     "inside": inside,
     "load": load,
+    "times": times,
 }
 
 
@@ -235,7 +237,7 @@ def warm(part: str, folder: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--phases", default=",".join(PHASES[1:]))
+    parser.add_argument("--phases", default=",".join(PHASES[2:]))
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--budget-s", type=float, default=420.0)
     parser.add_argument("--tiny", action="store_true")

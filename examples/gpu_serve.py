@@ -137,17 +137,38 @@ def load(bench: Any, found: dict[str, Any]) -> None:
 
 
 def _run(bench: Any, found: dict[str, Any], shape: str) -> None:
-    if bench.runner is not None:  # it was measured; its pool's memory is needed
+    free_runner(bench)
+    uvloop.run(_serve(bench, found, shape))
+
+
+def free_runner(bench: Any) -> None:
+    """It was measured, and its pool's memory is needed."""
+    if bench.runner is not None:
         bench.runner.release()
         bench.stepper = bench.runner = None
     gc.collect()
     if bench.gpu:
         torch.cuda.empty_cache()
-    uvloop.run(_serve(bench, found, shape))
 
 
 async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
-    tiny, model = bench.options.tiny, bench.model
+    height, width = (64, 96) if bench.options.tiny else (1080, 1920)
+    planner = bench.model.planner()
+    async with AsyncExitStack() as stack:
+        service, address = await start(bench, stack, shape, planner)
+        if bench.options.concurrency and not bench.options.rates:
+            await _meet(bench, stack, service, address)
+            await _loops(bench, found, service, planner)
+        elif bench.options.rates:
+            await _meet(bench, stack, service, address)
+            await open_loops(bench, found, service, planner)
+        else:
+            await _cases(bench, found, service, planner, height, width)
+
+
+async def start(bench: Any, stack: AsyncExitStack, shape: str, planner: Any) -> tuple[LanguageService, str]:
+    """The services of a shape until ``stack`` ends: who answers, and the address of its own tower or nothing."""
+    tiny, model, address = bench.options.tiny, bench.model, ""
     there = "cpu" if tiny else f"cuda:{bench.options.devices - 1}"
     config = LanguageConfig(
         model=model.folder,
@@ -161,35 +182,21 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
         overlap=not bench.options.wait,
         itl_budget_ms=bench.options.itl_budget_ms,
     )
-    height, width = (64, 96) if tiny else (1080, 1920)
-    loaded = model.planner(), bench.half, model.fingerprint
-    async with AsyncExitStack() as stack:
-        if shape in ("both", "inside"):
-            encoder = await asyncio.to_thread(model.encoder, bench.device)
-            threads = 8 if shape == "both" or bench.options.concurrency or bench.options.rates else 1
-            settings = encode_config(model, encoder, there, prepare_threads=threads)
-            peer = BothService(
-                config,
-                settings,
-                inline=shape == "inside",
-                encoder=encoder,
-                loaded=loaded,
-            )
-            service = (await stack.enter_async_context(peer)).language
-        else:
-            address = asyncio.ensure_future(_encode_process(stack, tiny, model.folder, there))
-            service = await stack.enter_async_context(LanguageService(config, loaded=loaded))
-            service.add_peer(await address)
-        await service.peers.wait_any(60)
-        bench.say(f"{shape}: encode peer on {there} linked")
-        if bench.options.concurrency and not bench.options.rates:
-            await _meet(bench, stack, service, peer.address if shape == "both" else "")
-            await _loops(bench, found, service, loaded[0])
-        elif bench.options.rates:
-            await _meet(bench, stack, service, peer.address if shape == "both" else "")
-            await open_loops(bench, found, service, loaded[0])
-        else:
-            await _cases(bench, found, service, loaded[0], height, width)
+    loaded = planner, bench.half, model.fingerprint
+    if shape in ("both", "inside"):
+        encoder = await asyncio.to_thread(model.encoder, bench.device)
+        threads = 8 if shape == "both" or bench.options.concurrency or bench.options.rates else 1
+        settings = encode_config(model, encoder, there, prepare_threads=threads)
+        peer = BothService(config, settings, inline=shape == "inside", encoder=encoder, loaded=loaded)
+        service = (await stack.enter_async_context(peer)).language
+        address = peer.address if shape == "both" else ""
+    else:
+        encoding = asyncio.ensure_future(_encode_process(stack, tiny, model.folder, there))
+        service = await stack.enter_async_context(LanguageService(config, loaded=loaded))
+        service.add_peer(await encoding)
+    await service.peers.wait_any(60)
+    bench.say(f"{shape}: encode peer on {there} linked")
+    return service, address
 
 
 async def _meet(bench: Any, stack: AsyncExitStack, service: LanguageService, address: str) -> None:

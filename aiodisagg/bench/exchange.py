@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -14,6 +13,7 @@ import msgspec
 from aiodisagg.bench.echo import Caller
 from aiodisagg.bench.partner import Came, Done, Join, Partner, Reflect
 from aiodisagg.bench.paths import TransportPath
+from aiodisagg.bench.serve_metrics import percentile
 from aiodisagg.link import framing
 from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.link.link import Link
@@ -43,8 +43,8 @@ class Latency(msgspec.Struct, frozen=True):
 
 
 def latency(what: str, size_bytes: int, times_s: list[float]) -> Latency:
-    p99 = statistics.quantiles(times_s, n=100)[98] if len(times_s) > 1 else times_s[0]
-    return Latency(what, size_bytes, len(times_s), statistics.median(times_s) * 1e6, p99 * 1e6)
+    ordered = sorted(times_s)
+    return Latency(what, size_bytes, len(ordered), percentile(ordered, 50) * 1e6, percentile(ordered, 99) * 1e6)
 
 
 @contextlib.asynccontextmanager

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from aiodisagg.bench.serve_metrics import percentile
 from aiodisagg.bench.system import Answer, System, system
 from aiodisagg.data import QUESTION
 from aiodisagg.demo.cluster import Member
@@ -186,8 +187,8 @@ class _Bench:
             resent_bytes=int(
                 sum([await self._resent(m) - resent.get(m.facts["incarnation"], 0.0) for m in made.encoders])
             ),
-            added_p50_ms=percentile(added, 50),
-            added_p99_ms=percentile(added, 99),
+            added_p50_ms=_at(added, 50),
+            added_p99_ms=_at(added, 99),
             calm_s=self._calm_s,
             seconds=max(answer.seconds for answer in answers),
             errors=sorted({answer.error for answer in answers if answer.error}),
@@ -261,15 +262,13 @@ class _Bench:
             rows_kept=sum(one.rows_kept for one in rounds),
             received_twice_bytes=sum(one.received_twice_bytes for one in rounds),
             resent_bytes=sum(one.resent_bytes for one in rounds),
-            added_p50_ms=percentile(added, 50),
-            added_p99_ms=percentile(added, 99),
-            calm_p50_ms=percentile(calm, 50),
-            calm_p99_ms=percentile(calm, 99),
+            added_p50_ms=_at(added, 50),
+            added_p99_ms=_at(added, 99),
+            calm_p50_ms=_at(calm, 50),
+            calm_p99_ms=_at(calm, 99),
         )
 
 
-def percentile(ordered: list[float], percent: float) -> float:
-    """Nearest rank; 0 of nothing."""
-    if not ordered:
-        return 0.0
-    return round(ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))], 3)
+def _at(ordered: list[float], percent: float) -> float:
+    """A percentile of values in rising order; 0 of nothing."""
+    return round(percentile(ordered, percent), 3) if ordered else 0.0

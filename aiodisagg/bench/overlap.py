@@ -57,6 +57,10 @@ class OverlapOptions:
     quick: bool = False
     verbose: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.concurrency or min(self.concurrency) < 1:
+            raise ConfigError("concurrency", f"numbers of clients, at least 1 each, not {self.concurrency}")
+
 
 @dataclass(frozen=True, slots=True)
 class _Request:

@@ -26,6 +26,7 @@ from functools import partial
 import msgspec
 from rich.table import Table
 
+from aiodisagg.bench.serve_metrics import percentile
 from aiodisagg.scheduler.admission import (
     AdmissionConfig,
     AdmissionQueue,
@@ -272,11 +273,9 @@ def run(requests: list[Request], policy: str, *, slo_s: float, max_wait_s: float
     return said
 
 
-def percentile(values: Sequence[float], part: float) -> float:
-    """Of no values: nan."""
-    if not values:
-        return float("nan")
-    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+def at(values: Sequence[float], percent: float) -> float:
+    """A percentile; of no values: nan."""
+    return percentile(sorted(values), percent) if values else math.nan
 
 
 def measure(
@@ -301,8 +300,8 @@ def measure(
         goodput_tokens=sum(request.tokens for request in good) / span_s,
         served=len(served),
         shed=dict(Counter(one.reason for one in said if isinstance(one, Shed))),
-        text_p50_s=percentile(text, 0.5), text_p99_s=percentile(text, 0.99),
-        image_p50_s=percentile(image, 0.5), image_p99_s=percentile(image, 0.99),
+        text_p50_s=at(text, 50), text_p99_s=at(text, 99),
+        image_p50_s=at(image, 50), image_p99_s=at(image, 99),
         image_longest_wait_s=max(waits, default=0.0),
         error_s=sum(errors) / len(errors) if errors else float("nan"),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from aiodisagg.bench.overload import Measurement, OverloadReport, percentile
+from aiodisagg.bench.overload import Measurement, OverloadReport, at
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.errors import Overloaded
@@ -121,8 +121,8 @@ def _measured(policy: str, load: float, requests: list[_Asked], slo_s: float) ->
         goodput_tokens=sum(asked.tokens for asked in good) / span_s,
         served=len(served),
         shed=dict(Counter(asked.shed for asked in requests if asked.shed)),
-        text_p50_s=percentile(text, 0.5), text_p99_s=percentile(text, 0.99),
-        image_p50_s=percentile(image, 0.5), image_p99_s=percentile(image, 0.99),
+        text_p50_s=at(text, 50), text_p99_s=at(text, 99),
+        image_p50_s=at(image, 50), image_p99_s=at(image, 99),
         image_longest_wait_s=nothing, error_s=nothing,
     )  # fmt: skip
 

@@ -105,7 +105,7 @@ def measure_times(options: TimesOptions, say: Callable[[str], None] = lambda tex
     row_bytes = encoder.layout.row_bytes
     del encoder
     engine = asyncio.run(_engine_times(options, say))
-    prompt_tokens, image_tokens, least = _overheads(planner)
+    prompt_tokens, image_tokens, least = overheads(planner)
     off = max(tower_off, engine.prefill_off)
     return MeasuredTimes(
         name=options.model.name,
@@ -154,7 +154,7 @@ def _machine(options: TimesOptions) -> str:
     )
 
 
-def _overheads(planner: Qwen3VLPlanner) -> tuple[int, int, int]:
+def overheads(planner: Qwen3VLPlanner) -> tuple[int, int, int]:
     """Tokens of a prompt beside its text and pictures, the same of each picture, and rows of the smallest picture."""
     from aiodisagg.models.base import ChatMessage, ImagePart, TextPart
 
@@ -190,7 +190,7 @@ def _tower(
         say(f"tower: {count} of {side} x {side}, {sum(patches)} patches: {seen[-1]:.1f} ms")
     costs, off = fit(terms, seen)
     sizes = sorted({round(term[1]) for term, (_, count) in zip(terms, kinds, strict=True) if count == 1})
-    return tuple((size, _value(costs, (1.0, size, size * size / 1e3))) for size in sizes), costs[0], off
+    return tuple((size, value_of(costs, (1.0, size, size * size / 1e3))) for size in sizes), costs[0], off
 
 
 def _median_ms(work: Callable[[], None], repeat: int) -> float:
@@ -263,7 +263,7 @@ async def _engine_times(options: TimesOptions, say: Callable[[str], None]) -> _E
             seen.append(statistics.median(steps.prefills_ms()))
             say(f"prefill: {tokens} tokens: {seen[-1]:.1f} ms")
         costs, off = fit(terms, seen)
-        prefill = tuple((tokens, _value(costs, term)) for tokens, term in zip(options.prompts, terms, strict=True))
+        prefill = tuple((tokens, value_of(costs, term)) for tokens, term in zip(options.prompts, terms, strict=True))
         found: dict[tuple[int, int], float] = {}
         for context in options.contexts:
             for count in options.decodes if context == options.contexts[0] else options.decodes[-1:]:
@@ -327,5 +327,5 @@ def fit(terms: Sequence[Sequence[float]], seen: Sequence[float]) -> tuple[tuple[
     return tuple(c / s for c, s in zip(costs, scale, strict=True)), off
 
 
-def _value(costs: Sequence[float], term: Sequence[float]) -> float:
+def value_of(costs: Sequence[float], term: Sequence[float]) -> float:
     return round(sum(c * x for c, x in zip(costs, term, strict=True)), 3)

@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 
-from aiodisagg.cli.bench_serve import bench_serve_command
+from aiodisagg.cli.bench_serve import bench_serve_command, numbers
 from aiodisagg.cli.bench_system import bench_control_command, bench_reuse_command, bench_system_command
 from aiodisagg.cli.bench_times import bench_times_command
 from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.errors import AiodisaggError, ConfigError
 
 
 @click.group()
@@ -62,8 +62,10 @@ def bench_overload_command(
     from aiodisagg.bench.overload import POLICIES, bench_overload, overload_table
 
     setup_logging(0, "bench")
-    chosen = [float(part) for part in loads.split(",")]
     try:
+        chosen = numbers("loads", loads, float)
+        if not chosen:
+            raise ConfigError("loads", "at least one is needed")
         if real is None:
             report = bench_overload(chosen, count, seed, max_wait_s)
         else:
@@ -175,11 +177,8 @@ def bench_overlap_command(json_file: Path | None, concurrency: str, **options: A
     if options["quick"]:
         options |= {"tokens": min(options["tokens"], 16), "rounds": min(options["rounds"], 2)}
     try:
-        clients = tuple(int(part) for part in concurrency.split(","))
-        chosen = OverlapOptions(concurrency=clients, **options)
+        chosen = OverlapOptions(concurrency=numbers("concurrency", concurrency, int), **options)
         report = uvloop.run(bench_overlap(chosen, lambda text: click.echo(text, err=True)))
-    except ValueError as error:
-        raise click.BadParameter(f"{concurrency!r} is not a list of numbers", param_hint="--concurrency") from error
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
     click.echo(table(report))

@@ -55,8 +55,8 @@ def mix_options(command: Callable[..., None]) -> Callable[..., None]:
     """What a workload is made of."""
     for option in (
         click.option("--tenants", help="Who asks, by share and priority (lower goes first): big:3,urgent:1:-1."),
-        click.option("--pool", default=0, help="Pictures that requests share, for --reuse."),
-        click.option("--reuse", default=0.0, help="Chance that a picture is one of the pool."),
+        click.option("--pool", type=int, help="Pictures that requests share; what the mix has if left out."),
+        click.option("--reuse", type=float, help="Chance that a picture is one of the pool; as the mix if left out."),
         click.option("--output", help="Tokens of answers, as --images."),
         click.option("--text", help="Text tokens of prompts, as --images."),
         click.option("--tokens", help="Visual tokens of a picture, as --images; instead of --sizes."),
@@ -70,7 +70,7 @@ def mix_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def mix_of(
     mix: str, images: str | None, sizes: str | None, tokens: str | None, text: str | None, output: str | None,
-    reuse: float, pool: int, tenants: str | None,
+    reuse: float | None, pool: int | None, tenants: str | None,
 ) -> tuple[Mix, str]:  # fmt: skip
     """A named mix with what the user changed of it, and what to call it. Raises ConfigError."""
     from aiodisagg.bench.distributions import parse_ranges, parse_sizes
@@ -84,14 +84,15 @@ def mix_of(
             changes[field] = parse_ranges(key, given)
     if sizes is not None:
         changes["sizes"] = parse_sizes("sizes", sizes)
-    if reuse or pool:
-        changes |= {"reuse": reuse, "pool": pool}
+    changes |= {key: value for key, value in (("reuse", reuse), ("pool", pool)) if value is not None}
     if tenants is not None:
         changes["tenants"] = parse_tenants("tenants", tenants)
     said = {"images": images, "sizes": sizes, "tokens": tokens, "text": text, "output": output, "tenants": tenants}
-    said |= {"reuse": f"{reuse:g} of {pool}"} if reuse else {}
+    changed = replace(named_mix(mix), **changes)
+    if reuse is not None or pool is not None:
+        said["reuse"] = f"{changed.reuse:g} of {changed.pool}"
     name = ", ".join([mix, *(f"{key} {value}" for key, value in said.items() if value)])
-    return replace(named_mix(mix), **changes), name
+    return changed, name
 
 
 @click.command("serve")

@@ -85,6 +85,8 @@ class Demo:
         self.done = 0
         self.killed = ""
         self.moved: list[Moved] = []
+        self.traces: dict[str, dict[str, Any]] = {}
+        """By request id, as they were seen last: a language peer forgets those that ended long ago."""
 
     async def run(self) -> list[Row]:
         """Raises ProcessEnded if a process of the system ends by itself."""
@@ -113,7 +115,7 @@ class Demo:
                     await asyncio.wait([watch], timeout=ENDED_S)
                     if watch.done():
                         watch.result()
-                traces = await work
+                await work
             finally:
                 for task in (watch, work):
                     task.cancel()
@@ -123,14 +125,14 @@ class Demo:
             with self.console.status("asking the monolith the same"):
                 monolith = list(await asyncio.to_thread(self._ask, await reference))
         return [
-            row_of(i, ask, answer.text, answer.error, traces.get(f"demo-{i}"), truth)
+            row_of(i, ask, answer.text, answer.error, self.traces.get(f"demo-{i}"), truth)
             for i, (ask, answer, truth) in enumerate(zip(self.asks, self.answers, monolith, strict=True))
         ]
 
     def _ask(self, monolith: Monolith) -> list[str]:
         return [monolith.answer(ask) for ask in self.asks]
 
-    async def _work(self, cluster: Cluster, url: str) -> dict[str, Any]:
+    async def _work(self, cluster: Cluster, url: str) -> None:
         timeout = aiohttp.ClientTimeout(total=600)
         async with aiohttp.ClientSession(url, timeout=timeout) as session:
             await self._wait_linked(session)
@@ -145,9 +147,8 @@ class Demo:
                     await asyncio.wait(sends)
                     for helper in helpers:
                         helper.cancel()
-            traces = await self._traces(session)
-        self.moved = moved_items(traces)
-        return {trace["request_id"]: trace for trace in traces}
+            await self._traces(session)
+        self.moved = moved_items(self.traces.values())
 
     async def _wait_linked(self, session: aiohttp.ClientSession) -> None:
         """Waits until every encode peer is linked, so that the work is shared from the first request on."""
@@ -160,7 +161,8 @@ class Demo:
     async def _traces(self, session: aiohttp.ClientSession) -> list[dict[str, Any]]:
         async with session.get("/debug/requests") as response:
             found: list[dict[str, Any]] = await response.json()
-            return found
+        self.traces.update((trace["request_id"], trace) for trace in found)
+        return found
 
     async def _show(self, cluster: Cluster, session: aiohttp.ClientSession, live: Live) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -122,7 +122,7 @@ class Moved(msgspec.Struct):
     complete: bool
 
 
-def moved_items(traces: Sequence[dict[str, Any]]) -> list[Moved]:
+def moved_items(traces: Iterable[dict[str, Any]]) -> list[Moved]:
     """Those with the most rows kept first."""
     found = []
     for trace in traces:

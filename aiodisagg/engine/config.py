@@ -26,8 +26,8 @@ class EngineConfig:
     token_budget: int = 512
     """Tokens of a step, decodes included."""
     itl_budget_ms: float = 0.0
-    """What prefill may make a running stream wait between two of its tokens, or twice what the decodes of the step
-    take alone if that is more; 0: as long as ``token_budget`` tokens take."""
+    """What prefill may make a running stream wait between two of its tokens, or one and a half times what the decodes
+    of the step take alone if that is more; 0: as long as ``token_budget`` tokens take."""
     coalesce_tokens: int = 64
     """Fewer prompt tokens than that wait for the rows that follow them, while there is other work; 0: they never do."""
     overlap: bool = True

@@ -38,7 +38,8 @@ class Sampler:
             return int(logits.argmax())
         params = self._params
         draw = torch.rand((), generator=self._generator, dtype=torch.float64).item()
-        scaled = logits.to(torch.float64) / params.temperature
+        scaled = logits.to(torch.float64)
+        scaled = (scaled - scaled.max()) / params.temperature  # however low the temperature, the best one stays finite
         if 0 < params.top_k < scaled.shape[0]:
             values, ids = scaled.topk(params.top_k)  # sorted
         elif params.top_p < 1.0:

@@ -27,7 +27,7 @@ from aiodisagg.models.base import ChatMessage, ImagePart, ItemKind, PlannedItem,
 from aiodisagg.models.checkpoint import read_info
 from aiodisagg.models.folder import read_json
 from aiodisagg.models.loading import eos_ids
-from aiodisagg.models.preprocessing import header_size, image_grid, load_settings, video_grid
+from aiodisagg.models.preprocessing import MAX_VIDEO_PIXELS, header_size, image_grid, load_settings, video_grid
 
 ROLES = frozenset({"system", "user", "assistant"})
 DEFAULT_MAX_FRAMES = 768
@@ -152,6 +152,10 @@ class Qwen3VLPlanner:
         if len(sizes) > 1:
             raise MediaError(param, "the frames of a video must be of one size")
         height, width = sizes.pop()
+        if len(media) * height * width > MAX_VIDEO_PIXELS:
+            raise MediaError(
+                param, f"{len(media)} frames of {width} x {height} pixels are more than {MAX_VIDEO_PIXELS} together"
+            )
         try:
             if kind is ItemKind.IMAGE:
                 grid = image_grid(height, width, self._image, self._max_pixels)

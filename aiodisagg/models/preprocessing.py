@@ -28,6 +28,8 @@ from aiodisagg.models.folder import read_json
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_SOURCE_PIXELS = 64 * 1024 * 1024
 """An image with more pixels is refused by its header. Below Pillow's own limit of 89 million."""
+MAX_VIDEO_PIXELS = 2 * 1024**3
+"""Of all frames of a video before they are resized: 768 frames of 1080p have fewer; more take minutes to decode."""
 
 _ORIENTATION = 0x0112
 _PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
@@ -223,16 +225,21 @@ def decode_rgb(data: bytes, param: str) -> Image.Image:
 # -- patches ----------------------------------------------------------------------------------------------------
 
 
-def cut_patches(frames: Sequence[Image.Image], grid_thw: tuple[int, int, int], settings: PixelSettings) -> np.ndarray:
-    """Resizes RGB frames to the grid and cuts them: float32 [t*h*w, 3*temporal_patch*patch*patch].
+def resized(frame: Image.Image, grid_thw: tuple[int, int, int], settings: PixelSettings) -> np.ndarray:
+    """The bytes of an RGB frame at the grid's size: uint8 [h*patch, w*patch, 3]."""
+    size = grid_thw[2] * settings.patch, grid_thw[1] * settings.patch
+    return np.asarray(frame.resize(size, resample=Image.Resampling(settings.resample)))
+
+
+def cut_patches(frames: Sequence[np.ndarray], grid_thw: tuple[int, int, int], settings: PixelSettings) -> np.ndarray:
+    """Cuts frames that are ``resized`` to the grid: float32 [t*h*w, 3*temporal_patch*patch*patch].
 
     The order of patches is the model's: the merge x merge patches of one token are neighbours. One frame (an image)
     fills all temporal places; a missing last frame is a copy of the one before.
     """
     t, h, w = grid_thw
     p, m, n = settings.patch, settings.merge, settings.temporal_patch
-    resized = [f.resize((w * p, h * p), resample=Image.Resampling(settings.resample)) for f in frames]
-    pixels = np.stack([np.asarray(f) for f in resized])
+    pixels = np.stack(frames)
     # Bytes are put in order, a quarter of what the values are; and those of a still image once for all its places.
     places = 1 if len(frames) == 1 and t == 1 else n
     pixels = np.concatenate([pixels, np.repeat(pixels[-1:], t * places - len(frames), axis=0)])

@@ -23,7 +23,7 @@ from aiodisagg.errors import MediaError
 from aiodisagg.models.base import ItemKind, Patches
 from aiodisagg.models.device_pixels import can_resize, cut
 from aiodisagg.models.loading import fingerprint, load_vision
-from aiodisagg.models.preprocessing import PixelSettings, cut_patches, decode_rgb, fits, load_settings
+from aiodisagg.models.preprocessing import PixelSettings, cut_patches, decode_rgb, fits, load_settings, resized
 from aiodisagg.models.tower import FusedTower, choose_kernels
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 
@@ -92,14 +92,18 @@ class Qwen3VLVisionEncoder:
         """
         settings = self._video if kind is ItemKind.VIDEO else self._image
         _check_grid(kind, len(media), grid_thw, settings)
-        frames = [decode_rgb(data, f"{kind.value}[{i}]") for i, data in enumerate(media)]
-        for i, frame in enumerate(frames):
-            if frame.size != frames[0].size or not fits(frame.height, frame.width, grid_thw, settings):
-                size = f"{frame.width} x {frame.height} pixels"
-                raise MediaError(f"{kind.value}[{i}]", f"{size} do not give a grid of {grid_thw}")
-        if self.cuts_on_device and kind is ItemKind.IMAGE:  # a video is taken apart by its patches, so they are needed
-            with self._here():
-                return Patches(_bytes_of(frames[0], pinned=self.device.type == "cuda"), grid_thw)
+        frames: list[np.ndarray] = []
+        size = (0, 0)
+        for i, data in enumerate(media):
+            frame = decode_rgb(data, f"{kind.value}[{i}]")
+            size = size if frames else frame.size
+            if frame.size != size or not fits(frame.height, frame.width, grid_thw, settings):
+                what = f"{frame.width} x {frame.height} pixels"
+                raise MediaError(f"{kind.value}[{i}]", f"{what} do not give a grid of {grid_thw}")
+            if self.cuts_on_device and kind is ItemKind.IMAGE:  # a video is taken apart by its patches: they are needed
+                with self._here():
+                    return Patches(_bytes_of(frame, pinned=self.device.type == "cuda"), grid_thw)
+            frames.append(resized(frame, grid_thw, settings))  # one at a time: files are small, what is in them is not
         return Patches(torch.from_numpy(cut_patches(frames, grid_thw, settings)), grid_thw)
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:

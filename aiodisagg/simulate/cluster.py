@@ -149,8 +149,8 @@ class Cluster:
             pace_ms = self._pace_ms(role)
             engine = peer.engine = Engine(
                 device, self.costs, self.gaps, inline=role == "replica", ended=self._ended, first=self._first,
-                leaps=self._leaps, pace=Pace(pace_ms / 1e3) if pace_ms else None, overlap=self.system.overlap,
-                coalesce_tokens=self.system.coalesce_tokens, order=self.system.doors.order,
+                leaps=self._leaps, pace=Pace(pace_ms / 1e3, self.costs.reads) if pace_ms else None,
+                overlap=self.system.overlap, coalesce_tokens=self.system.coalesce_tokens, order=self.system.doors.order,
             )  # fmt: skip
             peer.door = open_door(
                 self.system.doors, self.clock, self._begin, self._refuse, runs=self.costs.times.max_running
@@ -188,7 +188,8 @@ class Cluster:
     def run(self, workload: Sequence[WorkloadRequest]) -> None:
         """Until every request has ended. Raises AiodisaggError if that never comes."""
         for number, source in enumerate(workload):
-            self.clock.at(source.arrival_s, self._arrive, self._request(number, source))
+            planned_s = self.costs.planned_s(len(source.images))
+            self.clock.at(source.arrival_s + planned_s, self._arrive, self._request(number, source))
         self.clock.run()
         for peer in self.peers:
             peer.device.update()

@@ -47,9 +47,14 @@ SHAPES: Mapping[str, System] = {
         _shape("1+1-waits", both=0, encode=1, language=1, overlap=False),
         _shape("dp2-both", links=1, **_CORE),
         _shape("2both", **_CORE),
+        _shape("gpu-dp2", replicas=2, both=0, overlap=False, routing=Routing.TURN),
+        _shape("gpu-flexible", pace_ms=50.0, routing=Routing.TURN),
+        _shape("gpu-1+1", both=0, encode=1, language=1, pace_ms=50.0),
+        _shape("gpu-1+1-waits", both=0, encode=1, language=1, pace_ms=50.0, overlap=False),
     )
 }
-"""What the shapes of ``bench system`` are here."""
+"""What the shapes of ``bench system`` are here, and those of ``examples/gpu_cells.py``: of their peers each answers
+every other request."""
 NEAR = 0.15
 """A prediction that is off by less is a good one."""
 
@@ -91,6 +96,7 @@ class Compared(msgspec.Struct, frozen=True):
     shape: str
     mix: str
     load: float
+    rate_per_s: float
     measured: MeasuredSpread
     predicted: MeasuredSpread
 
@@ -135,7 +141,7 @@ def compare(
         together = Spread.of(chain.from_iterable(firsts))
         if together is not None:
             predicted = MeasuredSpread(together.mean, together.p99)
-            found.append(Compared(cell.shape, cell.mix, cell.load, seen, predicted))
+            found.append(Compared(cell.shape, cell.mix, cell.load, cell.rate_per_s, seen, predicted))
     if not found:
         raise ConfigError("compare", f"no cell of a known shape ({', '.join(shapes)}) and mix ({', '.join(mixes)})")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.schedule import Segment
@@ -64,6 +64,8 @@ class Engine:
         self._inline, self._ended, self._first, self._leaps = inline, ended, first, leaps
         self._requests: dict[str, SimRequest] = {}
         self._to_encode: list[Item] = []
+        self._encoding: list[Item] = []
+        """At work, where their rows are not there at once."""
         self._segments: list[Segment] = []
         self._planned = 1
         self._step_s = 0.0
@@ -216,14 +218,29 @@ class Engine:
             self._to_encode.remove(item)
             if item.request.served_s < 0:
                 item.request.served_s = self.device.clock.now
+        if self.costs.times.local_bytes_per_s:
+            self._encoding = batch
+        else:  # a step with the batch may compute with its rows
+            self._rows_here(batch)
+        return self.costs.tower_s([item.patches for item in batch])
+
+    def _rows_here(self, batch: Sequence[Item]) -> None:
+        for item in batch:
             item.arrived = item.rows
         for request in dict.fromkeys(item.request for item in batch):
             request.front = request.reach()
             self.scheduler.set_front(request.name, request.front)
-        return self.costs.tower_s([item.patches for item in batch])
+
+    def _rows_come(self, batch: Sequence[Item]) -> None:
+        self._rows_here(batch)
+        self.wake()
 
     def _end(self) -> None:
         now, steps = self.device.clock.now, self._planned
+        if self._encoding:
+            batch, self._encoding = self._encoding, []
+            moved_s = sum(self.costs.local_s(item.rows) for item in batch)
+            self.device.clock.at(now + moved_s, self._rows_come, batch)
         segments = self._segments if steps == 1 else self.scheduler.leap(self._segments, steps)
         self._planned = 1
         if self._pace is not None:

@@ -91,15 +91,27 @@ def _plan_row(answer: Answer) -> Row:
     )  # fmt: skip
 
 
-COMPARE_COLUMNS = ("shape", "mix", "load", "mean measured", "predicted", "ratio", "p99 measured", "predicted", "ratio")
+COMPARE_COLUMNS = (
+    "shape",
+    "mix",
+    "load",
+    "req/s",
+    "mean measured",
+    "predicted",
+    "ratio",
+    "p99 measured",
+    "predicted",
+    "ratio",
+)
 
 
 def compare_rows(cells: Sequence[Compared]) -> list[Row]:
     """Milliseconds."""
     return [
         (
-            one.shape, one.mix, f"{one.load:g}", f"{one.measured.mean:.0f}", f"{one.predicted.mean:.0f}",
-            f"{one.mean_ratio:.2f}", f"{one.measured.p99:.0f}", f"{one.predicted.p99:.0f}", f"{one.p99_ratio:.2f}",
+            one.shape, one.mix, f"{one.load:g}" if one.load else "-", f"{one.rate_per_s:.3g}",
+            f"{one.measured.mean:.0f}", f"{one.predicted.mean:.0f}", f"{one.mean_ratio:.2f}",
+            f"{one.measured.p99:.0f}", f"{one.predicted.p99:.0f}", f"{one.p99_ratio:.2f}",
         )
         for one in cells
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from aiodisagg.engine.pace import Reads
 from aiodisagg.errors import ConfigError
 
 PATCHES_PER_TOKEN = 4
@@ -38,6 +39,8 @@ class ServiceTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_base_ms: float
     decode: Points
     """(requests, ms) of a step that decodes with a short context."""
+    beside: Points = ()
+    """(requests, ms) that decodes with a short context add to a step with a prompt; empty: as many prompt tokens do."""
     decode_context_us: float = 0.0
     """Microseconds a step takes longer for each token of all its contexts."""
     prepare: Points = ()
@@ -49,6 +52,15 @@ class ServiceTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of every image, beside its rows."""
     least_rows: int = 1
     """Of the smallest image: smaller ones are enlarged."""
+    request_ms: float = 0.0
+    """Of every request before anything of it may be encoded or computed: reading, planning, admitting. On no device."""
+    image_ms: float = 0.0
+    """The same for each of its images."""
+    local_bytes_per_s: float = 0.0
+    """Rows of a peer's own tower, from the end of a batch until the engine may compute with them; 0: at once."""
+    reads_ms: float = 0.0
+    """Reading all experts of all layers once, of which a token reads ``reads_part``: see ``engine.pace.Reads``."""
+    reads_part: float = 1.0
     link_bytes_per_s: float = 10e9
     link_rtt_ms: float = 0.05
     shared_speed: float = 1.0
@@ -95,6 +107,7 @@ class Costs:
         self._prefill = Curve(times.prefill, times.prefill_base_ms)
         self._decode = Curve(times.decode, times.decode[0][1])
         self._prepare = Curve(times.prepare, 0.0)
+        self._beside = Curve(times.beside, 0.0) if times.beside else None
         self._base_s = times.prefill_base_ms / 1e3
         self._context_s = times.decode_context_us / 1e6
         self._token_s = (self._prefill(1) - times.prefill_base_ms) / 1e3
@@ -127,10 +140,15 @@ class Costs:
 
     def mixed_s(self, prefills: Sequence[tuple[int, int]], decodes: int, context: float) -> float:
         """A step that computes ``[start, stop)`` of some prompts and decodes for others."""
-        spent = self._base_s + decodes * self._token_s + self._context_s * context
+        spent = self._base_s + self._beside_s(decodes) + self._context_s * context
         for start, stop in prefills:
             spent += (self._prefill(stop) - self._prefill(start)) / 1e3
         return max(spent, self.decode_s(decodes, context)) if decodes else spent
+
+    def _beside_s(self, decodes: int) -> float:
+        if not decodes or self._beside is None:
+            return decodes * self._token_s
+        return self._beside(decodes) / 1e3
 
     def prefill_s(self, tokens: int) -> float:
         """One prompt alone, in steps of the token budget."""
@@ -150,6 +168,19 @@ class Costs:
         """Of an image."""
         return max(visual_tokens, self.times.least_rows)
 
+    def local_s(self, tokens: int) -> float:
+        """The same within a peer."""
+        rate = self.times.local_bytes_per_s
+        return tokens * self.times.row_bytes / rate if rate else 0.0
+
+    def planned_s(self, images: int) -> float:
+        """Before anything of a request may begin."""
+        return (self.times.request_ms + images * self.times.image_ms) / 1e3
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(self.times.reads_ms / 1e3, self.times.reads_part)
+
     @property
     def rtt_s(self) -> float:
         return self.times.link_rtt_ms / 1e3
@@ -160,7 +191,8 @@ class Costs:
         prepared = sum(self.prepare_s(count) for count in patches) / min(
             self.times.prepare_threads, max(len(patches), 1)
         )
-        return prepared + (self.tower_s(patches) if patches else 0.0) + self.prefill_s(prompt)
+        spent = self.planned_s(len(images)) + prepared + self.prefill_s(prompt)
+        return spent + (self.tower_s(patches) + self.local_s(images[-1]) if patches else 0.0)
 
 
 def profile_names() -> list[str]:

@@ -21,7 +21,7 @@ class Wires(Protocol):
 
 class TimedWires:
     """Half a round trip to ask, half a round trip and the bytes to bring; each peer sends, and receives, one item at
-    a time at the link's rate. Within a peer nothing takes time."""
+    a time at the link's rate. Within a peer there is no round trip, and the bytes go at a rate of their own."""
 
     def __init__(self, clock: Clock, costs: Costs, arrived: Arrived) -> None:
         self._clock, self._costs, self._arrived = clock, costs, arrived
@@ -30,19 +30,26 @@ class TimedWires:
         self.moved_rows = 0
 
     def fetch(self, item: Item, tower: Tower, encoder: str, receiver: str) -> None:
-        if encoder == receiver:
-            tower.submit(item, self._here)
-            return
+        costs, local = self._costs, encoder == receiver
+        half = 0.0 if local else costs.rtt_s / 2
 
         def rows(item: Item) -> None:
-            now, half = self._clock.now, self._costs.rtt_s / 2
-            begins = max(now, self._sends_until.get(encoder, 0.0), self._receives_until.get(receiver, 0.0))
-            ends = begins + self._costs.transfer_s(item.rows)
-            self._sends_until[encoder] = self._receives_until[receiver] = ends
-            self.moved_rows += item.rows
-            self._clock.at(ends + half, self._here, item)
+            moves_s = costs.local_s(item.rows) if local else costs.transfer_s(item.rows)
+            begins = self._clock.now
+            if moves_s:
+                begins = max(begins, self._sends_until.get(encoder, 0.0), self._receives_until.get(receiver, 0.0))
+                self._sends_until[encoder] = self._receives_until[receiver] = begins + moves_s
+            self.moved_rows += 0 if local else item.rows
+            self._later(begins + moves_s + half, self._here, item)
 
-        self._clock.at(self._clock.now + self._costs.rtt_s / 2, tower.submit, item, rows)
+        self._later(self._clock.now + half, tower.submit, item, rows)
+
+    def _later(self, at: float, call: Callable[..., None], *what: object) -> None:
+        """Now, if that is the time."""
+        if at > self._clock.now:
+            self._clock.at(at, call, *what)
+        else:
+            call(*what)
 
     def _here(self, item: Item) -> None:
         item.arrived = item.rows

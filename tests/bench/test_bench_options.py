@@ -31,6 +31,10 @@ SERVE = ("serve", "--url", "http://127.0.0.1:9")
         (("system", "--mixes", "documents"), "mixes: 'documents' is none of"),
         (("system", "--capacity", "1,2,3"), "capacity: 2 mixes need as many, not 3"),
         (("control", "--cores", "0"), "cores: two are needed, not '0'"),
+        (("overload", "--loads", "a"), "loads: 'a' is no list of numbers"),
+        (("overload", "--loads", ","), "loads: at least one is needed"),
+        (("overlap", "--concurrency", "8,x"), "concurrency: '8,x' is no list of numbers"),
+        (("overlap", "--concurrency", "0"), "concurrency: numbers of clients"),
     ],
 )
 def test_what_cannot_be_measured(arguments: tuple[str, ...], said: str) -> None:
@@ -47,5 +51,13 @@ def test_a_mix_as_the_user_changed_it() -> None:
         tenants=(Tenant("a", 2.0), Tenant("b")),
     )  # fmt: skip
     assert name == "images-1-8, images 2, tokens 100-200, text 7, output 9, tenants a:2,b, reuse 0.5 of 20"
-    mix, name = mix_of("servegen", None, "64x32", None, None, None, 0.0, 0, None)
+    mix, name = mix_of("servegen", None, "64x32", None, None, None, None, None, None)
     assert mix.sizes == ((64, 32),) and name == "servegen, sizes 64x32"
+
+
+def test_what_is_not_given_stays_as_the_mix_has_it() -> None:
+    named = named_mix("reuse")
+    mix, name = mix_of("reuse", None, None, None, None, None, None, 50, None)
+    assert mix == replace(named, pool=50) and name == f"reuse, reuse {named.reuse:g} of 50"
+    mix, name = mix_of("reuse", None, None, None, None, None, 0.5, None, None)
+    assert mix == replace(named, reuse=0.5) and name == f"reuse, reuse 0.5 of {named.pool}"

@@ -29,6 +29,7 @@ def counts(params: SamplingParams, n: int = 3000) -> dict[int, float]:
         ({"temperature": 1.0, "top_p": 1e-6}, {1: 1.0}),
         ({"temperature": 0.5, "top_k": 2}, {1: 16 / 25, 3: 9 / 25}),
         ({"temperature": 1e-6}, {1: 1.0}),
+        ({"temperature": 5e-324}, {1: 1.0}),
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.8}, {1: 4 / 7, 3: 3 / 7}),  # top_p of what top_k left
         ({"temperature": 0.0}, {1: 1.0}),
     ],

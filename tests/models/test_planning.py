@@ -257,3 +257,12 @@ def test_bad_media_are_refused_by_their_place(tiny: Tiny, part: ImagePart | Vide
     with pytest.raises(MediaError) as caught:
         planner.plan([*chat("You see well.", role="system"), *chat("What is this?", part)])
     assert caught.value.param == "messages[1].content[1]"
+
+
+def test_the_pixels_of_a_video_are_counted_over_its_frames(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiodisagg.models.plan.MAX_VIDEO_PIXELS", 4 * 64 * 64)
+    planner = Qwen3VLPlanner(tiny(moe=True, levels=3))
+    assert planner.plan(chat("What is this?", VideoPart((png(64, 64),) * 4))).items
+    with pytest.raises(MediaError, match="5 frames of 64 x 64 pixels are more than") as caught:
+        planner.plan(chat("What is this?", VideoPart((png(64, 64),) * 5)))
+    assert caught.value.param == "messages[0].content[1]"

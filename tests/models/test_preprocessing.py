@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from aiodisagg.errors import MediaError
 from aiodisagg.models.base import ItemKind
-from aiodisagg.models.preprocessing import MAX_SOURCE_PIXELS, header_size, image_grid, load_settings
+from aiodisagg.models.preprocessing import MAX_SOURCE_PIXELS, decode_rgb, header_size, image_grid, load_settings
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from tests.models.halves import encoded, halves, noise, png
 
@@ -139,6 +140,27 @@ def test_a_grid_that_the_media_do_not_give_is_refused(
 ) -> None:
     with pytest.raises(MediaError):
         halves(tiny(moe=True, levels=3)).encoder.prepare(kind, media, grid, 2.0)
+
+
+def test_a_video_is_decoded_frame_by_frame(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files may hold large frames: hundreds of them do not fit into any memory at once."""
+    alive, most = 0, 0
+
+    def counted(data: bytes, param: str) -> Image.Image:
+        nonlocal alive, most
+        frame = decode_rgb(data, param)
+        alive, most = alive + 1, max(most, alive + 1)
+        weakref.finalize(frame, freed)
+        return frame
+
+    def freed() -> None:
+        nonlocal alive
+        alive -= 1
+
+    monkeypatch.setattr("aiodisagg.models.vision.decode_rgb", counted)
+    patches = halves(tiny(moe=True, levels=3)).encoder.prepare(ItemKind.VIDEO, [png(64, 64)] * 12, (6, 4, 4), 2.0)
+    assert patches.count == 96
+    assert most <= 2
 
 
 def test_every_planned_grid_is_accepted(tiny: Tiny) -> None:

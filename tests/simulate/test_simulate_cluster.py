@@ -76,6 +76,35 @@ def test_a_lone_request_takes_what_the_service_times_say() -> None:
     assert cluster.requests[0].unloaded_s == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("system", [replicas(1), flexible(1)], ids=["replica", "both"])
+def test_a_lone_request_takes_what_is_beside_the_device_too(system: System) -> None:
+    """Planning it, and moving the rows of its picture."""
+    request = WorkloadRequest(0.0, (ImageSpec(0, 1920, 1080),), 64, 1)
+    rate = 10.0 * TIMES.row_bytes * request.images[0].visual_tokens  # a tenth of a second for the picture
+    firsts = []
+    for times in (TIMES, msgspec.structs.replace(TIMES, request_ms=7.0, image_ms=2.0, local_bytes_per_s=rate)):
+        cluster = Cluster(system, times)
+        cluster.run([request])
+        firsts.append(cluster.requests[0].first_s)
+    assert firsts[1] - firsts[0] == pytest.approx(0.007 + 0.002 + 0.1)
+    assert cluster.requests[0].unloaded_s == pytest.approx(firsts[1])
+
+
+def test_decodes_beside_a_prompt_take_what_was_measured() -> None:
+    times = msgspec.structs.replace(TIMES, beside=((1.0, 3.0), (9.0, 11.0)), decode_context_us=0.0)
+    plain, beside = Costs(msgspec.structs.replace(TIMES, decode_context_us=0.0)), Costs(times)
+    alone = plain.mixed_s([(0, 2000)], 0, 0)
+    assert beside.mixed_s([(0, 2000)], 0, 0) == alone
+    assert beside.mixed_s([(0, 2000)], 5, 0) == pytest.approx(alone + 0.007)
+
+
+def test_engines_know_what_reading_experts_takes() -> None:
+    times = msgspec.structs.replace(TIMES, reads_ms=14.0, reads_part=0.0625)
+    engine = Cluster(flexible(1), times).peers[0].engine
+    assert engine is not None and engine._pace is not None
+    assert engine._pace.reads.all_s == 0.014 and engine._pace.reads.of_token == 0.0625
+
+
 def test_a_queue_of_equal_prompts_waits_as_long_as_theory_says() -> None:
     """M/D/1: the mean wait is load / (2 (1 - load)) service times."""
     times = msgspec.structs.replace(TIMES, max_running=1)
