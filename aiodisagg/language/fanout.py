@@ -9,6 +9,7 @@ keep is what is cached when all rows are there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import numpy as np
 from aiodisagg.device.copies import Accelerator, DeviceBytes, address_of
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.ranges import RangeSet, Span
+
+logger = logging.getLogger(__name__)
 
 Data = memoryview | DeviceBytes
 Deliver = Callable[[ItemKey, int, Data], None]
@@ -40,6 +43,8 @@ class FanOut:
         """Rows that were already told of; the loop's."""
         self.legs = 0
         """Fetches that fill it; the loop's."""
+        self.failed: dict[ItemKey, Exception] = {}
+        """Who could not be given what came before, and why; whole once no delivery is under way."""
         self._deliver, self._accelerator = deliver, accelerator
         self._keep = np.empty(rows * row_bytes, np.uint8) if keeps else None
         self._lock = threading.Lock()
@@ -61,7 +66,7 @@ class FanOut:
 
     @property
     def complete(self) -> bool:
-        """Every row was delivered to every sharer. Any thread."""
+        """Every row was delivered to every sharer that has not ``failed``. Any thread."""
         with self._lock:
             return self._active == 0 and self._published.covers(0, self.rows)
 
@@ -77,7 +82,7 @@ class FanOut:
             return self._published.spans()
 
     def leave(self, key: ItemKey) -> None:
-        """The key gets nothing more, but for one delivery under way. The loop."""
+        """The key gets nothing more, but for one delivery under way. Any thread."""
         with self._lock:
             self._sharers = tuple(other for other in self._sharers if other != key)
 
@@ -94,14 +99,15 @@ class FanOut:
                 self._claimed.add(*gap)
             self._active += 1
         with self._working():
-            for first, last in gaps:
+            for i, (first, last) in enumerate(gaps):
                 part = self._part(data, first - start, last - start)
                 try:
                     self._publish(first, last, part)
                 except BaseException:
                     with self._lock:
-                        self._claimed.remove(first, last)
                         self._published.remove(first, last)
+                        for gap in gaps[i:]:
+                            self._claimed.remove(*gap)
                     raise
 
     def _publish(self, first: int, last: int, part: Data) -> None:
@@ -117,12 +123,20 @@ class FanOut:
             self._deliver(key, first, part)
 
     def catch_up(self, key: ItemKey, spans: tuple[Span, ...]) -> None:
-        """Delivers what ``share`` returned, unless that was nothing. Any thread, once."""
+        """Delivers what ``share`` returned, unless that was nothing. Any thread, once.
+
+        If that raises, the key has ``failed`` and gets nothing more; the others do not suffer from it.
+        """
         assert self._keep is not None
-        with self._working():
-            for start, stop in spans:
-                if self.shared_by(key):
-                    self._deliver(key, start, self._keep[start * self.row_bytes : stop * self.row_bytes].data)
+        with self._working():  # to its end: whoever is told that nothing is under way must see what failed
+            try:
+                for start, stop in spans:
+                    if self.shared_by(key):
+                        self._deliver(key, start, self._keep[start * self.row_bytes : stop * self.row_bytes].data)
+            except Exception as error:
+                logger.exception("item %s: rows that came before could not be delivered", key)
+                self.failed[key] = error
+                self.leave(key)
 
     def when_idle(self, then: Callable[[], None]) -> None:
         """Calls ``then`` once when no delivery is under way, now if that is so. The loop."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from aiodisagg.bootstrap.registry import PeerEntry, PeerState
+from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerState
 from aiodisagg.language.peers import EncodePeer, EncodePeers
 from aiodisagg.peer import metrics
 from aiodisagg.protocol.events import ItemSpec
@@ -54,6 +54,8 @@ class Placing:
         self.hedges: Hedges[ItemKey] = Hedges(health)
         self.poison, self.standings = Poison(health), Standings(health)
         self.errands: dict[ItemKey, Errand] = {}
+        self._loads: dict[str, tuple[Load, float]] = {}
+        """By incarnation, linked or not: what membership said last, and when. What is as before is not said again."""
         self.prefill = StageModel(PREFILL)
         """Seconds from when the last row is here to the first token, by the tokens that were missing; calibrated."""
 
@@ -165,6 +167,10 @@ class Placing:
         if errand is not None and errand.peer is not None:
             errand.peer.book.disturbed(key)
 
+    def link_up(self, incarnation: str) -> None:
+        self.poison.lives(incarnation)
+        self._heed(incarnation)
+
     def link_lost(self, incarnation: str, now: float) -> None:
         peer = self._peers.by_incarnation(incarnation)
         if peer is not None:
@@ -177,12 +183,19 @@ class Placing:
         for entry in entries:
             incarnation = entry.record.incarnation
             self.standings.told(incarnation, STANDINGS.get(entry.state))
-            peer = self._peers.by_incarnation(incarnation)
-            if peer is not None:
-                peer.digests = frozenset(entry.load.digests)
-                peer.book.heard(entry.load.patches, now)
+            self._loads[incarnation] = entry.load, now
+            self._heed(incarnation)
         for incarnation in gone:
             self.standings.told(incarnation, None)
+            self._loads.pop(incarnation, None)
+
+    def _heed(self, incarnation: str) -> None:
+        """What membership said last of a peer counts, if it is one of ours."""
+        peer, told = self._peers.by_incarnation(incarnation), self._loads.get(incarnation)
+        if peer is not None and told is not None:
+            load, when = told
+            peer.digests = frozenset(load.digests)
+            peer.book.heard(load.patches, when)
 
     def metrics(self) -> list[Metric]:
         errors = GaugeMetricFamily(

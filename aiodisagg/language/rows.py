@@ -52,6 +52,9 @@ from aiodisagg.scheduler.health import HealthConfig
 
 logger = logging.getLogger(__name__)
 
+FOREVER_S = 9e8
+"""More than this is this: a Want says at most 1e9, and what is left of a time is rounded."""
+
 Deliver = Callable[[ItemKey, int, memoryview | DeviceBytes], None]
 
 
@@ -156,7 +159,7 @@ class RowReceiver:
     def request(self, items: Sequence[tuple[ItemKey, ItemSpec]], timeout_s: float) -> None:
         """Asks for the items of one request, in prompt order; each ends in ``ended``, at the latest after
         ``timeout_s``, or in ``cancel``."""
-        self.sharing.request(items, timeout_s)
+        self.sharing.request(items, min(timeout_s, FOREVER_S))
 
     def cancel(self, key: ItemKey) -> None:
         """Nobody waits for this item any more: ``ended`` is not called. Does nothing if it has ended."""
@@ -218,7 +221,7 @@ class RowReceiver:
         if isinstance(event, LinkLost):
             self.placing.link_lost(event.peer, now)
         elif isinstance(event, LinkUp):
-            self.placing.poison.lives(event.peer)
+            self.placing.link_up(event.peer)
         else:
             self.traces.heard(event.message)
         self.driver.feed(event)

@@ -17,23 +17,16 @@ from prometheus_client.core import Metric
 
 from aiodisagg.bootstrap.client import BootstrapClient
 from aiodisagg.bootstrap.registry import Load, PeerRecord, PeerState
-from aiodisagg.device.copies import DeviceBytes, open_accelerator
+from aiodisagg.device.copies import open_accelerator
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
-from aiodisagg.errors import (
-    AiodisaggError,
-    DeadlineExceeded,
-    EncodeFailed,
-    InvalidRequest,
-    MediaError,
-    Overloaded,
-    PoisonItem,
-    PromptTooLong,
-)
+from aiodisagg.errors import AiodisaggError, EncodeFailed, InvalidRequest, Overloaded, PromptTooLong
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
+from aiodisagg.language.items import Item, Items
+from aiodisagg.language.membership import follow
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
 from aiodisagg.link.hello import PeerRole
@@ -41,7 +34,7 @@ from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
-from aiodisagg.protocol.events import Fail, ItemSpec
+from aiodisagg.protocol.events import ItemSpec
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.scheduler.shares import Tenant
@@ -50,15 +43,6 @@ if TYPE_CHECKING:
     from aiodisagg.models.language import LanguageHalf
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Item:
-    """An item under way: whose it is, and which one of its prompt."""
-
-    request_id: str
-    index: int
-    timeout_s: float
 
 
 @dataclass(slots=True)
@@ -118,7 +102,6 @@ class LanguageService:
         self.model_name = config.model.resolve().name
         self.created = int(time.time())
         self.traces = Traces()
-        self._items: dict[ItemKey, _Item] = {}
         self._stack = AsyncExitStack()
         self._stopped = asyncio.Event()
         self._client: BootstrapClient | None = None
@@ -139,7 +122,7 @@ class LanguageService:
         if loaded is None:
             loaded = await asyncio.to_thread(load_language_half, config)
         self._planner, half, model = loaded
-        self._layout = layout = half.layout
+        layout = half.layout
         engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
         engine_config = EngineConfig(
             pool_bytes=config.kv_bytes,
@@ -167,13 +150,14 @@ class LanguageService:
                 watcher=self._watcher,
             )
         )
+        self._items = Items(self.engine, layout)
         self.rows = await self._stack.enter_async_context(
             RowReceiver(
                 config,
                 model,
                 name=self.name,
-                deliver=self._deliver,
-                ended=self._item_ended,
+                deliver=self._items.deliver,
+                ended=self._items.ended,
                 traces=self.traces,
                 accelerator=accelerator,
             )
@@ -213,22 +197,7 @@ class LanguageService:
             self.config.bootstrap, record, load=self.load, token=self.config.bootstrap_token
         )  # fmt: skip
         await self._stack.enter_async_context(client)
-        self._tasks.start(self._follow(client, model), "membership")
-
-    async def _follow(self, client: BootstrapClient, model: ModelFingerprint) -> None:
-        strangers: set[str] = set()
-        async for change in client.watch():
-            for record in change.gone:
-                for address in record.addresses:
-                    self.peers.remove(address)
-            for record in change.present:
-                if record.role.encodes and record.model == model:
-                    self.add_peer(record.addresses[0])
-                elif record.role.encodes and record.incarnation not in strangers:
-                    strangers.add(record.incarnation)
-                    logger.error("encode peer %s is not usable: it runs %s, not %s", record.name, record.model, model)
-            self.rows.told(change)
-            strangers.difference_update(record.incarnation for record in change.gone)
+        self._tasks.start(follow(client, self.rows), "membership")
 
     def add_peer(self, address: str) -> None:
         """Keeps a link to the encode peer at ``address``; what the bootstrap server's membership does by itself."""
@@ -346,7 +315,7 @@ class LanguageService:
                 spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
                 asked.append((key, spec))
                 request.keys.append(key)
-                self._items[key] = _Item(trace.request_id, index, left_s)
+                self._items.add(key, Item(trace.request_id, index, left_s))
                 self.traces.item(trace, key, item)
             elif first:
                 trace.items.append(ItemTrace(item.kind.value, item.rows, item.digest, stage="reused"))
@@ -354,6 +323,8 @@ class LanguageService:
 
     def _learn_prefill(self, plan: PromptPlan, trace: RequestTrace) -> None:
         """What the prompt's rest took: from the item that was complete last; all before it may have been computed."""
+        if trace.admitted_s < 0:  # it was admitted and answered in one wake of the loop: nobody saw when it began
+            return
         ends = [(item.complete_s, at.spans[0][0]) for item, at in zip(trace.items, plan.items, strict=False)]
         last_s, start = max(ends, default=(trace.admitted_s, 0))
         self.rows.placing.computed(plan.tokens - start, trace.first_token_s - max(last_s, trace.admitted_s))
@@ -365,34 +336,10 @@ class LanguageService:
         self.admission.end(trace.request_id, trace.output_tokens)
         for key in request.keys:
             self.rows.cancel(key)
-            self._items.pop(key, None)
+            self._items.drop(key)
         self.traces.end(trace, request.keys, state, error)
         if not self.traces.open:
             self._idle.set()
-
-    # -- what becomes of items -----------------------------------------------------------------------------------
-
-    def _deliver(self, key: ItemKey, start: int, data: memoryview | DeviceBytes) -> None:
-        """On any thread."""
-        item = self._items.get(key)
-        if item is not None:
-            self.engine.deliver_bytes(item.request_id, item.index, start, data, layout=self._layout)
-
-    def _item_ended(self, key: ItemKey, failed: Fail | None) -> None:
-        item = self._items.pop(key, None)
-        if item is None or failed is None:
-            return
-        error: AiodisaggError
-        match failed.code:
-            case "deadline":
-                error = DeadlineExceeded(f"item {key}", item.timeout_s, failed.story)
-            case "invalid_media":
-                error = MediaError(f"media[{item.index}]", failed.message)
-            case "poison":
-                error = PoisonItem(f"media[{item.index}]", failed.message)
-            case _:
-                error = EncodeFailed(str(key), f"{failed.code}: {failed.message}", failed.story)
-        self.engine.fail(item.request_id, error)
 
     def ready(self) -> tuple[bool, str]:
         """Can requests with images be served now, and if not, why."""

@@ -247,6 +247,8 @@ class Sharing:
             return
         if kept is not None:
             self.cache.put(landing.digest, kept, kept.nbytes)
+        for key, error in fan.failed.items():
+            self._end(key, Fail(key, "undelivered", repr(error), ()))
         self._tell(landing.sharers, None)
 
     def failed(self, failed: Fail) -> None:

@@ -25,8 +25,10 @@ ON_REQUEST = ("mooncake-tcp",)
 
 def check(key: str, value: float, *, low: float = 0.0, high: float = math.inf, exclusive: bool = True) -> None:
     """Raises ConfigError unless ``low < value <= high`` (``low <= value`` if not exclusive)."""
-    if not (low < value if exclusive else low <= value) or not value <= high:
+    if not (low < value if exclusive else low <= value):
         raise ConfigError(key, f"must be {'above' if exclusive else 'at least'} {low:g}, not {value}")
+    if value > high:
+        raise ConfigError(key, f"must be at most {high:g}, not {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +130,7 @@ class LanguageConfig(PeerConfig):
     max_pixels: int | None = None
     """Pixels of an image after resizing; None: what the checkpoint says."""
     request_timeout_s: float = 300.0
-    """Deadline of a request's items."""
+    """Deadline of a request's items, at most 1e9."""
     peer_wait_s: float = 10.0
     """How long a request waits for a first encode peer before it fails with NoEncodePeer."""
     failover_s: float = 1.0
@@ -147,8 +149,9 @@ class LanguageConfig(PeerConfig):
             if (value := getattr(self, key)) is not None:
                 check(key, value)
         keys = ("window_blocks", "token_budget", "stall_s")
-        for key in (*keys, "max_running", "request_timeout_s"):
+        for key in (*keys, "max_running"):
             check(key, getattr(self, key))
+        check("request_timeout_s", self.request_timeout_s, high=1e9)
         check("peer_wait_s", self.peer_wait_s, exclusive=False)
         for key in ("failover_s", "cache_bytes", "hedge_s"):
             check(key, getattr(self, key), exclusive=False)

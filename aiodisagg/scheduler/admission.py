@@ -217,6 +217,8 @@ class AdmissionQueue:
                 decisions = []
         self._expire(now, decisions)
         self._release(now, decisions)
+        if len(self._waiting) > self.config.max_queue:  # only now: who goes at once takes no place in the queue
+            decisions.append(self._make_room(now))
         if not self._waiting:
             self._earliest = math.inf
         for lane in self.lanes:
@@ -244,13 +246,7 @@ class AdmissionQueue:
             return [shed]
         self._waiting[request_id] = entry
         self._earliest = min(self._earliest, limit)
-        if len(self._waiting) <= self.config.max_queue:
-            return []
-        victim = self._victim(entry)
-        self._unqueue(victim)
-        self._shares.leave(victim.flow)
-        reason = "queue_full" if victim is entry else "displaced"
-        return [Shed(victim.request_id, reason, self._retry_after(self._backlog_s(now) / 2))]
+        return []
 
     def _first_token(self, event: FirstToken, now: float) -> list[Decision]:
         entry = self._running.get(event.request_id)
@@ -314,6 +310,14 @@ class AdmissionQueue:
     def _unqueue(self, entry: Entry) -> None:
         del self._waiting[entry.request_id]
         self._shares.step_out(entry)
+
+    def _make_room(self, now: float) -> Shed:
+        newcomer = next(reversed(self._waiting.values()))
+        victim = self._victim(newcomer)
+        self._unqueue(victim)
+        self._shares.leave(victim.flow)
+        reason = "queue_full" if victim is newcomer else "displaced"
+        return Shed(victim.request_id, reason, self._retry_after(self._backlog_s(now) / 2))
 
     def _victim(self, newcomer: Entry) -> Entry:
         """Who leaves a queue that is over its bound; the newcomer, if that is its own tenant's affair and no class is

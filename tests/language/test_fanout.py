@@ -94,6 +94,47 @@ async def test_rows_that_could_not_be_delivered_come_again() -> None:
     assert taken.whole(A) and fan.complete
 
 
+async def test_what_was_not_delivered_of_a_chunk_in_pieces_comes_again_with_it() -> None:
+    """Of a chunk that another fetch brought the middle of, the first piece fails: neither of the two has come."""
+    taken, broken = Taken(), [True]
+
+    def deliver(key: ItemKey, start: int, data: Data) -> None:
+        if start == 2 and broken:
+            broken.clear()
+            raise MemoryError
+        taken(key, start, data)
+
+    fan = FanOut(10, ROW, deliver, keeps=True, accelerator=None)
+    fan.share(A)
+    fan.deliver(0, chunk(0, 2))
+    fan.deliver(4, chunk(4, 6))
+    with pytest.raises(MemoryError):
+        fan.deliver(0, chunk(0, 10))
+    assert fan.here == 4
+    fan.deliver(0, chunk(0, 10))
+    assert taken.whole(A) and fan.complete
+
+
+async def test_who_cannot_be_given_what_came_before_has_failed_and_the_others_have_not() -> None:
+    taken, error, idle = Taken(), MemoryError("no room"), asyncio.Event()
+
+    def deliver(key: ItemKey, start: int, data: Data) -> None:
+        if key == B:
+            raise error
+        taken(key, start, data)
+
+    fan = FanOut(10, ROW, deliver, keeps=True, accelerator=None)
+    fan.share(A)
+    fan.deliver(0, chunk(0, 4))
+    owed = fan.share(B)
+    fan.when_idle(idle.set)
+    await asyncio.to_thread(fan.catch_up, B, owed)
+    await idle.wait()
+    assert fan.failed == {B: error}
+    fan.deliver(4, chunk(4, 10))
+    assert taken.whole(A) and fan.complete
+
+
 async def test_the_end_waits_for_deliveries_on_other_threads() -> None:
     """The second fetch was told that the rows are here while the first one's thread is still copying them."""
     taken, entered, gate = Taken(), threading.Event(), threading.Event()

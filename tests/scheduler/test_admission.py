@@ -296,6 +296,14 @@ def test_a_full_queue_turns_newcomers_away() -> None:
     assert front.order("a") == list("abc")
 
 
+def test_who_goes_at_once_takes_no_place_in_a_full_queue() -> None:
+    front = Front.of(min_in_flight=1, max_queue=2)
+    for name in "abc":
+        front.arrive(name)
+    assert released(front.arrive("text", TEXT)) == ["text"]
+    assert front.order("a") == list("abc")
+
+
 def test_a_full_queue_makes_room_for_a_better_class() -> None:
     front = Front.of(min_in_flight=1, max_queue=2)
     for name in "abc":

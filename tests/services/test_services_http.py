@@ -99,7 +99,7 @@ async def test_traces_carry_the_clients_request_id_and_the_stages_of_its_items(m
         (item,) = trace["items"]
         rows = halves(moe).planner.plan(chat(GOOD, "What do you see?")).items[0].rows
         assert item["rows"] == item["rows_arrived"] == rows
-        assert item["bytes_arrived"] == rows * made.language._layout.row_bytes
+        assert item["bytes_arrived"] == rows * made.language.rows.layout.row_bytes
         assert item["peers"] == ["encode-1"] and item["moves"] == 0 and item["stage"] == "complete"
         times = [trace["planned_s"], item["asked_s"], item["encoded_s"], item["complete_s"], trace["first_token_s"]]
         assert times[0] >= 0 and times == sorted(times) and times[-1] <= trace["total_s"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from aiodisagg import EncodeService, LanguageService
-from aiodisagg.bootstrap.registry import Load, PeerState
+from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerState
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
+from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.errors import PoisonItem
+from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, ImagePart, Patches
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from aiodisagg.scheduler.cost import ServiceTimes, Size, Timing
@@ -47,6 +49,11 @@ def _truth(moe: Path, messages: tuple[ChatMessage, ...]) -> tuple[int, ...]:
     return tuple(both.true_tokens(both.ask(list(messages)), 6))
 
 
+def says_no_more(entry: PeerEntry) -> bool:
+    """It holds something and is idle: its heartbeats are alike from now on."""
+    return bool(entry.load.digests) and entry.load == Load(digests=entry.load.digests)
+
+
 # -- costs ------------------------------------------------------------------------------------------------------------
 
 
@@ -62,6 +69,23 @@ async def test_costs_are_learned_from_what_happens_and_their_error_is_a_metric(m
         text = made.language.metrics()
         for stage in ("prepare", "tower", "transfer", "finish"):
             assert f'aiodisagg_prediction_error{{peer="{peer.name}",stage="{stage}"}}' in text
+
+
+async def test_what_took_no_time_that_was_seen_teaches_nothing(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token is here before the request's own task has heard that it was admitted."""
+    heard = asyncio.Event()
+
+    async def late(handle: RequestHandle) -> AsyncGenerator[tuple[int, ...], None]:
+        await heard.wait()
+        yield ()
+
+    monkeypatch.setattr(RequestHandle, "needs", late)
+    async with system(moe, encoders=0) as made:
+        assert await made.ask(PROMPTS["text"], 2)
+        assert made.language.rows.placing.prefill.observed == 0
+        heard.set()
+        assert await made.ask(PROMPTS["text"], 2)
+        assert made.language.rows.placing.prefill.observed == 1
 
 
 async def test_a_self_test_in_the_hello_is_believed(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
@@ -293,14 +317,24 @@ async def test_a_draining_peer_gets_nothing_new_until_it_is_ready_again(
         await made.quiet()
 
 
-async def test_another_language_peer_asks_who_holds_the_digest(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
-    """Told by heartbeats, an item goes to the peer that has it, busy as that may be: nothing is encoded twice."""
+@pytest.mark.parametrize("late", [False, True], ids=["is there", "comes later"])
+async def test_another_language_peer_asks_who_holds_the_digest(
+    moe: Path, vision: Qwen3VLVisionEncoder, late: bool
+) -> None:
+    """Told by heartbeats, an item goes to the peer that has it, busy as that may be: nothing is encoded twice.
+
+    Who comes when all is quiet again is told but once, before it has a link.
+    """
     async with BootstrapServer("127.0.0.1", 0, BootstrapConfig(lease_s=0.3)) as server, AsyncExitStack() as stack:
         url = (server.url,)
-        made = []
-        for _ in range(2):
+        made: list[System] = []
+
+        async def come() -> None:
             config = language_config(moe, bootstrap=url, cache_bytes=0)
             made.append(System(await stack.enter_async_context(LanguageService(config))))
+
+        for _ in range(1 if late else 2):
+            await come()
         encoders = []
         for _ in range(3):
             config = encode_config(moe, bootstrap=url)
@@ -310,8 +344,13 @@ async def test_another_language_peer_asks_who_holds_the_digest(moe: Path, vision
         pictures = [ImagePart(png(128, 96, 270 + seed)) for seed in range(3)]
         assert await made[0].ask(chat(*pictures, "Which?"), 6)
         assert [encoder.pipeline.items_encoded for encoder in encoders] == [1, 1, 1]
-        peers = made[1].language.peers
-        await eventually(lambda: sum(len(peer.digests) for peer in peers.linked) == 3)
+        if late:
+            await eventually(lambda: sum(map(says_no_more, server.registry.peers(PeerRole.ENCODE))) == 3)
+            await come()
+            await made[1].linked(3)
+        else:
+            peers = made[1].language.peers
+            await eventually(lambda: sum(len(peer.digests) for peer in peers.linked) == 3)
         for seed in (2, 1, 0):  # not the order in which peers would be chosen anyway
             assert await made[1].ask(question(seed), 6) == truth(moe, question(seed))
         assert sum(encoder.pipeline.items_encoded for encoder in encoders) == 3

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from aiodisagg.errors import DeadlineExceeded, MediaError
+from aiodisagg.errors import ConfigError, DeadlineExceeded, MediaError
 from aiodisagg.models.base import ChatMessage, ImagePart, ItemKind, Patches
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from aiodisagg.protocol.rows import RowLayout
 from tests.models.halves import chat, halves, png
-from tests.services.system import Held, System, eventually, finished, system
+from tests.services.system import Held, System, eventually, finished, language_config, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -143,6 +144,19 @@ async def test_a_deadline_is_that_of_one_of_them(moe: Path, vision: Qwen3VLVisio
         held.gate.set()
         assert await tasks[1 - short] == truth(moe, question())
         assert held.entered == {"prepare": 1, "encode": 1}
+
+
+async def test_who_has_all_the_time_in_the_world_is_served(moe: Path) -> None:
+    async with system(moe) as made, asyncio.timeout(30):
+        assert await made.ask(question(), 6, timeout_s=math.inf) == truth(moe, question())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"), [(math.inf, "at most 1e[+]09, not inf"), (0.0, "above 0, not 0"), (math.nan, "above 0, not nan")]
+)
+def test_a_service_has_some_limit_of_time(moe: Path, wrong: float, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"request_timeout_s.*{why}"):
+        language_config(moe, request_timeout_s=wrong)
 
 
 class Broken(Held):

@@ -1,0 +1,27 @@
+"""What membership says, carried out: links to encode peers of the same model, and what is known of them."""
+
+from __future__ import annotations
+
+import logging
+
+from aiodisagg.bootstrap.client import BootstrapClient
+from aiodisagg.language.rows import RowReceiver
+
+logger = logging.getLogger(__name__)
+
+
+async def follow(client: BootstrapClient, rows: RowReceiver) -> None:
+    """Tells ``rows`` who is there, for ever."""
+    strangers: set[str] = set()
+    async for change in client.watch():
+        for record in change.gone:
+            for address in record.addresses:
+                rows.peers.remove(address)
+        for record in change.present:
+            if record.role.encodes and record.model == rows.model:
+                rows.peers.add(record.addresses[0])
+            elif record.role.encodes and record.incarnation not in strangers:
+                strangers.add(record.incarnation)
+                logger.error("encode peer %s is not usable: it runs %s, not %s", record.name, record.model, rows.model)
+        rows.told(change)
+        strangers.difference_update(record.incarnation for record in change.gone)

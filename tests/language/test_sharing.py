@@ -1,0 +1,50 @@
+"""Who shares a fetch, and what each of them is told."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from aiodisagg.language.fanout import Data
+from aiodisagg.language.sharing import INLINE_BYTES, Sharing
+from aiodisagg.language.trace import Traces
+from aiodisagg.peer.driver import Tasks
+from aiodisagg.protocol.events import Fail, ItemSpec
+from aiodisagg.protocol.messages import ItemKey
+
+pytestmark = pytest.mark.anyio
+A, B = ItemKey(1, 0), ItemKey(2, 0)
+SPEC = ItemSpec("digest", "image", (1, 4, 4), 4, 1.0, (b"",))
+
+
+@pytest.mark.parametrize("row_bytes", [4, INLINE_BYTES], ids=["on the loop", "on a thread"])
+async def test_who_cannot_be_given_the_rows_that_came_before_is_told_so_and_the_other_is_served(row_bytes: int) -> None:
+    told: dict[ItemKey, Fail | None] = {}
+    all_told = asyncio.Event()
+
+    def deliver(key: ItemKey, start: int, data: Data) -> None:
+        if key == B and start == 0:
+            raise MemoryError("no room")
+
+    def ended(key: ItemKey, failed: Fail | None) -> None:
+        told[key] = failed
+        if len(told) == 2:
+            all_told.set()
+
+    tasks = Tasks("test")
+    sharing = Sharing(
+        lambda items: None, lambda key: None, deliver=deliver, ended=ended, cache_bytes=4 * row_bytes,
+        row_bytes=row_bytes, tasks=tasks, traces=Traces(), accelerator=None,
+    )  # fmt: skip
+    two_rows = memoryview(bytes(2 * row_bytes))
+    sharing.request([(A, SPEC)], 60.0)
+    sharing.deliver(A, 0, two_rows)
+    sharing.request([(B, SPEC)], 60.0)
+    sharing.deliver(A, 2, two_rows)
+    sharing.landed(A)
+    async with asyncio.timeout(30):
+        await all_told.wait()
+    assert told == {A: None, B: Fail(B, "undelivered", "MemoryError('no room')", ())}
+    assert sharing.has("digest")
+    await tasks.aclose()
