@@ -40,7 +40,9 @@ def both_command(
 
     @click.command()
     @click.option(
-        "--inter-token-ms", type=float, help=f"{INTER_TOKEN_HELP} If left out: --itl-budget-ms; on a CPU none."
+        "--inter-token-ms",
+        type=float,
+        help=f"{INTER_TOKEN_HELP} If left out: --itl-budget-ms; on a CPU none, unless --separate.",
     )
     @click.option("--separate", is_flag=True, help="Run the tower in a process of its own; it registers as one, too.")
     @click.option("--inline", is_flag=True, help=INLINE_HELP)
@@ -65,6 +67,8 @@ def both_command(
                 raise ConfigError("inline", "a tower in a process of its own is not part of the engine's loop")
             of_language, of_encode = language_config(options), encode_config(options)
             front = _Front(http_config(options), host, port, peers, announce)
+            if inter_token_ms is not None and not inter_token_ms > 0:
+                raise ConfigError("inter_token_ms", f"must be above 0, not {inter_token_ms:g}")
             if not separate:
                 from aiodisagg.both.service import BothService
 

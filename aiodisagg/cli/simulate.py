@@ -70,6 +70,16 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def check_plot(plot_file: Path | None) -> None:
+    """Before anything is simulated. Raises ConfigError where nothing can draw."""
+    if plot_file is None:
+        return
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("plot", "needs matplotlib: pip install 'aiodisagg[bench]'") from error
+
+
 def write_json(file: Path | None, found: Any) -> None:
     import msgspec
 
@@ -92,6 +102,7 @@ def write_json(file: Path | None, found: Any) -> None:
 def simulate(measured: Path | None, **options: Any) -> None:
     """Run the scheduling policies over simulated peers: latencies, goodput and utilisation of each system."""
     try:
+        check_plot(options["plot_file"])
         if measured is not None:
             _compare(measured, **options)
         else:
@@ -115,6 +126,8 @@ def _simulate(
     from aiodisagg.simulate.tables import RUN_COLUMNS, run_rows, table
     from aiodisagg.simulate.times import read_times
 
+    if trace is not None and rates:
+        raise ConfigError("trace", "has its own arrival times: no rate can be given")
     hardware = read_times(times)
     offered = Offered(mix_of(mix, small), requests, cv)
     chosen = systems or (("replicas", "split-waits", "split-overlap", "flexible") if devices > 1 else ("replicas",))
@@ -141,13 +154,18 @@ def _simulate(
         plot_runs(found, plot_file)
 
 
-def _compare(measured: Path, *, times: str, small: bool, json_file: Path | None, **_: Any) -> None:
+def _compare(
+    measured: Path, *, times: str, small: bool, json_file: Path | None, plot_file: Path | None, trace: Path | None,
+    **_: Any,
+) -> None:  # fmt: skip
     from aiodisagg.bench.compare import small_mixes
     from aiodisagg.bench.mixes import MIX_NAMES, named_mix
     from aiodisagg.simulate.compare import compare, read_measured, verdict
     from aiodisagg.simulate.tables import COMPARE_COLUMNS, compare_rows, table
     from aiodisagg.simulate.times import read_times
 
+    if plot_file is not None or trace is not None:
+        raise ConfigError("compare", "draws nothing and replays no trace: what was measured says what to simulate")
     mixes = small_mixes() if small else {name: named_mix(name) for name in MIX_NAMES}
     cells = compare(read_measured(measured), read_times(times), mixes)
     show(table("Time to first token, milliseconds", COMPARE_COLUMNS, compare_rows(cells)))
@@ -172,6 +190,7 @@ def plan_command(
     from aiodisagg.simulate.times import read_times
 
     try:
+        check_plot(plot_file)
         goal = PlanGoal(rate, slo_of(slo), share, seeds)
         found = plan(read_times(times), Offered(mix_of(mix, small), requests, cv), goal, say=say)
     except AiodisaggError as error:

@@ -106,6 +106,12 @@ def test_on_a_cpu_the_operating_system_shares_the_core_of_a_peer_that_is_both(
     assert [type(gate) for gate in gates] == [CoreGate, SlackGate, InlineGate]
 
 
+@pytest.mark.parametrize("where", [[], ["--separate"]])
+def test_a_pace_of_nothing_is_refused_wherever_the_tower_is(moe: Path, where: list[str]) -> None:
+    ended = run("both", "--model", str(moe), "--port", "0", "--inter-token-ms", "0", *where)
+    assert ended.returncode == 1 and "inter_token_ms: must be above 0" in ended.stderr
+
+
 def test_bench_load_measures_each_part_in_processes_of_its_own(moe: Path, tmp_path: Path) -> None:
     ended = run("bench", "load", "--model", str(moe), "--repeats", "1", "--json", str(tmp_path / "load.json"))
     assert ended.returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import msgspec
@@ -66,12 +67,25 @@ def test_a_trace_file_is_run_as_it_is_and_times_may_be_a_file(tmp_path: Path) ->
         (("simulate", "--slo", "fast"), "no multiple"),
         (("simulate", "--workload", "poems"), "'poems' is none of"),
         (("plan", "--load", "-1"), "is no goal"),
+        (("simulate", "--trace", "x.jsonl", "--rate", "4"), "has its own arrival times"),
+        (("simulate", "--compare", "x.json", "--plot", "x.png"), "draws nothing"),
         (("bench", "simulate", "--study", "luck"), "is none of two-devices"),
     ],
 )
 def test_what_makes_no_sense_is_said(arguments: tuple[str, ...], message: str) -> None:
     found = call(*arguments)
     assert found.exit_code == 1 and message in found.output
+
+
+@pytest.mark.parametrize("command", [("simulate", "--rate", "1"), ("plan", "--load", "1")])
+def test_who_cannot_draw_is_told_so_before_anything_runs(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out.json"
+    found = call(*command, "--plot", str(tmp_path / "x.png"), "--json", str(out))
+    assert found.exit_code == 1 and "aiodisagg[bench]" in found.output
+    assert not out.exists()
 
 
 def test_compare_prints_how_far_predictions_are_from_measurements(tmp_path: Path) -> None:
