@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from aiodisagg.api.callers import Caller, tenant_of, timeout_of
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
-from aiodisagg.api.parse import chat_messages, check_text, media_urls, parse_request, sampling_of
+from aiodisagg.api.parse import chat_messages, check_parts, check_text, media_urls, parse_request, sampling_of
 from aiodisagg.api.schema import (
     AnswerMessage,
     ChatChunk,
@@ -145,6 +145,7 @@ class ChatHandler:
         return await asyncio.get_running_loop().run_in_executor(self._executor, parse_request, body)
 
     async def _messages(self, chat: ChatRequest, limits: _Limits, share: Share) -> list[ChatMessage]:
+        check_parts(chat, self._config.max_parts)
         check_text(chat, self._config.max_text_chars)
         urls = media_urls(chat, self._config.max_media_files)
         try:
@@ -238,17 +239,21 @@ class _Stream:
         await self._write(_encode(msgspec.structs.replace(self._chunk, choices=[choice])))
 
     async def _write(self, data: bytes) -> None:
+        await self._taken(self._response.write(b"data: " + data + b"\n\n"))
+
+    async def _end(self) -> web.StreamResponse:
+        await self._taken(self._response.write_eof())
+        return self._response
+
+    async def _taken(self, written: Awaitable[None]) -> None:
+        """Cuts the connection and raises ConnectionResetError if the client does not take this in time."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._response.write(b"data: " + data + b"\n\n")
+                await written
         except TimeoutError as error:
             if self._request.transport is not None:
                 self._request.transport.abort()
             raise ConnectionResetError(f"the client took nothing for {self._timeout_s:g} s") from error
-
-    async def _end(self) -> web.StreamResponse:
-        await self._response.write_eof()
-        return self._response
 
 
 def model_not_found(name: str) -> Refused:

@@ -65,6 +65,8 @@ class HttpConfig:
     """Bodies and media of all requests together, until they are answered; a request beyond that is a 429."""
     max_text_chars: int = 2 * MiB
     """Text of a request. More takes seconds to tokenize, and fits no model."""
+    max_parts: int = 8192
+    """Messages and parts of a request; empty ones are work too."""
     body_timeout_s: float = 60.0
     """A body that has not arrived after this long is a 408."""
     write_timeout_s: float = 60.0

@@ -22,7 +22,7 @@ def decode_data_url(raw: memoryview, max_bytes: int, param: str) -> bytes:
     Blocks for about 10 ms a megabyte; safe on any thread.
     """
     if b"\\" in bytes(raw[: _LONGEST_HEADER + 1]):
-        raw = _unescaped(raw)
+        raw = _unescaped(raw, param)
     header = bytes(raw[1 : _LONGEST_HEADER + 1])
     comma = header.find(b",")
     if comma < 0:
@@ -40,12 +40,20 @@ def decode_data_url(raw: memoryview, max_bytes: int, param: str) -> bytes:
         # Some JSON writers escape every slash, and a slash is a base64 digit. Rare, so looked for only now.
         if b"\\" not in payload.tobytes():
             raise
-        return _decode(_unescaped(raw)[comma + 2 : -1], max_bytes, param)
+        return _decode(_unescaped(raw, param)[comma + 2 : -1], max_bytes, param)
 
 
-def _unescaped(raw: memoryview) -> memoryview:
+def text_of(raw: memoryview, param: str) -> str:
+    """What a JSON string says. Raises MediaError: bytes in a ``msgspec.Raw`` have not been decoded before."""
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except ValueError as error:
+        raise MediaError(param, "not UTF-8") from error
+
+
+def _unescaped(raw: memoryview, param: str) -> memoryview:
     """The same string without escapes, in quotes again."""
-    return memoryview(b'"' + msgspec.json.decode(raw, type=str).encode() + b'"')
+    return memoryview(b'"' + text_of(raw, param).encode() + b'"')
 
 
 def _decode(payload: memoryview, max_bytes: int, param: str) -> bytes:

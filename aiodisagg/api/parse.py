@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NoReturn
 
 import msgspec
@@ -16,9 +17,10 @@ from aiodisagg.errors import InvalidRequest
 from aiodisagg.models import base
 
 _decoder = msgspec.json.Decoder(ChatRequest)
-_AT = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
+_BAD_BYTE = re.compile(r"\(byte (\d+)\)")
 _NOT_JSON_NUMBER = re.compile(rb'"(\w+)"\s*:\s*(-?(?:NaN|Infinity))\b')
+_LONGEST_MESSAGE = 300
 _PART_TYPES = "text, image_url, video"
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """``developer`` is OpenAI's newer name of ``system``; chat templates know the older one."""
@@ -41,7 +43,9 @@ def parse_request(body: bytes | bytearray) -> ChatRequest:
     except RecursionError as error:
         raise InvalidRequest("body", "nested too deeply", code="invalid_json") from error
     except ValueError as error:  # malformed JSON; UnicodeDecodeError for a body that is not UTF-8
-        found = _NOT_JSON_NUMBER.search(body)
+        bad = _BAD_BYTE.search(str(error))
+        at = int(bad[1]) if bad else 0
+        found = _NOT_JSON_NUMBER.search(body, max(0, at - 100), at + 10)  # all of a body takes a second
         if found:  # what Python and JavaScript programs write by accident
             name, number = (group.decode("ascii", "replace") for group in found.groups())
             raise InvalidRequest(name, f"{number} is not a JSON number") from error
@@ -49,8 +53,11 @@ def parse_request(body: bytes | bytearray) -> ChatRequest:
 
 
 def _raise_at_path(text: str) -> NoReturn:
-    match = _AT.fullmatch(text)
-    message, path = (match.group(1), match.group(2) or "") if match else (text, "")
+    # From the end: what msgspec quotes in front of it is the client's own, megabytes of it if it likes.
+    message, at, path = text.rpartition(" - at `$")
+    message, path = (message, path.removeprefix(".").removesuffix("`")) if at else (text, "")
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]}..."
     missing = _MISSING.fullmatch(message)
     if missing:
         path = f"{path}.{missing.group(1)}" if path else missing.group(1)
@@ -95,6 +102,13 @@ def _refuse_unsupported(request: ChatRequest) -> None:
         raise InvalidRequest("stream_options", "is only allowed when stream is true")
 
 
+def check_parts(request: ChatRequest, max_parts: int) -> None:
+    """Raises InvalidRequest if there are more messages and parts than that, having looked at no more than that."""
+    lengths = (len(m.content) for m in request.messages if isinstance(m.content, list))
+    if any(count > max_parts for count in accumulate(lengths, initial=len(request.messages))):
+        raise InvalidRequest("messages", f"more than {max_parts} messages and parts", code="context_length_exceeded")
+
+
 def check_text(request: ChatRequest, max_chars: int) -> None:
     """Raises InvalidRequest if the messages have more text than that."""
     parts = (part for message in request.messages for part in _parts(message))
@@ -116,26 +130,29 @@ def media_urls(request: ChatRequest, max_files: int) -> list[MediaUrl]:
         if message.content is None or (not message.content and not isinstance(message.content, str)):
             raise InvalidRequest(f"{where}.content", "must be text or a list of parts that is not empty")
         for j, part in enumerate(_parts(message)):
-            found.extend(_media_of(part, message.role, f"{where}.content[{j}]"))
-            if len(found) > max_files:
-                raise InvalidRequest("messages", f"more than {max_files} images and frames")
+            for url in _media_of(part, message.role, f"{where}.content[{j}]"):
+                if len(found) == max_files:
+                    raise InvalidRequest("messages", f"more than {max_files} images and frames")
+                found.append(url)
     return found
 
 
-def _media_of(part: Part, role: str, where: str) -> list[MediaUrl]:
+def _media_of(part: Part, role: str, where: str) -> Iterator[MediaUrl]:
+    """One by one: 64 MiB hold millions of frames, and the caller stops at its limit."""
     if isinstance(part, Text):
-        return []
+        return
     if role != "user":
         raise InvalidRequest(where, f"{role} messages hold text only")
     match part:
         case ImageUrl():
-            return [MediaUrl(f"{where}.image_url.url", memoryview(part.image_url.url))]
+            yield MediaUrl(f"{where}.image_url.url", memoryview(part.image_url.url))
         case Video():
             if not part.video:
                 raise InvalidRequest(f"{where}.video", "must list at least one frame")
             if not (math.isfinite(part.fps) and part.fps > 0):
                 raise InvalidRequest(f"{where}.fps", f"must be positive, not {part.fps}")
-            return [MediaUrl(f"{where}.video[{k}]", memoryview(raw)) for k, raw in enumerate(part.video)]
+            for k, raw in enumerate(part.video):
+                yield MediaUrl(f"{where}.video[{k}]", memoryview(raw))
         case VideoUrl():
             message = 'video files are not read; send frames: {"type": "video", "video": [url, ...], "fps": 2.0}'
             raise InvalidRequest(f"{where}.type", message)

@@ -192,7 +192,11 @@ class BootstrapServer:
                     await response.write(msgspec.json.encode(line) + b"\n")
                 revision = now
                 await self._next_change(revision)
-        except (ConnectionResetError, TimeoutError, asyncio.CancelledError):
+        except (ConnectionResetError, asyncio.CancelledError):
+            return response
+        except TimeoutError:
+            if request.transport is not None:  # to close it would wait for the watcher to take the rest
+                request.transport.abort()
             return response
         finally:
             self._watchers.discard(task)

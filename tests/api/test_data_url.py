@@ -54,3 +54,9 @@ def test_data_urls_of_any_length(size: int) -> None:
 def test_data_urls_that_are_not_images(url: str) -> None:
     with pytest.raises(MediaError):
         decode(url)
+
+
+@pytest.mark.parametrize("raw", [b'"data:image\\/png;base64,QUJ\xff"', b'"data:image/png;base64,QUJDQUJD\\/\xff"'])
+def test_escaped_data_urls_that_are_not_utf8(raw: bytes) -> None:
+    with pytest.raises(MediaError, match="p: not UTF-8"):
+        decode_data_url(memoryview(raw), 1 << 24, "p")

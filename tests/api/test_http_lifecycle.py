@@ -12,6 +12,7 @@ import aiohttp
 import openai
 import pytest
 from aiohttp import web
+from aiohttp.base_protocol import BaseProtocol
 from http_fakes import (
     HELLO,
     MODEL,
@@ -115,6 +116,34 @@ async def test_a_client_that_does_not_read_holds_the_backend_back_and_is_cut() -
         await closed(call)
         # Socket buffers take a few megabytes; a server that does not wait would take all there is.
         assert call.yielded < 2000
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def test_a_client_that_does_not_read_the_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = asyncio.Event()
+    pause = BaseProtocol.pause_writing
+
+    def pause_writing(self: BaseProtocol) -> None:
+        full.set()
+        pause(self)
+
+    monkeypatch.setattr(BaseProtocol, "pause_writing", pause_writing)
+
+    async def until_full(call: Call) -> AsyncGenerator[Delta, None]:
+        while not full.is_set():
+            await asyncio.sleep(0)
+            yield Delta("x" * 1000, (1,))
+        for delta in answer("end"):
+            yield delta
+
+    backend = ScriptedBackend(until_full)
+    async with serving(backend, write_timeout_s=0.2, max_requests=1) as served:
+        _reader, writer = await served.connect(stream=True)
+        await closed(await backend.started.get())
+        backend.script = answer("next")
+        assert (await served.post(BODY))[0] == 200  # its place is free again
         writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()

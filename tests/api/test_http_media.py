@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,7 +15,9 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from http_fakes import MODEL, ScriptedBackend, Served, asking, data_url, image, media_host, png, serving
 
-from aiodisagg.models.base import ImagePart
+from aiodisagg.api import fetch
+from aiodisagg.api.data_url import decode_data_url
+from aiodisagg.models.base import ImagePart, VideoPart
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -85,6 +89,25 @@ async def test_megabytes_arrive_whole() -> None:
         parts = [image(data_url(data)), image(data_url(data[::-1]))]
         await served.client.chat.completions.create(model=MODEL, messages=asking(*parts))
     assert backend.calls[0].messages[0].parts == (ImagePart(data), ImagePart(data[::-1]))
+
+
+async def test_many_small_data_urls_leave_the_loop_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_loop: dict[bool, list[int]] = {True: [], False: []}
+
+    def decode(raw: memoryview, max_bytes: int, param: str) -> bytes:
+        on_loop[threading.current_thread() is threading.main_thread()].append(len(raw))
+        return decode_data_url(raw, max_bytes, param)
+
+    monkeypatch.setattr(fetch, "decode_data_url", decode)
+    frames = [bytes([i]) * 40_000 for i in range(64)]
+    backend = ScriptedBackend()
+    async with serving(backend) as served:
+        for _ in range(2):  # each request has its own allowance
+            parts = {"type": "video", "video": [data_url(frame) for frame in frames]}
+            await served.client.chat.completions.create(model=MODEL, messages=asking(parts))
+    assert backend.calls[1].messages[0].parts == (VideoPart(tuple(frames), 2.0),)
+    assert sum(on_loop[True]) <= 2 << 18
+    assert (len(on_loop[True]), len(on_loop[False])) == (2 * 4, 2 * 60)
 
 
 # -- http ---------------------------------------------------------------------------------------------------------
@@ -201,6 +224,15 @@ async def test_the_first_failure_stops_the_other_fetches() -> None:
     ):
         assert "answered 410" in await refusal(served, f"{url}/slow", f"{url}/missing")
         await hung_up.wait()
+
+
+async def test_urls_that_are_not_utf8() -> None:
+    async with serving(ScriptedBackend()) as served:
+        for url in (b"http://example.com/\xff", b"data:image\\/png;base64,QUJ\xff"):
+            part = json.dumps({"model": MODEL, "messages": asking(image("URL"))}).encode().replace(b"URL", url)
+            status, body, _ = await served.post(part)
+            assert (status, body["error"]["code"]) == (400, "invalid_media")
+            assert body["error"]["message"] == "messages[0].content[0].image_url.url: not UTF-8"
 
 
 NOT_TRIED = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 import pytest
@@ -159,6 +159,24 @@ async def test_a_server_that_died_does_not_keep_a_peer_that_another_says_is_gone
                     while language._reached != {one.url}:  # noqa: ASYNC110  (nothing tells of a lost server)
                         await asyncio.sleep(0)
             await until(changes, "e", gone=True)
+
+
+async def test_a_watcher_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiodisagg.bootstrap.server.STUCK_S", 0.2)
+    async with BootstrapServer(port=0) as server:
+        server.registry.register(record("e", address="x" * (1 << 24)), server._now())  # more than sockets buffer
+        host, port = server.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
+        writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert server._runner.server is not None
+        async with asyncio.timeout(60):
+            assert (await reader.readline()).endswith(b"200 OK\r\n")
+            while server._runner.server.connections:  # noqa: ASYNC110  (nothing tells of it)
+                await asyncio.sleep(0)
+        assert not server._watchers
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 async def test_a_second_watch_is_told_everybody_again() -> None:

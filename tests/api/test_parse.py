@@ -1,0 +1,81 @@
+"""What a body may cost before it is refused, and how much of it an error repeats."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from http_fakes import HELLO, MODEL, ScriptedBackend, asking, serving
+
+from aiodisagg.api import parse
+from aiodisagg.api.parse import check_parts, media_urls, parse_request
+from aiodisagg.api.schema import ChatRequest
+from aiodisagg.errors import InvalidRequest
+
+
+def request(messages: Any, **fields: Any) -> ChatRequest:
+    return parse_request(json.dumps({"model": MODEL, "messages": messages, **fields}).encode())
+
+
+EMPTY = {"role": "user", "content": ""}
+NOTHING = {"type": "text", "text": ""}
+
+
+@pytest.mark.parametrize("messages", [[EMPTY] * 6, asking(*[NOTHING] * 5), [EMPTY, *asking(NOTHING, NOTHING)] * 2])
+def test_messages_and_parts_are_counted_although_they_are_empty(messages: list[Any]) -> None:
+    count = sum(1 + len(message["content"]) for message in messages)
+    check_parts(request(messages), count)
+    with pytest.raises(InvalidRequest, match=f"messages: more than {count - 1} messages and parts") as caught:
+        check_parts(request(messages), count - 1)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("no_leaks")
+async def test_too_many_parts_are_refused_before_anything_walks_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = ScriptedBackend()
+    async with serving(backend, max_parts=4) as served:
+        assert (await served.post({"model": MODEL, "messages": HELLO * 4}))[0] == 200
+        monkeypatch.setattr(parse, "_parts", None)  # who walks, calls it
+        for messages in (HELLO * 5, asking(*[NOTHING] * 4)):
+            status, error = await served.refused(messages=messages)
+            assert (status, error["param"], error["code"]) == (400, "messages", "context_length_exceeded")
+    assert len(backend.calls) == 1
+
+
+def test_frames_beyond_the_limit_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def media_url(param: str, raw: memoryview) -> str:
+        made.append(param)
+        return param
+
+    monkeypatch.setattr(parse, "MediaUrl", media_url)
+    with pytest.raises(InvalidRequest, match="more than 3 images and frames"):
+        media_urls(request(asking({"type": "video", "video": [1] * 1000})), 3)
+    assert len(made) <= 4
+
+
+@pytest.mark.parametrize("said", ["x" * 1_000_000, " - at `$.model`" * 1000, "Object missing required field `model`"])
+def test_an_error_repeats_little_of_what_the_client_said(said: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        request(asking({"type": said}))
+    assert caught.value.param == "messages[0].content[0].type"
+    assert len(str(caught.value)) < 400 and f"Invalid value '{said[:30]}" in str(caught.value)
+    assert str(caught.value).endswith("; known are text, image_url, video")
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "Infinity"])
+def test_numbers_that_json_does_not_have(number: str) -> None:
+    def refused(body: str) -> InvalidRequest:
+        with pytest.raises(InvalidRequest) as caught:
+            parse_request(body.encode())
+        return caught.value
+
+    long = "x" * 1_000_000
+    error = refused(f'{{"user": "{long}", "top_p" : {number}, "model": "{long}"}}')
+    assert (error.param, str(error)) == ("top_p", f"top_p: {number} is not a JSON number")
+    for body in (f'{{"{long}": {number}}}', f'{{"user": {number[:-1]}, "model": "{long}", "top_p": {number}}}'):
+        error = refused(body)
+        assert error.code == "invalid_json" and len(str(error)) < 200
