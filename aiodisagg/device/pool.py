@@ -63,7 +63,7 @@ class RemotePool:
         self._runtime = runtime = accelerator.runtime
         try:
             words = msgspec.msgpack.decode(description, type=_Words)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise DeviceError(f"the peer's device pool cannot be read: {error}") from error
         if words.size_bytes != size_bytes:
             raise DeviceError(f"the peer's device pool has {words.size_bytes} bytes, its arena {size_bytes}")

@@ -29,7 +29,7 @@ def counter(name: str, text: str, value: float) -> Metric:
 
 
 def byte_counters(counters: ByteCounters) -> Metric:
-    """``aiodisagg_row_bytes_total`` by outcome (sent, resent, received, refused), region and peer."""
+    """``aiodisagg_row_bytes_total`` by outcome (sent, resent, received, refused), region and peer ("": past ones)."""
     family = CounterMetricFamily(
         "aiodisagg_row_bytes", "Bytes of rows and their regions.", labels=("outcome", "region", "peer")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 from aiodisagg.errors import InvalidTransition, RemoteProtocolError
 from aiodisagg.protocol.counters import ByteCounters
@@ -72,6 +73,8 @@ class Sender:
                     raise InvalidTransition(f"source {source!r}", repr(event))
                 if not source.cancelled or stop == source.job.rows:
                     source.ready, source.cancelled = stop, False
+                    if source.complete:  # never started again; its rows are counted, its files would not be
+                        source.job = replace(source.job, media=())
                     actions = self._users(digest, event, now)
             case StageEntered(digest):
                 if self.sources.get(digest) is None:

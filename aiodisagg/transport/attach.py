@@ -68,7 +68,7 @@ def decode(packet: bytes) -> Message | None:
     """One packet; None for anything that is not one of the messages."""
     try:
         message: Message = _decoder.decode(packet)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
     return message
 

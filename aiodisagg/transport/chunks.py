@@ -25,10 +25,11 @@ MAX_HEADER = 4096
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
-    """Writer, first: who I am, and the incarnation I expect."""
+    """Writer, first: who I am, the incarnation I expect, and the token of its description. No chunk before."""
 
     writer: str
     expected: str
+    token: bytes
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
@@ -75,7 +76,7 @@ def decode(data: bytes | memoryview) -> Word | None:
     """One word; None for anything else."""
     try:
         word: Word = _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
     return word
 

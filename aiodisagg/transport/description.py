@@ -42,7 +42,7 @@ def unpack(transport: str, kind: type[T], description: bytes) -> T:
         raise TransportUnavailable(transport, "the peer's description is damaged")
     try:
         return msgspec.msgpack.decode(body[len(prefix) :], type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise TransportUnavailable(transport, f"the peer's description cannot be read: {error}") from error
 
 

@@ -13,6 +13,7 @@ arena must then be closed, not used again; the kernel keeps the pages for as lon
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -26,7 +27,7 @@ import msgspec
 from aiodisagg.errors import PeerGone, TransportClosed, TransportUnavailable, WriteFailed
 from aiodisagg.transport import attach
 from aiodisagg.transport.arena import Arena
-from aiodisagg.transport.attach import MAX_MESSAGE, Attach, Attached, Attachment, BarList, Refused
+from aiodisagg.transport.attach import MAX_MESSAGE, Attach, Attached, Attachment, BarList, Goodbye, Refused
 from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
 from aiodisagg.transport.copying import INLINE_BYTES, CopyThreads, pieces_of, result_of
 from aiodisagg.transport.description import boot_id, pack, unpack
@@ -197,6 +198,8 @@ class IpcTransport(Transport):
             for fd in fds:
                 os.close(fd)
             if sock is not None:
+                with contextlib.suppress(OSError):  # else a receiver that has attached us waits for our process's end
+                    sock.send(attach.encode(Goodbye()))
                 sock.close()
         self._remotes.add(remote)
         return remote

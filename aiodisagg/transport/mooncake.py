@@ -34,14 +34,7 @@ from typing import ClassVar
 
 import msgspec
 
-from aiodisagg.errors import (
-    ConfigError,
-    PeerGone,
-    TransportClosed,
-    TransportUnavailable,
-    WriteFailed,
-    WriteRefused,
-)
+from aiodisagg.errors import ConfigError, PeerGone, TransportClosed, TransportUnavailable, WriteFailed, WriteRefused
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.attach import MAX_LEASE, BarList
 from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
@@ -87,7 +80,7 @@ class MooncakeTransport(Transport):
         connect_timeout_s: for the connection, the engine's handshake and the check of the data plane.
         overdue_s: an RDMA transfer that is pending for so long has failed.
         chunk_bytes: largest transfer, and size of a staging slot. staging_slots: of them, for RDMA.
-        quarantine_s: how long after a writer's death its leases are held; None: twice ``progress_timeout_s``.
+        quarantine_s: how long a dead peer's leases and writes are held; None: twice ``progress_timeout_s``.
     """
 
     name: ClassVar[str] = "mooncake"
@@ -264,7 +257,7 @@ class MooncakeTransport(Transport):
         words = await wire.hear()
         if isinstance(words, Refused):
             raise PeerGone(self.name, words.message, peer=peer)
-        if not isinstance(words, Attached):
+        if not isinstance(words, Attached) or not words.fits:
             raise PeerGone(self.name, "something else answers there", peer=peer)
         segment = f"{host}:{words.engine_port}"
         nonce = secrets.token_bytes(PLACE_BYTES)
@@ -286,6 +279,7 @@ class MooncakeTransport(Transport):
             peer,
             wire,
             self._heartbeat_s,
+            self._quarantine_s,
             on_bar=lambda leases: self._bar(remote, leases),
             on_lost=lambda error: self._lost(remote, error),
         )

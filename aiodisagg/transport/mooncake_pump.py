@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import threading
 import time
 from collections import deque
@@ -29,10 +30,12 @@ from typing import Any
 
 import numpy as np
 
-from aiodisagg.errors import TransportClosed, TransportError, WriteFailed
+from aiodisagg.errors import TransportClosed, TransportError, TransportUnavailable, WriteFailed
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Slice
-from aiodisagg.transport.mooncake_engine import DONE, FAILED, PENDING, Engine
+from aiodisagg.transport.mooncake_engine import DONE, FAILED, OVERDUE, PENDING, Engine
+
+log = logging.getLogger(__name__)
 
 LARGE_BYTES = 1 << 20
 _TICK_S = 50e-6
@@ -115,8 +118,12 @@ class Staging:
     def add(self) -> None:
         """One more slot. Raises TransportUnavailable."""
         arena = Arena(self.slot_bytes)
+        try:
+            self._engine.register(arena.address, arena.size_bytes)
+        except BaseException:
+            arena.close()
+            raise
         self._arenas.append(arena)
-        self._engine.register(arena.address, arena.size_bytes)
         self._free.append(arena.address)
 
     def take(self) -> int | None:
@@ -126,10 +133,13 @@ class Staging:
         self._free.append(slot)
 
     def lose(self) -> None:
-        """A slot that was taken may never come back: makes another, up to a bound."""
+        """A slot that was taken may never come back: makes another, up to a bound and while there is memory."""
         if self._lost < self._most_lost:
             self._lost += 1
-            self.add()
+            try:
+                self.add()
+            except (OSError, TransportUnavailable) as error:
+                log.warning("a staging slot is lost and cannot be replaced: %s", error)
 
     def unregister(self) -> None:
         for arena in self._arenas:
@@ -221,26 +231,33 @@ class Pump:
     # -- on the pump's thread --------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._finish_at is None or self._flights:
-            while self._calls:
-                self._calls.popleft()()
-            if self._finish_at is None:
-                for lane in self._lanes:
-                    self._fill(lane)
-            self._lanes = [lane for lane in self._lanes if lane.jobs]
-            if self._flights and self._poll():
-                continue  # there is room now
-            if self._finish_at is not None and time.monotonic() > self._finish_at:
-                break
-            if all(flight.overdue for flight in self._flights):
-                self._wake.wait(_SLOW_TICK_S if self._flights or self._lanes or self._finish_at else None)
-                self._wake.clear()
-            else:
-                time.sleep(_TICK_S)
-        self.abandoned = bool(self._flights)
-        for job in {flight.job for flight in self._flights}.union(*(lane.jobs for lane in self._lanes)):
-            job.error = job.error or TransportClosed(self._name, "closed in mid-write", peer=job.lane.peer)
-            job.tell(job.ended)
+        try:
+            while self._finish_at is None or (self._flights and time.monotonic() <= self._finish_at):
+                try:
+                    self._turn()
+                except Exception:  # a bug in one turn must not hold up every write and fence of this process
+                    log.exception("%s: a turn failed", self._name)
+                    time.sleep(_SLOW_TICK_S)
+        finally:
+            self.abandoned = bool(self._flights)
+            for job in {flight.job for flight in self._flights}.union(*(lane.jobs for lane in self._lanes)):
+                job.error = job.error or TransportClosed(self._name, "closed in mid-write", peer=job.lane.peer)
+                job.tell(job.ended)
+
+    def _turn(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
+        if self._finish_at is None:
+            for lane in self._lanes:
+                self._fill(lane)
+        self._lanes = [lane for lane in self._lanes if lane.jobs]
+        if self._flights and self._poll():
+            return  # there is room now
+        if all(flight.overdue for flight in self._flights):
+            self._wake.wait(_SLOW_TICK_S if self._flights or self._lanes or self._finish_at else None)
+            self._wake.clear()
+        else:
+            time.sleep(_TICK_S)
 
     def _fill(self, lane: Lane) -> None:
         waiting = len(lane.jobs)
@@ -280,7 +297,11 @@ class Pump:
             ctypes.memmove(slot, source, size)  # releases the GIL
             source = slot
         job.pieces.popleft()
-        transfer = self._engine.submit(job.lane.segment, source, destination, size)
+        try:
+            transfer = self._engine.submit(job.lane.segment, source, destination, size)
+        except Exception:
+            log.exception("%s: a transfer to %s was not started", self._name, job.lane.peer)
+            transfer = 0
         if not transfer:
             if slot is not None and self._staging is not None:
                 self._staging.give(slot)
@@ -300,7 +321,7 @@ class Pump:
         landed: list[tuple[_Flight, bool]] = []
         late: list[_Flight] = []
         for flight in self._flights:
-            status = self._engine.status(flight.transfer)
+            status = self._status(flight)
             if status in (DONE, FAILED):
                 landed.append((flight, status == DONE))
                 continue
@@ -314,6 +335,14 @@ class Pump:
         for flight in late:
             self._give_up(flight)
         return bool(landed)
+
+    def _status(self, flight: _Flight) -> int:
+        try:
+            return self._engine.status(flight.transfer)
+        except Exception:
+            if not flight.overdue:
+                log.exception("%s: nothing is known of a transfer to %s", self._name, flight.job.lane.peer)
+            return OVERDUE
 
     def _landed(self, flight: _Flight, done: bool) -> None:
         job = flight.job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from aiodisagg.errors import PeerGone, TransportClosed, TransportError, WriteRefused
@@ -47,7 +48,8 @@ class MooncakeRemote(Remote):
         return [job for job in self.jobs if not job.leases.isdisjoint(leases)]
 
     async def settled(self) -> None:
-        """Returns when nothing of the jobs of now moves. A dead process's pool is no place to move to: then it is
-        enough that the sources are not read."""
+        """Returns when nothing of the jobs of now moves. A dead process's pool is no place to move to: once it has
+        been gone for the quarantine, which may begin during this wait, it is enough that the sources are not read."""
         for job in list(self.jobs):
-            await (job.free if self.side.gone else job.end)
+            await asyncio.wait((job.end, self.side.at_rest), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.shield(job.free)  # comes with the end, or before it

@@ -26,6 +26,7 @@ import contextlib
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated
 
 import msgspec
 
@@ -36,6 +37,9 @@ LEASES_PER_MESSAGE = 1024
 MISSED_BEATS = 5
 PLACE_BYTES = 8
 
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+"""The engine's own words take no other addresses: they raise."""
+
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
     token: bytes
@@ -44,11 +48,16 @@ class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
 
 
 class Attached(msgspec.Struct, frozen=True, array_like=True, tag="attached"):
-    size_bytes: int
-    address: int
-    engine_port: int
-    place: int
+    size_bytes: Positive
+    address: Positive
+    engine_port: Positive
+    place: Positive
     barred: list[int]
+
+    @property
+    def fits(self) -> bool:
+        """Into an address space, and the numbers into the engine's."""
+        return max(self.address + self.size_bytes, self.place + PLACE_BYTES) <= 2**64
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
@@ -122,7 +131,7 @@ class Wire:
             if not 0 < size <= MAX_MESSAGE:
                 return None
             message: Message = _decoder.decode(await self._reader.readexactly(size))
-        except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError, UnicodeDecodeError):
+        except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return None
         return message
 
@@ -166,7 +175,14 @@ class Attachment:
         self._wire.say(Closing())
 
     async def serve(self, check: Callable[[bytes], bool]) -> None:
-        """Listens until the connection ends."""
+        """Listens until the connection ends. However that happens, if not by a goodbye, the quarantine begins."""
+        try:
+            await self._listen(check)
+        finally:
+            if not self.ended.done():
+                self._timer = self._loop.call_later(self._quarantine_s, self.end)
+
+    async def _listen(self, check: Callable[[bytes], bool]) -> None:
         while True:
             message = await self._wire.hear()
             match message:
@@ -184,8 +200,6 @@ class Attachment:
                     self.end()
                     return
                 case _:  # the end, or nonsense, after which its promises are worth nothing
-                    if not self.ended.done():
-                        self._timer = self._loop.call_later(self._quarantine_s, self.end)
                     return
             await self._wire.drain()
 
@@ -207,6 +221,7 @@ class Side:
     """Writer's side: beats, answers, and knows whether the receiver lives.
 
     Args:
+        quarantine_s: as the receiver's own for its writers.
         on_bar: called with leases; returns when nothing moves under them any more.
         on_lost: called once, with why: the receiver closes, its connection ended, or it is silent.
     """
@@ -217,15 +232,19 @@ class Side:
         peer: str,
         wire: Wire,
         heartbeat_s: float,
+        quarantine_s: float,
         on_bar: Callable[[frozenset[int]], Awaitable[None]],
         on_lost: Callable[[PeerGone], None],
     ) -> None:
         self.lost: PeerGone | None = None
         self.gone = False
         """Lost because its connection ended, not because it is silent."""
-        self._name, self._peer, self._wire, self._heartbeat_s = name, peer, wire, heartbeat_s
+        self._name, self._peer, self._wire = name, peer, wire
+        self._heartbeat_s, self._quarantine_s = heartbeat_s, quarantine_s
         self._on_bar, self._on_lost = on_bar, on_lost
         self._loop = asyncio.get_running_loop()
+        self.at_rest: asyncio.Future[None] = self._loop.create_future()
+        """Gone for as long as the quarantine lasts: a reset of this connection alone does not stop an RDMA write."""
         self._missed = 0
         self._news = asyncio.Event()
         self._tasks = [self._loop.create_task(step(), name=f"{name} {peer}") for step in (self._listen, self._beat)]
@@ -276,8 +295,14 @@ class Side:
                 self._lose(f"silent for {MISSED_BEATS} heartbeats of {self._heartbeat_s:g} s", gone=False)
 
     def _lose(self, why: str, *, gone: bool) -> None:
-        self.gone = self.gone or gone
+        if gone and not self.gone:
+            self.gone = True
+            self._loop.call_later(self._quarantine_s, self._rest)
         self._news.set()
         if self.lost is None:
             self.lost = PeerGone(self._name, why, peer=self._peer)
             self._on_lost(self.lost)
+
+    def _rest(self) -> None:
+        if not self.at_rest.done():
+            self.at_rest.set_result(None)

@@ -7,6 +7,9 @@ a socket of its own beside the one that asyncio reads answers from: asyncio's tr
 (:mod:`aiodisagg.transport.stream_line`; with TLS they have to). What is sent when, and when a write has ended:
 :mod:`aiodisagg.transport.chunks`.
 
+The network is open to strangers: who has not said the pool's token (it travels in the description, and that on the
+control link) is not read from, and sent away after ``connect_timeout_s``. Hosts that vanish are noticed by the kernel.
+
 Memory beyond the pools: nothing but kernel sockets, 4 KiB per connection, and 256 KiB where bytes were dropped.
 A lost connection is not made again: the remote is gone, and the caller connects anew.
 """
@@ -14,6 +17,7 @@ A lost connection is not made again: the remote is gone, and the caller connects
 from __future__ import annotations
 
 import asyncio
+import hmac
 import ipaddress
 import logging
 import secrets
@@ -38,7 +42,7 @@ from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Sli
 from aiodisagg.transport.chunks import Chunk, Gone, Hello, Outgoing, Placed, Rejected, Welcome, Word
 from aiodisagg.transport.description import pack, unpack
 from aiodisagg.transport.stream_line import Line
-from aiodisagg.transport.wire import Wire
+from aiodisagg.transport.wire import Wire, watch_hosts
 
 log = logging.getLogger(__name__)
 
@@ -52,24 +56,28 @@ class _Pool(msgspec.Struct, frozen=True, array_like=True):
     host: str
     port: int
     incarnation: str
+    token: bytes
     tls: bool = False
 
 
 class _Receiving:
     """The receiver's side of all its connections."""
 
-    def __init__(self, arena: Arena, admit: Admit, incarnation: str) -> None:
+    def __init__(self, arena: Arena, admit: Admit, incarnation: str, greet_s: float) -> None:
         self._arena, self._admit, self._incarnation = arena, admit, incarnation
-        self._session = secrets.randbits(62)
+        self._session, self.token = secrets.randbits(62), secrets.token_bytes(16)
+        self._greet_s = greet_s
+        self._greeting: dict[Wire, asyncio.TimerHandle] = {}
         self.wires: weakref.WeakSet[Wire] = weakref.WeakSet()  # of one whose TLS handshake fails we never hear again
 
     def heard(self, wire: Wire, word: Word) -> None:
         match word:
-            case Hello(_, expected) if expected == self._incarnation:
+            case Hello(_, expected, token) if expected == self._incarnation and hmac.compare_digest(token, self.token):
+                self._end_greeting(wire)
                 wire.say(Welcome(self._session, self._arena.size_bytes))
             case Hello():
-                wire.say(Gone(f"incarnation {self._incarnation} answers there"))
-            case Chunk():
+                wire.say(Gone("another incarnation answers there"))
+            case Chunk() if wire not in self._greeting:
                 pass
             case _:
                 wire.abort("not what a writer says")
@@ -96,9 +104,19 @@ class _Receiving:
     def made(self) -> Wire:
         wire = Wire(self)
         self.wires.add(wire)
+        self._greeting[wire] = asyncio.get_running_loop().call_later(self._greet_s, self._send_away, wire)
         return wire
 
+    def _send_away(self, wire: Wire) -> None:
+        self._end_greeting(wire)
+        wire.abort("no greeting")
+
+    def _end_greeting(self, wire: Wire) -> None:
+        if (timer := self._greeting.pop(wire, None)) is not None:
+            timer.cancel()
+
     def lost(self, wire: Wire) -> None:
+        self._end_greeting(wire)
         self.wires.discard(wire)
 
 
@@ -137,10 +155,11 @@ class StreamTransport(Transport):
         advertise: address under which others reach this host; needed when ``host`` is a wildcard.
         chunk_bytes: largest piece of a write; how long one of more than 1 MiB waits for a huge one.
         window: unanswered chunks per connection.
-        connect_timeout_s: for the connection and the peer's answer.
+        connect_timeout_s: for the connection and the peer's answer, and for the greeting of those who connect.
         tls: for those who connect, and for connecting to others: everything is encrypted, and peers prove themselves
             as the contexts demand. The address must be in a peer's certificate if its name is checked.
-        stall_s: a peer that takes no bytes and answers no chunk for so long is given up, though its connection lives.
+        stall_s: a peer that takes no bytes and answers no chunk for so long is given up, though its connection lives;
+            and a writer whose host answers nothing.
     """
 
     name: ClassVar[str] = NAME
@@ -181,7 +200,7 @@ class StreamTransport(Transport):
         self._state, self._incarnation = "open", incarnation
         if arena is None:
             return
-        self._receiving = _Receiving(arena, admit, incarnation)
+        self._receiving = _Receiving(arena, admit, incarnation, self._connect_timeout_s)
         try:
             self._server = await asyncio.get_running_loop().create_server(
                 self._receiving.made, self._host, self._port, reuse_address=True, ssl=self._server_tls
@@ -189,13 +208,16 @@ class StreamTransport(Transport):
         except OSError as error:
             self._state = "closed"
             raise TransportUnavailable(NAME, f"cannot listen on {self._host}:{self._port}: {error}") from error
-        self._port = self._server.sockets[0].getsockname()[1]
+        (listening,) = self._server.sockets
+        watch_hosts(listening, self._stall_s)
+        self._port = listening.getsockname()[1]
 
     def describe(self) -> bytes:
         self._check_open()
         if self._receiving is None:
             raise TransportUnavailable(NAME, "opened without a pool")
-        return pack(NAME, _Pool(self._advertise, self._port, self._incarnation, self._server_tls is not None))
+        token, tls = self._receiving.token, self._server_tls is not None
+        return pack(NAME, _Pool(self._advertise, self._port, self._incarnation, token, tls))
 
     async def connect(self, description: bytes, *, peer: str) -> StreamRemote:
         self._check_open()
@@ -212,7 +234,7 @@ class StreamTransport(Transport):
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 for _ in range(_LINES):
-                    remote.size_bytes = (await self._dial(remote, host, pool.port)).size_bytes
+                    remote.size_bytes = (await self._dial(remote, host, pool)).size_bytes
             self._check_open()
             if remote.gone is not None:
                 raise PeerGone(NAME, str(remote.gone), peer=peer) from remote.gone
@@ -227,14 +249,14 @@ class StreamTransport(Transport):
             raise
         return remote
 
-    async def _dial(self, remote: StreamRemote, host: str, port: int) -> Welcome:
+    async def _dial(self, remote: StreamRemote, host: str, pool: _Pool) -> Welcome:
         """One more line of a remote, which is told of its loss from then on."""
         loop = asyncio.get_running_loop()
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(sock, (host, port))
+            await loop.sock_connect(sock, (host, pool.port))
             tls = self._client_tls
             own = sock.dup() if tls is None else None
             line = Line(NAME, remote.peer, own, self._window, self._stall_s, remote.lose)
@@ -245,7 +267,7 @@ class StreamTransport(Transport):
         except BaseException:
             sock.close()
             raise
-        line.start(self._incarnation)  # the socket is asyncio's now
+        line.start(self._incarnation, pool.token)  # the socket is asyncio's now
         return await line.welcome
 
     async def write(self, remote: Remote, slices: Sequence[Slice]) -> None:

@@ -81,12 +81,12 @@ class Line:
 
     # -- sending --------------------------------------------------------------------------------------------------
 
-    def start(self, incarnation: str) -> None:
+    def start(self, incarnation: str, token: bytes) -> None:
         """The connection is made. It may have been lost since."""
         if self.gone is None:
             self._pump = asyncio.ensure_future(self._send())
             self._pump.add_done_callback(lambda _: self._hang_up())  # even if it is cancelled before its first step
-            self.wire.say(Hello(incarnation, self._peer))
+            self.wire.say(Hello(incarnation, self._peer, token))
 
     def add(self, write: Outgoing) -> None:
         self._lane.add(write)

@@ -8,6 +8,7 @@ its payload. A stream that breaks these rules is ended; there is no way to find 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Protocol, cast
 
 from aiodisagg.transport import chunks
@@ -23,6 +24,21 @@ _LARGE_BYTES = 1 << 20
 def frame(word: Word) -> bytes:
     body = chunks.encode(word)
     return (len(body).to_bytes(_LENGTH_BYTES, "big") + body).ljust(FRAME_BYTES, b"\0")
+
+
+def watch_hosts(listening: socket.socket, timeout_s: float) -> None:
+    """What is accepted there ends when its host has answered nothing for about ``timeout_s``. A process that is
+    stopped is no such case: its kernel answers. (On Linux connections have the options of who accepted them.)"""
+    probe_s = min(max(1, int(timeout_s / 4)), 32_767)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", probe_s),
+        ("TCP_KEEPINTVL", probe_s),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", min(max(1000, int(timeout_s * 1000)), 2**31 - 1)),
+    ):
+        if hasattr(socket, name):
+            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Side(Protocol):

@@ -38,6 +38,8 @@ class _Pool(msgspec.Struct, frozen=True, array_like=True):
     host: str
     port: int
     incarnation: str
+    token: bytes
+    """Who does not say it first is not read from."""
     server_key: bytes
     """CURVE key of the receiver; empty without encryption."""
 
@@ -131,7 +133,7 @@ class ZmqTransport(Transport):
         pump = self._opened()
         if self._landing is None:
             raise TransportUnavailable(NAME, "opened without a pool")
-        return pack(NAME, _Pool(self._advertise, self._port, self._incarnation, pump.public_key))
+        return pack(NAME, _Pool(self._advertise, self._port, self._incarnation, pump.token, pump.public_key))
 
     async def connect(self, description: bytes, *, peer: str) -> ZmqRemote:
         pump = self._opened()
@@ -140,14 +142,15 @@ class ZmqTransport(Transport):
             address = endpoint(_address("host", pool.host), pool.port)
         except ConfigError as error:
             raise TransportUnavailable(NAME, f"the peer's description: {error}", peer=peer) from error
-        if pool.server_key and not has_curve():
-            raise TransportUnavailable(NAME, "the peer wants CURVE, this libzmq has none", peer=peer)
+        if bool(pool.server_key) != self._options.encrypt:
+            text = "wants CURVE, and none is set up here" if pool.server_key else "has no CURVE, which is wanted"
+            raise TransportUnavailable(NAME, f"the peer {text}", peer=peer)
         remote = ZmqRemote(peer)
         greetings = [self._link(pump, remote) for _ in range(_LINKS)]
 
         def dial() -> None:
             for link in remote.links:
-                pump.dial(link, address, pool.server_key)
+                pump.dial(link, address, pool.server_key, pool.token)
 
         pump.call(dial)
         try:

@@ -7,6 +7,7 @@ wakes it up. Other threads hand it closures with :meth:`Pump.call`; it answers t
 from __future__ import annotations
 
 import contextlib
+import hmac
 import logging
 import secrets
 import select
@@ -108,7 +109,7 @@ class Pump:
     ) -> None:
         self._options, self._landing, self._incarnation = options, landing, incarnation
         self._started, self._ended = started, ended
-        self._session = secrets.randbits(62)
+        self._session, self.token = secrets.randbits(62), secrets.token_bytes(16)
         self._links: set[Link] = set()
         self._calls: deque[Callable[[], None]] = deque()
         self._held = 0
@@ -226,7 +227,7 @@ class Pump:
 
     # -- sending --------------------------------------------------------------------------------------------------
 
-    def dial(self, link: Link, address: str, server_key: bytes) -> None:
+    def dial(self, link: Link, address: str, server_key: bytes, token: bytes) -> None:
         dealer = self._socket(zmq.DEALER)
         link.dealer = dealer
         self._links.add(link)
@@ -238,7 +239,7 @@ class Pump:
                 dealer.curve_publickey, dealer.curve_secretkey = zmq.curve_keypair()
             link.monitor = dealer.get_monitor_socket(_LOST)
             dealer.connect(address)
-            dealer.send(chunks.encode(Hello(self._incarnation, link.peer)), zmq.NOBLOCK)
+            dealer.send(chunks.encode(Hello(self._incarnation, link.peer, token)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             self.hang_up(link, PeerGone(NAME, f"cannot connect to {address}: {error}", peer=link.peer))
             return
@@ -356,10 +357,11 @@ class Pump:
         head = router.recv(copy=False).buffer if router.getsockopt(zmq.RCVMORE) else memoryview(b"")
         word = chunks.decode(head) if len(head) <= chunks.MAX_HEADER else None
         match word:
-            case Hello(_, expected) if expected == self._incarnation and self._landing is not None:
-                return Welcome(self._session, self._landing.size_bytes)
-            case Hello():
-                return Gone(f"incarnation {self._incarnation} answers there")
+            case Hello(_, expected, token):
+                known = expected == self._incarnation and hmac.compare_digest(token, self.token)
+                if known and self._landing is not None:
+                    return Welcome(self._session, self._landing.size_bytes)
+                return Gone("another incarnation answers there")
             case Chunk():
                 return self._place(router, word)
         log.warning("zmq: dropped a message that is not of this protocol (%d bytes of header)", len(head))

@@ -191,3 +191,19 @@ def test_a_want_of_epoch_zero_is_a_protocol_error() -> None:
     """Epochs begin at one; zero made a record that no want had filled."""
     with pytest.raises(RemoteProtocolError):
         Sending().want(epoch=0)
+
+
+def test_files_go_as_soon_as_all_rows_exist() -> None:
+    """A cached source kept its encoded files, which no capacity counts, for as long as its rows."""
+    s = Sending()
+    files = truth.spec(SIX).media
+    s.want()
+    s.ready(stop=2)
+    source = s.machine.sources.get(truth.digest_of(SIX))
+    assert source is not None and source.job.media == files, "it might have to be started again"
+    s.ready()
+    assert source.job.media == ()
+    s.says(ms.Release(KEY, 1))
+    assert not only(s.want(OTHER, media=None), ms.Offer).needs_media
+    (write,) = every(s.grant((0, 6), key=OTHER), ev.Write)
+    s.wrote(write)

@@ -119,6 +119,35 @@ async def test_a_writer_that_leaves_without_a_goodbye_is_not_trusted(no_leaks: N
             await revoke
 
 
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+async def test_a_connect_that_ends_early_leaves_no_writer_behind(
+    how: str, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    """The receiver had handed its pool out, and waited for a word of somebody who had never mapped it."""
+    mapping, go_on = asyncio.Event(), asyncio.Event()
+
+    async def fails(*_: object) -> None:
+        mapping.set()
+        await go_on.wait()
+        raise OSError("no memory")
+
+    kit = Kit(IpcTransport)
+    async with kit.receiver() as receiver, kit.writer() as (writer, name):
+        monkeypatch.setattr(module, "map_pool", fails)
+        connecting = asyncio.ensure_future(writer.connect(receiver.transport.describe(), peer=receiver.incarnation))
+        await asyncio.wait_for(mapping.wait(), 60)
+        attachments = receiver.transport._attachments  # type: ignore[attr-defined]
+        assert len(attachments) == 1
+        if how == "cancelled":
+            connecting.cancel()
+        else:
+            go_on.set()
+        with pytest.raises(asyncio.CancelledError if how == "cancelled" else PeerGone):
+            await connecting
+        await asyncio.wait_for(receiver.transport.revoke(name, [1]), 10)
+        assert not attachments
+
+
 async def test_views_are_checked(no_leaks: None) -> None:
     async with pair() as (_receiver, writer, remote, _):
         for offset, size in ((-1, 5), (0, 0), (0, -1), (remote.size_bytes, 1), (remote.size_bytes - 4, 5)):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
 from aiodisagg.errors import ConfigError, PeerGone, TransportUnavailable, WriteFailed
 from aiodisagg.transport.base import Slice
-from aiodisagg.transport.chunks import Chunk, Hello, Placed, Rejected, Welcome, decode
+from aiodisagg.transport.chunks import Chunk, Gone, Hello, Placed, Rejected, Welcome, decode
 from aiodisagg.transport.description import pack, unpack
-from aiodisagg.transport.stream import StreamTransport, _Pool
+from aiodisagg.transport.stream import StreamTransport, _Pool, _Receiving
 from aiodisagg.transport.testing import Kit, Receiver
 from aiodisagg.transport.wire import FRAME_BYTES, frame
 from tests.conftest import LOOPS
@@ -63,12 +65,24 @@ async def server() -> AsyncIterator[tuple[asyncio.Queue[Stranger], bytes]]:
 
     listening = await asyncio.start_server(accept, "127.0.0.1", 0)
     try:
-        yield accepted, pack("stream", _Pool("127.0.0.1", listening.sockets[0].getsockname()[1], "p"))
+        yield accepted, pack("stream", _Pool("127.0.0.1", listening.sockets[0].getsockname()[1], "p", b"t"))
     finally:
         listening.close()
         for writer in writers:
             writer.close()
             await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+def receiving(receiver: Receiver) -> _Receiving:
+    found = receiver.transport._receiving  # type: ignore[attr-defined]
+    assert isinstance(found, _Receiving)
+    return found
+
+
+def hello(receiver: Receiver, writer: str = "x") -> bytes:
+    """What the receiver wants to hear first."""
+    token = unpack("stream", _Pool, receiver.transport.describe()).token
+    return frame(Hello(writer, receiver.incarnation, token))
 
 
 def unlent(data: bytes) -> Slice:
@@ -88,15 +102,69 @@ async def test_broken_streams_end_and_hurt_nobody(no_leaks: None) -> None:
                 other.writer.write(data)
                 assert await other.is_sent_away()
         async with stranger(receiver) as other:
-            other.writer.write(frame(Hello("x", receiver.incarnation))[:10])  # and then nothing more
+            other.writer.write(hello(receiver)[:10])  # and then nothing more
         await writer.write(remote, [receiver.slice(b"fine", 0)])
         assert receiver.holds(b"fine", 0)
         assert receiver.untouched(4)
 
 
+async def test_who_does_not_greet_is_sent_away_in_time(no_leaks: None) -> None:
+    kit = Kit(lambda: StreamTransport(connect_timeout_s=0.2))
+    async with kit.receiver() as receiver, Kit(StreamTransport).writer() as (writer, _):
+        remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        for words in (b"", hello(receiver)[:10], frame(Hello("x", receiver.incarnation, b"guessed"))):
+            async with stranger(receiver) as other:
+                other.writer.write(words)
+                if len(words) >= FRAME_BYTES:
+                    assert isinstance(await other.hear(), Gone)
+                assert await other.is_sent_away()
+        assert not receiving(receiver)._greeting, "and those who did greet are not waited for"
+        await writer.write(remote, [receiver.slice(b"fine", 0)])
+        assert receiver.holds(b"fine", 0)
+
+
+async def test_the_incarnation_is_not_told_and_not_enough(no_leaks: None) -> None:
+    async with Kit(StreamTransport).receiver() as receiver, Kit(StreamTransport).writer() as (writer, _):
+        pool = unpack("stream", _Pool, receiver.transport.describe())
+        for expected, token in (
+            ("?", b""),
+            ("?", pool.token),
+            (receiver.incarnation, b""),
+            (receiver.incarnation, b"x" * 16),
+        ):
+            async with stranger(receiver) as other:
+                other.writer.write(frame(Hello("x", expected, token)))
+                answer = await other.hear()
+                assert isinstance(answer, Gone) and receiver.incarnation not in answer.message
+        thief = pack("stream", msgspec.structs.replace(pool, token=b"x" * 16))
+        with pytest.raises(PeerGone, match="another incarnation"):
+            await writer.connect(thief, peer=receiver.incarnation)
+
+
+async def test_a_chunk_before_the_greeting_ends_its_connection(no_leaks: None) -> None:
+    async with Kit(StreamTransport).receiver() as receiver, stranger(receiver) as other:
+        data = receiver.slice(b"evil", 0)
+        other.writer.write(frame(Chunk(receiving(receiver)._session, 1, 0, 4, data.lease)) + b"evil")
+        assert await other.is_sent_away()
+        assert receiver.untouched()
+
+
+async def test_the_kernel_looks_after_hosts_that_vanish(no_leaks: None) -> None:
+    async with Kit(lambda: StreamTransport(stall_s=40)).pair() as (receiver, _, _remote, _name):
+        wires = list(receiving(receiver).wires)
+        assert len(wires) == 2
+        for wire in wires:
+            assert wire._transport is not None
+            sock: socket.socket = wire._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            options = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+            found = [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, one)) for one in options]
+            assert found == [10, 10, 3, 40_000]
+
+
 async def test_refused_chunks_are_read_and_dropped(no_leaks: None) -> None:
     async with Kit(StreamTransport).receiver() as receiver, stranger(receiver) as other:
-        other.writer.write(frame(Hello("x" * 300, receiver.incarnation)))  # longer than the usual frame
+        other.writer.write(hello(receiver, "x" * 300))  # longer than the usual frame
         welcome = await other.hear()
         assert isinstance(welcome, Welcome)
         lease = receiver.lender.lend(0, 100)
@@ -121,11 +189,13 @@ async def test_refused_chunks_are_read_and_dropped(no_leaks: None) -> None:
 
 async def test_a_lease_that_ends_in_mid_chunk_is_respected(no_leaks: None) -> None:
     async with Kit(StreamTransport).receiver() as receiver, stranger(receiver) as other:
-        other.writer.write(frame(Hello("x", receiver.incarnation)))
+        other.writer.write(hello(receiver))
         welcome = await other.hear()
         assert isinstance(welcome, Welcome)
         lease, mark = receiver.lender.lend(0, 1000), receiver.lender.lend(2000, 4)
         async with stranger(receiver) as second:
+            second.writer.write(hello(receiver))
+            assert isinstance(await second.hear(), Welcome)
             other.writer.write(frame(Chunk(welcome.session, 1, 0, 1000, lease)) + b"d" * 500)
             while not receiver.holds(b"d" * 500, 0):  # a round trip on another connection turns the receiver's loop
                 second.writer.write(frame(Chunk(welcome.session, 2, 2000, 4, mark)) + b"mark")
@@ -163,7 +233,9 @@ async def test_a_peer_that_never_answers_is_given_up(no_leaks: None) -> None:
             await writer.write(remote, [unlent(b"x")])
 
 
-@pytest.mark.parametrize("answer", [b"\xff" * FRAME_BYTES, frame(Placed(0)), frame(Hello("a", "b"))], ids=range(3))
+@pytest.mark.parametrize(
+    "answer", [b"\xff" * FRAME_BYTES, frame(Placed(0)), frame(Hello("a", "b", b"c"))], ids=range(3)
+)
 async def test_a_peer_that_talks_nonsense_is_gone(answer: bytes, no_leaks: None) -> None:
     async with Kit(StreamTransport).writer() as (writer, _), server() as (accepted, description):
         connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
@@ -231,9 +303,9 @@ async def test_silence_and_refusal_on_connect_are_gone(no_leaks: None) -> None:
             with pytest.raises(PeerGone, match="cannot connect"):
                 await writer.connect(description, peer="p")
         with pytest.raises(PeerGone):
-            await writer.connect(pack("stream", _Pool("127.0.0.1", 70_000, "p")), peer="p")
+            await writer.connect(pack("stream", _Pool("127.0.0.1", 70_000, "p", b"t")), peer="p")
         with pytest.raises(TransportUnavailable, match="not an IP address"):
-            await writer.connect(pack("stream", _Pool("example.org", 1, "p")), peer="p")
+            await writer.connect(pack("stream", _Pool("example.org", 1, "p", b"t")), peer="p")
 
 
 async def test_another_incarnation_behind_the_same_port(no_leaks: None) -> None:

@@ -7,12 +7,13 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 import zmq
 
 from aiodisagg.errors import ConfigError, PeerGone, TransportUnavailable, WriteFailed, WriteRefused
 from aiodisagg.transport.base import Slice
-from aiodisagg.transport.chunks import Chunk, Hello, Placed, Rejected, Welcome, decode, encode
+from aiodisagg.transport.chunks import Chunk, Gone, Hello, Placed, Rejected, Welcome, decode, encode
 from aiodisagg.transport.description import pack, unpack
 from aiodisagg.transport.testing import Kit, Receiver
 from aiodisagg.transport.zmq import ZmqTransport, _Pool
@@ -74,7 +75,15 @@ async def test_bad_frames_are_answered_and_hurt_nobody(caplog: pytest.LogCapture
             await other.say(*frames)
             assert await other.hear() == Rejected(-1, False, "not understood")
         assert len(caplog.records) == 4, "one message is one message, whatever it has behind its header"
-        await other.say(encode(Hello("me", receiver.incarnation)))
+        pool = unpack("zmq", _Pool, receiver.transport.describe())
+        for expected, guess in (("?", pool.token), (receiver.incarnation, b""), (receiver.incarnation, b"x" * 16)):
+            await other.say(encode(Hello("me", expected, guess)))
+            answer = await other.hear()
+            assert isinstance(answer, Gone) and receiver.incarnation not in answer.message
+        with pytest.raises(PeerGone, match="another incarnation"):
+            thief = msgspec.structs.replace(pool, token=b"x" * 16)
+            await writer.connect(pack("zmq", thief), peer=receiver.incarnation)
+        await other.say(encode(Hello("me", receiver.incarnation, pool.token)))
         welcome = await other.hear()
         assert isinstance(welcome, Welcome)
         lease = receiver.lender.lend(0, 100)
@@ -134,7 +143,7 @@ async def test_another_incarnation_behind_the_same_port(no_leaks: None) -> None:
 async def test_a_peer_that_never_answers_is_given_up(no_leaks: None) -> None:
     kit = Kit(lambda: ZmqTransport(connect_timeout_s=5, stall_s=0.2))
     async with kit.writer() as (writer, _), stranger(zmq.ROUTER, None) as (other, port):
-        description = pack("zmq", _Pool("127.0.0.1", port, "p", b""))
+        description = pack("zmq", _Pool("127.0.0.1", port, "p", b"t", b""))
         connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
         await other.welcome_both()
         remote = await connecting
@@ -149,7 +158,7 @@ async def test_a_peer_that_never_answers_is_given_up(no_leaks: None) -> None:
 async def test_no_more_than_the_window_is_under_way(no_leaks: None) -> None:
     kit = Kit(lambda: ZmqTransport(chunk_bytes=1000, window=3))
     async with kit.writer() as (writer, _), stranger(zmq.ROUTER, None) as (other, port):
-        description = pack("zmq", _Pool("127.0.0.1", port, "p", b""))
+        description = pack("zmq", _Pool("127.0.0.1", port, "p", b"t", b""))
         connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
         await other.welcome_both()
         remote = await connecting
@@ -171,7 +180,7 @@ async def test_no_more_than_the_window_is_under_way(no_leaks: None) -> None:
 async def test_a_small_write_does_not_wait_for_a_huge_one_without_credit(no_leaks: None) -> None:
     kit = Kit(lambda: ZmqTransport(chunk_bytes=2 << 20, window=1))
     async with kit.writer() as (writer, _), stranger(zmq.ROUTER, None) as (other, port):
-        description = pack("zmq", _Pool("127.0.0.1", port, "p", b""))
+        description = pack("zmq", _Pool("127.0.0.1", port, "p", b"t", b""))
         connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
         await other.welcome_both()
         remote = await connecting
@@ -189,7 +198,7 @@ async def test_a_small_write_does_not_wait_for_a_huge_one_without_credit(no_leak
 
 async def test_a_peer_that_makes_up_answers_is_gone(no_leaks: None) -> None:
     async with Kit(ZmqTransport).writer() as (writer, _), stranger(zmq.ROUTER, None) as (other, port):
-        description = pack("zmq", _Pool("127.0.0.1", port, "p", b""))
+        description = pack("zmq", _Pool("127.0.0.1", port, "p", b"t", b""))
         connecting = asyncio.ensure_future(writer.connect(description, peer="p"))
         identity = (await asyncio.to_thread(other.sock.recv_multipart))[0]
         await other.say(identity, b"gibberish")
@@ -201,12 +210,12 @@ async def test_silence_on_connect_is_gone(no_leaks: None) -> None:
     kit = Kit(lambda: ZmqTransport(connect_timeout_s=0.2))
     async with kit.writer() as (writer, _), stranger(zmq.ROUTER, None) as (_other, port):
         with pytest.raises(PeerGone, match=r"0\.2 s"):
-            await writer.connect(pack("zmq", _Pool("127.0.0.1", port, "p", b"")), peer="p")
+            await writer.connect(pack("zmq", _Pool("127.0.0.1", port, "p", b"t", b"")), peer="p")
     server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
     async with server, Kit(ZmqTransport).writer() as (writer, _):
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(PeerGone):
-            await writer.connect(pack("zmq", _Pool("127.0.0.1", port, "p", b"")), peer="p")
+            await writer.connect(pack("zmq", _Pool("127.0.0.1", port, "p", b"t", b"")), peer="p")
 
 
 async def test_addresses_are_checked(no_leaks: None) -> None:
@@ -222,7 +231,7 @@ async def test_addresses_are_checked(no_leaks: None) -> None:
             async with Kit(lambda: ZmqTransport(port=port_of(receiver))).receiver():
                 pass
         with pytest.raises(TransportUnavailable, match="not an IP address"):
-            await writer.connect(pack("zmq", _Pool("example.org", 1, "p", b"")), peer="p")
+            await writer.connect(pack("zmq", _Pool("example.org", 1, "p", b"t", b"")), peer="p")
     with pytest.raises(ConfigError, match="advertise"):
         async with Kit(lambda: ZmqTransport(host="0.0.0.0")).receiver():
             pass
@@ -235,15 +244,23 @@ async def test_without_the_key_nobody_gets_in(no_leaks: None) -> None:
     async with kit.receiver() as receiver, kit.writer() as (writer, _):
         pool = unpack("zmq", _Pool, receiver.transport.describe())
         assert len(pool.server_key) == 40
-        for key in (b"", zmq.curve_keypair()[0]):
+        for key, why in ((zmq.curve_keypair()[0], "lost|no answer"), (b"short", "cannot connect")):
+            forged = msgspec.structs.replace(pool, server_key=key)
+            with pytest.raises(PeerGone, match=why):
+                await writer.connect(pack("zmq", forged), peer=receiver.incarnation)
+        async with Kit(lambda: ZmqTransport(connect_timeout_s=1)).writer() as (open_writer, _):
             with pytest.raises(PeerGone):
-                await writer.connect(
-                    pack("zmq", _Pool(pool.host, pool.port, pool.incarnation, key)), peer=receiver.incarnation
-                )
-        with pytest.raises(PeerGone, match="cannot connect"):
-            await writer.connect(
-                pack("zmq", _Pool(pool.host, pool.port, pool.incarnation, b"short")), peer=receiver.incarnation
-            )
+                forged = msgspec.structs.replace(pool, server_key=b"")
+                await open_writer.connect(pack("zmq", forged), peer=receiver.incarnation)
         remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
         with pytest.raises(WriteRefused):
             await writer.write(remote, [unlent(b"x")])
+
+
+@pytest.mark.parametrize("encrypt", [False, True])
+async def test_a_peer_with_curve_and_one_without_never_connect(encrypt: bool, no_leaks: None) -> None:
+    """A writer that wanted encryption sent its bytes in the clear to a receiver that had none."""
+    ours, theirs = Kit(lambda: ZmqTransport(encrypt=encrypt)), Kit(lambda: ZmqTransport(encrypt=not encrypt))
+    async with theirs.receiver() as receiver, ours.writer() as (writer, _):
+        with pytest.raises(TransportUnavailable, match="CURVE"):
+            await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
