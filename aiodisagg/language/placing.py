@@ -20,12 +20,22 @@ from aiodisagg.scheduler.placement import PeerView, Placement, Standing, Wanted,
 PREFILL = (5e-3, 2e-5)
 """Modelled H200 times of Qwen3-VL-30B-A3B: of a step, and of a prompt token."""
 
+COMPARED = 16
+"""Peers that are compared for an item where there are more, at least; twice as many as a request has items."""
+
 STANDINGS = {
     PeerState.JOINING: Standing.SUSPECT,
     PeerState.READY: Standing.READY,
     PeerState.SUSPECT: Standing.SUSPECT,
     PeerState.DRAINING: Standing.DRAINING,
 }
+
+
+def _may_hold(peer: EncodePeer, digests: Sequence[str]) -> bool:
+    """Or it is this process's own tower, which is near whatever it holds."""
+    return peer.book.costs.local or any(
+        peer.book.knows(digest) or (peer.digests and advertised(digest, peer.digests)) for digest in digests
+    )
 
 
 @dataclass(slots=True)
@@ -56,6 +66,7 @@ class Placing:
         self.errands: dict[ItemKey, Errand] = {}
         self._loads: dict[str, tuple[Load, float]] = {}
         """By incarnation, linked or not: what membership said last, and when. What is as before is not said again."""
+        self._turn = 0
         self.prefill = StageModel(PREFILL)
         """Seconds from when the last row is here to the first token, by the tokens that were missing; calibrated."""
 
@@ -74,7 +85,7 @@ class Placing:
         token_s = self.prefill.coefficients[1]
         placed = place_together(
             [Wanted(errand.spec.digest, errand.size, token_s * errand.spec.rows) for errand in free],
-            self._views([errand.spec.digest for errand in free], now),
+            self._candidates([errand.spec.digest for errand in free], now),
         )
         for errand, placement in zip(free, placed, strict=False):
             errand.planned = placement
@@ -90,7 +101,7 @@ class Placing:
     def best(self, errand: Errand, avoid: frozenset[str], now: float) -> Placement | None:
         """As ``choose``, and nothing comes of it."""
         digest = errand.spec.digest
-        views = [view for view in self._views([digest], now) if view.peer not in errand.avoid]
+        views = [view for view in self._views(self._peers.linked, [digest], now) if view.peer not in errand.avoid]
         if self.poison.suspect(digest, now):
             views = [view for view in views if not self._tries_another(view.peer, digest, now)]
         placed = place_together([Wanted(digest, errand.size)], views, avoid)
@@ -102,9 +113,25 @@ class Placing:
         others = [] if at is None else [item.digest for item in at.book.open.values() if item.digest != digest]
         return any(self.poison.suspect(other, now) for other in others)
 
-    def _views(self, digests: Sequence[str], now: float) -> list[PeerView]:
+    def _candidates(self, digests: Sequence[str], now: float) -> list[PeerView]:
+        """The peers that are compared for new items: all, or of many the next ones in turn, and who may hold an item.
+
+        The best of sixteen is about as good as the best of all, and all would be looked at for every item.
+        """
+        linked, count = self._peers.linked, max(COMPARED, 2 * len(digests))
+        if len(linked) <= count:
+            return self._views(linked, digests, now)
+        start = self._turn = self._turn % len(linked)
+        self._turn += count
+        chosen = [*linked[start : start + count], *linked[: max(0, start + count - len(linked))]]
+        names = {peer.incarnation for peer in chosen}
+        chosen += [peer for peer in linked if peer.incarnation not in names and _may_hold(peer, digests)]
+        views = self._views(chosen, digests, now)
+        return views if any(view.standing is Standing.READY for view in views) else self._views(linked, digests, now)
+
+    def _views(self, peers: Sequence[EncodePeer], digests: Sequence[str], now: float) -> list[PeerView]:
         views = []
-        for peer in self._peers.linked:
+        for peer in peers:
             holding = peer.book.holding(digests, now)
             if peer.digests:
                 holding |= {d: 0.0 for d in digests if d not in holding and advertised(d, peer.digests)}

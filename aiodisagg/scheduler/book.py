@@ -184,6 +184,10 @@ class PeerBook(Generic[K]):
         """A heartbeat: patches that the peer has not encoded yet, for whomever."""
         self._foreign = (max(0, queued_patches - self._patches), now)
 
+    def knows(self, digest: str) -> bool:
+        """Whether the peer has or is encoding it for this side, as far as is known here."""
+        return digest in self._latest or digest in self._made
+
     def holding(self, digests: Iterable[str], now: float) -> dict[str, float]:
         """Which of the digests the peer has or is encoding for this side; seconds until their rows exist."""
         found = {}
