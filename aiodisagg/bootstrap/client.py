@@ -134,7 +134,7 @@ class BootstrapClient:
                 if response.status != 200:
                     raise BootstrapError(url, f"{response.status}: {said[:500].decode(errors='replace')}")
                 return msgspec.json.decode(said, type=Lease)
-        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
             raise BootstrapError(url, str(error) or type(error).__name__) from error
 
     async def _leave(self, url: str) -> None:
@@ -217,9 +217,9 @@ class BootstrapClient:
                 aiohttp.ClientError,
                 TimeoutError,
                 OSError,
-                msgspec.DecodeError,
                 BootstrapError,
                 ValueError,
+                RecursionError,
             ) as error:
                 logger.debug("membership of %s: %s", url, error)
             finally:

@@ -133,7 +133,7 @@ class BootstrapServer:
             return _json(Failure(error.reason), error.status)
         except msgspec.ValidationError as error:
             return _json(Failure(f"the body is not valid: {error}"), 422)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return _json(Failure(f"the body is not JSON: {error}"), 400)
 
     async def _register(self, request: web.Request) -> web.Response:

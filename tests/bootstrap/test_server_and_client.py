@@ -203,6 +203,7 @@ async def test_names_and_literals_of_this_host_give_a_url_that_works() -> None:
     ("body", "status", "said"),
     [
         (b"{", 400, "JSON"),
+        (b'{"name": "\xff"}', 400, "JSON"),
         (b"[]", 422, "object"),
         (b'{"name": "e"}', 422, "incarnation"),
         (b'{"name": "e", "incarnation": "e-life", "role": "king"}', 422, "role"),
