@@ -30,12 +30,16 @@ def numbers(key: str, text: str | None, kind: type[Any]) -> tuple[Any, ...]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for each thing that is said to be under way."""
+    """A bar on stderr for each thing that is said to be under way; where nobody looks, a line for each that is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what, done, total: click.echo(f"{what}: {total}", err=True) if done == total else None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
+    with Progress(*columns, console=console, refresh_per_second=4) as bars:
         current: list[tuple[str, Any]] = []
 
         def say(what: str, done: int, total: int) -> None:

@@ -32,10 +32,7 @@ STANDINGS = {
 
 
 def _may_hold(peer: EncodePeer, digests: Sequence[str]) -> bool:
-    """Or it is this process's own tower, which is near whatever it holds."""
-    return peer.book.costs.local or any(
-        peer.book.knows(digest) or (peer.digests and advertised(digest, peer.digests)) for digest in digests
-    )
+    return any(peer.book.knows(digest) or (peer.digests and advertised(digest, peer.digests)) for digest in digests)
 
 
 @dataclass(slots=True)
@@ -57,10 +54,11 @@ class Placing:
     Args:
         peers: the links; their books are kept here.
         row_bytes: of a packed row.
+        own: incarnation of this peer's own tower, if it has one: it is always compared.
     """
 
-    def __init__(self, peers: EncodePeers, row_bytes: int, health: HealthConfig) -> None:
-        self._peers, self._row_bytes = peers, row_bytes
+    def __init__(self, peers: EncodePeers, row_bytes: int, health: HealthConfig, own: str = "") -> None:
+        self._peers, self._row_bytes, self._own = peers, row_bytes, own
         self.hedges: Hedges[ItemKey] = Hedges(health)
         self.poison, self.standings = Poison(health), Standings(health)
         self.errands: dict[ItemKey, Errand] = {}
@@ -114,7 +112,8 @@ class Placing:
         return any(self.poison.suspect(other, now) for other in others)
 
     def _candidates(self, digests: Sequence[str], now: float) -> list[PeerView]:
-        """The peers that are compared for new items: all, or of many the next ones in turn, and who may hold an item.
+        """The peers that are compared for new items: all, or of many the next ones in turn, the own tower, and who may
+        hold an item.
 
         The best of sixteen is about as good as the best of all, and all would be looked at for every item.
         """
@@ -125,7 +124,11 @@ class Placing:
         self._turn += count
         chosen = [*linked[start : start + count], *linked[: max(0, start + count - len(linked))]]
         names = {peer.incarnation for peer in chosen}
-        chosen += [peer for peer in linked if peer.incarnation not in names and _may_hold(peer, digests)]
+        chosen += [
+            peer
+            for peer in linked
+            if peer.incarnation not in names and (peer.incarnation == self._own or _may_hold(peer, digests))
+        ]
         views = self._views(chosen, digests, now)
         return views if any(view.standing is Standing.READY for view in views) else self._views(linked, digests, now)
 

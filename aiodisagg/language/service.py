@@ -160,6 +160,7 @@ class LanguageService:
                 ended=self._items.ended,
                 traces=self.traces,
                 accelerator=accelerator,
+                own="" if self.local is None else self.local.record.incarnation,
             )
         )
         self.pool, self.receiver, self.peers = self.rows.pool, self.rows.receiver, self.rows.peers

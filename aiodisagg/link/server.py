@@ -98,8 +98,9 @@ class LinkServer:
         advertised = self._advertise_host or reachable_host(host)
         try:
             self._server = await loop.create_server(
-                self._accept, host, self._wanted.port, ssl=self._ssl, backlog=BACKLOG
-            )
+                self._accept, host, self._wanted.port, ssl=self._ssl, backlog=BACKLOG,
+                ssl_handshake_timeout=None if self._ssl is None else self._config.handshake_timeout_s,
+            )  # fmt: skip
         except OSError as error:
             raise ConfigError("address", f"cannot listen on {self._wanted}: {error.strerror or error}") from error
         self._actual = TcpAddress(advertised, self._server.sockets[0].getsockname()[1])

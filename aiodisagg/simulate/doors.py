@@ -142,7 +142,8 @@ class QueueDoor:
     def arrive(self, request: SimRequest, owed_s: float) -> None:
         source, now = request.source, self._clock.now
         work = Work(request.prompt, sum(item.patches for item in request.items))
-        deadline = now + self._doors.shed_at * request.unloaded_s if self._doors.shed_at else math.inf
+        shed_at = self._doors.shed_at  # of the time since it was sent, not since it was planned
+        deadline = source.arrival_s + shed_at * request.unloaded_s if shed_at else math.inf
         self._here[request.name] = request
         self.waiting_s += request.unloaded_s
         tenant = Tenant(source.tenant or "default")

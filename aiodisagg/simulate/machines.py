@@ -57,7 +57,7 @@ class MachineWires:
 
     def fetch(self, item: Item, tower: Tower, encoder: str, receiver: str) -> None:
         if encoder == receiver:
-            tower.submit(item, self._local)
+            tower.submit(item, lambda item: self._local(item, receiver))
             return
         to = self._receiver(receiver)
         self._sender(encoder, tower)
@@ -71,7 +71,16 @@ class MachineWires:
         spec = ev.ItemSpec(str(item.identity), "image", (1, 2, 2 * item.rows), item.rows, 0.0, (b"",))
         self._feed(to, ev.ItemRequested(key, spec, PATIENCE_S))
 
-    def _local(self, item: Item) -> None:
+    def _local(self, item: Item, peer: str) -> None:
+        moves_s = self._costs.local_s(item.rows)
+        if not moves_s:
+            self._here(item)
+            return
+        begins = max(self._clock.now, self._sends_until.get(peer, 0.0), self._receives_until.get(peer, 0.0))
+        self._sends_until[peer] = self._receives_until[peer] = begins + moves_s
+        self._clock.at(begins + moves_s, self._here, item)
+
+    def _here(self, item: Item) -> None:
         item.arrived = item.rows
         self._arrived(item)
 

@@ -43,7 +43,8 @@ class _Curves:
 
     def predict(self, size: Size) -> Service:
         costs = self._costs
-        moved_s = 0.0 if self._local else costs.rtt_s + costs.transfer_s(size.size_bytes)
+        rows = size.size_bytes
+        moved_s = costs.local_s(rows) if self._local else costs.rtt_s + costs.transfer_s(rows)
         return Service(costs.prepare_s(size.patches), costs.tower_s((size.patches,)), moved_s)
 
 

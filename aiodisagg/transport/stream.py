@@ -203,8 +203,9 @@ class StreamTransport(Transport):
         self._receiving = _Receiving(arena, admit, incarnation, self._connect_timeout_s)
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                self._receiving.made, self._host, self._port, reuse_address=True, ssl=self._server_tls
-            )
+                self._receiving.made, self._host, self._port, reuse_address=True, ssl=self._server_tls,
+                ssl_handshake_timeout=None if self._server_tls is None else self._connect_timeout_s,
+            )  # fmt: skip
         except OSError as error:
             self._state = "closed"
             raise TransportUnavailable(NAME, f"cannot listen on {self._host}:{self._port}: {error}") from error

@@ -11,7 +11,7 @@ from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.workload import Tenant
 from aiodisagg.cli import main
-from aiodisagg.cli.bench_serve import mix_of
+from aiodisagg.cli.bench_serve import mix_of, progress
 
 SERVE = ("serve", "--url", "http://127.0.0.1:9")
 
@@ -53,6 +53,14 @@ def test_a_mix_as_the_user_changed_it() -> None:
     assert name == "images-1-8, images 2, tokens 100-200, text 7, output 9, tenants a:2,b, reuse 0.5 of 20"
     mix, name = mix_of("servegen", None, "64x32", None, None, None, None, None, None)
     assert mix.sizes == ((64, 32),) and name == "servegen, sizes 64x32"
+
+
+def test_a_log_file_gets_a_line_for_each_thing_that_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as say:
+        for done in (1, 2):
+            say("seed 0, 1+1, 4/s", done, 2)
+        say("seed 1, 1+1, 4/s", 1, 2)
+    assert capsys.readouterr().err == "seed 0, 1+1, 4/s: 2\n"
 
 
 def test_what_is_not_given_stays_as_the_mix_has_it() -> None:

@@ -14,6 +14,8 @@ from aiodisagg.language.placing import Placing
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.protocol.events import ItemSpec
 from aiodisagg.protocol.messages import ItemKey
+from aiodisagg.scheduler.book import PeerBook
+from aiodisagg.scheduler.cost import PeerCosts, Rates
 from aiodisagg.scheduler.health import HealthConfig
 from aiodisagg.scheduler.placement import Standing
 
@@ -77,6 +79,17 @@ def test_who_holds_an_item_is_asked_for_it_wherever_it_stands_in_turn() -> None:
     peers.linked[33].digests = frozenset({"a" * 12})
     assert [_place(placing, *_item(i, "f" * 32)) for i in range(1, 5)] == [first] * 4
     assert [_place(placing, *_item(i, "a" * 32)) for i in range(5, 9)] == ["33"] * 4
+
+
+def test_the_own_tower_is_compared_for_every_item() -> None:
+    peers = _Many(50)
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig(), own="37")
+    for peer in peers.linked:
+        peer.book = PeerBook(PeerCosts(Rates(transfer_byte_s=1e-12 if peer.incarnation == "37" else 1e-6)))
+    for i in range(12):
+        key, spec = _item(i)
+        assert _place(placing, key, spec) == "37"
+        placing.over(key)
 
 
 def test_peers_that_drain_are_asked_only_if_all_do() -> None:

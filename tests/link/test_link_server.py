@@ -307,6 +307,18 @@ async def test_tls() -> None:
             await dial(server.address, hello(), secret=SECRET, ssl=ssl.create_default_context())
 
 
+async def test_who_begins_no_tls_is_sent_away_in_time() -> None:
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    theirs.load_cert_chain(CERTIFICATE)
+    async with serve("tcp:127.0.0.1:0", ssl=theirs, config=LinkConfig(handshake_timeout_s=0.2)) as server:
+        _, host, port = server.address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        async with asyncio.timeout(20):
+            assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_a_hello_is_made_for_each_connection(address: str) -> None:
     names = iter(["first", "second"])
 

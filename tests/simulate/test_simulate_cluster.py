@@ -9,9 +9,10 @@ from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.workload import Gamma, ImageSpec, Mix, WorkloadRequest, generate
 from aiodisagg.errors import ConfigError
 from aiodisagg.simulate.cluster import Cluster, Routing, System
-from aiodisagg.simulate.doors import Doors, Line
+from aiodisagg.scheduler.admission import Arrived
+from aiodisagg.simulate.doors import Doors, Line, QueueDoor
 from aiodisagg.simulate.machines import MachineWires
-from aiodisagg.simulate.placing import Placing
+from aiodisagg.simulate.placing import EncoderView, Placing, choose
 from aiodisagg.simulate.record import report
 from aiodisagg.simulate.runs import run, work
 from aiodisagg.simulate.systems import flexible, ladder, replicas, split_overlap, split_waits
@@ -76,18 +77,43 @@ def test_a_lone_request_takes_what_the_service_times_say() -> None:
     assert cluster.requests[0].unloaded_s == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("system", [replicas(1), flexible(1)], ids=["replica", "both"])
-def test_a_lone_request_takes_what_is_beside_the_device_too(system: System) -> None:
+@pytest.mark.parametrize(
+    ("system", "protocol"),
+    [(replicas(1), False), (flexible(1), False), (flexible(1), True)],
+    ids=["replica", "both", "both, protocol"],
+)
+def test_a_lone_request_takes_what_is_beside_the_device_too(system: System, protocol: bool) -> None:
     """Planning it, and moving the rows of its picture."""
     request = WorkloadRequest(0.0, (ImageSpec(0, 1920, 1080),), 64, 1)
     rate = 10.0 * TIMES.row_bytes * request.images[0].visual_tokens  # a tenth of a second for the picture
     firsts = []
     for times in (TIMES, msgspec.structs.replace(TIMES, request_ms=7.0, image_ms=2.0, local_bytes_per_s=rate)):
-        cluster = Cluster(system, times)
+        cluster = Cluster(system, times, protocol=protocol)
         cluster.run([request])
         firsts.append(cluster.requests[0].first_s)
     assert firsts[1] - firsts[0] == pytest.approx(0.007 + 0.002 + 0.1)
     assert cluster.requests[0].unloaded_s == pytest.approx(firsts[1])
+
+
+def test_rows_of_the_own_tower_are_no_nearer_than_they_are() -> None:
+    rate = 1e9
+    costs = Costs(msgspec.structs.replace(TIMES, local_bytes_per_s=rate, link_bytes_per_s=rate, link_rtt_ms=0.0))
+    request = Cluster(flexible(2), TIMES)._request(0, WorkloadRequest(0.0, (ImageSpec(0, 1920, 1080),), 64, 1))
+    views = [EncoderView("own", 1e-6, 0, True, frozenset()), EncoderView("other", 0.0, 0, False, frozenset())]
+    assert choose(Placing.FINISH, request.items, views, costs, 0) == ["other"]
+
+
+def test_who_is_judged_from_its_arrival_has_its_deadline_from_there() -> None:
+    times = msgspec.structs.replace(TIMES, request_ms=1000.0)
+    system = msgspec.structs.replace(flexible(1), doors=Doors(line=Line.ADMISSION, shed_at=1.2))
+    cluster = Cluster(system, times)
+    door = cluster.peers[0].door
+    assert isinstance(door, QueueDoor)
+    heard = list[Arrived]()
+    handle = door._queue.handle
+    door._queue.handle = lambda event, now: heard.append(event) or handle(event, now)  # type: ignore[func-returns-value,method-assign,assignment]
+    cluster.run([WorkloadRequest(5.0, (), 64, 1)])
+    assert heard[0].deadline == pytest.approx(5.0 + 1.2 * cluster.requests[0].unloaded_s)
 
 
 def test_decodes_beside_a_prompt_take_what_was_measured() -> None:

@@ -18,6 +18,7 @@ from aiodisagg.transport.stream import StreamTransport, _Pool, _Receiving
 from aiodisagg.transport.testing import Kit, Receiver
 from aiodisagg.transport.wire import FRAME_BYTES, frame
 from tests.conftest import LOOPS
+from tests.transport.certificate import contexts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)]
 
@@ -121,6 +122,14 @@ async def test_who_does_not_greet_is_sent_away_in_time(no_leaks: None) -> None:
         assert not receiving(receiver)._greeting, "and those who did greet are not waited for"
         await writer.write(remote, [receiver.slice(b"fine", 0)])
         assert receiver.holds(b"fine", 0)
+
+
+async def test_who_begins_no_tls_is_sent_away_in_time(no_leaks: None) -> None:
+    """The connection is no transport's yet while its handshake lasts; the loop alone would wait a minute for it."""
+    kit = Kit(lambda: StreamTransport(tls=contexts(), connect_timeout_s=0.2))
+    async with kit.receiver() as receiver, stranger(receiver) as other:
+        async with asyncio.timeout(20):
+            assert await other.is_sent_away()
 
 
 async def test_the_incarnation_is_not_told_and_not_enough(no_leaks: None) -> None:
