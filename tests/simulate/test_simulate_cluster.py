@@ -8,8 +8,8 @@ import pytest
 from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.workload import Gamma, ImageSpec, Mix, WorkloadRequest, generate
 from aiodisagg.errors import ConfigError
-from aiodisagg.simulate.cluster import Cluster, Routing, System
 from aiodisagg.scheduler.admission import Arrived
+from aiodisagg.simulate.cluster import Cluster, Routing, System
 from aiodisagg.simulate.doors import Doors, Line, QueueDoor
 from aiodisagg.simulate.machines import MachineWires
 from aiodisagg.simulate.placing import EncoderView, Placing, choose
