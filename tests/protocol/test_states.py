@@ -98,7 +98,7 @@ def snapshot(item: Any) -> dict[str, Any]:
         if name == "_pool":
             value = (value._free, value._generation, value._lent)
         elif name == "_counters":
-            value = value._bytes
+            value = sorted(value.items())
         elif callable(value):
             continue
         flat[name] = copy.deepcopy(value)
