@@ -119,9 +119,12 @@ async def test_a_cancelled_write_to_a_stopped_receiver_keeps_its_source_leased(n
         one.signal(signal.SIGSTOP)
         task = asyncio.ensure_future(writer.write(remote, [Slice(memoryview(source), 0, 2)]))
         await asyncio.wait([task], timeout=0.2)
-        task.cancel()
-        with pytest.raises((asyncio.CancelledError, PeerGone)):
+        if RDMA and task.done():  # a card needs nobody at the other end
             await task
+        else:
+            task.cancel()
+            with pytest.raises((asyncio.CancelledError, PeerGone)):
+                await task
         assert RDMA or 0 < mine(writer).leased_bytes <= SIZE  # an RDMA write into a stopped process just ends
         one.signal(signal.SIGCONT)
         async with asyncio.timeout(PATIENCE_S):
