@@ -14,7 +14,7 @@ import click
 from aiodisagg.cli.bench_serve import bench_serve_command, numbers
 from aiodisagg.cli.bench_system import bench_control_command, bench_reuse_command, bench_system_command
 from aiodisagg.cli.bench_times import bench_times_command
-from aiodisagg.cli.process import announcer, begin, process_options, run, setup_logging
+from aiodisagg.cli.process import announcer, begin, check_plot, process_options, run, setup_logging
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 
@@ -147,12 +147,11 @@ def bench_resume_command(json_file: Path | None, plot_file: Path | None, **optio
     logging.getLogger("aiodisagg.language.peers").setLevel(logging.ERROR)  # links are lost on purpose
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
+        check_plot(plot_file)
         report = uvloop.run(bench_resume(ResumeOptions(**options), lambda text: click.echo(text, err=True)))
         write(report, json_file, plot_file)
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
-    except ImportError as error:
-        raise click.ClickException(f"{error}; pip install 'aiodisagg[bench]'") from error
     console.print(resume_tables(report))
 
 
@@ -251,6 +250,7 @@ def bench_transport_command(
         raise click.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}", param_hint="--only")
     setup_logging(0, "bench")
     try:
+        check_plot(plot_file)
         if netns:
             again = [argument for argument in sys.argv[1:] if argument != "--netns"]
             raise SystemExit(uvloop.run(in_namespace("reno", (sys.executable, "-m", "aiodisagg", *again))))
@@ -262,8 +262,6 @@ def bench_transport_command(
         write(report, json_file, plot_file)
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
-    except ImportError as error:
-        raise click.ClickException(f"{error}; pip install 'aiodisagg[bench]'") from error
     click.echo(markdown(report))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import setup_logging
+from aiodisagg.cli.process import check_plot, setup_logging
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
@@ -134,8 +134,6 @@ def bench_serve_command(**options: Any) -> None:
         _serve(**options)
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
-    except ImportError as error:
-        raise click.ClickException(f"{error}; pip install 'aiodisagg[bench]'") from error
 
 
 def _serve(
@@ -151,8 +149,7 @@ def _serve(
     from aiodisagg.bench.serve_view import append_outcomes, serve_tables
     from aiodisagg.bench.workload import generate, read_trace, write_trace
 
-    if plot_file is not None:
-        import matplotlib  # noqa: F401 - before minutes of measuring
+    check_plot(plot_file)
     described = {key: rest.pop(key) for key in MIX_KEYS}
     if trace is not None:
         rest |= {"trace": read_trace(trace), "workload": f"trace {trace.name}"}

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from aiodisagg.cli.bench_serve import numbers, progress
-from aiodisagg.cli.process import setup_logging
+from aiodisagg.cli.process import check_plot, setup_logging
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 
@@ -49,8 +49,6 @@ def bench_system_command(**options: Any) -> None:
         _system(**options)
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
-    except ImportError as error:
-        raise click.ClickException(f"{error}; pip install 'aiodisagg[bench]'") from error
 
 
 def _system(
@@ -66,8 +64,7 @@ def _system(
     from aiodisagg.bench.compare_view import best_table, compare_table, plot_compare
     from aiodisagg.bench.shapes import Setting
 
-    if plot_file is not None:
-        import matplotlib  # noqa: F401 - before an hour of measuring
+    check_plot(plot_file)
     names, known = _names(mixes), numbers("capacity", capacity, float)
     if known and len(known) != len(names):
         raise ConfigError("capacity", f"{len(names)} mixes need as many, not {len(known)}")

@@ -10,10 +10,11 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 
 import click
 
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.peer.garbage import settle
 from aiodisagg.scheduler.order import Order
 
@@ -96,6 +97,16 @@ def begin(name: str, verbose: int, parent: int | None) -> None:
     setup_logging(verbose, name)
     if parent is not None:
         die_with_parent(parent)
+
+
+def check_plot(plot_file: Path | None) -> None:
+    """Before anything is measured or simulated. Raises ConfigError where nothing can draw."""
+    if plot_file is None:
+        return
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("plot", "needs matplotlib: pip install 'aiodisagg[bench]'") from error
 
 
 def order_option(command: Command) -> Command:

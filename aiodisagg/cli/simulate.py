@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import order_option
+from aiodisagg.cli.process import check_plot, order_option
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
@@ -68,16 +68,6 @@ def show(table: Any) -> None:
 
 def say(text: str) -> None:
     click.echo(text, err=True)
-
-
-def check_plot(plot_file: Path | None) -> None:
-    """Before anything is simulated. Raises ConfigError where nothing can draw."""
-    if plot_file is None:
-        return
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("plot", "needs matplotlib: pip install 'aiodisagg[bench]'") from error
 
 
 def write_json(file: Path | None, found: Any) -> None:

@@ -21,6 +21,7 @@ from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.request import Item
 from aiodisagg.simulate.times import Costs
 from aiodisagg.simulate.tower import Tower
+from aiodisagg.simulate.wires import Ways
 
 POOL_BLOCKS, BLOCK_ROWS = 256, 256
 SOURCE_BYTES = 1 << 31
@@ -52,8 +53,7 @@ class MachineWires:
         self._linked: set[tuple[str, str]] = set()
         self._items: dict[ItemKey, Item] = {}
         self._jobs: dict[tuple[str, str], Item] = {}
-        self._sends_until: dict[str, float] = {}
-        self._receives_until: dict[str, float] = {}
+        self._ways = Ways(clock)
 
     def fetch(self, item: Item, tower: Tower, encoder: str, receiver: str) -> None:
         if encoder == receiver:
@@ -72,13 +72,11 @@ class MachineWires:
         self._feed(to, ev.ItemRequested(key, spec, PATIENCE_S))
 
     def _local(self, item: Item, peer: str) -> None:
-        moves_s = self._costs.local_s(item.rows)
-        if not moves_s:
+        ends = self._ways.ends(peer, peer, self._costs.local_s(item.rows))
+        if ends > self._clock.now:
+            self._clock.at(ends, self._here, item)
+        else:
             self._here(item)
-            return
-        begins = max(self._clock.now, self._sends_until.get(peer, 0.0), self._receives_until.get(peer, 0.0))
-        self._sends_until[peer] = self._receives_until[peer] = begins + moves_s
-        self._clock.at(begins + moves_s, self._here, item)
 
     def _here(self, item: Item) -> None:
         item.arrived = item.rows
@@ -153,9 +151,7 @@ class MachineWires:
         self._clock.at(self._clock.now, self._feed, end, ev.RowsReady(str(item.identity), item.rows))
 
     def _write(self, end: _End, write: ev.Write) -> None:
-        begins = max(self._clock.now, self._sends_until.get(end.name, 0.0), self._receives_until.get(write.peer, 0.0))
-        ends = begins + self._costs.transfer_s(write.stop - write.start)
-        self._sends_until[end.name] = self._receives_until[write.peer] = ends
+        ends = self._ways.ends(end.name, write.peer, self._costs.transfer_s(write.stop - write.start))
         chunk = Chunk(write.lease, write.start, write.stop, 0)
         self._clock.at(ends, self._feed, end, ev.ChunkWritten(write.peer, write.key, write.epoch, chunk))
 

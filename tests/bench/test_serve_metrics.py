@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from random import Random
 
 import numpy as np
 import pytest
 
+from aiodisagg.bench.exchange import latency
+from aiodisagg.bench.faults import _at as faults_at
+from aiodisagg.bench.overload import at
 from aiodisagg.bench.serve_metrics import (
     Goodput,
     Outcome,
@@ -44,6 +48,16 @@ def test_percentiles_are_those_of_numpy() -> None:
         values = sorted(draw.random() for _ in range(length))
         for p in (0, 1, 50, 90, 99, 100):
             assert percentile(values, p) == pytest.approx(float(np.percentile(values, p)))
+
+
+def test_other_benches_have_the_same_percentiles() -> None:
+    values = [float(n) for n in range(100, 0, -1)]
+    assert at(values, 99) == pytest.approx(float(np.percentile(values, 99)))
+    assert math.isnan(at([], 50))
+    assert faults_at(sorted(values), 99) == pytest.approx(float(np.percentile(values, 99)))
+    assert faults_at([], 50) == 0.0
+    few = latency("hand-off", 0, [1e-6 * n for n in range(50, 0, -1)])
+    assert few.p50_us == pytest.approx(25.5) and few.p99_us == pytest.approx(49.51), "never above the longest"
 
 
 def test_a_spread_is_in_milliseconds() -> None:

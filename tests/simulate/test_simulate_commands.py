@@ -77,7 +77,17 @@ def test_what_makes_no_sense_is_said(arguments: tuple[str, ...], message: str) -
     assert found.exit_code == 1 and message in found.output
 
 
-@pytest.mark.parametrize("command", [("simulate", "--rate", "1"), ("plan", "--load", "1")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("simulate", "--rate", "1"),
+        ("plan", "--load", "1"),
+        ("bench", "serve", "--url", "http://127.0.0.1:9"),
+        ("bench", "system", "--model", "/nowhere"),
+        ("bench", "resume", "--quick"),
+        ("bench", "transport", "--quick"),
+    ],
+)
 def test_who_cannot_draw_is_told_so_before_anything_runs(
     command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
