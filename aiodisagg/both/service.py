@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from aiodisagg.encode.core import CoreGate
+from aiodisagg.encode.device import DeviceGate
 from aiodisagg.encode.gate import InlineGate, SlackGate
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.engine.types import Delta, SamplingParams
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 _PACE_S = 0.05
 """Where prefill is not bounded either."""
 _SHARE = 0.25
-"""Of a step's time for the tower at least, on a device that both use. Steps with prompts leave it more by themselves:
-this is for streams that are slower than their pace without any."""
+"""Of a step's time for the tower at least, on a device that both use: for streams that are slower than their pace
+without any. On devices of their own it may have more."""
 
 
 class BothService:
@@ -76,10 +77,9 @@ class BothService:
         elif inter_token_s is None and language.device == encode.device == "cpu":
             self.gate = CoreGate()
         else:
-            same_device = language.device == encode.device and encode.device != "cpu"
             pace_s = inter_token_s or language.pace_ms / 1e3 or _PACE_S
-            slack = Slack(pace_s, share=_SHARE) if same_device else Slack(pace_s)
-            self.gate = SlackGate(slack, same_device=same_device)
+            same_device = language.device == encode.device and encode.device != "cpu"
+            self.gate = DeviceGate(Slack(pace_s, share=_SHARE)) if same_device else SlackGate(Slack(pace_s))
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
         self._stack = AsyncExitStack()
 

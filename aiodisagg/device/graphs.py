@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from aiodisagg.device.streams import Priority, stream
+
 logger = logging.getLogger(__name__)
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -23,10 +25,11 @@ TRIES = 3
 
 class Captures:
     """Captures into one memory pool: graphs of it are replayed one after the other, and what one has made is used
-    before the next one runs."""
+    before the next one runs. Their kernels keep the ``priority`` with which they were captured, on whatever stream they
+    are replayed."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, priority: Priority) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), stream(device, priority)
 
     def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
         """``compute`` may not wait for the device, and has run before, so that everything is compiled. It is called

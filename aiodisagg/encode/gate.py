@@ -10,9 +10,6 @@ from typing import Protocol
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.scheduler.slack import Slack
 
-TOWER_PART = 1 / 3
-"""Of the time between tokens on a device that both use, while the tower has something to do."""
-
 
 class Gate(Protocol):
     """Asked by the tower's thread before each sub-batch, told after it."""
@@ -45,28 +42,18 @@ class OpenGate:
 
 
 class SlackGate(StepWatcher):
-    """Between an engine's step thread and a tower's thread of one process: a :class:`Slack` account under a lock.
+    """Between an engine's step thread and a tower's thread: a :class:`Slack` account under a lock.
 
     The engine is never held up: ``step_began`` and ``step_ended`` take the lock for microseconds.
-
-    Args:
-        same_device: tower and engine share an accelerator. While both work each has half of it, so of the time in which
-            they did, half is counted for each: a step or a batch takes in this account what it would take alone. While
-            the tower has something to do, steps with prompts leave it ``TOWER_PART`` of the pace that streams are owed,
-            and steps that only decode keep that pace and not a faster one: what they leave makes first tokens come
-            sooner.
     """
 
-    def __init__(
-        self, slack: Slack, *, same_device: bool = False, clock: Callable[[], float] = time.monotonic
-    ) -> None:  # fmt: skip
-        self._slack, self._same_device, self._clock = slack, same_device, clock
+    def __init__(self, slack: Slack, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._slack, self._clock = slack, clock
         self._changed = threading.Condition()
         self._began = 0.0
-        self._stepping = self._wants = self._closed = False
+        self._wants = self._closed = False
         self._working = 0  # sub-batches that have begun and not been paid for
         self._batch_s = 0.0  # what the last one took
-        self._marked = self._step_both_s = self._batch_both_s = 0.0
         self.waits = 0
         """How often a sub-batch had to wait for slack."""
         self.waited_s = 0.0
@@ -75,29 +62,11 @@ class SlackGate(StepWatcher):
 
     def step_began(self) -> None:
         with self._changed:
-            self._began = self._mark()
-            self._stepping, self._step_both_s = True, 0.0
+            self._began = self._clock()
 
     def step_ended(self, decodes: int) -> None:
         with self._changed:
-            took_s = self._mark() - self._began - self._step_both_s / 2
-            self._stepping = False
-            self.stepped(took_s, decodes)
-
-    def slowed_s(self) -> float:
-        with self._changed:
-            self._mark()
-            return self._step_both_s / 2
-
-    def share(self) -> float:
-        with self._changed:
-            return 1.0 - TOWER_PART if self._same_device and (self._working or self._wants) else 1.0
-
-    def patience_s(self) -> float:
-        with self._changed:
-            if not (self._same_device and self._working and self._slack.decodes):
-                return 0.0
-            return self._began + self._slack.inter_token_s - self._clock()
+            self.stepped(self._clock() - self._began, decodes)
 
     def stepped(self, step_s: float, decodes: int) -> None:
         """A step took ``step_s``; on any thread."""
@@ -123,31 +92,19 @@ class SlackGate(StepWatcher):
                 self._changed.wait_for(lambda: self.open)
                 self._wants = False
                 self.waited_s += self._clock() - began
-            self._mark()
             self._working += not self._closed
             return not self._closed
 
     def spent(self, tower_s: float) -> None:
         with self._changed:
-            self._mark()
             self._working = max(0, self._working - 1)  # a batch that failed is paid for piece by piece
-            self._batch_s = tower_s - min(self._batch_both_s / 2, tower_s)
-            self._batch_both_s = 0.0
-            self._slack.spent(self._batch_s)
+            self._batch_s = tower_s
+            self._slack.spent(tower_s)
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-
-    def _mark(self) -> float:
-        """The time now; what has passed since the last one is counted for both, if both were at work."""
-        now = self._clock()
-        if self._same_device and self._stepping and self._working:
-            self._step_both_s += now - self._marked
-            self._batch_both_s += now - self._marked
-        self._marked = now
-        return now
 
 
 class InlineGate(StepWatcher):

@@ -14,10 +14,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aiodisagg.device.streams import Priority, own_stream
 from aiodisagg.encode.gate import Gate
 from aiodisagg.encode.queue import Piece, TowerQueue
 from aiodisagg.errors import AiodisaggError
@@ -130,7 +130,7 @@ class Tower:
 
     def _run(self) -> None:
         launched: _Launched | None = None
-        with _own_stream(self._device):
+        with own_stream(self._device, Priority.TOWER):
             while True:
                 if launched is not None and not (self._queue and self._gate.open):  # nothing to compute beside it
                     self._finish(launched)
@@ -235,15 +235,6 @@ class Tower:
         self._idle_since = now
         self._gate.spent(seconds)
         self._made(Made(pieces, rows, seconds))
-
-
-def _own_stream(device: str) -> AbstractContextManager[Any]:
-    import torch
-
-    if torch.device(device).type != "cuda":
-        return nullcontext()
-    torch.cuda.synchronize(device)  # the weights were brought on another stream
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def _event_behind(rows: Sequence[torch.Tensor]) -> Any:

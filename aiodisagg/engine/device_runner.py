@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from aiodisagg.device.graphs import Capture, Captures
+from aiodisagg.device.streams import Priority
 from aiodisagg.engine.attention import KvPool
 from aiodisagg.engine.decoder import FusedDecoder, shapes_of, unsupported
 from aiodisagg.engine.experts import BUCKETS, Experts, choose_experts
@@ -84,10 +85,12 @@ class DeviceRunner:
         self._graph_rows: torch.Tensor | None = None
         attend = kernels.attend
         self._most_pairs = attend.min_pairs if isinstance(attend, FlashPrefill) else math.inf
-        if capture is None and self.shapes.device.type == "cuda":
-            capture = Captures(self.shapes.device)
-        if capture is not None and kernels.padded and (layer is None or self.decoder.experts.captured):
-            self._make_graphs(capture, ladder, prompts)
+        able = kernels.padded and (layer is None or self.decoder.experts.captured)
+        if able and (capture is not None or self.shapes.device.type == "cuda"):
+            self._make_graphs(
+                capture or Captures(self.shapes.device, Priority.DECODES), ladder,
+                capture or Captures(self.shapes.device, Priority.PROMPTS), prompts,
+            )  # fmt: skip
         logger.info("fused decoder: kernels %s, graphs %s", sorted(kernels.fast), self.graphs is not None)
 
     @classmethod
@@ -102,11 +105,13 @@ class DeviceRunner:
             logger.exception("the fused decoder cannot run this model")
             return None
 
-    def _make_graphs(self, capture: Capture, ladder: Sequence[int], prompts: Sequence[int]) -> None:
+    def _make_graphs(
+        self, of_decodes: Capture, ladder: Sequence[int], of_prompts: Capture, prompts: Sequence[int]
+    ) -> None:
         sizes = decode_sizes(ladder)
         most = max(size.tokens for size in sizes)
         self.graphs = StepGraphs(
-            self._new_inputs(most, most), lambda step: self.decoder(step, self._pool, every=True), sizes, capture
+            self._new_inputs(most, most), lambda step: self.decoder(step, self._pool, every=True), sizes, of_decodes
         )
         sizes = prompt_sizes(self._inputs.tile_tokens, prompts)
         tokens = min(max(size.tokens for size in sizes), self._inputs.capacity)
@@ -118,7 +123,7 @@ class DeviceRunner:
             return self.decoder(step, self._pool, None if self._graph_rows is None else self._graph_rows[: step.tokens])
 
         inputs = self._new_inputs(tokens, segments)
-        self.prompt_graphs = StepGraphs(inputs, compute, sizes, capture, logits=segments)
+        self.prompt_graphs = StepGraphs(inputs, compute, sizes, of_prompts, logits=segments)
 
     def _new_inputs(self, tokens: int, segments: int) -> StepInputs:
         return new_inputs(self.shapes, tokens=tokens, segments=segments, pages=segments * self._context_pages)

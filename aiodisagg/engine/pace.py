@@ -12,9 +12,8 @@ share that is read follows from the number of tokens (:class:`Reads`).
 
 The budget is kept as far as decodes leave it: **a step may take the budget, or one and a half times what it takes
 before its first prompt token if that is more**, so prompt tokens always get at least a third of the time, and a budget
-that such steps cannot keep does not make them so small that prompts pile up. Where others want a part of the device,
-the share that is left is what counts, of the budget as of that third. And a step may not take more than twice the
-prefill that has been tried before: what has never been measured is approached, not believed.
+that such steps cannot keep does not make them so small that prompts pile up. And a step may not take more than
+twice the prefill that has been tried before: what has never been measured is approached, not believed.
 """
 
 from __future__ import annotations
@@ -152,14 +151,13 @@ class Pace:
         fixed, _, _, token, _ = self._fitted()
         return token * tokens >= fixed + self.reads.all_s
 
-    def prefill_beside(self, decodes: StepShape, start: int, most: int, share: float = 1.0, late_s: float = 0.0) -> int:
+    def prefill_beside(self, decodes: StepShape, start: int, most: int) -> int:
         """Prompt tokens, at least 1 and at most ``most``, for a step with these decodes.
 
-        ``start``: tokens before the first of them, of the request that has most. ``share``: of the device, for steps.
-        ``late_s``: what these decodes have waited for this step.
+        ``start``: tokens before the first of them, of the request that has most.
         """
         before = self._sum(decodes, self._fitted()) + self.reads.all_s
-        return self._fit_into(max(share * self.budget_s - late_s - before, _LEAST * share * before), start, most)
+        return self._fit_into(max(self.budget_s - before, _LEAST * before), start, most)
 
     def prefill_after(self, step: StepShape, start: int, most: int) -> int:
         """Prompt tokens, at most ``most``, for which this step takes twice as long; ``start`` as above."""

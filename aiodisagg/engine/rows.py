@@ -124,6 +124,7 @@ class RequestRows:
         if not self._arrived[at : at + rows.shape[0]].all():
             with torch.no_grad():
                 packed[at : at + rows.shape[0]].copy_(rows.detach())
+            self._settle()
             self._mark(at, at + rows.shape[0])
 
     def write_bytes(
@@ -149,6 +150,7 @@ class RequestRows:
                 raise self._error(item, "device memory cannot be read without a stream")
             else:
                 self._copy_in(target, data, kind)
+                self._settle()
             self._mark(at, at + count)
 
     def _copy_in(self, target: torch.Tensor, data: bytes | bytearray | memoryview, kind: torch.dtype) -> None:
@@ -159,6 +161,11 @@ class RequestRows:
         if cast:
             with torch.no_grad():
                 target.copy_(raw)
+
+    def _settle(self) -> None:
+        """Waits until this thread's copies are done: the engine reads them on a stream of its own."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _upload(
         self, stream: SideStream, target: torch.Tensor, data: bytes | bytearray | memoryview | DeviceBytes,
@@ -192,7 +199,7 @@ class RequestRows:
         if first < self._unneeded or last > self._complete or self._packed is None:
             here = f"[{self._unneeded}, {self._complete})"
             raise EngineError(self.request_id, f"rows [{first}, {last}) are wanted, {here} are here")
-        if self._stream is not None and self._packed.is_cuda:  # its memory is the side stream's, but used here too
+        if self._packed.is_cuda:  # its memory is another stream's, but used here too
             self._packed.record_stream(torch.cuda.current_stream(self._device))
         return self.visual[first:last] - start, self._packed[first:last]
 

@@ -163,11 +163,6 @@ class Scheduler:
         """By arrival."""
         return tuple(r.request_id for r in sorted(self._waiting, key=lambda r: r.order))
 
-    def only_decodes(self, now: float) -> bool:
-        """Whether the next step would do nothing but decode: nobody can be admitted, and no prompt can go on."""
-        decodes = {r.request_id for r in self._running if r.decodes}
-        return bool(self._running) and not self._worthwhile(True, decodes) and not self._admissible(now)
-
     def pages_of(self, request_id: str) -> list[int]:
         """Pages in the order of the request's tokens; empty while it waits. Not to be changed by the caller."""
         return self._requests[request_id].pages
@@ -233,18 +228,17 @@ class Scheduler:
             self.pages.forget(request.pages)
         self.pages.give_back(request.pages)
 
-    def plan_step(self, now: float, *, whole: bool = False, share: float = 1.0, late_s: float = 0.0) -> Step:
+    def plan_step(self, now: float, *, whole: bool = False) -> Step:
         """The next step. Takes pages, admits and preempts as the theory above says. ``now`` does not go back.
 
-        ``whole``: no prompt is begun, or goes on, before all of its rows are here. ``share``, ``late_s``: see
-        :meth:`Pace.prefill_beside <aiodisagg.engine.pace.Pace.prefill_beside>`.
+        ``whole``: no prompt is begun, or goes on, before all of its rows are here.
         """
         preempted: list[str] = []
         decodes = self._plan_decodes(now, preempted)
         # A victim does not come back in the same step: somebody has taken one of its pages.
         admitted = self._admit(now)
         able = [r for r in self._worthwhile(bool(decodes), {s.request_id for s in decodes}) if r.complete or not whole]
-        prefills = self._plan_prefills(now, decodes, able, share, late_s) if able else []
+        prefills = self._plan_prefills(now, decodes, able) if able else []
         return Step((*decodes, *prefills), tuple(admitted), tuple(preempted), bool(prefills))
 
     def _rank(self, request: _Request, now: float) -> Rank:
@@ -304,13 +298,11 @@ class Scheduler:
             admitted.append(request.request_id)
         return admitted
 
-    def _plan_prefills(
-        self, now: float, decodes: Sequence[Segment], prefills: Sequence[_Request], share: float, late_s: float
-    ) -> list[Segment]:
+    def _plan_prefills(self, now: float, decodes: Sequence[Segment], prefills: Sequence[_Request]) -> list[Segment]:
         budget = self.token_budget - len(decodes)
         if self._pace is not None and decodes:
             furthest = max(r.computed for r in prefills)
-            budget = self._pace.prefill_beside(StepShape.of(decodes), furthest, budget, share, late_s)
+            budget = self._pace.prefill_beside(StepShape.of(decodes), furthest, budget)
         segments: list[Segment] = []
         room = budget
         for request in sorted(prefills, key=lambda r: self._rank(r, now)):

@@ -16,14 +16,6 @@ class StepWatcher:
         """How much longer the step that began last has taken until now because others used its device."""
         return 0.0
 
-    def share(self) -> float:
-        """The part of the time between tokens that a step with prompt tokens may take; others want the rest."""
-        return 1.0
-
-    def patience_s(self) -> float:
-        """How long a step that would only decode may be put off, for the good of others; 0: not at all."""
-        return 0.0
-
     def prefill_waits(self, waits: bool) -> None:
         """Told before each step, and when there is none to do: whether there are prompt tokens to compute now."""
 

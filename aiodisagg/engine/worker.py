@@ -19,6 +19,7 @@ from time import monotonic, perf_counter
 
 import torch
 
+from aiodisagg.device.streams import Priority, own_stream
 from aiodisagg.engine.batch import EngineSequence, Runner, Work
 from aiodisagg.engine.config import EngineStats
 from aiodisagg.engine.pace import Pace, StepShape
@@ -81,7 +82,6 @@ class StepThread:
         self._arrived: set[str] = set()
         self._closing = False
         self._waited = True  # for all that the last step computed
-        self._stepped_at = 0.0  # when the last step did
         self._counts: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self.stats = EngineStats()
@@ -124,10 +124,10 @@ class StepThread:
     def _run(self) -> None:
         why = "the engine was closed"
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), own_stream(self._runner.device, Priority.PROMPTS):
                 idle = False
                 while self._take_commands(wait=idle):
-                    idle = not self._put_off() and not self._step()
+                    idle = not self._step()
         except BaseException as error:
             log.exception("the step thread failed")
             why = f"the engine stopped: {error!r}"
@@ -186,20 +186,9 @@ class StepThread:
         else:
             self._finish(command.request_id, delta=self._delta(command.request_id, "", (), FinishReason.CANCELLED))
 
-    def _put_off(self) -> bool:
-        """Lets a step that would only decode wait, as long as the watcher has patience and nothing comes."""
-        wait_s = self._watcher.patience_s() if self._scheduler.only_decodes(monotonic()) else 0.0
-        if wait_s <= 0:
-            return False
-        with self._wake:
-            return self._wake.wait_for(lambda: bool(self._inbox or self._arrived or self._closing), wait_s)
-
     def _step(self) -> bool:
         """Plans and runs one step. False: nothing to do until a command comes."""
-        late_s = perf_counter() - self._stepped_at
-        step = self._scheduler.plan_step(
-            monotonic(), whole=self._watcher.whole_prompts(), share=self._watcher.share(), late_s=late_s
-        )
+        step = self._scheduler.plan_step(monotonic(), whole=self._watcher.whole_prompts())
         self._watcher.prefill_waits(step.prefills)
         for request_id in step.preempted:
             self._set_front(request_id, reused=0)
@@ -215,7 +204,6 @@ class StepThread:
         if step.segments:
             self._watcher.step_began()
             self._compute(step)
-            self._stepped_at = perf_counter()
         self._watcher.step_ended(sum(segment.samples for segment in step.segments))
         self._publish()
         return bool(step.segments or step.admitted or step.preempted)

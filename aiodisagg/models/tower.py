@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from aiodisagg.device.graphs import Capture, Captures
+from aiodisagg.device.streams import Priority
 from aiodisagg.models.tower_graphs import AttendRanges, TowerGraphs
 
 logger = logging.getLogger(__name__)
@@ -309,7 +310,7 @@ def _use_graphs(tower: FusedTower, qkv: torch.Tensor, limit: float) -> None:
         if (off := _distance(found[:300], wanted[:300].view(300, -1))) > limit:
             logger.warning("the tower is launched, not replayed from graphs: attention is off by %.1e", off)
         else:
-            tower.use_graphs(attend, Captures(qkv.device))
+            tower.use_graphs(attend, Captures(qkv.device, Priority.TOWER))
     except ImportError as error:
         logger.info("the tower is launched, not replayed from graphs: %s", error)
     except Exception as error:  # of a driver or a library, or no memory

@@ -137,67 +137,9 @@ def test_an_engine_does_not_wait_for_a_tower_that_does_not_read() -> None:
     sender.close()
 
 
-def test_streams_on_the_towers_device_take_no_more_than_their_pace_while_it_works() -> None:
-    clock = Clock()
-    gate = SlackGate(Slack(0.05), same_device=True, clock=clock)
-    gate.step_began()
-    clock.now += 0.01
-    gate.step_ended(3)
-    assert gate.patience_s() == 0, "the tower does nothing"
-    assert gate.wait()
-    assert gate.patience_s() == pytest.approx(0.04), "50 ms from token to token"
-    clock.now += 0.06
-    assert gate.patience_s() < 0
-    gate.spent(0.06)
-    assert gate.patience_s() == 0
-    apart = SlackGate(Slack(0.05), clock=clock)
-    apart.step_began()
-    apart.step_ended(3)
-    assert apart.wait() and apart.patience_s() == 0, "on devices of their own nobody is in the way"
-
-
-def test_on_one_device_half_of_the_time_in_which_both_work_is_counted_for_each() -> None:
-    clock = Clock()
-    gate = SlackGate(Slack(0.05, share=0.25), same_device=True, clock=clock)
-    gate.step_began()
-    clock.now += 0.01
-    assert gate.wait()
-    clock.now += 0.02
-    assert gate.slowed_s() == pytest.approx(0.01)
-    gate.step_ended(2)  # 30 ms, 20 of them with the tower beside it: alone it would have taken 20
-    assert gate._slack.earned_s == pytest.approx(0.03)
-    clock.now += 0.02
-    gate.spent(0.04)  # as long with the step beside it: alone 30
-    assert gate._slack.earned_s == pytest.approx(0.0) and not gate.open
-    gate.step_began()
-    clock.now += 0.01
-    assert gate.slowed_s() == 0, "of this step and not of the last one"
-    gate.step_ended(2)
-    assert gate._slack.earned_s == pytest.approx(0.04)
-
-
-def test_steps_leave_the_tower_a_part_of_their_device_while_it_has_something_to_do() -> None:
-    gate = SlackGate(Slack(0.05), same_device=True, clock=Clock())
-    assert gate.share() == 1
-    assert gate.wait()
-    assert gate.share() == pytest.approx(2 / 3)
-    gate.step_began()
-    gate.step_ended(2)
-    gate.spent(0.08)
-    assert gate.share() == 1 and not gate.open
-    thread, told = waiting(gate)
-    while gate.share() == 1:  # the thread has said that it will ask, not that it has
-        pass
-    gate.close()
-    thread.join(PATIENCE_S)
-    assert told == [False] and gate.share() == 1
-    apart = SlackGate(Slack(0.05), clock=Clock())
-    assert apart.wait() and apart.share() == 1 and apart.slowed_s() == 0
-
-
 def test_a_batch_is_not_launched_ahead_on_slack_that_the_one_before_will_use_up() -> None:
     clock = Clock()
-    gate = SlackGate(Slack(0.05), same_device=True, clock=clock)
+    gate = SlackGate(Slack(0.05), clock=clock)
     gate.step_began()
     clock.now += 0.02
     gate.step_ended(2)

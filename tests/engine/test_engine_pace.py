@@ -206,25 +206,6 @@ def test_decodes_that_read_some_experts_already_leave_room_for_as_much_more_of_a
         assert took == pytest.approx(max(BUDGET_S, 1.5 * before(machine, streams)), rel=0.05)
 
 
-def test_what_others_want_of_the_device_and_what_streams_have_waited_is_left_out_of_a_step() -> None:
-    pace = Pace(BUDGET_S)
-    for tokens in (64, 128, 0, 256, 512, 900, 1, 700):
-        shape = StepShape(4, 400, tokens, 0.5 * tokens**2)
-        pace.observe(shape, GPU.seconds(shape))
-
-    def took(share: float, late_s: float) -> float:
-        tokens = pace.prefill_beside(StepShape(4, 400), 0, 5000, share, late_s)
-        return GPU.seconds(StepShape(4, 400, tokens, 0.5 * tokens**2))
-
-    assert took(1.0, 0.0) == pytest.approx(0.05, rel=0.1)
-    assert took(0.6, 0.0) == pytest.approx(0.03, rel=0.1)
-    assert took(1.0, 0.02) == pytest.approx(0.03, rel=0.1)
-    alone = GPU.seconds(StepShape(4, 400))
-    assert took(0.5, 0.05) == pytest.approx(1.25 * alone, rel=0.1), (
-        "prompts go on, with their share of a third of the time"
-    )
-
-
 def test_expectations_are_right_where_nothing_was_measured() -> None:
     pace, draw = Pace(BUDGET_S), random.Random(1)
     for _ in range(200):

@@ -89,19 +89,6 @@ def test_admission_is_in_order_and_leaves_a_page_for_who_runs() -> None:
     assert s.plan_step(0.0).admitted == ("b", "c")
 
 
-def test_only_decodes_are_left_while_nobody_else_can_go_on_or_come_in() -> None:
-    s = make(num_pages=8, token_budget=32)
-    s.add("a", 16, 8, front=16)
-    s.add("b", 20, 1, front=20)
-    assert not s.only_decodes(0.0), "a prompt waits for its first step"
-    assert run(s).admitted == ("a",)
-    assert s.only_decodes(0.0), "b does not fit beside a, so the next step has nothing but a's next token"
-    s.add("c", 4, 1, front=4)
-    assert s.only_decodes(0.0), "nor may c pass b"
-    s.remove("b")
-    assert not s.only_decodes(0.0), "c fits"
-
-
 def test_the_newest_gives_its_pages_to_the_oldest_and_comes_back_with_all_it_had() -> None:
     s = make(num_pages=4)
     s.add("old", 4, 8, front=4)

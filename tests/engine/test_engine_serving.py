@@ -16,7 +16,6 @@ from tiny_engine import HIDDEN, ask, decode, deliver_all, make_engine, make_plan
 from aiodisagg.engine.batch import pool_bytes_on
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
-from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.types import FinishReason, SamplingParams, Usage
 from aiodisagg.errors import ConfigError, EncodeFailed, EngineError, InvalidRequest, Overloaded, PromptTooLong
 from aiodisagg.protocol.rows import RowLayout
@@ -343,36 +342,3 @@ def test_a_pool_of_no_stated_size_takes_what_a_gpu_has_left(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * gib, 80 * gib))
     with pytest.raises(ConfigError, match="9216 of 81920 MiB are free"):
         pool_bytes_on(gpu)
-
-
-async def test_a_patient_watcher_holds_decodes_back_and_nothing_else() -> None:
-    """A stream that could have all its tokens waits; a prompt that comes meanwhile is computed at once, and the stream
-    gets a token in the same step."""
-
-    class Patient(StepWatcher):
-        """Patient for ever, once told that a stream decodes."""
-
-        decoding = 0
-        asked = threading.Event()
-
-        def step_ended(self, decodes: int) -> None:
-            self.decoding = decodes
-
-        def patience_s(self) -> float:
-            if not self.decoding:
-                return 0.0
-            self.asked.set()
-            return 600.0
-
-    watcher = Patient()
-    config = EngineConfig(num_pages=128, token_budget=64)
-    async with Engine(tiny_model("dense"), decode, frozenset(), config, watcher=watcher) as engine:
-        stream = submit(engine, make_plan([5]), max_tokens=3)
-        first = await anext(aiter(deltas := aiter(stream)))
-        assert len(first.token_ids) == 1 and await asyncio.to_thread(watcher.asked.wait, 30)
-        prompt = await ask(engine, make_plan([7], seed=2), max_tokens=1)
-        assert len(prompt.tokens) == 1
-        assert len((await anext(deltas)).token_ids) == 1, "it came along with the prompt"
-        await ask(engine, make_plan([9], seed=3), max_tokens=1)
-        assert (await anext(deltas)).finish_reason is FinishReason.LENGTH
-        await deltas.aclose()
