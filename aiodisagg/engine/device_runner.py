@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class DeviceRunner:
         max_context: most tokens of a request.
         kernels, experts: chosen and checked on the device unless given.
         row_width: elements of the rows of items; None: not known, and steps with rows are always launched.
-        capture: how steps are captured, where the kernels allow it; None: as CUDA graphs, on a GPU.
+        captures: how steps of a priority are captured, where the kernels allow it; None: as CUDA graphs, on a GPU.
         ladder, prompts: sizes that are, see :mod:`aiodisagg.engine.graphs`.
     """
 
@@ -60,7 +61,7 @@ class DeviceRunner:
         kernels: Kernels | None = None,
         experts: Experts | None = None,
         row_width: int | None = None,
-        capture: Capture | None = None,
+        captures: Callable[[Priority], Capture] | None = None,
         ladder: Sequence[int] = DECODES,
         prompts: Sequence[int] = PROMPT_TOKENS,
         buckets: Sequence[int] = BUCKETS,
@@ -85,12 +86,10 @@ class DeviceRunner:
         self._graph_rows: torch.Tensor | None = None
         attend = kernels.attend
         self._most_pairs = attend.min_pairs if isinstance(attend, FlashPrefill) else math.inf
-        able = kernels.padded and (layer is None or self.decoder.experts.captured)
-        if able and (capture is not None or self.shapes.device.type == "cuda"):
-            self._make_graphs(
-                capture or Captures(self.shapes.device, Priority.DECODES), ladder,
-                capture or Captures(self.shapes.device, Priority.PROMPTS), prompts,
-            )  # fmt: skip
+        if captures is None and self.shapes.device.type == "cuda":
+            captures = partial(Captures, self.shapes.device)
+        if captures is not None and kernels.padded and (layer is None or self.decoder.experts.captured):
+            self._make_graphs(captures, ladder, prompts)
         logger.info("fused decoder: kernels %s, graphs %s", sorted(kernels.fast), self.graphs is not None)
 
     @classmethod
@@ -106,14 +105,14 @@ class DeviceRunner:
             return None
 
     def _make_graphs(
-        self, of_decodes: Capture, ladder: Sequence[int], of_prompts: Capture, prompts: Sequence[int]
+        self, captures: Callable[[Priority], Capture], ladder: Sequence[int], prompts: Sequence[int]
     ) -> None:
-        sizes = decode_sizes(ladder)
+        sizes, capture = decode_sizes(ladder), captures(Priority.DECODES)
         most = max(size.tokens for size in sizes)
         self.graphs = StepGraphs(
-            self._new_inputs(most, most), lambda step: self.decoder(step, self._pool, every=True), sizes, of_decodes
+            self._new_inputs(most, most), lambda step: self.decoder(step, self._pool, every=True), sizes, capture
         )
-        sizes = prompt_sizes(self._inputs.tile_tokens, prompts)
+        sizes, capture = prompt_sizes(self._inputs.tile_tokens, prompts), captures(Priority.PROMPTS)
         tokens = min(max(size.tokens for size in sizes), self._inputs.capacity)
         segments = max(size.decodes for size in sizes) + PROMPTS
         if self._row_width is not None:
@@ -123,7 +122,7 @@ class DeviceRunner:
             return self.decoder(step, self._pool, None if self._graph_rows is None else self._graph_rows[: step.tokens])
 
         inputs = self._new_inputs(tokens, segments)
-        self.prompt_graphs = StepGraphs(inputs, compute, sizes, of_prompts, logits=segments)
+        self.prompt_graphs = StepGraphs(inputs, compute, sizes, capture, logits=segments)
 
     def _new_inputs(self, tokens: int, segments: int) -> StepInputs:
         return new_inputs(self.shapes, tokens=tokens, segments=segments, pages=segments * self._context_pages)

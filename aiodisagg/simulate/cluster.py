@@ -11,7 +11,7 @@ import msgspec
 from aiodisagg.bench.workload import WorkloadRequest
 from aiodisagg.engine.pace import Pace
 from aiodisagg.errors import AiodisaggError, ConfigError
-from aiodisagg.scheduler.slack import Slack
+from aiodisagg.scheduler.slack import SHARE, Slack
 from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.device import Device
 from aiodisagg.simulate.doors import Door, Doors, open_door
@@ -25,6 +25,10 @@ from aiodisagg.simulate.wires import TimedWires, Wires
 
 ROUTER_ASKS = 32
 """Peers that the router looks at for a request, chosen by chance where there are more."""
+
+
+SHARED = 0.25
+"""Of a step's time for the tower at least, on a device that both use: as of ``BothService``."""
 
 
 class Routing(enum.StrEnum):
@@ -43,7 +47,8 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``replicas``: monoliths that encode inside the engine's loop. ``links``: encode peers that a language peer knows.
     ``overlap``: prefill begins with the rows that are here; else when all are. ``routing``: who chooses the language
-    peer of a request, and how. ``tower_share``: of a device whose engine works too.
+    peer of a request, and how. ``tower_share``: of a device whose engine works too; ``priorities``: instead, steps
+    with prompts go first there, then the tower, then decodes, and prompts are computed in one piece beside the tower.
     ``turns``: prefills and the tower of one device go by the age of requests; else both at once.
     ``inter_token_ms``: what prefill, and a tower beside the engine, leave to running streams; 0: no bound.
     A replica has none. ``pace_ms``: the same for prefill alone, also of replicas; None: as ``inter_token_ms``.
@@ -61,6 +66,7 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     routing: Routing = Routing.WORK
     links: int = 16
     tower_share: float = 0.5
+    priorities: bool = False
     inter_token_ms: float = 50.0
     pace_ms: float | None = None
     coalesce_tokens: int = 0
@@ -143,7 +149,9 @@ class Cluster:
         return int(getattr(self.system, "replicas" if role == "replica" else role))
 
     def _peer(self, name: str, role: str) -> Peer:
-        device = Device(self.clock, self.system.tower_share, self.costs.times.shared_speed)
+        priorities = self.system.priorities and role == "both"
+        speed = self.costs.times.shared_speed
+        device = Device(self.clock, self.system.tower_share, speed, priorities=priorities)
         peer = Peer(name, role, device)
         if role != "encode":
             pace_ms = self._pace_ms(role)
@@ -159,7 +167,7 @@ class Cluster:
                 peer.preparing = Preparing(self.clock, self.costs, engine.prepared, lambda: True)
         if role in ("encode", "both"):
             gated = role == "both" and self.system.inter_token_ms > 0
-            slack = Slack(self.system.inter_token_ms / 1e3) if gated else None
+            slack = Slack(self.system.inter_token_ms / 1e3, share=SHARED if priorities else SHARE) if gated else None
             peer.tower = Tower(self.clock, self.costs, device.tower, kept_rows=self.system.kept_rows, slack=slack)
             if peer.engine is not None:
                 peer.engine.beside = peer.tower

@@ -48,7 +48,7 @@ SHAPES: Mapping[str, System] = {
         _shape("dp2-both", links=1, **_CORE),
         _shape("2both", **_CORE),
         _shape("gpu-dp2", replicas=2, both=0, overlap=False, routing=Routing.TURN),
-        _shape("gpu-flexible", pace_ms=50.0, routing=Routing.TURN),
+        _shape("gpu-flexible", pace_ms=50.0, priorities=True, routing=Routing.TURN),
         _shape("gpu-1+1", both=0, encode=1, language=1, pace_ms=50.0),
         _shape("gpu-1+1-waits", both=0, encode=1, language=1, pace_ms=50.0, overlap=False),
     )

@@ -42,17 +42,27 @@ class Lane:
         self._done()
 
 
+LEFT = 0.05
+"""Of a device, for who does not go first: the gaps between two kernels."""
+
+
 class Device:
     """Two lanes. Alone, a lane runs at full speed; together the tower gets ``tower_share`` of ``shared_speed``.
 
-    That is what two streams of a GPU or two threads of a core do; a share stands for priorities, or for an encode
-    side that takes only what the engine's decode budget leaves.
+    That is what two streams of a GPU or two threads of a core do. With ``priorities`` the share follows from what the
+    engine does: ``LEFT`` for the tower beside prompts, for the engine else, see :mod:`aiodisagg.device.streams`.
     """
 
-    def __init__(self, clock: Clock, tower_share: float, shared_speed: float) -> None:
+    def __init__(self, clock: Clock, tower_share: float, shared_speed: float, *, priorities: bool = False) -> None:
         self.clock = clock
         self.engine, self.tower = Lane(self), Lane(self)
-        self._both = {self.tower: tower_share * shared_speed, self.engine: (1 - tower_share) * shared_speed}
+        self._tower_share, self._shared_speed, self.priorities = tower_share, shared_speed, priorities
+        self.prompts = False
+        """The engine's step has prompt tokens; to be set before it starts."""
+        self.step_waited_s = 0.0
+        """Of the step at work or done last: beside batches that went first."""
+        self.batch_waited_s = 0.0
+        """Of the batch: beside steps that did."""
         self._since = 0.0
         self.busy_s = 0.0
         """Seconds in which at least one lane had work."""
@@ -71,6 +81,11 @@ class Device:
             if lane.busy:
                 lane.busy_s += passed
                 lane.left_s = max(lane.left_s - passed * lane.speed, 0.0)
+        if self.priorities and self.engine.busy and self.tower.busy:
+            if self.prompts:
+                self.batch_waited_s += passed
+            else:
+                self.step_waited_s += passed
 
     def before_change(self, lane: Lane) -> None:
         self.update()
@@ -80,10 +95,15 @@ class Device:
     def changed(self, lane: Lane) -> None:
         together = self.engine.busy and self.tower.busy
         for each in (self.engine, self.tower):
-            speed = self._both[each] if together else 1.0
+            speed = self._together(each) if together else 1.0
             if each.busy and (each is lane or speed != each.speed):
                 each.speed = speed
                 self.arm(each)
+
+    def _together(self, lane: Lane) -> float:
+        """Speed of a lane while both have work."""
+        share = self._tower_share if not self.priorities else LEFT if self.prompts else 1 - LEFT
+        return self._shared_speed * (share if lane is self.tower else 1 - share)
 
     def arm(self, lane: Lane) -> None:
         lane.version += 1

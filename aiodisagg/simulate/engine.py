@@ -161,7 +161,9 @@ class Engine:
 
     def _begin(self) -> None:
         encoding = self._encode_batch() if self._to_encode else 0.0
-        step = self.scheduler.plan_step(self.device.clock.now)
+        # Beside a tower that goes before decodes a chunk would delay the rows that the rest of its prompt waits for.
+        whole = self.device.priorities and self.beside is not None and self.beside.working
+        step = self.scheduler.plan_step(self.device.clock.now, whole=whole)
         if self._to_encode and step.admitted and not encoding:  # who was let in now need not wait for the next step
             encoding = self._encode_batch()
             if encoding and not step.segments:
@@ -199,6 +201,7 @@ class Engine:
         self.steps += self._planned
         self._step_s = spent + encoding
         self._began_s, self._decodes = self.device.clock.now, decodes
+        self.device.prompts, self.device.step_waited_s = bool(prefills), 0.0
         self.device.engine.start(self._step_s * self._planned, self._end)
 
     def _encode_batch(self) -> float:
@@ -243,10 +246,12 @@ class Engine:
             self.device.clock.at(now + moved_s, self._rows_come, batch)
         segments = self._segments if steps == 1 else self.scheduler.leap(self._segments, steps)
         self._planned = 1
+        step_s = (now - self._began_s) / steps
+        own_s = step_s - self.device.step_waited_s
         if self._pace is not None:
-            self._pace.observe(StepShape.of(segments), (now - self._began_s) / steps)
+            self._pace.observe(StepShape.of(segments), own_s)
         if self.beside is not None:
-            self.beside.stepped((now - self._began_s) / steps, self._decodes, steps)
+            self.beside.stepped(own_s, self._decodes, steps)
         for segment in segments:
             request = self._requests[segment.request_id]
             goes_on = False

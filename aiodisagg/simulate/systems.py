@@ -27,8 +27,8 @@ def split_overlap(devices: int, encode: int) -> System:
 
 
 def flexible(devices: int) -> System:
-    """Every peer encodes and computes; beside an engine at work, the tower's stream has priority."""
-    return System("flexible", both=devices, tower_share=0.8)
+    """Every peer encodes and computes, as ``BothService`` does on an accelerator."""
+    return System("flexible", both=devices, priorities=True, turns=False)
 
 
 def static_split(devices: int, encode: int) -> System:

@@ -158,12 +158,13 @@ class Tower:
         for item in self._at_work:
             if item.request.served_s < 0:
                 item.request.served_s = self._clock.now
+        self._lane.device.batch_waited_s = 0.0
         self._lane.start(self.costs.tower_s(patches), lambda: self._encoded(identities))
         self._preparing.feed()
 
     def _encoded(self, identities: list[int]) -> None:
         if self.slack is not None:
-            self.slack.spent(self._clock.now - self._began_s)
+            self.slack.spent(self._clock.now - self._began_s - self._lane.device.batch_waited_s)
         self._at_work = []
         self._next()
         for identity in identities:

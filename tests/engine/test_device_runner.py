@@ -13,7 +13,8 @@ import torch
 from test_engine_exact import NEW, cases
 from tiny_engine import HIDDEN, ask, make_engine, make_plan, make_rows, tiny_model
 
-from aiodisagg.device.graphs import TRIES, Captures
+from aiodisagg.device.graphs import TRIES, Capture, Captures
+from aiodisagg.device.streams import Priority
 from aiodisagg.engine import experts as experts_module
 from aiodisagg.engine import kernels, triton_attention, triton_layers
 from aiodisagg.engine.batch import EngineSequence, Work
@@ -220,11 +221,32 @@ def test_prompts_that_cannot_be_captured_leave_decodes_their_graphs(monkeypatch:
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(StepGraphs, "capture", capture)
-    engine = interpreted(tiny_model("moe"), capture=again, ladder=(2,), prompts=(16,))
+    engine = interpreted(tiny_model("moe"), captures=lambda priority: again, ladder=(2,), prompts=(16,))
     runner = engine._runner.device_runner
     assert runner is not None
     runner.warm_up()
     assert runner.graphs is not None and runner.prompt_graphs is None
+    engine._runner.release()
+
+
+def test_steps_with_prompts_are_captured_to_go_before_others_and_decodes_after_them() -> None:
+    asked: list[Priority] = []
+
+    def captures(priority: Priority) -> Capture:
+        def capture(compute: Callable[[], None]) -> Callable[[], None]:
+            asked.append(priority)
+            return compute
+
+        return capture
+
+    engine = interpreted(tiny_model("moe"), captures=captures, ladder=(2,), prompts=(16,))
+    runner = engine._runner.device_runner
+    assert runner is not None and runner.graphs is not None and runner.prompt_graphs is not None
+    for graphs, priority in ((runner.graphs, Priority.DECODES), (runner.prompt_graphs, Priority.PROMPTS)):
+        graphs._compute = lambda step: step.ids[:, None]
+        graphs.capture()
+        assert set(asked) == {priority} and len(asked) == len(graphs.sizes)
+        asked.clear()
     engine._runner.release()
 
 
@@ -263,7 +285,7 @@ def test_replayed_steps_give_what_launched_ones_give(monkeypatch: pytest.MonkeyP
     plan = make_plan([2, (1, 2, 3), 3])
     rows = make_rows(plan, 3)
     width = rows[0].shape[1]
-    engine = interpreted(model, capture=again, ladder=(2,), prompts=(16,), row_width=width)
+    engine = interpreted(model, captures=lambda priority: again, ladder=(2,), prompts=(16,), row_width=width)
     runner = engine._runner.device_runner
     assert runner is not None and runner.graphs is not None and runner.prompt_graphs is not None
     runner.graphs.capture()

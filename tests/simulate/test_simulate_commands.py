@@ -53,7 +53,7 @@ def test_a_trace_file_is_run_as_it_is_and_times_may_be_a_file(tmp_path: Path) ->
     found = call(*asked, "--times", str(times))
     assert found.exit_code == 0, found.output
     from_file = msgspec.json.decode(out.read_bytes(), type=list[Report])[0]
-    assert from_file == run(System("flexible", both=2, tower_share=0.8), slow, workload)
+    assert from_file == run(System("flexible", both=2, priorities=True, turns=False), slow, workload)
     assert call(*asked).exit_code == 0
     assert msgspec.json.decode(out.read_bytes(), type=list[Report])[0].ttft.mean < from_file.ttft.mean
 

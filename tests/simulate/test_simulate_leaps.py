@@ -8,10 +8,11 @@ import msgspec
 import pytest
 
 from aiodisagg.bench.distributions import Ranges
+from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.workload import Gamma, Mix, generate
 from aiodisagg.engine.schedule import Scheduler, Segment
 from aiodisagg.simulate.clock import Clock
-from aiodisagg.simulate.cluster import Cluster
+from aiodisagg.simulate.cluster import Cluster, System
 from aiodisagg.simulate.device import Device
 from aiodisagg.simulate.leap import LeapingScheduler
 from aiodisagg.simulate.systems import flexible, replicas
@@ -117,3 +118,30 @@ def test_two_lanes_share_a_device_and_nothing_is_lost() -> None:
     assert ended == {"tower": pytest.approx(3.0), "engine": pytest.approx(3.5)}
     assert device.busy_s == pytest.approx(3.5)
     assert device.tower.busy_s == pytest.approx(2.0)
+
+
+def test_with_priorities_who_goes_first_follows_from_the_step() -> None:
+    """A step with prompts holds the tower up and not itself; one that only decodes is held up, and is said to be."""
+    for prompts, engine_s, tower_s in ((True, 1.0 / 0.95, 1.5), (False, 1.5, 0.5 / 0.95)):
+        clock = Clock()
+        device = Device(clock, tower_share=0.5, shared_speed=1.0, priorities=True)
+        ended: dict[str, float] = {}
+        device.prompts = prompts
+        device.engine.start(1.0, lambda: ended.__setitem__("engine", clock.now))  # noqa: B023 - ends in this turn
+        device.tower.start(0.5, lambda: ended.__setitem__("tower", clock.now))  # noqa: B023
+        clock.run()
+        assert ended == {"engine": pytest.approx(engine_s), "tower": pytest.approx(tower_s)}
+        both = min(engine_s, tower_s)
+        assert (device.batch_waited_s, device.step_waited_s) == pytest.approx((both, 0) if prompts else (0, both))
+        assert device.busy_s == pytest.approx(1.5), "nothing is lost"
+
+
+def test_priorities_make_first_tokens_sooner_than_equal_parts() -> None:
+    workload = generate(named_mix("images-1-8"), Gamma(5.0), 60, 5)
+    system = System("equal", both=2, turns=False)
+    means = []
+    for one in (system, msgspec.structs.replace(system, priorities=True)):
+        cluster = Cluster(one, read_times("h200"))
+        cluster.run(workload)
+        means.append(sum(r.first_s - r.source.arrival_s for r in cluster.requests) / len(cluster.requests))
+    assert means[1] < 0.9 * means[0]
