@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from aiodisagg.cli.process import check_plot, order_option
 from aiodisagg.errors import AiodisaggError, ConfigError
@@ -89,11 +90,13 @@ def write_json(file: Path | None, found: Any) -> None:
 @order_option
 @click.option("--compare", "measured", type=click.Path(path_type=Path), help="Report of bench system to predict.")
 @workload_options
-def simulate(measured: Path | None, **options: Any) -> None:
+@click.pass_context
+def simulate(context: click.Context, /, measured: Path | None, **options: Any) -> None:
     """Run the scheduling policies over simulated peers: latencies, goodput and utilisation of each system."""
     try:
         check_plot(options["plot_file"])
         if measured is not None:
+            _alone(context, {"measured", "times", "small", "json_file"})
             _compare(measured, **options)
         else:
             _simulate(**options)
@@ -144,18 +147,21 @@ def _simulate(
         plot_runs(found, plot_file)
 
 
-def _compare(
-    measured: Path, *, times: str, small: bool, json_file: Path | None, plot_file: Path | None, trace: Path | None,
-    **_: Any,
-) -> None:  # fmt: skip
+def _alone(context: click.Context, able: Container[str]) -> None:
+    """Raises ConfigError if other options are given than those."""
+    for option in context.command.params:
+        name = option.name or ""
+        if name not in able and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ConfigError("compare", f"what was measured says what to simulate: {option.opts[0]} cannot be given")
+
+
+def _compare(measured: Path, *, times: str, small: bool, json_file: Path | None, **_: Any) -> None:
     from aiodisagg.bench.compare import small_mixes
     from aiodisagg.bench.mixes import MIX_NAMES, named_mix
     from aiodisagg.simulate.compare import compare, read_measured, verdict
     from aiodisagg.simulate.tables import COMPARE_COLUMNS, compare_rows, table
     from aiodisagg.simulate.times import read_times
 
-    if plot_file is not None or trace is not None:
-        raise ConfigError("compare", "draws nothing and replays no trace: what was measured says what to simulate")
     mixes = small_mixes() if small else {name: named_mix(name) for name in MIX_NAMES}
     cells = compare(read_measured(measured), read_times(times), mixes)
     show(table("Time to first token, milliseconds", COMPARE_COLUMNS, compare_rows(cells)))

@@ -157,7 +157,7 @@ class PeerBook(Generic[K]):
         item.missing_bytes -= size_bytes
         if item.missing_bytes > 0 or not item.clean:
             return
-        if item.ready is not None and item.ready_bytes > 0 and not self.costs.local:
+        if item.ready is not None and item.ready_bytes > 0:
             self.costs.transferred(item.ready_bytes, now - item.ready)
         self.costs.finished(item.placed.finish_s, now - item.asked)
 

@@ -206,10 +206,8 @@ def _two(products: Sequence[Sequence[float]], cross: Sequence[float], common: fl
 class PeerCosts:
     """The three stages of one peer, and its link, as one language peer sees them. Not thread-safe."""
 
-    def __init__(self, rates: Rates | None = None, *, local: bool = False) -> None:
-        """``local``: this process's own tower, whose rows are not transferred."""
+    def __init__(self, rates: Rates | None = None) -> None:
         rates = rates or Rates()
-        self.local = local
         self.prepare_threads = 1
         self.prepare = StageModel((rates.prepare_s, rates.prepare_patch_s))
         self.tower = StageModel((rates.tower_s, rates.tower_patch_s, rates.tower_square_s))
@@ -233,7 +231,7 @@ class PeerCosts:
         return Service(
             item_s + patch_s * patches,
             batch_s + row_s * patches + square_s * size.squares,
-            0.0 if self.local else trip_s + byte_s * size.size_bytes,
+            trip_s + byte_s * size.size_bytes,
         )
 
     def prepared(self, size: Size, seconds: float) -> float:

@@ -29,9 +29,9 @@ def item(digest: str, patches: int = 1, prefill_s: float = 0.0) -> Wanted:
 
 
 def peer(
-    name: str, ahead_s: float = 0.0, standing: Standing = Standing.READY, *, local: bool = False, **held: float
+    name: str, ahead_s: float = 0.0, standing: Standing = Standing.READY, **held: float
 ) -> PeerView:  # fmt: skip
-    return PeerView(name, PeerCosts(UNIT, local=local), Backlog(tower_s=ahead_s), standing, held)
+    return PeerView(name, PeerCosts(UNIT), Backlog(tower_s=ahead_s), standing, held)
 
 
 def where(found: Placement | None) -> str:
@@ -48,11 +48,6 @@ def test_the_earliest_finish_counts_preparing_tower_and_transfer() -> None:
     assert found is not None
     assert (found.peer, round(found.ready_s, 6), round(found.finish_s, 6), found.held) == ("b", 7.0, 7.5, False)
     assert where(place(item("x", 4), [peer("a", 0.5), peer("b", 0.75)])) == "a", "a tie: preparing hides the queue"
-
-
-def test_the_local_tower_wins_by_what_the_transfer_costs_and_no_more() -> None:
-    assert where(place(item("x"), [peer("far", 2.0), peer("near", 2.4, local=True)])) == "near"
-    assert where(place(item("x"), [peer("far", 2.0), peer("near", 2.6, local=True)])) == "far"
 
 
 def test_a_faster_peer_with_a_longer_queue() -> None:

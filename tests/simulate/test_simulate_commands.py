@@ -68,7 +68,9 @@ def test_a_trace_file_is_run_as_it_is_and_times_may_be_a_file(tmp_path: Path) ->
         (("simulate", "--workload", "poems"), "'poems' is none of"),
         (("plan", "--load", "-1"), "is no goal"),
         (("simulate", "--trace", "x.jsonl", "--rate", "4"), "has its own arrival times"),
-        (("simulate", "--compare", "x.json", "--plot", "x.png"), "draws nothing"),
+        (("simulate", "--compare", "x.json", "--plot", "x.png"), "--plot cannot be given"),
+        (("simulate", "--compare", "x.json", "--system", "flexible"), "--system cannot be given"),
+        (("simulate", "--requests", "100", "--compare", "x.json"), "--requests cannot be given"),
         (("bench", "simulate", "--study", "luck"), "is none of two-devices"),
     ],
 )
