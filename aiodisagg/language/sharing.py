@@ -128,9 +128,16 @@ class Sharing:
     def _share(self, key: ItemKey, wanted: _Wanted, fan: FanOut) -> None:
         self._traces.shared(key, self.sharers(key)[0], fan.counted)
         wanted.fan = fan
-        wanted.timer = self._loop.call_at(wanted.deadline, self._too_late, key)
+        self._arm([key])
         if spans := fan.share(key):
             self._work(fan.here * self._row_bytes, partial(fan.catch_up, key, spans), f"catch up {key}")
+
+    def _arm(self, keys: Sequence[ItemKey]) -> None:
+        """From now on they know by themselves when it is too late."""
+        for key in keys:
+            wanted = self._wanted.get(key)
+            if wanted is not None and wanted.timer is None:
+                wanted.timer = self._loop.call_at(wanted.deadline, self._too_late, key)
 
     def _work(self, size_bytes: int, work: Callable[[], None], name: str) -> None:
         """Small work now, large on a thread."""
@@ -258,6 +265,7 @@ class Sharing:
         if failed.code == "deadline":
             landing, heir = self.flights.expired(leg, self._loop.time())
         else:
+            self._arm(self.sharers(leg))  # who began the fetch relied on its deadline
             landing = self.flights.failed(leg)
         if landing is not None:
             for other in landing.cancel:

@@ -58,8 +58,9 @@ from aiodisagg.protocol.messages import (
     Release,
     Want,
 )
+from aiodisagg.protocol.meta import MetaLedger
 from aiodisagg.protocol.ranges import RangeSet
-from aiodisagg.protocol.rows import AUX_INTS, ModelFingerprint, Region
+from aiodisagg.protocol.rows import ModelFingerprint
 
 Actions = list[ReceiverAction]
 _OF_A_PEER = (Offer, Progress, Commit, Fenced, Refuse, LinkLost, LinkUp)
@@ -96,7 +97,7 @@ class IncomingItem:
         self.peer: str | None = None
         self.epoch = 0
         self.held = RangeSet()
-        self.meta = {region: RangeSet() for region in spec.meta}
+        self.meta = MetaLedger.of(spec.meta, spec.rows)
         self.claimed = RangeSet()
         self.pending = RangeSet()
         self.lends: dict[int, LentBlock] = {}
@@ -139,10 +140,7 @@ class IncomingItem:
 
     @property
     def complete(self) -> bool:
-        rows = self.spec.rows
-        return self.held.covers(0, rows) and all(
-            spans.covers(0, 1 if region is Region.AUX else rows) for region, spans in self.meta.items()
-        )
+        return self.held.covers(0, self.spec.rows) and not self.meta.lacking
 
     # -- placement and epochs ------------------------------------------------------------------------------------
 
@@ -164,10 +162,9 @@ class IncomingItem:
         media = None if self.peer in self._has_media else spec.media
         self._has_media.add(self.peer)
         self._sent_media = media is not None
-        lacking = tuple(sorted(r for r, spans in self.meta.items() if not spans.covers(0, self._meta_rows(r))))
         want = Want(
             self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.spans(),
-            lacking, self.model, max(0.0, self.deadline - now), media,
+            self.meta.lacking, self.model, max(0.0, self.deadline - now), media,
         )  # fmt: skip
         return [*actions, Send(self.peer, want)]
 
@@ -209,7 +206,17 @@ class IncomingItem:
 
     def _link_up(self, event: LinkUp, now: float) -> Actions:
         self._linked = True
+        if self._tried():
+            return self._fail_over(now, "its link was lost again and again")
         return self._new_epoch(now, f"link to {event.peer} is back")
+
+    def _tried(self) -> bool:
+        """An epoch brought nothing; whether it was the last one that this peer gets."""
+        self._attempts += 1
+        if self._attempts < self._config.max_attempts:
+            return False
+        self._attempts = 0
+        return True
 
     def _timer(self, event: TimerFired, now: float) -> Actions:
         if now >= self.deadline:
@@ -222,12 +229,13 @@ class IncomingItem:
             self._stalls += 1
             if self._stalls >= self._config.max_stalls:
                 return self._fail_over(now, f"no answer to {self._stalls} questions")
-        elif any(not block.revoked and block.lend.start < self.ready for block in self.lends.values()):
-            self._attempts += 1
-            if self._attempts >= self._config.max_attempts:
-                self._attempts = 0
-                return self._fail_over(now, "rows that are ready do not arrive")
+        elif self._owes() and self._tried():
+            return self._fail_over(now, "rows that are ready do not arrive")
         return self._new_epoch(now, f"no progress in {self._config.stall_s:g} s")
+
+    def _owes(self) -> bool:
+        """The peer has rows that it was lent blocks for."""
+        return any(not block.revoked and block.lend.start < self.ready for block in self.lends.values())
 
     # -- what the sender says ------------------------------------------------------------------------------------
 
@@ -289,24 +297,13 @@ class IncomingItem:
             if not self._pool.issued(chunk.lease):
                 raise RemoteProtocolError(peer, f"item {self.key}: lease {chunk.lease} was never given")
             return
-        lend, rows = block.lend, chunk.stop - chunk.start
+        lend = block.lend
         if block.owner != self.key or block.peer != peer:
             raise RemoteProtocolError(peer, f"item {self.key}: lease {chunk.lease} is not for it")
         if not lend.start <= chunk.start < chunk.stop <= lend.stop:
             raise RemoteProtocolError(peer, f"item {self.key}: {chunk} is outside {lend}")
-        sizes = {Region.FILL_IDS: 4 * rows, Region.MROPE: 12 * rows, Region.AUX: 4 * AUX_INTS}
-        parts = {} if meta is None else {Region.FILL_IDS: meta.fill_ids, Region.MROPE: meta.mrope, Region.AUX: meta.aux}
-        for region, size in sizes.items():
-            data = parts.get(region)
-            lacking = region in self.meta and not self._has_meta(region, chunk)
-            if (lacking and data is None) or (data is not None and len(data) != size):
-                raise RemoteProtocolError(peer, f"item {self.key}: region {region.name} does not fit {chunk}")
-        if meta is not None and (meta.start, meta.stop) != (chunk.start, chunk.stop):
-            raise RemoteProtocolError(peer, f"item {self.key}: small regions of other rows than {chunk}")
-
-    def _has_meta(self, region: Region, chunk: Chunk) -> bool:
-        start, stop = (0, 1) if region is Region.AUX else (chunk.start, chunk.stop)
-        return self.meta[region].covers(start, stop)
+        if wrong := self.meta.wrong(chunk.start, chunk.stop, meta):
+            raise RemoteProtocolError(peer, f"item {self.key}: {wrong} does not fit {chunk}")
 
     def _take(self, chunk: Chunk, meta: Meta | None) -> Actions:
         """The chunk lies in its block: take it, unless these rows were taken before."""
@@ -322,11 +319,9 @@ class IncomingItem:
 
     def _fenced(self, event: Fenced, now: float) -> Actions:
         """Unasked: the sender stopped in this epoch, because a write failed. Start over, a bounded number of times."""
-        self._attempts += 1
         for block in self.lends.values():
             block.revoked = block.fenced = True
-        if self._attempts >= self._config.max_attempts:
-            self._attempts = 0
+        if self._tried():
             return self._fail_over(now, "writes failed again and again")
         return self._new_epoch(now, "a write failed")
 
@@ -359,14 +354,6 @@ class IncomingItem:
         self._tell(now, "complete")
         return [*actions, Finish(self.key)]
 
-    def meta_taken(self, meta: Meta) -> None:
-        """The small regions that came with a taken chunk."""
-        for region, data in ((Region.FILL_IDS, meta.fill_ids), (Region.MROPE, meta.mrope)):
-            if data is not None and region in self.meta:
-                self.meta[region].add(meta.start, meta.stop)
-        if meta.aux is not None and Region.AUX in self.meta:
-            self.meta[Region.AUX].add(0, 1)
-
     def _chunk_refused(self, event: RowsRefused, now: float) -> Actions:
         chunk = event.chunk
         self.pending.remove(chunk.start, chunk.stop)
@@ -390,9 +377,6 @@ class IncomingItem:
         self.state = State.FAILED
         self._tell(now, f"{code}: {message}")
         return [*actions, Fail(self.key, code, message, self.story)]
-
-    def _meta_rows(self, region: Region) -> int:
-        return 1 if region is Region.AUX else self.spec.rows
 
     def _ignore(self, event: object, now: float) -> Actions:
         return []

@@ -145,7 +145,7 @@ class Receiver:
         self.counters.meta(outcome, block.peer, take.meta)
         item = self.items.get(event.key)
         if item is not None and isinstance(event, RowsTaken) and take.meta is not None:
-            item.meta_taken(take.meta)
+            item.meta.taken(take.meta)
         self._settle(block)
         return self._step(item, event, now) if item is not None else []
 

@@ -48,3 +48,26 @@ async def test_who_cannot_be_given_the_rows_that_came_before_is_told_so_and_the_
     assert told == {A: None, B: Fail(B, "undelivered", "MemoryError('no room')", ())}
     assert sharing.has("digest")
     await tasks.aclose()
+
+
+async def test_who_began_a_fetch_that_fails_beside_a_second_one_still_has_its_deadline() -> None:
+    told: list[tuple[ItemKey, str]] = []
+    one_told = asyncio.Event()
+
+    def ended(key: ItemKey, failed: Fail | None) -> None:
+        told.append((key, "" if failed is None else failed.code))
+        one_told.set()
+
+    sharing = Sharing(
+        lambda items: None, lambda key: None, deliver=lambda key, start, data: None, ended=ended, cache_bytes=1 << 20,
+        row_bytes=4, tasks=Tasks("test"), traces=Traces(), accelerator=None,
+    )  # fmt: skip
+    sharing.request([(A, SPEC)], 0.02)
+    sharing.request([(B, SPEC)], 60.0)
+    assert sharing.hedge(A) is not None
+    sharing.failed(Fail(A, "encode_failed", "the encoder raised", ()))
+    async with asyncio.timeout(30):
+        await one_told.wait()
+    assert told == [(A, "deadline")]
+    sharing.cancel(B)
+    sharing.close()

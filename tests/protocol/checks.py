@@ -54,7 +54,7 @@ def receiver(world: World) -> None:
         _demand(count >= rows, f"{key}: the ledger shrank from {rows} to {count}")
         if (count, item.epoch) != (rows, epoch):
             history[key] = count, item.epoch
-            ledger(world, key, item.held.spans(), {r: s.spans() for r, s in item.meta.items()})
+            ledger(world, key, item.held.spans(), {r: s.spans() for r, s in item.meta.held.items()})
         taking = RangeSet()
         for (owner_key, _, _), take in machine._taking.items():
             if owner_key == key:

@@ -207,3 +207,27 @@ def test_files_go_as_soon_as_all_rows_exist() -> None:
     assert not only(s.want(OTHER, media=None), ms.Offer).needs_media
     (write,) = every(s.grant((0, 6), key=OTHER), ev.Write)
     s.wrote(write)
+
+
+def test_a_peer_whose_link_breaks_again_and_again_is_left() -> None:
+    """A link that came back within its time began a new epoch without end; whoever dropped it at the item's words, a
+    peer of other limits say, cut everybody else's items each time."""
+    r = Receiving(max_attempts=3)
+    r.open()
+    for _ in range(2):
+        r.do(ev.LinkLost("A"))
+        only(r.do(ev.LinkUp("A")), ms.Want)
+        r.offer()
+    r.do(ev.LinkLost("A"))
+    actions = r.do(ev.LinkUp("A"))
+    assert only(actions, ev.Place).avoid == {"A"} and not every(actions, ms.Want)
+
+
+def test_rows_that_come_between_two_cuts_count() -> None:
+    r = Receiving(max_attempts=2, blocks=4)
+    r.open(number=5)
+    for _ in range(4):
+        r.do(ev.LinkLost("A"))
+        only(r.do(ev.LinkUp("A")), ms.Want)
+        (grant,) = every(r.offer(), ms.Grant)
+        r.arrive(grant.lends[0])
