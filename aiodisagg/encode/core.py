@@ -63,8 +63,10 @@ class CoreGate(StepWatcher):
     def open(self) -> bool:
         return self._closed or not self._prefills
 
-    def wait(self) -> bool:
+    def wait(self, *, block: bool = True) -> bool:
         with self._changed:
+            if not (block or self.open):
+                return False
             self._wants = True
             if not self.open:
                 began = time.monotonic()
@@ -78,6 +80,9 @@ class CoreGate(StepWatcher):
     def spent(self, tower_s: float) -> None:
         with self._changed:
             self._batches = max(0, self._batches - 1)  # a batch that failed is paid for piece by piece
+
+    def gave_up(self) -> None:
+        self.spent(0.0)
 
     def close(self) -> None:
         with self._changed:

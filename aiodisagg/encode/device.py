@@ -58,12 +58,12 @@ class DeviceGate(SlackGate):
         with self._changed:
             self._mark()
             self._stepping = False
-            self.stepped(self._clock() - self._began - self._step_waited_s, decodes)
+            self.stepped(max(0.0, self._clock() - self._began - self._step_waited_s), decodes)
 
-    def slowed_s(self) -> float:
+    def slowed(self) -> bool:
         with self._changed:
             self._mark()
-            return self._step_waited_s
+            return self._step_waited_s > 0
 
     def whole_prompts(self) -> bool:
         with self._changed:
@@ -71,9 +71,9 @@ class DeviceGate(SlackGate):
 
     # -- the tower's thread --------------------------------------------------------------------------------------
 
-    def wait(self) -> bool:
+    def wait(self, *, block: bool = True) -> bool:
         with self._changed:
-            may = super().wait()
+            may = super().wait(block=block)
             self._mark(working=self._working - may)
             return may
 
@@ -82,7 +82,6 @@ class DeviceGate(SlackGate):
             self._mark()
             super().spent(tower_s - min(self._batch_waited_s, tower_s))
             self._batch_waited_s = 0.0
-            self._changed.notify_all()
 
     def _may_begin(self) -> bool:
         return self._closed or not self._working or self._batch_waited_s <= self._longest_s

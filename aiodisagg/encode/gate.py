@@ -18,11 +18,14 @@ class Gate(Protocol):
     def open(self) -> bool:
         """Whether ``wait`` would return at once."""
 
-    def wait(self) -> bool:
-        """Blocks until a sub-batch may begin. False: the gate was closed."""
+    def wait(self, *, block: bool = True) -> bool:
+        """Blocks until a sub-batch may begin. False: the gate was closed, or, without ``block``, none may begin now."""
 
     def spent(self, tower_s: float) -> None:
         """A sub-batch kept the tower busy for so long."""
+
+    def gave_up(self) -> None:
+        """What ``wait`` let begin does not: there was nothing left to do."""
 
     def close(self) -> None:
         """Ends every wait."""
@@ -33,10 +36,12 @@ class OpenGate:
 
     open = True
 
-    def wait(self) -> bool:
+    def wait(self, *, block: bool = True) -> bool:
         return True
 
     def spent(self, tower_s: float) -> None: ...
+
+    def gave_up(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -83,9 +88,11 @@ class SlackGate(StepWatcher):
         slack = self._slack
         return self._closed or not slack.decodes or slack.earned_s > self._working * self._batch_s
 
-    def wait(self) -> bool:
+    def wait(self, *, block: bool = True) -> bool:
         with self._changed:
             if not self.open:
+                if not block:
+                    return False
                 began = self._clock()
                 self.waits += 1
                 self._wants = True
@@ -100,6 +107,12 @@ class SlackGate(StepWatcher):
             self._working = max(0, self._working - 1)  # a batch that failed is paid for piece by piece
             self._batch_s = tower_s
             self._slack.spent(tower_s)
+            self._changed.notify_all()
+
+    def gave_up(self) -> None:
+        with self._changed:
+            self._working -= 1
+            self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:
@@ -146,8 +159,10 @@ class InlineGate(StepWatcher):
     def open(self) -> bool:
         return self._closed or not (self._stepping or self._batches or self._step_next)
 
-    def wait(self) -> bool:
+    def wait(self, *, block: bool = True) -> bool:
         with self._changed:
+            if not (block or self.open):
+                return False
             self._batch_waits = True
             if not self.open:
                 began = time.monotonic()
@@ -163,6 +178,9 @@ class InlineGate(StepWatcher):
             self._batches = max(0, self._batches - 1)  # a batch that failed is paid for piece by piece
             self._step_next = self._step_waits and not self._batches
             self._changed.notify_all()
+
+    def gave_up(self) -> None:
+        self.spent(0.0)
 
     def close(self) -> None:
         with self._changed:

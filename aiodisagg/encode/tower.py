@@ -132,26 +132,28 @@ class Tower:
         launched: _Launched | None = None
         with own_stream(self._device, Priority.TOWER):
             while True:
-                if launched is not None and not (self._queue and self._gate.open):  # nothing to compute beside it
-                    self._finish(launched)
-                    launched = None
-                elif batch := self._next():
+                if batch := self._next(block=launched is None):
                     before, launched = launched, self._launch(*batch)
                     if before is not None:
                         self._finish(before)
                     if launched is not None and launched.event is None:
                         self._finish(launched)
                         launched = None
+                elif launched is not None:  # nothing to compute beside it, and nobody else brings it
+                    self._finish(launched)
+                    launched = None
                 elif self._closing:
-                    if launched is not None:
-                        self._finish(launched)
                     return
 
-    def _next(self) -> tuple[list[Piece], list[_Item]] | None:
-        """Waits for work, then for slack; what is chosen is what is wanted most by then."""
+    def _next(self, *, block: bool) -> tuple[list[Piece], list[_Item]] | None:
+        """What may begin now, or, to ``block``, as soon as there is work and slack; what is chosen is what is wanted
+        most by then."""
         with self._wake:
-            self._wake.wait_for(lambda: self._queue or self._closing)
-        if not self._gate.wait():
+            if block:
+                self._wake.wait_for(lambda: self._queue or self._closing)
+            elif not self._queue:
+                return None
+        if not self._gate.wait(block=block):
             return None
         with self._wake:
             if self._closing:
@@ -163,7 +165,7 @@ class Tower:
                 if piece.last:
                     del self._items[piece.digest]
         if not pieces:  # cancelled meanwhile
-            self._gate.spent(0.0)
+            self._gate.gave_up()
             return None
         return pieces, items
 

@@ -12,9 +12,9 @@ class StepWatcher:
     def step_ended(self, decodes: int) -> None:
         """``decodes``: requests that got a token in it; 0 also when there was nothing to do, or will not be again."""
 
-    def slowed_s(self) -> float:
-        """How much longer the step that began last has taken until now because others used its device."""
-        return 0.0
+    def slowed(self) -> bool:
+        """Whether others used the device of the step that began last before it did: its time says nothing then."""
+        return False
 
     def prefill_waits(self, waits: bool) -> None:
         """Told before each step, and when there is none to do: whether there are prompt tokens to compute now."""

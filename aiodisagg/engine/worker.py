@@ -220,8 +220,8 @@ class StepThread:
         began = perf_counter()
         try:
             self._forward(batch)
-            if self._pace is not None and alone and self._waited:
-                self._pace.observe(StepShape.of(step.segments), perf_counter() - began - self._watcher.slowed_s())
+            if self._pace is not None and alone and self._waited and not self._watcher.slowed():
+                self._pace.observe(StepShape.of(step.segments), perf_counter() - began)
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0], error)

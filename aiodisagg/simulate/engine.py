@@ -248,8 +248,8 @@ class Engine:
         self._planned = 1
         step_s = (now - self._began_s) / steps
         own_s = step_s - self.device.step_waited_s
-        if self._pace is not None:
-            self._pace.observe(StepShape.of(segments), own_s)
+        if self._pace is not None and not self.device.step_waited_s:
+            self._pace.observe(StepShape.of(segments), step_s)
         if self.beside is not None:
             self.beside.stepped(own_s, self._decodes, steps)
         for segment in segments:

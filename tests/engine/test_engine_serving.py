@@ -16,6 +16,8 @@ from tiny_engine import HIDDEN, ask, decode, deliver_all, make_engine, make_plan
 from aiodisagg.engine.batch import pool_bytes_on
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
+from aiodisagg.engine.pace import Pace
+from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.types import FinishReason, SamplingParams, Usage
 from aiodisagg.errors import ConfigError, EncodeFailed, EngineError, InvalidRequest, Overloaded, PromptTooLong
 from aiodisagg.protocol.rows import RowLayout
@@ -342,3 +344,19 @@ def test_a_pool_of_no_stated_size_takes_what_a_gpu_has_left(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * gib, 80 * gib))
     with pytest.raises(ConfigError, match="9216 of 81920 MiB are free"):
         pool_bytes_on(gpu)
+
+
+@pytest.mark.parametrize("slowed", [True, False])
+async def test_steps_that_others_slowed_teach_nothing_of_how_long_steps_take(
+    monkeypatch: pytest.MonkeyPatch, slowed: bool
+) -> None:
+    class Beside(StepWatcher):
+        def slowed(self) -> bool:
+            return slowed
+
+    seen: list[float] = []
+    monkeypatch.setattr(Pace, "observe", lambda pace, shape, seconds: seen.append(seconds))
+    config = EngineConfig(num_pages=128, token_budget=64, itl_budget_ms=50.0)
+    async with Engine(tiny_model("dense"), decode, frozenset(), config, watcher=Beside()) as engine:
+        await ask(engine, make_plan([5]), max_tokens=3)
+    assert (not seen) if slowed else (len(seen) == 3 and min(seen) > 0)

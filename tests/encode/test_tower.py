@@ -1,0 +1,96 @@
+"""The tower's thread beside a gate that changes its mind, on a device that computes by itself."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from aiodisagg.encode import tower as tower_module
+from aiodisagg.encode.tower import Made, Tower
+from aiodisagg.models.base import Patches
+from aiodisagg.protocol.rows import RowLayout
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+PATIENCE_S = 60.0
+
+
+class Zeros:
+    """A VisionEncoder whose rows exist as soon as they are asked for."""
+
+    layout = RowLayout(8, 0, "float32")
+
+    def encode(self, batch: list[Patches]) -> list[torch.Tensor]:
+        return [torch.zeros(patches.count, 8) for patches in batch]
+
+
+class Script:
+    """A gate: lets as many begin as it has permits. ``second``: called before the second answer."""
+
+    open = True  # what it said a moment ago
+
+    def __init__(self, permits: int, second: Callable[[], object] = lambda: None) -> None:
+        self.permits = threading.Semaphore(permits)
+        self._before = iter((lambda: None, second))
+        self.gave_ups = 0
+
+    def wait(self, *, block: bool = True) -> bool:
+        next(self._before, lambda: None)()
+        return self.permits.acquire(blocking=block)
+
+    def spent(self, tower_s: float) -> None: ...
+
+    def gave_up(self) -> None:
+        self.gave_ups += 1
+
+    def close(self) -> None:
+        self.permits.release()
+
+
+@contextmanager
+def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tower, queue.Queue[str]]]:
+    """A tower whose batches are one item each and can be launched ahead, and the items that were brought."""
+
+    class Event:
+        def synchronize(self) -> None: ...
+
+    brought: queue.Queue[str] = queue.Queue()
+
+    def made(made: Made) -> None:
+        for piece in made.pieces:
+            brought.put(piece.digest)
+
+    monkeypatch.setattr(tower_module, "_event_behind", lambda rows: Event())
+    encoder: Any = Zeros()
+    tower = Tower(
+        encoder, batch_patches=4, began=lambda pieces: None, made=made, gate=gate, to_host=False, device="cpu"
+    )  # fmt: skip
+    for n, digest in enumerate(("first", "second")):
+        tower.add(digest, n, Patches(torch.zeros(4, 8), (1, 2, 2)), 4)
+    try:
+        yield tower, brought
+    finally:
+        tower.close()
+
+
+def test_a_launched_batch_is_brought_while_the_next_one_has_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate closed between the look at it and the wait: rows that existed stayed with the thread that waited."""
+    gate = Script(permits=1)
+    with running(gate, monkeypatch) as (tower, brought):
+        tower.start()
+        assert brought.get(timeout=PATIENCE_S) == "first"
+        gate.permits.release()
+        assert brought.get(timeout=PATIENCE_S) == "second"
+
+
+def test_a_launched_batch_is_brought_when_the_next_one_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Script(permits=2, second=lambda: tower.cancel("second"))
+    with running(gate, monkeypatch) as (tower, brought):
+        tower.start()
+        assert brought.get(timeout=PATIENCE_S) == "first"
+    assert gate.gave_ups == 1 and brought.empty()
