@@ -33,7 +33,7 @@ bench-faults: $(STAMP)
 	$(BIN)/aiodisagg bench faults --scenario kill --rounds 20 --json docs/faults-kill.json
 	$(BIN)/aiodisagg bench faults --scenario bootstrap --rounds 3 --json docs/faults-bootstrap.json
 	$(BIN)/aiodisagg bench faults --scenario stop --rounds 5 --json docs/faults-stop.json
-	$(BIN)/aiodisagg bench faults --scenario netcut --rounds 5 --json docs/faults-netcut.json
+	$(BIN)/aiodisagg bench faults --scenario netcut --transports stream --rounds 5 --json docs/faults-netcut-stream.json
 
 # Every data plane beside the bare limit of its path; root and iproute2.
 bench-transport: $(STAMP)

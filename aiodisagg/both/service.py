@@ -38,7 +38,8 @@ class BothService:
 
     The halves are the two services as they are, joined by a link and a data plane inside the process; the encode half
     is one candidate among the encode peers. The peer registers once, as ``both``. What it does is a matter of what
-    waits in its queues: the tower works at full speed while no stream decodes, and else in the slack of engine steps.
+    waits in its queues: the tower works at full speed while no stream decodes; what bounds it beside streams, on an
+    accelerator, on a CPU, or on devices of their own, is told in docs/both.md.
 
     ::
 

@@ -35,15 +35,20 @@ class SamplingParams:
 
 
 class FinishReason(enum.StrEnum):
+    """Why an answer ended; in the last delta of each."""
+
     STOP = "stop"
     """End of sequence or a stop string."""
     LENGTH = "length"
     """``max_tokens`` reached."""
     CANCELLED = "cancelled"
+    """Whoever asked for it has left."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """What an answer took, in tokens; those of images count in the prompt."""
+
     prompt_tokens: int
     completion_tokens: int
 

@@ -19,6 +19,8 @@ class Item:
     request_id: str
     index: int
     timeout_s: float
+    param: str = ""
+    """Where the client named it."""
 
 
 class Items:
@@ -52,9 +54,9 @@ class Items:
             case "deadline":
                 error = DeadlineExceeded(f"item {key}", item.timeout_s, failed.story)
             case "invalid_media":
-                error = MediaError(f"media[{item.index}]", failed.message)
+                error = MediaError(item.param or f"media[{item.index}]", failed.message)
             case "poison":
-                error = PoisonItem(f"media[{item.index}]", failed.message)
+                error = PoisonItem(item.param or f"media[{item.index}]", failed.message)
             case _:
                 error = EncodeFailed(str(key), f"{failed.code}: {failed.message}", failed.story)
         self._engine.fail(item.request_id, error)

@@ -122,6 +122,7 @@ class LanguageService:
         if loaded is None:
             loaded = await asyncio.to_thread(load_language_half, config)
         self._planner, half, model = loaded
+        self._text_only = half.text_only
         layout = half.layout
         engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
         engine_config = EngineConfig(
@@ -316,7 +317,7 @@ class LanguageService:
                 spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
                 asked.append((key, spec))
                 request.keys.append(key)
-                self._items.add(key, Item(trace.request_id, index, left_s))
+                self._items.add(key, Item(trace.request_id, index, left_s, item.param))
                 self.traces.item(trace, key, item)
             elif first:
                 trace.items.append(ItemTrace(item.kind.value, item.rows, item.digest, stage="reused"))
@@ -343,10 +344,10 @@ class LanguageService:
             self._idle.set()
 
     def ready(self) -> tuple[bool, str]:
-        """Can requests with images be served now, and if not, why."""
+        """Can all requests be served now, and if not, why."""
         if self._draining:
             return False, "draining"
-        return (True, "ok") if self.peers.linked else (False, "no encode peer is linked")
+        return (True, "ok") if self._text_only or self.peers.linked else (False, "no encode peer is linked")
 
     def metrics(self) -> str:
         """Everything this peer counts, in Prometheus' text format."""

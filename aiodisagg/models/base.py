@@ -28,17 +28,23 @@ class ItemKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
+    """Text of a message. The model's placeholders for images and videos may not be in it."""
+
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
+    """An image of a message, in the place where the prompt has it."""
+
     data: bytes
     """The encoded file (JPEG, PNG, WebP ...), as received."""
 
 
 @dataclass(frozen=True, slots=True)
 class VideoPart:
+    """A video of a message, as its frames."""
+
     frames: tuple[bytes, ...]
     """Encoded images, all of one size, in order."""
     fps: float = 2.0
@@ -50,6 +56,8 @@ Part = TextPart | ImagePart | VideoPart
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
+    """One turn of a chat. ``role``: ``system``, ``user`` or ``assistant``; only a user's parts may be pictures."""
+
     role: str
     parts: tuple[Part, ...]
 
@@ -75,6 +83,9 @@ class PlannedItem:
     """Half-open prompt ranges that the item's rows fill, in row order; a video has one for each frame pair."""
     media: tuple[bytes, ...] = field(repr=False)
     fps: float = 0.0
+    param: str = ""
+    """Where the client named it, ``messages[i].content[j]``: what errors say. Empty: only its place among the items is
+    known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,3 +86,8 @@ class LanguageHalf:
         """Embeddings [..., h] of token ids [...] on this half's device."""
         found: torch.Tensor = self.model.embed_tokens(input_ids.to(self.device))
         return found
+
+    @property
+    def text_only(self) -> bool:
+        """It takes no rows: there is nothing for encode peers to do."""
+        return isinstance(self.model, PlainTextModel)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ class Qwen3VLPlanner:
         except ValueError as error:
             raise MediaError(param, str(error)) from error
         rows = grid[0] * grid[1] * grid[2] // self._image.merge**2
-        return PlannedItem(item_digest(kind, grid, fps, media), kind, grid, rows, (), media, fps)
+        return PlannedItem(item_digest(kind, grid, fps, media), kind, grid, rows, (), media, fps, param)
 
     def _expand(self, text: str, items: Sequence[PlannedItem]) -> list[str]:
         """Text with one placeholder for each picture: an image's stays, a video's becomes its timed frame pairs."""
@@ -204,7 +205,7 @@ class Qwen3VLPlanner:
         taken = iter(spans)
         for item in items:
             own = tuple(next(taken) for _ in range(item.grid_thw[0]))
-            planned.append(PlannedItem(item.digest, item.kind, item.grid_thw, item.rows, own, item.media, item.fps))
+            planned.append(replace(item, spans=own))
         delta = int(positions.max()) + 1 - len(input_ids)
         return PromptPlan(input_ids, positions, delta, tuple(planned))
 

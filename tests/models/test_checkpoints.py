@@ -19,6 +19,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from aiodisagg import LanguageConfig, LanguageService
 from aiodisagg.errors import CheckpointError, InvalidRequest
 from aiodisagg.models import checkpoint
 from aiodisagg.models.base import ImagePart
@@ -305,6 +306,12 @@ def text_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     model.save_pretrained(folder)
     build_tokenizer(640).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.anyio
+async def test_a_peer_of_a_text_model_needs_no_encode_peer_to_be_ready(text_folder: Path) -> None:
+    async with LanguageService(LanguageConfig(model=text_folder, pool_bytes=1 << 20, kv_bytes=1 << 20)) as peer:
+        assert peer.ready() == (True, "ok")
 
 
 def test_a_plain_text_model_works_unchanged(text_folder: Path) -> None:

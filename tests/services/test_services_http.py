@@ -172,7 +172,7 @@ async def test_one_bad_image_among_good_ones_of_other_requests(served: Served) -
     bad = chat_body(served.made.language, GOOD, ImagePart(truncated()), "?", max_tokens=4)
 
     async def fails() -> None:
-        with pytest.raises(openai.BadRequestError, match=r"media\[1\]"):
+        with pytest.raises(openai.BadRequestError, match=r"messages\[0\]\.content\[1\]"):
             await served.create(**bad)
 
     await asyncio.gather(*(served.good() if i % 2 else fails() for i in range(12)))
