@@ -56,7 +56,7 @@ Part = TextPart | ImagePart | VideoPart
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a chat. ``role``: ``system``, ``user`` or ``assistant``; only a user's parts may be pictures."""
+    """One turn of a chat. ``role``: ``system``, ``user`` or ``assistant``."""
 
     role: str
     parts: tuple[Part, ...]
