@@ -24,12 +24,17 @@ QUIET_S = 30.0
 """A membership stream without a line for this long is dead; servers send one every third of a lease."""
 MAX_LINE_BYTES = 16 * 1024 * 1024
 
+STATES = (PeerState.SUSPECT, PeerState.JOINING, PeerState.READY, PeerState.DRAINING)
+"""Where servers disagree the later of these is believed: it is a later state of that life, and a server that suspects a
+peer only does not hear from it."""
+
 
 @dataclass(frozen=True, slots=True)
 class MembershipChange:
     """What to know now: peers that are there, and peers that a reachable server says are gone.
 
-    ``entries``: everybody of whom there is news, with state and load; also who joins or drains.
+    ``entries``: everybody of whom there is news, with state and load; also who joins or drains. A peer is as good as
+    the best that a reachable server says of it.
     """
 
     present: tuple[PeerRecord, ...]
@@ -67,6 +72,8 @@ class BootstrapClient:
         """Set once any server has this peer."""
         self._tasks: list[asyncio.Task[None]] = []
         self._there: dict[str, dict[str, PeerEntry]] = {url: {} for url in self.urls}
+        self._told: dict[str, PeerEntry] = {}
+        """What ``watch`` said last of everybody."""
         self._reached: set[str] = set()
         """Servers whose membership stream is open."""
         self._news = {url: asyncio.Event() for url in self.urls}
@@ -155,7 +162,7 @@ class BootstrapClient:
 
         One consumer at a time, which is first told everybody. What it has not taken yet is one state per peer.
         """
-        self._there = {url: {} for url in self.urls}
+        self._there, self._told = {url: {} for url in self.urls}, {}
         changed = asyncio.Event()
         news: dict[str, Watched] = {}
         followers = [asyncio.create_task(self._follow(url, news, changed), name=f"watch {url}") for url in self.urls]
@@ -184,15 +191,25 @@ class BootstrapClient:
                 there.pop(entry.record.incarnation, None)
             else:
                 there[entry.record.incarnation] = entry
-        usable = (PeerState.READY, PeerState.SUSPECT)
-        news = tuple(entry for who, entry in there.items() if before.get(who) != entry)
-        present = tuple(entry.record for entry in news if entry.state in usable)
         left = [entry.record for who, entry in before.items() if who not in there]
         gone = tuple(record for record in left if not self._listed(record.incarnation))
         for record in gone:
-            for entries in self._there.values():
+            for entries in (*self._there.values(), self._told):
                 entries.pop(record.incarnation, None)
+        usable = (PeerState.READY, PeerState.SUSPECT)
+        touched = dict.fromkeys(record.incarnation for record in (*left, *(entry.record for entry in told.entries)))
+        best = [self._believed(who, url) for who in touched]
+        news = tuple(entry for entry in best if entry and self._told.get(entry.record.incarnation) != entry)
+        self._told.update((entry.record.incarnation, entry) for entry in news)
+        present = tuple(entry.record for entry in news if entry.state in usable)
         return MembershipChange(present, gone, news)
+
+    def _believed(self, who: str, url: str) -> PeerEntry | None:
+        """The best of what reachable servers say of a peer, of equals what ``url`` says, which spoke last."""
+        having = [at for at in (url, *self.urls) if who in self._there[at]]
+        reached = [at for at in having if at in self._reached]
+        said = [self._there[at][who] for at in reached or having]
+        return max(said, key=lambda entry: STATES.index(entry.state), default=None)
 
     def _listed(self, incarnation: str) -> bool:
         """Whether a server that can be reached has the peer."""

@@ -44,7 +44,7 @@ from aiodisagg.protocol.events import (
     WriteFailed,
     WritesFenced,
 )
-from aiodisagg.protocol.messages import ItemKey
+from aiodisagg.protocol.messages import ItemKey, Message
 from aiodisagg.protocol.sending import Sender, SenderConfig
 from aiodisagg.scheduler.advertise import advertise
 from aiodisagg.scheduler.cost import ServiceTimes
@@ -84,6 +84,8 @@ class EncodeService:
         self.name = config.name or f"encode-{config.incarnation[:6]}"
         self._encoder = encoder
         self._sessions: dict[str, Session] = {}
+        self._waiting: list[Session] = []
+        """Of peers that have a session: further links through which nothing was said yet."""
         self._writers: dict[tuple[str, ItemKey], Session] = {}
         self._stack = AsyncExitStack()
         self._stopped = asyncio.Event()
@@ -224,17 +226,15 @@ class EncodeService:
     # -- links ---------------------------------------------------------------------------------------------------
 
     async def _serve_link(self, link: Link) -> None:
-        peer = link.remote.incarnation
-        while (before := self._sessions.get(peer)) is not None:  # the peer gave that link up
-            before.link.abort()  # not closed: a goodbye into a dead network takes a second
-            await before.link.wait_closed()
-            self._end_session(before)
+        """A peer has one session. It may dial anew since it gave the older link up, and then says so by its first
+        word; or because it knows two addresses of this process, and then closes the new link without one."""
         session = Session(link, self._planes, self._answer, checksum=self.config.checksum, handoff=self._handoff)
-        self._sessions[peer] = session
-        logger.info("%s: %s linked", self.name, link.remote.name)
+        self._waiting.append(session)
         try:
-            self._feed(LinkUp(peer))
-            await link.deliver(lambda message: self.driver.feed(MessageReceived(peer, message)))
+            before = self._sessions.get(session.peer)
+            if before is None or before.link.closed:
+                self._begin_session(session)
+            await link.deliver(lambda message: self._heard(session, message))
         except LinkClosed as error:
             logger.info("%s: %s", self.name, error)
         except RemoteProtocolError as error:
@@ -243,10 +243,31 @@ class EncodeService:
             self._end_session(session)
             await session.aclose()
 
+    def _heard(self, session: Session, message: Message) -> None:
+        if session in self._waiting:
+            self._begin_session(session)
+        if self._sessions.get(session.peer) is session:  # else it was given up
+            self._feed(MessageReceived(session.peer, message))
+
+    def _begin_session(self, session: Session) -> None:
+        peer = session.peer
+        self._waiting.remove(session)
+        before, self._sessions[peer] = self._sessions.get(peer), session
+        if before is not None:
+            before.link.abort()  # not closed: a goodbye into a dead network takes a second
+            self._feed(LinkLost(peer))
+        logger.info("%s: %s linked", self.name, session.link.remote.name)
+        self._feed(LinkUp(peer))
+
     def _end_session(self, session: Session) -> None:
-        if self._sessions.get(session.peer) is session:
+        if session in self._waiting:
+            self._waiting.remove(session)
+        elif self._sessions.get(session.peer) is session:
             del self._sessions[session.peer]
             self._feed(LinkLost(session.peer))
+            waiting = [other for other in self._waiting if other.peer == session.peer and not other.link.closed]
+            if waiting:
+                self._begin_session(waiting[-1])
 
     # -- actions -------------------------------------------------------------------------------------------------
 

@@ -13,15 +13,20 @@ logger = logging.getLogger(__name__)
 async def follow(client: BootstrapClient, rows: RowReceiver) -> None:
     """Tells ``rows`` who is there, for ever."""
     strangers: set[str] = set()
+    homes: dict[str, str] = {}  # of who is there, by incarnation
     async for change in client.watch():
-        for record in change.gone:
-            for address in record.addresses:
-                rows.peers.remove(address)
         for record in change.present:
             if record.role.encodes and record.model == rows.model:
+                homes[record.incarnation] = record.addresses[0]
                 rows.peers.add(record.addresses[0])
             elif record.role.encodes and record.incarnation not in strangers:
                 strangers.add(record.incarnation)
                 logger.error("encode peer %s is not usable: it runs %s, not %s", record.name, record.model, rows.model)
+        for record in change.gone:
+            homes.pop(record.incarnation, None)
+        if change.gone:  # often long after the next life of a process came to the same address
+            left = {address for record in change.gone for address in record.addresses}
+            for address in left.difference(homes.values()):
+                rows.peers.remove(address)
         rows.told(change)
         strangers.difference_update(record.incarnation for record in change.gone)

@@ -23,6 +23,8 @@ from aiodisagg.scheduler.cost import PeerCosts, Rates
 logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.0
+LOOK_AGAIN_S = 30.0
+"""An address of a peer that is linked by another one is dialled this seldom: perhaps it leads elsewhere by now."""
 
 SAME_HOST = Rates(transfer_s=1e-4, transfer_byte_s=2e-10)
 """Before anything is known of a peer: shared memory is faster than most networks."""
@@ -32,14 +34,17 @@ LinkEvent = LinkUp | LinkLost | MessageReceived
 
 @dataclass(slots=True)
 class EncodePeer:
-    """One address at which an encode peer is kept linked; ``incarnation`` is who answered there last."""
+    """One address at which an encode peer is kept linked; ``incarnation`` is who answered there last.
+
+    A process may be known by two spellings of its address: it is linked by one, and the other waits.
+    """
 
     address: str
     incarnation: str = ""
     name: str = ""
     link: Link | None = None
     book: PeerBook[ItemKey] = field(default_factory=lambda: PeerBook(PeerCosts()))
-    """Of this incarnation: what it was asked for, and what that costs."""
+    """Of this incarnation: what it was asked for, and what that costs. One book, whatever its addresses."""
     digests: frozenset[str] = frozenset()
     """Prefixes of what its last heartbeat says it holds."""
     parted: bool = False
@@ -82,7 +87,8 @@ class EncodePeers:
             self._tasks.start(self._keep(peer), f"keep {address}")
         else:
             known.wanted = True
-            known.moved.set()
+            if known.incarnation not in self._linked:
+                known.moved.set()
 
     def remove(self, address: str) -> None:
         """The peer there is gone, says whoever should know. A link that lives proves otherwise and is kept."""
@@ -158,6 +164,9 @@ class EncodePeers:
         retry_s, loop = FIRST_RETRY_S, asyncio.get_running_loop()
         try:
             while peer.wanted:
+                if peer.incarnation in self._linked and not await self._pause(peer, LOOK_AGAIN_S):
+                    await self._pause(peer, FIRST_RETRY_S)  # where that link was is dialled first
+                    continue
                 try:
                     link = await dial(
                         peer.address, self._hello(), secret=self._secret, config=self._config, ssl=self._ssl
@@ -177,13 +186,15 @@ class EncodePeers:
             del self._by_address[peer.address]
             self._gone(peer)
 
-    async def _pause(self, peer: EncodePeer, seconds: float) -> None:
+    async def _pause(self, peer: EncodePeer, seconds: float) -> bool:
+        """Whether the time went by; it returns early when there is news of the peer."""
         try:
             async with asyncio.timeout(seconds):
                 await peer.moved.wait()
         except TimeoutError:
-            pass
+            return True
         peer.moved.clear()
+        return False
 
     def _not_reached(self, peer: EncodePeer, error: AiodisaggError) -> None:
         logger.debug("encode peer at %s: %s", peer.address, error)
@@ -191,9 +202,9 @@ class EncodePeers:
             self._gone(peer)
 
     def _gone(self, peer: EncodePeer) -> None:
-        """Nobody listens where this incarnation did: it will not come back."""
-        if peer.incarnation:
-            incarnation, peer.incarnation = peer.incarnation, ""
+        """Nobody listens where this incarnation did: it will not come back, unless it answered by another address."""
+        incarnation, peer.incarnation = peer.incarnation, ""
+        if incarnation and self.by_incarnation(incarnation) is None:
             self._tell(LinkLost(incarnation, gone=True))
 
     async def _use(self, peer: EncodePeer, link: Link) -> None:
@@ -206,16 +217,17 @@ class EncodePeers:
             await link.aclose()
             await self._pause(peer, LAST_RETRY_S)
             return
-        if remote.incarnation in self._linked:
-            logger.info("%s is linked already, by another address than %s", remote.name, peer.address)
-            await link.aclose()
-            await asyncio.sleep(LAST_RETRY_S)
-            return
+        peer.refused = ""
         if remote.incarnation != peer.incarnation:
             self._gone(peer)
-            peer.book, peer.digests = PeerBook(self._costs(remote)), frozenset()
-        peer.refused = ""
-        peer.incarnation, peer.name, peer.link = remote.incarnation, remote.name, link
+            known = self.by_incarnation(remote.incarnation)
+            peer.book = PeerBook(self._costs(remote)) if known is None else known.book
+            peer.incarnation, peer.name, peer.digests = remote.incarnation, remote.name, frozenset()
+        if remote.incarnation in self._linked:
+            logger.info("%s is linked already, by another address than %s", remote.name, peer.address)
+            await link.aclose()  # without a word through it: the encode peer goes on with the other one
+            return
+        peer.link = link
         self._linked[remote.incarnation] = peer
         logger.info("linked to encode peer %s at %s", peer.name, peer.address)
         sending = self._tasks.start(self._drain(peer, link), f"send to {peer.name}")
@@ -234,6 +246,10 @@ class EncodePeers:
             del self._linked[remote.incarnation]
             sending.cancel()
             peer.link, peer.parted = None, link.parted
+            for other in self._by_address.values():
+                if other is not peer and other.incarnation == remote.incarnation:
+                    other.parted = link.parted
+                    other.moved.set()
             peer.outbox.clear()
             self._ended_bytes[0] += link.bytes_sent
             self._ended_bytes[1] += link.bytes_received

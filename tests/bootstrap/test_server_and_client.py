@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import aiohttp
+import msgspec
 import pytest
 
 from aiodisagg.bootstrap.client import BootstrapClient, MembershipChange
-from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
+from aiodisagg.bootstrap.wire import Heartbeat
 from aiodisagg.errors import ConfigError
 from aiodisagg.link.hello import PeerRole
 from tests.bootstrap.test_registry import record
@@ -159,6 +161,77 @@ async def test_a_server_that_died_does_not_keep_a_peer_that_another_says_is_gone
                     while language._reached != {one.url}:  # noqa: ASYNC110  (nothing tells of a lost server)
                         await asyncio.sleep(0)
             await until(changes, "e", gone=True)
+
+
+@asynccontextmanager
+async def two_servers() -> AsyncIterator[tuple[str, str, asyncio.Queue[MembershipChange], aiohttp.ClientSession]]:
+    """Two servers that both know peer e, and a peer that watches them; leases do not run out."""
+    config = BootstrapConfig(lease_s=3600)
+    async with BootstrapServer(port=0, config=config) as one, BootstrapServer(port=0, config=config) as two:
+        language = BootstrapClient((one.url, two.url), record("l", PeerRole.LANGUAGE))
+        async with language, watching(language) as changes, aiohttp.ClientSession() as session:
+            for server in (one, two):
+                async with session.put(
+                    f"{server.url}/v1/peers/e-life", data=msgspec.json.encode(record("e"))
+                ) as response:
+                    assert response.status == 200
+                await heartbeat(session, server.url, queued=1 if server is one else 2)
+            seen: set[int] = set()
+            async with asyncio.timeout(60):
+                while seen != {1, 2}:
+                    seen |= {entry.load.queued for entry in of_e(await changes.get())} - {0}
+            yield one.url, two.url, changes, session
+
+
+def of_e(change: MembershipChange) -> list[PeerEntry]:
+    return [entry for entry in change.entries if entry.record.name == "e"]
+
+
+async def heartbeat(session: aiohttp.ClientSession, url: str, state: PeerState | None = None, queued: int = 0) -> None:
+    body = msgspec.json.encode(Heartbeat(Load(queued=queued), state))
+    async with session.post(f"{url}/v1/peers/e-life/heartbeat", data=body) as response:
+        assert response.status == 200
+
+
+async def told_until_now(
+    changes: asyncio.Queue[MembershipChange], session: aiohttp.ClientSession, url: str, name: str
+) -> list[PeerEntry]:
+    """What was told of e before this server's word of one more peer."""
+    body = msgspec.json.encode(record(name))
+    async with session.put(f"{url}/v1/peers/{name}-life", data=body) as response:
+        assert response.status == 200
+    found: list[PeerEntry] = []
+    async with asyncio.timeout(60):
+        while True:
+            change = await changes.get()
+            assert not change.gone
+            found += of_e(change)
+            if name in [there.name for there in change.present]:
+                return found
+
+
+async def test_a_peer_that_one_of_two_servers_does_not_hear_of_is_as_good_as_the_other_says() -> None:
+    async with two_servers() as (one, two, changes, session):
+        await heartbeat(session, two, PeerState.SUSPECT, 3)
+        told = await told_until_now(changes, session, two, "a")
+        assert {entry.state for entry in told} <= {PeerState.READY}
+        await session.delete(f"{two}/v1/peers/e-life")
+        told += await told_until_now(changes, session, two, "b")
+        assert (told[-1].state, told[-1].load.queued) == (PeerState.READY, 1)  # the second server's word is void
+        await heartbeat(session, one, PeerState.SUSPECT, 1)
+        told = await told_until_now(changes, session, one, "c")
+        assert [entry.state for entry in told] == [PeerState.SUSPECT]
+
+
+async def test_a_peer_that_drains_does_so_whoever_has_not_heard_it_yet() -> None:
+    async with two_servers() as (one, two, changes, session):
+        await heartbeat(session, one, PeerState.DRAINING)
+        await heartbeat(session, two, PeerState.READY, 5)
+        told = [
+            *await told_until_now(changes, session, one, "a"),
+            *await told_until_now(changes, session, two, "b"),
+        ]
+        assert told[-1].state is PeerState.DRAINING
 
 
 async def test_a_watcher_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

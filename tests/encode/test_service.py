@@ -1,0 +1,98 @@
+"""The links of one language peer to EncodeService: to dial anew is to give a link up only once something is said."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from aiodisagg.bench.synthetic import SyntheticEncoder, item_of, synthetic_model
+from aiodisagg.encode.service import EncodeService
+from aiodisagg.errors import LinkClosed
+from aiodisagg.link import Hello, Link, PeerRole, dial
+from aiodisagg.peer.config import EncodeConfig
+from aiodisagg.protocol.events import LinkLost, LinkUp
+from aiodisagg.protocol.messages import ItemKey, Offer, Want
+from tests.conftest import LOOPS
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+MODEL = synthetic_model(hidden_size=16, levels=3)
+
+
+@pytest.fixture(params=LOOPS)
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return request.param  # type: ignore[no-any-return]
+
+
+class Serving:
+    """An encode peer, what its machine is told of links, and a language peer that dials as often as it likes."""
+
+    def __init__(self, service: EncodeService) -> None:
+        self._address, self._items = service.address, 0
+        self._hello = Hello.here(name="language", incarnation="l", role=PeerRole.LANGUAGE, model=MODEL)
+        self.events: asyncio.Queue[LinkUp | LinkLost] = asyncio.Queue()
+        feed = service.driver.feed
+
+        def fed(event: object) -> None:
+            if isinstance(event, LinkUp | LinkLost):
+                self.events.put_nowait(event)
+            feed(event)  # type: ignore[arg-type]
+
+        service.driver.feed = fed  # type: ignore[method-assign]
+
+    async def dial(self) -> Link:
+        return await dial(self._address, self._hello)
+
+    async def ask(self, link: Link) -> None:
+        """Returns when a new item was answered through this link."""
+        self._items += 1
+        key, spec = ItemKey(self._items, 0), item_of(self._items, 4)
+        await link.send(
+            Want(key, 1, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, (), (), MODEL, 60.0, spec.media)
+        )
+        while not (isinstance(answer := await link.recv(), Offer) and answer.key == key):
+            pass
+
+
+@asynccontextmanager
+async def serving(folder: Path) -> AsyncIterator[Serving]:
+    config = EncodeConfig(model=folder, name="encode", transports=("memory",), self_test_s=0.0)
+    async with EncodeService(config, encoder=SyntheticEncoder(MODEL)) as service, asyncio.timeout(60):
+        yield Serving(service)
+
+
+async def test_a_second_link_that_is_closed_without_a_word_does_not_cut_the_first(tmp_path: Path) -> None:
+    async with serving(tmp_path) as made:
+        first = await made.dial()
+        await made.ask(first)
+        for _ in range(3):
+            await (await made.dial()).aclose()
+        await made.ask(first)
+        assert [made.events.get_nowait(), made.events.empty()] == [LinkUp("l"), True]
+        await first.aclose()
+
+
+async def test_a_peer_that_speaks_through_a_second_link_gave_the_first_up(tmp_path: Path) -> None:
+    async with serving(tmp_path) as made:
+        first, second = await made.dial(), await made.dial()
+        await made.ask(first)
+        await made.ask(second)
+        with pytest.raises(LinkClosed):
+            while True:
+                await first.recv()
+        await made.ask(second)
+        assert [made.events.get_nowait() for _ in range(3)] == [LinkUp("l"), LinkLost("l"), LinkUp("l")]
+        await second.aclose()
+
+
+async def test_a_second_link_is_used_when_the_first_ends(tmp_path: Path) -> None:
+    async with serving(tmp_path) as made:
+        first, second = await made.dial(), await made.dial()
+        assert await made.events.get() == LinkUp("l")
+        await first.aclose()
+        assert [await made.events.get(), await made.events.get()] == [LinkLost("l"), LinkUp("l")]
+        await made.ask(second)
+        await second.aclose()

@@ -1,0 +1,122 @@
+"""Links to encode peers that are known by two addresses, with servers that can be stopped one by one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from aiodisagg.bench.synthetic import SyntheticEncoder, item_of, synthetic_model
+from aiodisagg.encode.service import EncodeService
+from aiodisagg.errors import LinkClosed
+from aiodisagg.language.peers import EncodePeers, LinkEvent
+from aiodisagg.link import Hello, Link, LinkServer, PeerRole
+from aiodisagg.link.config import LinkConfig
+from aiodisagg.peer.config import EncodeConfig
+from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
+from aiodisagg.protocol.messages import ItemKey, Offer, Want
+from tests.conftest import LOOPS
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+MODEL = synthetic_model(hidden_size=16, levels=3)
+
+
+@pytest.fixture(params=LOOPS)
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return request.param  # type: ignore[no-any-return]
+
+
+@asynccontextmanager
+async def dialling() -> AsyncIterator[tuple[EncodePeers, asyncio.Queue[LinkEvent]]]:
+    """Peers, and what they tell."""
+    events: asyncio.Queue[LinkEvent] = asyncio.Queue()
+    mine = Hello.here(name="language", incarnation="language-1", role=PeerRole.LANGUAGE, model=MODEL)
+    peers = EncodePeers(lambda: mine, events.put_nowait, model=MODEL, secret=None, config=LinkConfig())
+    try:
+        async with asyncio.timeout(60):
+            yield peers, events
+    finally:
+        await peers.aclose()
+
+
+class Listener(LinkServer):
+    """One address of a process. ``links``: that were accepted, each until it is closed."""
+
+    def __init__(self, incarnation: str, address: str = "unix:") -> None:
+        hello = Hello.here(name="encode", incarnation=incarnation, role=PeerRole.ENCODE, model=MODEL)
+        super().__init__(address, lambda: hello, on_link=self._accepted)
+        self.accepted: asyncio.Queue[Link] = asyncio.Queue()
+
+    async def _accepted(self, link: Link) -> None:
+        self.accepted.put_nowait(link)
+        await link.wait_closed()
+
+
+async def test_a_peer_is_linked_by_one_of_its_addresses_and_by_the_other_when_that_ends() -> None:
+    async with AsyncExitStack() as stack:
+        peers, events = await stack.enter_async_context(dialling())
+        other = await stack.enter_async_context(Listener("one"))
+        async with Listener("one") as first:
+            peers.add(first.address)
+            assert await events.get() == LinkUp("one")
+            peers.add(other.address)
+            unused = await other.accepted.get()
+            await unused.wait_closed()
+            assert unused.parted and unused.bytes_received > 0
+            with pytest.raises(LinkClosed, match="closed by the peer"):
+                await unused.recv()
+            book = peers.linked[0].book
+        assert [await events.get(), await events.get()] == [LinkLost("one"), LinkUp("one")]
+        assert [peer.address for peer in peers.linked] == [other.address] and peers.linked[0].book is book
+
+
+async def test_another_process_at_one_address_is_found_though_the_other_still_leads_to_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("aiodisagg.language.peers.LOOK_AGAIN_S", 0.01)
+    async with dialling() as (peers, events), Listener("one") as first:
+        peers.add(first.address)
+        assert await events.get() == LinkUp("one")
+        async with Listener("one") as other:
+            peers.add(other.address)
+            await (await other.accepted.get()).wait_closed()
+        async with Listener("two", other.address):
+            assert await events.get() == LinkUp("two")
+            assert {peer.incarnation for peer in peers.linked} == {"one", "two"}
+
+
+async def test_a_peer_is_gone_when_nobody_listens_at_any_of_its_addresses() -> None:
+    async with dialling() as (peers, events):
+        async with Listener("one") as other, Listener("one") as first:
+            peers.add(first.address)
+            assert await events.get() == LinkUp("one")
+            peers.add(other.address)
+            await (await other.accepted.get()).wait_closed()
+        assert [await events.get(), await events.get()] == [LinkLost("one"), LinkLost("one", gone=True)]
+        assert peers.by_incarnation("one") is None
+
+
+async def test_two_addresses_dialled_at_once_give_one_link_that_is_not_cut(tmp_path: Path) -> None:
+    config = EncodeConfig(
+        model=tmp_path, name="encode", listen="tcp:127.0.0.1:0", transports=("stream",), self_test_s=0.0
+    )
+    async with EncodeService(config, encoder=SyntheticEncoder(MODEL)) as encode, dialling() as (peers, events):
+        peers.add(encode.address)
+        peers.add(encode.address.replace("127.0.0.1", "localhost"))
+        assert await events.get() == LinkUp(config.incarnation)
+        for number in range(3):
+            spec = item_of(number, 4)
+            key = ItemKey(number, 0)
+            want = Want(
+                key, 1, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, (), (), MODEL, 60.0, spec.media
+            )
+            peers.send(config.incarnation, want)
+            while not (
+                isinstance(event := await events.get(), MessageReceived)
+                and isinstance(event.message, Offer)
+                and event.message.key == key
+            ):
+                assert isinstance(event, MessageReceived), event
