@@ -51,7 +51,7 @@ class EncodePeer:
     """Its last link ended with a goodbye."""
     wanted: bool = True
     refused: str = ""
-    """Why who answered there last is of no use."""
+    """Why nobody there is of use, as it was said last."""
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     outbox: deque[Message] = field(default_factory=deque)
     """Media that wait for the link, and whatever was said after them. Bounded by the items under way: only refers."""
@@ -197,7 +197,9 @@ class EncodePeers:
         return False
 
     def _not_reached(self, peer: EncodePeer, error: AiodisaggError) -> None:
-        logger.debug("encode peer at %s: %s", peer.address, error)
+        said = f"encode peer at {peer.address}: {error}"
+        logger.log(logging.DEBUG if said == peer.refused else logging.WARNING, "%s; trying again", said)
+        peer.refused = said
         if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
             self._gone(peer)
 

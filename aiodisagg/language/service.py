@@ -29,6 +29,7 @@ from aiodisagg.language.items import Item, Items
 from aiodisagg.language.membership import follow
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
+from aiodisagg.link.address import parse
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
@@ -202,7 +203,11 @@ class LanguageService:
         self._tasks.start(follow(client, self.rows), "membership")
 
     def add_peer(self, address: str) -> None:
-        """Keeps a link to the encode peer at ``address``; what the bootstrap server's membership does by itself."""
+        """Keeps a link to the encode peer at ``address``; what the bootstrap server's membership does by itself.
+
+        Raises ConfigError if that is no address. Whether somebody is there is told by the log and ``ready``.
+        """
+        parse(address)
         self.peers.add(address)
 
     def load(self) -> Load:

@@ -11,7 +11,7 @@ import pytest
 
 from aiodisagg.bench.synthetic import SyntheticEncoder, item_of, synthetic_model
 from aiodisagg.encode.service import EncodeService
-from aiodisagg.errors import LinkClosed
+from aiodisagg.errors import LinkClosed, NoEncodePeer
 from aiodisagg.language.peers import EncodePeers, LinkEvent
 from aiodisagg.link import Hello, Link, LinkServer, PeerRole
 from aiodisagg.link.config import LinkConfig
@@ -120,3 +120,12 @@ async def test_two_addresses_dialled_at_once_give_one_link_that_is_not_cut(tmp_p
                 and event.message.key == key
             ):
                 assert isinstance(event, MessageReceived), event
+
+
+async def test_an_address_where_nobody_listens_is_said_once_and_to_whom_waits(caplog: pytest.LogCaptureFixture) -> None:
+    async with dialling() as (peers, _):
+        peers.add("unix:@nobody-listens-here")
+        with pytest.raises(NoEncodePeer, match=r"encode peer at unix:@nobody-listens-here: .*refused"):
+            await peers.wait_any(0.3)  # of several attempts
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1 and "unix:@nobody-listens-here" in warned[0]

@@ -11,7 +11,7 @@ import pytest
 
 from aiodisagg import EncodeService, LanguageService
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
-from aiodisagg.errors import NoEncodePeer
+from aiodisagg.errors import ConfigError, NoEncodePeer
 from aiodisagg.models.base import ChatMessage, ImagePart
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from tests.models.halves import chat, halves, png
@@ -136,6 +136,13 @@ async def test_without_an_encode_peer_text_is_answered_and_images_are_refused(mo
         with pytest.raises(NoEncodePeer, match="none known"):
             await made.ask(question(), 6)
         await made.quiet()
+
+
+async def test_what_is_no_address_of_a_peer_is_refused_at_once(moe: Path) -> None:
+    async with LanguageService(language_config(moe)) as peer:
+        with pytest.raises(ConfigError, match="'foo' is none of unix:@name, unix:/path, tcp:host:port"):
+            peer.add_peer("foo")
+        assert not peer.peers.linked
 
 
 async def test_links_between_hosts_need_the_secret(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
