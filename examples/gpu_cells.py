@@ -8,8 +8,8 @@ names of mixes such loops (several of them measured in one process).
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,13 +51,17 @@ def cells_of(shape: str, files: list[Path]) -> list[dict[str, Any]]:
     return made
 
 
-def main(out: str, *shapes: str) -> None:
+def main(out: Path, shapes: list[str]) -> None:
     cells = []
     for shape in shapes:
         name, _, files = shape.partition("=")
         cells += cells_of(name, [Path(file) for file in files.split(",")])
-    Path(out).write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+    out.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="where to write the cells")
+    parser.add_argument("shapes", nargs="+", metavar="SHAPE=FILE,...", help="what ran, and what gpu_engine.py wrote")
+    given = parser.parse_args()
+    main(given.out, given.shapes)

@@ -97,7 +97,7 @@ class ChatHandler:
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         logger.info("%s is %s: %d messages", own_id, completion_id, len(chat.messages))
         if chat.model != self._backend.model_name:
-            raise model_not_found(chat.model)
+            raise model_not_found(chat.model, self._backend.model_name)
         sampling = sampling_of(chat, self._config.default_max_tokens)
         limits = _Limits(tenant, chat.priority or 0, timeout_s, asyncio.get_running_loop().time() + timeout_s)
         body_bytes = share.held
@@ -256,9 +256,9 @@ class _Stream:
             raise ConnectionResetError(f"the client took nothing for {self._timeout_s:g} s") from error
 
 
-def model_not_found(name: str) -> Refused:
-    shown = name[:128]
-    return Refused(404, f"the model {shown!r} does not exist here", code="model_not_found", param="model")
+def model_not_found(name: str, served: str = "") -> Refused:
+    text = f"the model {name[:128]!r} does not exist here" + (f"; served is {served!r}" if served else "")
+    return Refused(404, text, code="model_not_found", param="model")
 
 
 def _usage(usage: Usage) -> UsageBody:

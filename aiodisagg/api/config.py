@@ -15,6 +15,8 @@ from aiodisagg.scheduler.shares import Tenant
 MiB = 1 << 20
 TENANT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NAME_RULE = "1 to 64 letters, digits, dots, dashes and underscores"
+PRIVATE_NETWORKS = ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1/128", "fc00::/7")
+"""This host and intranets. Not link-local addresses: a cloud's metadata service, and with it credentials, is there."""
 _KEY = re.compile(r"[!-~]+")
 
 
@@ -32,12 +34,14 @@ class ApiKey:
             raise ConfigError("http.api_keys", f"{self.tenant.name!r} is not a name: {NAME_RULE}")
 
 
-def read_keys(data: bytes) -> tuple[ApiKey, ...]:
-    """Keys from a JSON file: ``[{"key": "...", "tenant": "...", "weight": 1.0}, ...]``. Raises ConfigError."""
+def read_keys(data: bytes, file: str = "the file") -> tuple[ApiKey, ...]:
+    """Keys from a JSON file: ``[{"key": "...", "tenant": "...", "weight": 1.0}, ...]``. Raises ConfigError, which
+    names ``file``."""
     try:
         lines = msgspec.json.decode(data, type=list[_KeyLine])
     except (ValueError, RecursionError) as error:
-        raise ConfigError("keys_file", f"is not as it should be: {error}") from error
+        wanted = '[{"key": "...", "tenant": "..."}]'
+        raise ConfigError("keys_file", f"{file}: is not a list like {wanted}: {error}") from error
     return tuple(ApiKey(line.key, Tenant(line.tenant, line.weight)) for line in lines)
 
 

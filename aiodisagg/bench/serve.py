@@ -59,6 +59,10 @@ class ServeOptions:
     """URLs of pages in Prometheus' text format, of any peers; what their counters grow by is part of a run."""
 
     def __post_init__(self) -> None:
+        for key, urls in (("url", self.urls), ("metrics", self.metrics)):
+            for url in urls:
+                if not url.startswith(("http://", "https://")):
+                    raise ConfigError(key, f"{url!r} is not an http(s) URL")
         if (self.mix is None) == (not self.trace):
             raise ConfigError("trace", "give either a mix or a trace")
         if self.trace and (self.rates or len(self.seeds) > 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import Announce, announcer, begin, run
+from aiodisagg.cli.process import Announce, announcer, begin, check_tower, run
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
@@ -65,10 +66,12 @@ def both_command(
         async def serve(stop: asyncio.Event) -> None:
             if separate and inline:
                 raise ConfigError("inline", "a tower in a process of its own is not part of the engine's loop")
-            of_language, of_encode = language_config(options), encode_config(options)
+            of_both = options | {"name": options["name"] or f"both-{secrets.token_hex(3)}"}
+            of_language, of_encode = language_config(of_both), encode_config(of_both)
             front = _Front(http_config(options), host, port, peers, announce)
             if inter_token_ms is not None and not inter_token_ms > 0:
                 raise ConfigError("inter_token_ms", f"must be above 0, not {inter_token_ms:g}")
+            await asyncio.to_thread(check_tower, of_encode.model)
             if not separate:
                 from aiodisagg.both.service import BothService
 
@@ -77,7 +80,7 @@ def both_command(
                     facts = {"address": service.address, "incarnation": of_encode.incarnation}
                     await front.serve(service, facts, stop)
                 return
-            arguments = _arguments(encode, options | {"name": f"{options['name'] or 'both'}-tower"})
+            arguments = _arguments(encode, of_both | {"name": f"{of_both['name']}-tower"})
             arguments += ["--inter-token-ms", str(inter_token_ms or of_language.pace_ms or INTER_TOKEN_MS)]
             if options["bootstrap_token"]:  # not where everybody reads it
                 os.environ[TOKEN_VARIABLE] = options["bootstrap_token"]

@@ -15,8 +15,20 @@ import click
 
 import aiodisagg
 from aiodisagg.cli.bench import bench
-from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, both_command
-from aiodisagg.cli.process import announcer, begin, order_option, process_options, run, setup_logging
+from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, TOKEN_VARIABLE, both_command
+from aiodisagg.cli.process import (
+    FILE,
+    GIVEN_FILE,
+    KEY_VARIABLE,
+    POSITIVE,
+    announcer,
+    begin,
+    check_tower,
+    order_option,
+    process_options,
+    run,
+    setup_logging,
+)
 from aiodisagg.cli.simulate import bench_simulate, plan_command, simulate
 from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.peer.tls import Tls
@@ -36,20 +48,19 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-_FILE = click.Path(path_type=Path, exists=True)
-
-
 def peer_options(command: Command) -> Command:
     """Options of both kinds of peers."""
     for option in (
         click.option("--model", type=click.Path(path_type=Path), required=True, help="Checkpoint folder."),
         click.option("--bootstrap", multiple=True, help="URL of a bootstrap server; may be given several times."),
-        click.option("--bootstrap-token", envvar="AIODISAGG_BOOTSTRAP_TOKEN", help="Token of the bootstrap servers."),
+        click.option("--bootstrap-token", envvar=TOKEN_VARIABLE, show_envvar=True, help="Of the bootstrap servers."),
         click.option("--name", default="", help="For people."),
-        click.option("--secret-file", type=click.Path(path_type=Path, exists=True), help="Shared by all peers."),
-        click.option("--tls-certificate", type=_FILE, help="PEM; encrypts what leaves the host. Needs the next two."),
-        click.option("--tls-key", type=_FILE, help="Of the certificate."),
-        click.option("--tls-authority", type=_FILE, help="Who signs the certificates of all peers."),
+        click.option("--secret-file", type=GIVEN_FILE, help="Shared by all peers."),
+        click.option(
+            "--tls-certificate", type=GIVEN_FILE, help="PEM; encrypts what leaves the host. Needs the next two."
+        ),
+        click.option("--tls-key", type=GIVEN_FILE, help="Of the certificate."),
+        click.option("--tls-authority", type=GIVEN_FILE, help="Who signs the certificates of all peers."),
         click.option("--transports", help="Data planes that may be used, best first, with commas."),
         click.option("--data-host", default="127.0.0.1", help="Interface on which network transports receive."),
         click.option("--device", default="cpu", help="As torch names it."),
@@ -112,17 +123,22 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
 
 def http_config(options: dict[str, Any]) -> HttpConfig:
     """Raises ConfigError."""
-    from aiodisagg.api.config import HttpConfig, read_keys
+    from aiodisagg.api.config import PRIVATE_NETWORKS, HttpConfig, read_keys
 
     file: Path | None = options["keys_file"]
-    keys = () if file is None else read_keys(file.read_bytes())
-    return HttpConfig(api_key=options["api_key"], api_keys=keys, max_requests=options["max_requests"])
+    return HttpConfig(
+        api_key=options["api_key"],
+        api_keys=() if file is None else read_keys(file.read_bytes(), str(file)),
+        max_requests=options["max_requests"],
+        allowed_media_domains=options["media_domains"] or None,
+        allow_private_media_hosts=PRIVATE_NETWORKS if options["allow_private_media"] else (),
+    )
 
 
 @main.command()
 @click.option("--host", default="127.0.0.1")
 @click.option("--port", default=8500, help="0 takes a free one.")
-@click.option("--token", envvar="AIODISAGG_BOOTSTRAP_TOKEN", help="Bearer token that peers must send.")
+@click.option("--token", envvar=TOKEN_VARIABLE, show_envvar=True, help="Bearer token that peers must send.")
 @process_options
 def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: int | None, parent: int | None) -> None:
     """Run a bootstrap server: peers register there and learn of each other."""
@@ -169,6 +185,7 @@ def encode(
 
     async def serve(stop: asyncio.Event) -> None:
         config = encode_config(options)
+        await asyncio.to_thread(check_tower, config.model)
         from aiodisagg.encode.gate import SlackGate
         from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
         from aiodisagg.encode.steps import StepReader
@@ -201,22 +218,41 @@ def encode(
 @main.command()
 @click.option("--host", default="127.0.0.1", help="Of the HTTP API.")
 @click.option("--port", default=8000, help="Of the HTTP API; 0 takes a free one.")
-@click.option("--api-key", envvar="AIODISAGG_API_KEY", help="Clients must send it as a bearer token.")
-@click.option("--keys-file", type=click.Path(path_type=Path, exists=True), help="Keys of tenants, see docs/http.md.")
-@click.option("--peer", "peers", multiple=True, help="Address of an encode peer, besides those of the bootstrap.")
-@click.option("--pool-mib", type=float, help="Memory that encode peers write into; 64, or 1024 with a GPU.")
+@click.option("--api-key", envvar=KEY_VARIABLE, show_envvar=True, help="Clients must send it as a bearer token.")
+@click.option("--keys-file", type=GIVEN_FILE, help="Keys of tenants, see docs/http.md.")
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    help="Address of an encode peer, besides those of the bootstrap; may be given several times.",
+)
+@click.option("--pool-mib", type=POSITIVE, help="Memory that encode peers write into; 64, or 1024 with a GPU.")
 @click.option("--block-rows", type=int, help="Rows of a block; 256, or 1024 with a GPU.")
 @click.option("--window-blocks", default=4, help="Blocks lent to one item at a time.")
 @click.option("--failover-s", default=1.0, help="How long a lost link may take to come back.")
 @click.option("--stall-s", default=5.0, help="Silence after which an encode peer is asked again.")
-@click.option("--cache-mib", default=256.0, help="Memory for rows of earlier images; 0: they are fetched again.")
+@click.option(
+    "--cache-mib",
+    default=256.0,
+    type=click.FloatRange(min=0),
+    help="Memory for rows of earlier images; 0: they are fetched again.",
+)
 @click.option("--hedge-s", default=2.0, help="Lateness after which a second encode peer is asked too; 0: never.")
-@click.option("--max-requests", default=256, help="Chat requests at once.")
+@click.option("--max-requests", default=256, type=click.IntRange(min=1), help="Chat requests at once.")
+@click.option(
+    "--media-domain", "media_domains", multiple=True,
+    help="Fetch media of requests from this host and its subdomains only; may be given several times.",
+)  # fmt: skip
+@click.option("--allow-private-media", is_flag=True, help="Fetch media from this host and from private networks, too.")
 @click.option("--max-queue", default=1024, help="Requests that wait for the engine.")
 @click.option("--max-ttft-s", default=math.inf, help="Refuse what is predicted to take longer to its first token.")
 @click.option("--max-wait-s", default=10.0, help="Requests that would wait longer are overtaken by nobody.")
 @order_option
-@click.option("--kv-mib", type=int, help="Memory of the paged KV pool; what a GPU has left, or 256, if not given.")
+@click.option(
+    "--kv-mib",
+    type=click.IntRange(min=1),
+    help="Memory of the paged KV pool; what a GPU has left, or 256, if not given.",
+)
 @click.option("--token-budget", default=2048, help="Tokens of one engine step.")
 @click.option("--max-running", default=64, help="Requests that hold KV pages at once.")
 @click.option(
@@ -257,18 +293,20 @@ def language(
 
 
 @main.command()
-@click.option("--requests", "count", default=24, help="How many prompts of one to six digits.")
+@click.option(
+    "--requests", "count", default=24, type=click.IntRange(min=1), help="How many prompts of one to six digits."
+)
 @click.option("--full", is_flag=True, help="All held-out digits, alone and four to a prompt; reports accuracy.")
 @click.option("--model", type=click.Path(path_type=Path), help="Any Qwen3-VL(-MoE) folder instead of the digit reader.")
-@click.option("--image", "images", type=click.Path(path_type=Path, exists=True), multiple=True, help="With --model.")
+@click.option("--image", "images", type=GIVEN_FILE, multiple=True, help="With --model; may be given several times.")
 @click.option("--prompt", default="Describe the image.", help="With --model.")
-@click.option("--max-tokens", default=64, help="With --model.")
+@click.option("--max-tokens", default=64, type=click.IntRange(min=1), help="With --model.")
 @click.option("--compare/--no-compare", default=None, help="Run the monolith too; by default only without --model.")
 @click.option("--transports", default="ipc", help="Data planes, best first.")
-@click.option("--encoders", default=2, help="Encode peers.")
+@click.option("--encoders", default=2, type=click.IntRange(min=1), help="Encode peers.")
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack and see the answers fail.")
 @click.option("--kill-encoder", is_flag=True, help="Kill an encode peer in the middle and see its items move.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what the table shows as JSON.")
+@click.option("--json", "json_file", type=FILE, help="Write what the table shows as JSON.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
 def demo(**options: Any) -> None:
     """Start a bootstrap, encode and language peers here, send real requests, compare the answers with the monolith."""

@@ -20,6 +20,12 @@ from aiodisagg.scheduler.order import Order
 
 _PR_SET_PDEATHSIG = 1
 
+FILE = click.Path(path_type=Path, dir_okay=False)
+GIVEN_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+"""One that must be there, for those that are not looked at before anything has begun."""
+KEY_VARIABLE = "AIODISAGG_API_KEY"
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
 Command = Callable[..., None]
 Announce = Callable[[Mapping[str, str]], None]
 
@@ -97,6 +103,13 @@ def begin(name: str, verbose: int, parent: int | None) -> None:
     setup_logging(verbose, name)
     if parent is not None:
         die_with_parent(parent)
+
+
+def check_tower(folder: Path) -> None:
+    """Before anything else of the folder is read, for which a text model has no files. Raises CheckpointError."""
+    from aiodisagg.models.checkpoint import read_info
+
+    read_info(folder).check_tower()
 
 
 def check_plot(plot_file: Path | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from aiodisagg.cli.process import check_plot, order_option
+from aiodisagg.cli.process import FILE, check_plot, order_option
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
@@ -30,10 +30,8 @@ def workload_options(command: Command) -> Command:
         click.option("--requests", default=2000, type=click.IntRange(min=2), help="Of each run."),
         click.option("--cv", default=1.0, help="Of the gaps between requests: 1 is Poisson, more is burstier."),
         click.option("--slo", default="5x", help="Multiple of the unloaded latency."),
-        click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results as JSON."),
-        click.option(
-            "--plot", "plot_file", type=click.Path(path_type=Path), help="Write a PNG; needs the extra bench."
-        ),
+        click.option("--json", "json_file", type=FILE, help="Write the results as JSON."),
+        click.option("--plot", "plot_file", type=FILE, help="Write a PNG; needs the extra bench."),
     ):
         command = option(command)
     return command
@@ -79,16 +77,22 @@ def write_json(file: Path | None, found: Any) -> None:
 
 
 @click.command()
-@click.option("--system", "systems", multiple=True, help="replicas, split-waits, split-overlap, flexible or static.")
+@click.option(
+    "--system",
+    "systems",
+    multiple=True,
+    help="replicas, split-waits, split-overlap, flexible or static; may be given several times. If left out: the first "
+    "four, or replicas for one device.",
+)
 @click.option("--devices", default=2, type=click.IntRange(min=1))
 @click.option("--encode", default=1, help="Of the devices, for splits.")
 @click.option("--rate", "rates", multiple=True, type=float, help="Requests per second; may be given several times.")
 @click.option("--seed", default=0)
-@click.option("--trace", type=click.Path(path_type=Path), help="Requests of a file, one a line, instead of a mix.")
+@click.option("--trace", type=FILE, help="Requests of a file, one a line, instead of a mix.")
 @click.option("--protocol", is_flag=True, help="Move every item with the real protocol machines; slower.")
 @click.option("--shed", default=0.0, help="Refuse whom the first token is predicted later than this multiple for.")
 @order_option
-@click.option("--compare", "measured", type=click.Path(path_type=Path), help="Report of bench system to predict.")
+@click.option("--compare", "measured", type=FILE, help="Report of bench system to predict.")
 @workload_options
 @click.pass_context
 def simulate(context: click.Context, /, measured: Path | None, **options: Any) -> None:
@@ -96,9 +100,13 @@ def simulate(context: click.Context, /, measured: Path | None, **options: Any) -
     try:
         check_plot(options["plot_file"])
         if measured is not None:
-            _alone(context, {"measured", "times", "small", "json_file"})
+            able = {"measured", "times", "small", "json_file"}
+            others = {option.name for option in context.command.params} - able
+            _refuse(context, "compare", "what was measured says what to simulate", others)
             _compare(measured, **options)
         else:
+            if options["trace"] is not None:
+                _refuse(context, "trace", "has its own requests", {"rates", "mix", "small", "requests", "cv"})
             _simulate(**options)
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
@@ -119,8 +127,6 @@ def _simulate(
     from aiodisagg.simulate.tables import RUN_COLUMNS, run_rows, table
     from aiodisagg.simulate.times import read_times
 
-    if trace is not None and rates:
-        raise ConfigError("trace", "has its own arrival times: no rate can be given")
     hardware = read_times(times)
     offered = Offered(mix_of(mix, small), requests, cv)
     chosen = systems or (("replicas", "split-waits", "split-overlap", "flexible") if devices > 1 else ("replicas",))
@@ -147,12 +153,12 @@ def _simulate(
         plot_runs(found, plot_file)
 
 
-def _alone(context: click.Context, able: Container[str]) -> None:
-    """Raises ConfigError if other options are given than those."""
+def _refuse(context: click.Context, key: str, why: str, others: Container[str | None]) -> None:
+    """Raises ConfigError if one of ``others`` is given beside the option ``key``, which would ignore it."""
     for option in context.command.params:
         name = option.name or ""
-        if name not in able and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise ConfigError("compare", f"what was measured says what to simulate: {option.opts[0]} cannot be given")
+        if name in others and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ConfigError(key, f"{why}: {option.opts[0]} cannot be given")
 
 
 def _compare(measured: Path, *, times: str, small: bool, json_file: Path | None, **_: Any) -> None:
@@ -202,7 +208,7 @@ def plan_command(
 @click.command("simulate")
 @click.option("--study", "names", multiple=True, help="two-devices, ladder, overload or text; all if left out.")
 @click.option("--quick", is_flag=True, help="Few requests: shows that it works, not what is so.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/simulate.md"), help="Has the marks.")
+@click.option("--out", type=FILE, default=Path("docs/simulate.md"), help="Has the marks.")
 def bench_simulate(names: tuple[str, ...], quick: bool, out: Path) -> None:
     """Fill the tables of docs/simulate.md."""
     from aiodisagg.simulate.document import FULL, QUICK, STUDIES, write

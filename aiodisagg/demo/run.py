@@ -57,6 +57,8 @@ class DemoOptions:
         for key in ("count", "encoders", "max_tokens"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, "must be at least 1")
+        if self.kill_encoder and self.encoders < 2:
+            raise ConfigError("encoders", "--kill-encoder needs at least 2: another has to go on")
         if self.images and self.model is None:
             raise ConfigError("image", "goes with --model; the packaged model reads digits only")
         if self.model is not None and not self.model.is_dir():

@@ -22,8 +22,12 @@ VISION_PREFIX = "model.visual."
 TEXT_PREFIX = "model.language_model."
 HEAD = "lm_head.weight"
 
-VISION_LANGUAGE = ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLForConditionalGeneration")
-TEXT_ONLY = ("Qwen3MoeForCausalLM", "Qwen3ForCausalLM")
+VISION_LANGUAGE = {
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+}
+"""With the ``model_type`` of each."""
+TEXT_ONLY = {"Qwen3MoeForCausalLM": "qwen3_moe", "Qwen3ForCausalLM": "qwen3"}
 
 _NEEDED = ("text_config", "vision_config", "image_token_id", "video_token_id")
 _NEEDED_TEXT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -55,6 +59,11 @@ class ModelInfo:
     def deepstack_levels(self) -> int:
         return len(self.config.vision_config.deepstack_visual_indexes) if self.is_vision_language else 0
 
+    def check_tower(self) -> None:
+        """Raises CheckpointError unless the model has a vision tower."""
+        if not self.is_vision_language:
+            fail(self.folder, "config.json: architectures", f"{self.architecture} has no vision tower")
+
 
 def read_info(folder: str | Path) -> ModelInfo:
     """Reads and checks ``config.json``. Raises CheckpointError."""
@@ -63,8 +72,11 @@ def read_info(folder: str | Path) -> ModelInfo:
         raise CheckpointError(str(folder), "folder", "no such folder")
     raw = read_json(path, "config.json")
     names = raw.get("architectures") or [None]
-    if names[0] not in VISION_LANGUAGE + TEXT_ONLY:
-        fail(path, "config.json: architectures", f"{names[0]} is not one of {', '.join(VISION_LANGUAGE + TEXT_ONLY)}")
+    types = VISION_LANGUAGE | TEXT_ONLY
+    if names[0] not in types:
+        fail(path, "config.json: architectures", f"{names[0]} is not one of {', '.join(types)}")
+    if (kind := raw.get("model_type")) != types[names[0]]:
+        fail(path, "config.json: model_type", f"{kind!r} is not {types[names[0]]!r}, which {names[0]} has")
     if "quantization_config" in raw:
         fail(path, "config.json: quantization_config", "quantized weights are not supported")
     if names[0] in VISION_LANGUAGE:

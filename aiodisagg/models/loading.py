@@ -67,7 +67,9 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not there, not built in
-        raise ConfigError("device", f"{device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        text = f"{device!r} cannot be used: {str(error).splitlines()[0]}"
+        remedy = "'cpu' always can; another needs its driver (nvidia-smi shows it) and a torch for it (pytorch.org)"
+        raise ConfigError("device", f"{text}; {remedy}") from error
 
 
 def _name(dtype: str | torch.dtype) -> str:
@@ -87,8 +89,7 @@ def load_vision(
 ) -> Any:
     """transformers' vision tower of a Qwen3-VL(-MoE) folder, in eval mode. Raises CheckpointError."""
     info = read_info(folder)
-    if not info.is_vision_language:
-        fail(info.folder, "config.json: architectures", f"{info.architecture} has no vision tower")
+    info.check_tower()
     family = Qwen3VLMoeVisionModel if info.is_moe else Qwen3VLVisionModel
     with Weights(info.folder) as weights:
         names = {name.removeprefix(VISION_PREFIX): name for name in weights.names(VISION_PREFIX)}

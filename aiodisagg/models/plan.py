@@ -26,12 +26,29 @@ from transformers import AutoTokenizer
 from aiodisagg.errors import CheckpointError, InvalidRequest, MediaError
 from aiodisagg.models.base import ChatMessage, ImagePart, ItemKind, PlannedItem, PromptPlan, TextPart, VideoPart
 from aiodisagg.models.checkpoint import read_info
-from aiodisagg.models.folder import read_json
+from aiodisagg.models.folder import fail, read_json
 from aiodisagg.models.loading import eos_ids
 from aiodisagg.models.preprocessing import MAX_VIDEO_PIXELS, header_size, image_grid, load_settings, video_grid
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
 ROLES = frozenset({"system", "user", "assistant"})
 DEFAULT_MAX_FRAMES = 768
+
+
+def _tokenizer(folder: Path) -> Any:
+    """With its chat template. Raises CheckpointError."""
+    if not any((folder / name).exists() for name in _VOCABULARIES):  # transformers would make one without words
+        fail(folder, _VOCABULARIES[0], "no such file")
+    try:
+        found = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise what they raise
+        raise CheckpointError(str(folder), "tokenizer", f"cannot be loaded: {error}") from error
+    if not found.chat_template:  # older folders keep it where only processors look
+        found.chat_template = read_json(folder, "chat_template.json", {}).get("chat_template")
+    if not found.chat_template:
+        others = "tokenizer_config.json and chat_template.json"
+        fail(folder, "chat_template.jinja", f"no such file, and {others} have no chat_template either")
+    return found
 
 
 class Qwen3VLPlanner:
@@ -55,12 +72,7 @@ class Qwen3VLPlanner:
     ) -> None:
         self._info = read_info(folder)
         self._max_pixels, self._max_video_pixels, self._max_frames = max_pixels, max_video_pixels, max_frames
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self._info.folder)
-        except Exception as error:  # transformers and tokenizers raise what they raise
-            raise CheckpointError(str(folder), "tokenizer", f"cannot be loaded: {error}") from error
-        if not self._tokenizer.chat_template:  # older folders keep it where only processors look
-            self._tokenizer.chat_template = read_json(self._info.folder, "chat_template.json").get("chat_template")
+        self._tokenizer = _tokenizer(self._info.folder)
         # A fast tokenizer may be reconfigured while it encodes and then refuses a second thread ("Already borrowed").
         self._lock = threading.Lock()
         self._eos = eos_ids(self._info) or frozenset({self._tokenizer.eos_token_id} - {None})

@@ -1,7 +1,8 @@
-"""Settings of peers: frozen, checked once where they enter. Errors name the key as the command line writes it."""
+"""Settings of peers: frozen, checked once where they enter. Errors name the field; ``kv_bytes`` is ``--kv-mib``."""
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import secrets
 from dataclasses import dataclass, field
@@ -72,6 +73,11 @@ class PeerConfig:
         if self.row_dtype not in DTYPE_BYTES:
             raise ConfigError("row_dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.row_dtype}")
         address.parse(self.listen)
+        try:
+            ipaddress.ip_address(self.data_host)
+        except ValueError:
+            text = f"{self.data_host!r} is not an address; it is one of this host, such as 127.0.0.1"
+            raise ConfigError("data_host", text) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,17 +67,19 @@ class Planes:
         self.open_transports: dict[str, Transport] = {}
 
     async def open(self, arena: Arena | None, admit: Admit, *, incarnation: str) -> None:
-        """Opens every transport that works here. Raises TransportUnavailable if none does."""
+        """Opens every transport that works here. Raises TransportUnavailable, which says why for each, if none does."""
+        reasons = []
         for name in self._names:
             try:
                 transport = make_transport(name, self._host, self._tls)
                 await transport.open(arena, admit, incarnation=incarnation)
             except TransportUnavailable as error:
                 logger.info("transport %s is not available: %s", name, error)
+                reasons.append(str(error))
             else:
                 self.open_transports[name] = transport
         if not self.open_transports:
-            raise TransportUnavailable("any", f"none of {', '.join(self._names)} works on this machine")
+            raise TransportUnavailable("any", f"none works on this machine: {'; '.join(reasons)}")
 
     def describe(self) -> dict[str, bytes]:
         """Descriptions of this process's pool, by transport, for a hello."""

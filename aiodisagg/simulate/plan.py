@@ -70,9 +70,15 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def plan(times: ServiceTimes, offered: Offered, goal: PlanGoal, *, say: Say = lambda text: None) -> Plan:
-    """Raises ConfigError for a goal that is none."""
-    if goal.rate_per_s <= 0 or goal.slo < 1 or not 0 < goal.share < 1 or goal.seeds < 1:
-        raise ConfigError("plan", f"{goal} is no goal")
+    """Raises ConfigError, which names the option, for a goal that is none."""
+    for key, value, is_one, wanted in (
+        ("load", goal.rate_per_s, goal.rate_per_s > 0, "above 0"),
+        ("slo", goal.slo, goal.slo >= 1, "at least 1"),
+        ("share", goal.share, 0 < goal.share < 1, "between 0 and 1"),
+        ("seeds", goal.seeds, goal.seeds >= 1, "at least 1"),
+    ):
+        if not is_one:
+            raise ConfigError(key, f"must be {wanted}, not {value:g}")
     spent = work(times, offered.at(goal.rate_per_s, 0))
     answers = tuple(_Search(kind, times, offered, goal, spent, say).answer() for kind in KINDS)
     return Plan(times.name, goal, offered.requests, spent, answers)

@@ -35,8 +35,9 @@ class RoleUse(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """One run. Rates are per second of the time in which requests arrived; an SLO is a multiple of the latency of an
-    unloaded monolith, for the time to first token of each request and for its mean time per token after that."""
+    """One run. Rates are per second of the time in which requests arrived, and 0 if all came at once; an SLO is a
+    multiple of the latency of an unloaded monolith, for the time to first token of each request and for its mean time
+    per token after that."""
 
     system: str
     devices: int
@@ -75,7 +76,7 @@ def report(cluster: Cluster, *, seed: int, slo: float = 5.0) -> Report:
     requests = cluster.requests
     ok = [request for request in requests if request.outcome == "ok"]
     arrivals = [request.source.arrival_s for request in requests]
-    span = max(arrivals[-1] - arrivals[0], 1e-9) if arrivals else 1e-9
+    span = arrivals[-1] - arrivals[0] if arrivals else 0.0
     makespan = max((request.end_s for request in requests), default=0.0)
     good = sum(meets(request, slo) for request in ok)
     tokens = sum(request.generated for request in ok)
@@ -85,7 +86,7 @@ def report(cluster: Cluster, *, seed: int, slo: float = 5.0) -> Report:
         system=cluster.system.name,
         devices=cluster.system.devices,
         seed=seed,
-        rate_per_s=len(requests) / span,
+        rate_per_s=len(requests) / span if span else 0.0,
         requests=len(requests),
         ok=len(ok),
         shed=sum(request.outcome == "shed" for request in requests),
@@ -100,7 +101,7 @@ def report(cluster: Cluster, *, seed: int, slo: float = 5.0) -> Report:
         output_tokens_per_s=tokens / max(makespan, 1e-9),
         slo=slo,
         attained=good / max(len(requests), 1),
-        goodput_per_s=good / span,
+        goodput_per_s=good / span if span else 0.0,
         use=tuple(_uses(cluster, makespan)),
         items_encoded=sum(tower.encoded for tower in towers),
         items_held=sum(tower.hits for tower in towers),

@@ -314,6 +314,7 @@ async def test_unknown_models_urls_and_methods() -> None:
         with pytest.raises(openai.NotFoundError) as caught:
             await served.client.chat.completions.create(model="gpt-17", messages=HELLO)
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+        assert f"'gpt-17' does not exist here; served is {MODEL!r}" in caught.value.message
         with pytest.raises(openai.NotFoundError) as caught:
             await served.client.models.retrieve("gpt-17")
         assert caught.value.code == "model_not_found"

@@ -26,6 +26,8 @@ SERVE = ("serve", "--url", "http://127.0.0.1:9")
         ((*SERVE, "--extra-body", "{"), "extra-body"),
         ((*SERVE, "--trace", "/nowhere"), "trace: /nowhere"),
         (SERVE, "Cannot connect"),
+        (("serve", "--url", "localhost:1"), "url: 'localhost:1' is not an http(s) URL"),
+        ((*SERVE, "--metrics", "localhost:1/metrics"), "metrics: 'localhost:1/metrics' is not an http(s) URL"),
         (("system", "--shapes", "3+3", "--model", "/nowhere"), "shapes: '3+3' is none of single"),
         (("system", "--quick", "--shapes", ","), "shapes: at least one is needed"),
         (("system", "--mixes", "documents"), "mixes: 'documents' is none of"),

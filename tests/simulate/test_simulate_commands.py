@@ -58,6 +58,15 @@ def test_a_trace_file_is_run_as_it_is_and_times_may_be_a_file(tmp_path: Path) ->
     assert msgspec.json.decode(out.read_bytes(), type=list[Report])[0].ttft.mean < from_file.ttft.mean
 
 
+def test_a_trace_of_one_request_has_no_rate(tmp_path: Path) -> None:
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
+    write_trace(trace, generate(named_mix("text"), Gamma(5.0), 1, 4))
+    found = call("simulate", "--system", "replicas", "--trace", str(trace), "--json", str(out))
+    assert found.exit_code == 0, found.output
+    (report,) = msgspec.json.decode(out.read_bytes(), type=list[Report])
+    assert (report.ok, report.rate_per_s, report.goodput_per_s) == (1, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -66,8 +75,11 @@ def test_a_trace_file_is_run_as_it_is_and_times_may_be_a_file(tmp_path: Path) ->
         (("simulate", "--system", "static", "--encode", "2"), "is no split"),
         (("simulate", "--slo", "fast"), "no multiple"),
         (("simulate", "--workload", "poems"), "'poems' is none of"),
-        (("plan", "--load", "-1"), "is no goal"),
-        (("simulate", "--trace", "x.jsonl", "--rate", "4"), "has its own arrival times"),
+        (("plan", "--load", "0"), "load: must be above 0, not 0"),
+        (("plan", "--load", "1", "--share", "1"), "share: must be between 0 and 1, not 1"),
+        (("simulate", "--trace", "x.jsonl", "--rate", "4"), "trace: has its own requests: --rate cannot be given"),
+        (("simulate", "--trace", "x.jsonl", "--workload", "text"), "--workload cannot be given"),
+        (("simulate", "--trace", "x.jsonl", "--requests", "9"), "--requests cannot be given"),
         (("simulate", "--compare", "x.json", "--plot", "x.png"), "--plot cannot be given"),
         (("simulate", "--compare", "x.json", "--system", "flexible"), "--system cannot be given"),
         (("simulate", "--requests", "100", "--compare", "x.json"), "--requests cannot be given"),
