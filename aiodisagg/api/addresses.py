@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_REFUSED = "its address is not public"
+_REFUSED = "its address is not public, and allow_private_media_hosts (--allow-private-media) does not name it"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 

@@ -256,8 +256,8 @@ class _Stream:
             raise ConnectionResetError(f"the client took nothing for {self._timeout_s:g} s") from error
 
 
-def model_not_found(name: str, served: str = "") -> Refused:
-    text = f"the model {name[:128]!r} does not exist here" + (f"; served is {served!r}" if served else "")
+def model_not_found(name: str, served: str) -> Refused:
+    text = f"the model {name[:128]!r} does not exist here; served is {served!r}"
     return Refused(404, text, code="model_not_found", param="model")
 
 

@@ -173,7 +173,7 @@ class HttpServer:
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if name != self._backend.model_name:
-            raise model_not_found(name)
+            raise model_not_found(name, self._backend.model_name)
         return _json(self._described())
 
     def _described(self) -> ModelBody:

@@ -23,7 +23,6 @@ from aiodisagg.cli.process import (
     POSITIVE,
     announcer,
     begin,
-    check_tower,
     order_option,
     process_options,
     run,
@@ -53,7 +52,9 @@ def peer_options(command: Command) -> Command:
     for option in (
         click.option("--model", type=click.Path(path_type=Path), required=True, help="Checkpoint folder."),
         click.option("--bootstrap", multiple=True, help="URL of a bootstrap server; may be given several times."),
-        click.option("--bootstrap-token", envvar=TOKEN_VARIABLE, show_envvar=True, help="Of the bootstrap servers."),
+        click.option(
+            "--bootstrap-token", envvar=TOKEN_VARIABLE, show_envvar=True, help="Token of the bootstrap servers."
+        ),
         click.option("--name", default="", help="For people."),
         click.option("--secret-file", type=GIVEN_FILE, help="Shared by all peers."),
         click.option(
@@ -185,7 +186,6 @@ def encode(
 
     async def serve(stop: asyncio.Event) -> None:
         config = encode_config(options)
-        await asyncio.to_thread(check_tower, config.model)
         from aiodisagg.encode.gate import SlackGate
         from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
         from aiodisagg.encode.steps import StepReader

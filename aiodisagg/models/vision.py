@@ -48,8 +48,8 @@ class Qwen3VLVisionEncoder:
         dtype: str | torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
     ) -> None:
-        self._image, self._video = load_settings(Path(folder))
         tower = load_vision(folder, dtype=dtype, device=device)
+        self._image, self._video = load_settings(Path(folder))
         self._start(tower, fingerprint(folder, dtype), device)
 
     @classmethod

@@ -79,7 +79,7 @@ class Planes:
             else:
                 self.open_transports[name] = transport
         if not self.open_transports:
-            raise TransportUnavailable("any", f"none works on this machine: {'; '.join(reasons)}")
+            raise TransportUnavailable("transports", f"none works on this machine: {'; '.join(reasons)}")
 
     def describe(self) -> dict[str, bytes]:
         """Descriptions of this process's pool, by transport, for a hello."""

@@ -38,9 +38,9 @@ def run_rows(reports: Sequence[Report]) -> list[Row]:
     """Milliseconds."""
     return [
         (
-            one.system, f"{one.rate_per_s:.1f}", f"{one.ttft.mean:.0f}", f"{one.ttft.p50:.0f}", f"{one.ttft.p90:.0f}",
+            one.system, f"{one.rate_per_s:.1f}" if one.span_s else "-", f"{one.ttft.mean:.0f}", f"{one.ttft.p50:.0f}", f"{one.ttft.p90:.0f}",
             f"{one.ttft.p99:.0f}", f"{one.ttft_text.p99:.0f}" if one.ttft_text.count else "-", f"{one.itl.p99:.1f}",
-            f"{one.tpot.mean:.1f}", f"{one.attained:.1%}", f"{one.goodput_per_s:.1f}", str(one.shed),
+            f"{one.tpot.mean:.1f}", f"{one.attained:.1%}", f"{one.goodput_per_s:.1f}" if one.span_s else "-", str(one.shed),
             ", ".join(f"{use.role} {use.busy:.0%}" for use in one.use),
         )
         for one in reports

@@ -1,0 +1,64 @@
+"""Transports and TLS that cannot be had here: the error says which of them, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiodisagg.errors import ConfigError, TransportUnavailable
+from aiodisagg.peer import planes
+from aiodisagg.peer.planes import Planes
+from aiodisagg.peer.tls import Tls
+
+PEM = (Path(__file__).parents[1] / "link" / "localhost.pem").read_text(encoding="ascii")
+"""A certificate and its key."""
+
+
+@pytest.mark.anyio
+async def test_when_no_transport_works_it_is_said_why_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"mooncake": "no RDMA device", "zmq": "this libzmq has no CURVE"}
+
+    def make(name: str, *rest: object) -> Any:
+        raise TransportUnavailable(name, reasons[name])
+
+    monkeypatch.setattr(planes, "make_transport", make)
+    with pytest.raises(TransportUnavailable) as caught:
+        await Planes(tuple(reasons), "127.0.0.1").open(None, lambda *_: False, incarnation="x")
+    reason = "mooncake: no RDMA device; zmq: this libzmq has no CURVE"
+    assert str(caught.value) == f"transports: none works on this machine: {reason}"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A certificate, its key, another key, and a file that is neither."""
+    own, begin = PEM.partition("-----BEGIN PRIVATE KEY-----")[::2]
+    made = {"certificate": own, "key": f"-----BEGIN PRIVATE KEY-----{begin}", "nothing": "nothing"}
+    for name, text in made.items():
+        (tmp_path / name).write_text(text, encoding="ascii")
+    return {name: tmp_path / name for name in (*made, "missing")}
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key", "authority", "named"),
+    [
+        ("key", "certificate", "certificate", "tls_certificate: {key}"),
+        ("certificate", "certificate", "certificate", "tls_key: {certificate}"),
+        ("certificate", "nothing", "certificate", "tls_key: {nothing}"),
+        ("certificate", "key", "key", "tls_authority: {key}"),
+        ("certificate", "missing", "certificate", "tls_key: {missing}"),
+        ("missing", "key", "certificate", "tls_certificate: {missing}"),
+        ("certificate", "key", "nothing", "tls_authority: {nothing}"),
+    ],
+)
+def test_the_tls_file_that_is_not_what_it_should_be_is_named(
+    files: dict[str, Path], certificate: str, key: str, authority: str, named: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Tls(files[certificate], files[key], files[authority]).contexts()
+    assert str(caught.value).startswith(named.format(**files) + ": ")
+
+
+def test_tls_files_that_are_right(files: dict[str, Path]) -> None:
+    Tls(files["certificate"], files["key"], files["certificate"]).contexts()
