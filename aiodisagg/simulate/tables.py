@@ -38,13 +38,18 @@ def run_rows(reports: Sequence[Report]) -> list[Row]:
     """Milliseconds."""
     return [
         (
-            one.system, f"{one.rate_per_s:.1f}" if one.span_s else "-", f"{one.ttft.mean:.0f}", f"{one.ttft.p50:.0f}", f"{one.ttft.p90:.0f}",
+            one.system, _rate(one.rate_per_s, one), f"{one.ttft.mean:.0f}", f"{one.ttft.p50:.0f}", f"{one.ttft.p90:.0f}",
             f"{one.ttft.p99:.0f}", f"{one.ttft_text.p99:.0f}" if one.ttft_text.count else "-", f"{one.itl.p99:.1f}",
-            f"{one.tpot.mean:.1f}", f"{one.attained:.1%}", f"{one.goodput_per_s:.1f}" if one.span_s else "-", str(one.shed),
+            f"{one.tpot.mean:.1f}", f"{one.attained:.1%}", _rate(one.goodput_per_s, one), str(one.shed),
             ", ".join(f"{use.role} {use.busy:.0%}" for use in one.use),
         )
         for one in reports
     ]  # fmt: skip
+
+
+def _rate(per_s: float, one: Report) -> str:
+    """All requests at once have none."""
+    return f"{per_s:.1f}" if one.span_s else "-"
 
 
 LADDER_COLUMNS = ("system", "goodput, req/s", "of replicas", "busy")
