@@ -38,8 +38,9 @@ def run_rows(reports: Sequence[Report]) -> list[Row]:
     """Milliseconds."""
     return [
         (
-            one.system, _rate(one.rate_per_s, one), f"{one.ttft.mean:.0f}", f"{one.ttft.p50:.0f}", f"{one.ttft.p90:.0f}",
-            f"{one.ttft.p99:.0f}", f"{one.ttft_text.p99:.0f}" if one.ttft_text.count else "-", f"{one.itl.p99:.1f}",
+            one.system, _rate(one.rate_per_s, one),
+            f"{one.ttft.mean:.0f}", f"{one.ttft.p50:.0f}", f"{one.ttft.p90:.0f}", f"{one.ttft.p99:.0f}",
+            f"{one.ttft_text.p99:.0f}" if one.ttft_text.count else "-", f"{one.itl.p99:.1f}",
             f"{one.tpot.mean:.1f}", f"{one.attained:.1%}", _rate(one.goodput_per_s, one), str(one.shed),
             ", ".join(f"{use.role} {use.busy:.0%}" for use in one.use),
         )
