@@ -4,6 +4,11 @@
 # run.sh hosts: instead, transfers between two namespaces in the guest, with 20 ms and 1 % loss each way.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
+case $here in /tmp/* | /run/* | /dev/shm/*) # where the guest has file systems of its own
+    echo "tests/rdma/run.sh: the guest cannot see $here: use a checkout outside of /tmp, /run and /dev/shm" >&2
+    exit 2
+    ;;
+esac
 folder=${RDMA_BUILD:-$here/../../build/rdma}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
