@@ -20,7 +20,7 @@ from aiodisagg.models.base import ChatMessage, Planner, VisionEncoder
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import EncodeConfig, LanguageConfig, check
 from aiodisagg.scheduler.shares import Tenant
-from aiodisagg.scheduler.slack import Slack
+from aiodisagg.scheduler.slack import SHARE_OF_ONE_DEVICE, Slack
 
 if TYPE_CHECKING:
     from aiodisagg.models.language import LanguageHalf
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 _PACE_S = 0.05
 """Where prefill is not bounded either."""
-_SHARE = 0.25
-"""Of a step's time for the tower at least, on a device that both use: for streams that are slower than their pace
-without any. On devices of their own it may have more."""
 
 
 class BothService:
@@ -80,7 +77,9 @@ class BothService:
         else:
             pace_s = inter_token_s or language.pace_ms / 1e3 or _PACE_S
             same_device = language.device == encode.device and encode.device != "cpu"
-            self.gate = DeviceGate(Slack(pace_s, share=_SHARE)) if same_device else SlackGate(Slack(pace_s))
+            self.gate = (
+                DeviceGate(Slack(pace_s, share=SHARE_OF_ONE_DEVICE)) if same_device else SlackGate(Slack(pace_s))
+            )
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
         self._stack = AsyncExitStack()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import Announce, announcer, begin, check_tower, run
+from aiodisagg.cli.process import Announce, announcer, begin, run
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def both_command(
             front = _Front(http_config(options), host, port, peers, announce)
             if inter_token_ms is not None and not inter_token_ms > 0:
                 raise ConfigError("inter_token_ms", f"must be above 0, not {inter_token_ms:g}")
-            await asyncio.to_thread(check_tower, of_encode.model)
+            await asyncio.to_thread(_check_tower, of_encode.model)
             if not separate:
                 from aiodisagg.both.service import BothService
 
@@ -162,3 +162,10 @@ def _arguments(command: click.Command, options: dict[str, Any]) -> list[str]:
         for one in value if isinstance(value, tuple) else (value,):
             found += [param.opts[-1], str(one)]
     return found
+
+
+def _check_tower(folder: Path) -> None:
+    """Before either half is loaded. Raises CheckpointError."""
+    from aiodisagg.models.checkpoint import read_info
+
+    read_info(folder).check_tower()

@@ -105,13 +105,6 @@ def begin(name: str, verbose: int, parent: int | None) -> None:
         die_with_parent(parent)
 
 
-def check_tower(folder: Path) -> None:
-    """Before anything else of the folder is read, for which a text model has no files. Raises CheckpointError."""
-    from aiodisagg.models.checkpoint import read_info
-
-    read_info(folder).check_tower()
-
-
 def check_plot(plot_file: Path | None) -> None:
     """Before anything is measured or simulated. Raises ConfigError where nothing can draw."""
     if plot_file is None:

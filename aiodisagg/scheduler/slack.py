@@ -21,6 +21,8 @@ from __future__ import annotations
 
 SHARE = 0.5
 """Of a step's own time, earned at least."""
+SHARE_OF_ONE_DEVICE = 0.25
+"""The same where tower and engine have one device: for streams that are slower than their pace without any tower."""
 
 
 class Slack:

@@ -11,7 +11,7 @@ import msgspec
 from aiodisagg.bench.workload import WorkloadRequest
 from aiodisagg.engine.pace import Pace
 from aiodisagg.errors import AiodisaggError, ConfigError
-from aiodisagg.scheduler.slack import SHARE, Slack
+from aiodisagg.scheduler.slack import SHARE, SHARE_OF_ONE_DEVICE, Slack
 from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.device import Device
 from aiodisagg.simulate.doors import Door, Doors, open_door
@@ -25,10 +25,6 @@ from aiodisagg.simulate.wires import TimedWires, Wires
 
 ROUTER_ASKS = 32
 """Peers that the router looks at for a request, chosen by chance where there are more."""
-
-
-SHARED = 0.25
-"""Of a step's time for the tower at least, on a device that both use: as of ``BothService``."""
 
 
 class Routing(enum.StrEnum):
@@ -167,7 +163,8 @@ class Cluster:
                 peer.preparing = Preparing(self.clock, self.costs, engine.prepared, lambda: True)
         if role in ("encode", "both"):
             gated = role == "both" and self.system.inter_token_ms > 0
-            slack = Slack(self.system.inter_token_ms / 1e3, share=SHARED if priorities else SHARE) if gated else None
+            share = SHARE_OF_ONE_DEVICE if priorities else SHARE
+            slack = Slack(self.system.inter_token_ms / 1e3, share=share) if gated else None
             peer.tower = Tower(self.clock, self.costs, device.tower, kept_rows=self.system.kept_rows, slack=slack)
             if peer.engine is not None:
                 peer.engine.beside = peer.tower

@@ -23,12 +23,18 @@ def begin(gate: DeviceGate, *, prompts: bool) -> None:
     gate.step_began()
 
 
-def test_a_batch_beside_a_step_with_prompts_has_got_nothing_and_pays_nothing() -> None:
-    gate = made(clock := Clock())
-    begin(gate, prompts=True)
+def step_and_batch(clock: Clock, *, prompts: bool) -> DeviceGate:
+    """A step of 10 ms, beside which a batch begins, and 20 ms of both."""
+    gate = made(clock)
+    begin(gate, prompts=prompts)
     clock.now += 0.01
     assert gate.wait()
     clock.now += 0.02
+    return gate
+
+
+def test_a_batch_beside_a_step_with_prompts_has_got_nothing_and_pays_nothing() -> None:
+    gate = step_and_batch(clock := Clock(), prompts=True)
     assert not gate.slowed()
     gate.step_ended(2)  # 30 ms, all its own
     assert gate._slack.earned_s == pytest.approx(0.02)
@@ -38,11 +44,7 @@ def test_a_batch_beside_a_step_with_prompts_has_got_nothing_and_pays_nothing() -
 
 
 def test_a_step_that_only_decodes_waits_for_the_batch_beside_it_and_is_not_called_slow() -> None:
-    gate = made(clock := Clock())
-    begin(gate, prompts=False)
-    clock.now += 0.01
-    assert gate.wait()
-    clock.now += 0.02
+    gate = step_and_batch(clock := Clock(), prompts=False)
     assert gate.slowed(), "its time is not to be learned from"
     gate.step_ended(2)  # 30 ms, of which it needed 10
     assert gate._slack.earned_s == pytest.approx(0.04)
