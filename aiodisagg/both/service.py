@@ -77,9 +77,8 @@ class BothService:
         else:
             pace_s = inter_token_s or language.pace_ms / 1e3 or _PACE_S
             same_device = language.device == encode.device and encode.device != "cpu"
-            self.gate = (
-                DeviceGate(Slack(pace_s, share=SHARE_OF_ONE_DEVICE)) if same_device else SlackGate(Slack(pace_s))
-            )
+            of_one = Slack(pace_s, share=SHARE_OF_ONE_DEVICE)
+            self.gate = DeviceGate(of_one) if same_device else SlackGate(Slack(pace_s))
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
         self._stack = AsyncExitStack()
 
