@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from aiodisagg import BothService, EncodeConfig, SamplingParams
+from aiodisagg import BothService, EncodeConfig, LanguageConfig, SamplingParams
 from aiodisagg.bootstrap.registry import PeerState
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
+from aiodisagg.encode.core import CoreGate
+from aiodisagg.encode.device import DeviceGate
+from aiodisagg.encode.gate import SlackGate
 from aiodisagg.errors import ConfigError, Overloaded
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, ImagePart
@@ -176,3 +179,14 @@ async def test_draining_finishes_what_is_open_and_takes_nothing_new(moe: Path, v
 def test_a_pace_that_cannot_be_meant(moe: Path) -> None:
     with pytest.raises(ConfigError, match="inter_token_s"):
         BothService(language_config(moe), EncodeConfig(model=moe), inter_token_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("language", "encode", "gate"),
+    [("cpu", "cpu", CoreGate), ("cuda:0", "cuda:0", DeviceGate), ("cuda:0", "cuda:1", SlackGate)],
+)
+async def test_the_halves_share_what_they_have_by_its_own_rules(
+    tmp_path: Path, language: str, encode: str, gate: type[object]
+) -> None:
+    both = BothService(LanguageConfig(model=tmp_path, device=language), EncodeConfig(model=tmp_path, device=encode))
+    assert type(both.gate) is gate
