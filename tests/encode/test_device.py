@@ -117,7 +117,7 @@ def test_nobody_waits_for_a_tower_that_is_closed() -> None:
     thread.start()
     gate.close()
     thread.join(PATIENCE_S)
-    assert not thread.is_alive()
+    assert not thread.is_alive() and not gate.whole_prompts()
 
 
 def test_who_gives_up_pays_nothing_for_whom_is_at_work() -> None:
