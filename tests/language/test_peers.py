@@ -55,7 +55,11 @@ class Listener(LinkServer):
         await link.wait_closed()
 
 
-async def test_a_peer_is_linked_by_one_of_its_addresses_and_by_the_other_when_that_ends() -> None:
+async def test_a_peer_is_linked_by_one_of_its_addresses_and_by_the_other_when_that_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("aiodisagg.language.peers.LOOK_AGAIN_S", 1e6)
+    monkeypatch.setattr("aiodisagg.language.peers.FIRST_RETRY_S", 0.0)
     async with AsyncExitStack() as stack:
         peers, events = await stack.enter_async_context(dialling())
         other = await stack.enter_async_context(Listener("one"))
@@ -68,6 +72,8 @@ async def test_a_peer_is_linked_by_one_of_its_addresses_and_by_the_other_when_th
             assert unused.parted and unused.bytes_received > 0
             with pytest.raises(LinkClosed, match="closed by the peer"):
                 await unused.recv()
+            for _ in range(20):
+                await asyncio.sleep(0)  # the other address begins to wait
             book = peers.linked[0].book
         assert [await events.get(), await events.get()] == [LinkLost("one"), LinkUp("one")]
         assert [peer.address for peer in peers.linked] == [other.address] and peers.linked[0].book is book
