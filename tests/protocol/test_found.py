@@ -10,6 +10,7 @@ import pytest
 from aiodisagg.errors import RemoteProtocolError
 from aiodisagg.protocol import events as ev
 from aiodisagg.protocol import messages as ms
+from aiodisagg.protocol.rows import Region
 
 from . import truth
 from .lists import KEY, OTHER, SIX, Receiving, Sending, every, only, want
@@ -231,3 +232,14 @@ def test_rows_that_come_between_two_cuts_count() -> None:
         only(r.do(ev.LinkUp("A")), ms.Want)
         (grant,) = every(r.offer(), ms.Grant)
         r.arrive(grant.lends[0])
+
+
+def test_small_regions_of_other_rows_than_the_chunks_are_a_protocol_error() -> None:
+    r = Receiving()
+    lend, *_ = r.open(meta=frozenset({Region.FILL_IDS}))
+    chunk = ms.Chunk(lend.lease, lend.start, lend.stop, 7)
+    right = r.meta(KEY, chunk)
+    assert right is not None
+    other = ms.Meta(right.start + 2, right.stop + 2, right.fill_ids, None, None)
+    with pytest.raises(RemoteProtocolError, match="meta of rows"):
+        r.says(ms.Commit(KEY, 1, chunk, other))
