@@ -67,7 +67,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class PlannedItem:
-    """One image or video of a prompt, before it is decoded.
+    """One image or video of a prompt, or some consecutive frame pairs of a video, before it is decoded.
 
     ``digest`` is a blake2b-128 hex digest over kind, target grid, fps and the media bytes: equal digests give equal
     rows on equal models. ``media`` holds the encoded file(s), one for an image, one a frame for a video.

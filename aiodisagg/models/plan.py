@@ -9,13 +9,18 @@ transformers' ``Qwen3VLProcessor`` and ``get_rope_index``:
 - Text advances all three position rows by one. A picture of (h, w) tokens holds its temporal row still, counts its
   rows and columns in the other two, and moves what follows on by max(h, w). ``delta`` is what is then missing between
   a token's place and its position.
+
+A video of more than ``GROUP_PATCHES`` becomes several items, each a group of its frame pairs. Frame pairs do not see
+each other in the tower, so the rows are those of the whole video, and groups are placed, encoded, cached and fetched
+again like any other items: on several peers at once. Groups are counted from the video's start: one that goes on
+longer, at the same resolution, begins with the same items.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,9 @@ from aiodisagg.models.preprocessing import MAX_VIDEO_PIXELS, header_size, image_
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
 ROLES = frozenset({"system", "user", "assistant"})
 DEFAULT_MAX_FRAMES = 768
+GROUP_PATCHES = 2048
+"""Of an item that is made of a video's frames. Half a tower batch of a GPU: large enough that an item's own costs do not
+matter, small enough that a video of seconds is shared among peers."""
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -57,7 +65,8 @@ class Qwen3VLPlanner:
     Args:
         folder: config, tokenizer, chat template and preprocessor settings are read, no weights.
         max_pixels: of an image after resizing; can only lower the folder's limit. max_video_pixels: the same for all
-            frames of a video together. max_frames: of a video.
+            frames of a video together. max_frames: of a video. group_patches: of an item that a longer video is
+            divided into.
 
     Raises CheckpointError.
     """
@@ -69,8 +78,10 @@ class Qwen3VLPlanner:
         max_pixels: int | None = None,
         max_video_pixels: int | None = None,
         max_frames: int = DEFAULT_MAX_FRAMES,
+        group_patches: int = GROUP_PATCHES,
     ) -> None:
         self._info = read_info(folder)
+        self._group_patches = group_patches
         self._max_pixels, self._max_video_pixels, self._max_frames = max_pixels, max_video_pixels, max_frames
         self._tokenizer = _tokenizer(self._info.folder)
         # A fast tokenizer may be reconfigured while it encodes and then refuses a second thread ("Already borrowed").
@@ -118,7 +129,7 @@ class Qwen3VLPlanner:
         return token
 
     def _read(self, messages: Sequence[ChatMessage]) -> tuple[list[dict[str, Any]], list[PlannedItem]]:
-        """The chat as templates take it, and its items in order, their spans still empty."""
+        """The chat as templates take it, and its images and whole videos in order, without digests and spans."""
         chat: list[dict[str, Any]] = []
         items: list[PlannedItem] = []
         for i, message in enumerate(messages):
@@ -177,7 +188,7 @@ class Qwen3VLPlanner:
         except ValueError as error:
             raise MediaError(param, str(error)) from error
         rows = grid[0] * grid[1] * grid[2] // self._image.merge**2
-        return PlannedItem(item_digest(kind, grid, fps, media), kind, grid, rows, (), media, fps, param)
+        return PlannedItem("", kind, grid, rows, (), media, fps, param)
 
     def _expand(self, text: str, items: Sequence[PlannedItem]) -> list[str]:
         """Text with one placeholder for each picture: an image's stays, a video's becomes its timed frame pairs."""
@@ -216,10 +227,21 @@ class Qwen3VLPlanner:
         planned = []
         taken = iter(spans)
         for item in items:
-            own = tuple(next(taken) for _ in range(item.grid_thw[0]))
-            planned.append(replace(item, spans=own))
+            planned += self._groups(item, tuple(next(taken) for _ in range(item.grid_thw[0])))
         delta = int(positions.max()) + 1 - len(input_ids)
         return PromptPlan(input_ids, positions, delta, tuple(planned))
+
+    def _groups(self, item: PlannedItem, spans: tuple[tuple[int, int], ...]) -> Iterator[PlannedItem]:
+        """The item, or the frame groups of a large video, with digests and spans."""
+        t, h, w = item.grid_thw
+        pairs = max(1, self._group_patches // (h * w))
+        frames = self._video.temporal_patch if t > 1 else len(item.media)
+        for start in range(0, t, pairs):
+            own = spans[start : start + pairs]
+            grid, media = (len(own), h, w), item.media[start * frames : (start + pairs) * frames]
+            digest = item_digest(item.kind, grid, item.fps, media)
+            rows = item.rows // t * len(own)
+            yield replace(item, digest=digest, grid_thw=grid, rows=rows, spans=own, media=media)
 
 
 def item_digest(kind: ItemKind, grid_thw: tuple[int, int, int], fps: float, media: Sequence[bytes]) -> str:

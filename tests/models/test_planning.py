@@ -141,6 +141,36 @@ def test_a_single_frame_counts_twice(tiny: Tiny) -> None:
     assert torch.equal(once.patches[0].pixel_values, twice.patches[0].pixel_values)
 
 
+def test_a_long_video_becomes_items_of_whole_frame_pairs_with_the_rows_of_the_whole(tiny: Tiny) -> None:
+    folder = tiny(moe=True, levels=3)
+    encoder = halves(folder).encoder
+    messages = chat("First", ImagePart(png(90, 130, 4)), "then", video(7, 128, 96), "and", video(2, 64, 64), "Compare.")
+    whole = Qwen3VLPlanner(folder).plan(messages)
+    t, h, w = whole.items[1].grid_thw
+    assert t == 4 and len(whole.items) == 3
+    for patches, sizes in ((2 * h * w, [2, 2]), (3 * h * w + 1, [3, 1]), (h * w - 1, [1, 1, 1, 1])):
+        plan = Qwen3VLPlanner(folder, group_patches=patches).plan(messages)
+        assert np.array_equal(plan.input_ids, whole.input_ids) and np.array_equal(plan.positions, whole.positions)
+        first, *groups, last = plan.items
+        assert (first, last) == (whole.items[0], whole.items[2])
+        assert [group.grid_thw for group in groups] == [(size, h, w) for size in sizes]
+        assert sum((group.spans for group in groups), ()) == whole.items[1].spans
+        assert all(sum(stop - start for start, stop in group.spans) == group.rows for group in groups)
+        assert sum((group.media for group in groups), ()) == whole.items[1].media
+        assert {group.param for group in groups} == {whole.items[1].param}
+        made, expected = (
+            torch.cat(encoder.encode([encoder.prepare(i.kind, i.media, i.grid_thw, i.fps) for i in items]))
+            for items in (groups, whole.items[1:2])
+        )
+        assert torch.equal(made, expected)
+
+
+def test_a_video_that_goes_on_longer_begins_with_the_same_items(tiny: Tiny) -> None:
+    planner = Qwen3VLPlanner(tiny(moe=True, levels=3), group_patches=32)
+    short, long = (planner.plan(chat(video(frames, 64, 64), "What happens?")).items for frames in (8, 12))
+    assert len(short) >= 2 and long[: len(short)] == short and len(long) > len(short)
+
+
 def test_digests_name_content_and_grid(tiny: Tiny) -> None:
     folder = tiny(moe=True, levels=3)
     large, small = Qwen3VLPlanner(folder), Qwen3VLPlanner(folder, max_pixels=4096)

@@ -20,9 +20,10 @@ from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.errors import PoisonItem
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, ImagePart, Patches
+from aiodisagg.models.plan import Qwen3VLPlanner
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from aiodisagg.scheduler.cost import ServiceTimes, Size, Timing
-from tests.models.halves import PROMPTS, chat, halves, png
+from tests.models.halves import PROMPTS, chat, halves, png, video
 from tests.services.system import PATIENCE_S, Held, System, encode_config, eventually, language_config, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -52,6 +53,42 @@ def _truth(moe: Path, messages: tuple[ChatMessage, ...]) -> tuple[int, ...]:
 def says_no_more(entry: PeerEntry) -> bool:
     """It holds something and is idle: its heartbeats are alike from now on."""
     return bool(entry.load.digests) and entry.load == Load(digests=entry.load.digests)
+
+
+# -- videos -----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_frame_groups_of_a_video_are_encoded_by_several_peers_at_once(
+    moe: Path, vision: Qwen3VLVisionEncoder
+) -> None:
+    held, messages = Held(vision), chat(video(8), "What happens?")
+    async with system(moe, encoders=2, encoder=held) as made:
+        made.language._planner = Qwen3VLPlanner(moe, group_patches=1)
+        asked = asyncio.ensure_future(made.ask(messages, 6))
+        await eventually(lambda: held.entered["encode"] == 2, "both towers are at it")
+        held.gate.set()
+        assert await asked == truth(moe, messages)  # of the whole video
+        assert [encoder.sender.sources.started for encoder in made.encoders] == [2, 2]
+
+
+async def test_of_a_video_only_the_groups_of_a_peer_that_dies_are_encoded_again(
+    moe: Path, vision: Qwen3VLVisionEncoder
+) -> None:
+    held, messages = Held(vision), chat(video(8), "What happens?")
+    async with system(moe, failover_s=0.0) as made, AsyncExitStack() as stack:
+        made.language._planner = Qwen3VLPlanner(moe, group_patches=1)
+        stack.callback(held.gate.set)
+        dying = await stack.enter_async_context(EncodeService(encode_config(moe), encoder=held))
+        made.language.add_peer(dying.address)
+        await made.linked(2)
+        asked = asyncio.ensure_future(made.ask(messages, 6))
+        (living,) = made.encoders
+        await eventually(lambda: held.entered["encode"] and not living.pipeline.waiting)
+        assert living.sender.sources.started == 2
+        await die(dying)
+        assert await asked == truth(moe, messages)
+        assert living.sender.sources.started == 4
+        held.gate.set()
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
