@@ -39,8 +39,8 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json")
 ROLES = frozenset({"system", "user", "assistant"})
 DEFAULT_MAX_FRAMES = 768
 GROUP_PATCHES = 2048
-"""Of an item that is made of a video's frames. Half a tower batch of a GPU: large enough that an item's own costs do not
-matter, small enough that a video of seconds is shared among peers."""
+"""Of an item that is made of a video's frames. Half a tower batch of a GPU: large enough that the costs of an item do
+not matter, small enough that a video of seconds is shared among peers."""
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -224,7 +224,7 @@ class Qwen3VLPlanner:
         spans = [(int(starts[p]), int(starts[p] + repeats[p])) for p in places]
         input_ids = np.repeat(short, repeats)
         positions = mrope_positions(len(input_ids), spans, sides)
-        planned = []
+        planned: list[PlannedItem] = []
         taken = iter(spans)
         for item in items:
             planned += self._groups(item, tuple(next(taken) for _ in range(item.grid_thw[0])))
