@@ -2,8 +2,7 @@
 
     python examples/gpu_cells.py cells.json gpu-dp2=a.json,b.json gpu-flexible=c.json,d.json gpu-1+1=e.json
 
-Files of one shape are of replicas that ran together. In each the phase ``load`` holds loops by rate and seed, or by
-names of mixes such loops (several of them measured in one process).
+Files of one shape are of replicas that ran together.
 """
 
 from __future__ import annotations
@@ -11,27 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aiodisagg.bench.mixes import MIX_NAMES
 from aiodisagg.bench.serve_metrics import Spread
-
-
-def loops_of(found: dict[str, Any], mix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, one in found.items():
-        if isinstance(one, dict) and "gaps_ms" in one:
-            yield mix, one
-        elif isinstance(one, dict) and ":" in name:
-            yield from loops_of(one, name.partition(":")[0])
 
 
 def cells_of(shape: str, files: list[Path]) -> list[dict[str, Any]]:
     """One for each mix and rate, all replicas and seeds together."""
     cells: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
     for file in files:
-        for mix, loop in loops_of(json.loads(file.read_text())["load"], "images-1-8"):
-            cells[mix, loop["rate"]].append(loop)
+        measured = json.loads(file.read_text())["load"]
+        for mix in MIX_NAMES:
+            for loop in measured.get(mix, {}).values():
+                cells[mix, loop["rate"]].append(loop)
     made = []
     for (mix, rate), loops in sorted(cells.items()):
         spreads = {}

@@ -8,10 +8,12 @@ Phases (``--phases``, all but the last two unless named): limits, check, decode,
 inside, times, load. One that fails, or has no time left (``--budget-s``), does not take the others with it; results so
 far are in the file after each. The table comes last. ``encode`` and ``warm`` are how the script starts itself.
 
-``load`` is a closed loop; two replicas are two processes with one GPU each (CUDA_VISIBLE_DEVICES)::
+``load`` are closed and open loops; two replicas are two processes with one GPU each (CUDA_VISIBLE_DEVICES), with
+``--share`` two peers that encode for each other::
 
     for i in 0 1; do name=$(echo ab | cut -c$((i + 1))); CUDA_VISIBLE_DEVICES=$i python examples/gpu_engine.py \\
-        --phases load --concurrency 1,4,16 --meet /tmp/meet --name $name --json $name.json & done; wait
+        --phases load --closed 1,4,16 --open images-1-8:1.5,3.5 --open servegen:4,9 --meet /tmp/meet --name $name \\
+        --json $name.json & done; wait
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from gpu_loops import load
 from gpu_model import Random
 from gpu_phases import bytes_of, check, decode, limits, prefill, profile, tower
-from gpu_serve import both, encode_peer, inside, load, serve
+from gpu_serve import both, encode_peer, inside, serve
 from gpu_times import times
 
 from aiodisagg.bench.mixes import MIX_NAMES
@@ -242,12 +245,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--budget-s", type=float, default=420.0)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--shape", default="both", choices=("apart", "both", "inside"), help="Of the phase load.")
-    parser.add_argument("--concurrency", default="", help="Of the phase load: clients at a time, with commas.")
+    parser.add_argument("--closed", default="", help="Of the phase load: clients at a time, with commas.")
     parser.add_argument(
-        "--rates", default="", help="Of the phase load: an open loop of so many requests a second each."
-    )
-    parser.add_argument("--loop-s", type=float, default=20.0, help="How long one of them is, on average.")
-    parser.add_argument("--mix", default="images-1-8", choices=MIX_NAMES, help="Of an open loop.")
+        "--open", action="append", default=[], metavar="MIX:RATES",
+        help=f"Of the phase load: open loops of so many requests a second each; mixes are {', '.join(MIX_NAMES)}.",
+    )  # fmt: skip
+    parser.add_argument("--loop-s", type=float, default=20.0, help="How long an open loop is, on average.")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--wait", action="store_true", help="Prefill waits for all pictures of a prompt.")
@@ -258,6 +261,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--itl-budget-ms", type=float, help="Pace of answers beside prefill and tower; what peers have."
     )
+    parser.add_argument("--paces", default="", help="Of serve, both and inside: several of these, one after the other.")
     parser.add_argument("command", nargs="*")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
@@ -267,6 +271,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.command[:1] == ["encode"]:
         encode_peer(Path(options.command[1]), options.command[2])
         return 0
+    if unknown := {loops.partition(":")[0] for loops in options.open} - set(MIX_NAMES):
+        parser.error(f"no such mix: {', '.join(sorted(unknown))}")
     wanted = options.phases.split(",")
     if unknown := set(wanted) - set(PHASES):
         parser.error(f"no such phase: {', '.join(sorted(unknown))}")

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,6 @@ from aiodisagg import (
     LanguageService,
     SamplingParams,
 )
-from aiodisagg.bench.mixes import named_mix
-from aiodisagg.bench.workload import Gamma, generate
 from aiodisagg.models.base import ImagePart, TextPart
 
 MiB = 1 << 20
@@ -131,14 +128,11 @@ def inside(bench: Any, found: dict[str, Any]) -> None:
     _run(bench, found, "inside")
 
 
-def load(bench: Any, found: dict[str, Any]) -> None:
-    """A closed loop of requests with one to eight pictures: this process is a replica, or the language half."""
-    _run(bench, found, bench.options.shape)
-
-
 def _run(bench: Any, found: dict[str, Any], shape: str) -> None:
-    free_runner(bench)
-    uvloop.run(_serve(bench, found, shape))
+    for pace in bench.options.paces.split(","):
+        bench.options.itl_budget_ms = float(pace) if pace else bench.options.itl_budget_ms
+        free_runner(bench)
+        uvloop.run(_serve(bench, found.setdefault(f"{pace} ms", {}) if pace else found, shape))
 
 
 def free_runner(bench: Any) -> None:
@@ -155,15 +149,8 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
     height, width = (64, 96) if bench.options.tiny else (1080, 1920)
     planner = bench.model.planner()
     async with AsyncExitStack() as stack:
-        service, address = await start(bench, stack, shape, planner)
-        if bench.options.concurrency and not bench.options.rates:
-            await _meet(bench, stack, service, address)
-            await _loops(bench, found, service, planner)
-        elif bench.options.rates:
-            await _meet(bench, stack, service, address)
-            await open_loops(bench, found, service, planner)
-        else:
-            await _cases(bench, found, service, planner, height, width)
+        service, _ = await start(bench, stack, shape, planner)
+        await _cases(bench, found, service, planner, height, width)
 
 
 async def start(bench: Any, stack: AsyncExitStack, shape: str, planner: Any) -> tuple[LanguageService, str]:
@@ -185,7 +172,7 @@ async def start(bench: Any, stack: AsyncExitStack, shape: str, planner: Any) -> 
     loaded = planner, bench.half, model.fingerprint
     if shape in ("both", "inside"):
         encoder = await asyncio.to_thread(model.encoder, bench.device)
-        threads = 8 if shape == "both" or bench.options.concurrency or bench.options.rates else 1
+        threads = 8 if shape == "both" or bench.options.closed or bench.options.open else 1
         settings = encode_config(model, encoder, there, prepare_threads=threads)
         peer = BothService(config, settings, inline=shape == "inside", encoder=encoder, loaded=loaded)
         service = (await stack.enter_async_context(peer)).language
@@ -197,115 +184,6 @@ async def start(bench: Any, stack: AsyncExitStack, shape: str, planner: Any) -> 
     await service.peers.wait_any(60)
     bench.say(f"{shape}: encode peer on {there} linked")
     return service, address
-
-
-async def _meet(bench: Any, stack: AsyncExitStack, service: LanguageService, address: str) -> None:
-    """Waits for the other replica, and links to its tower if ``--share``; leaves together with it."""
-    place, name, other = bench.options.meet, bench.options.name, {"a": "b", "b": "a"}.get(bench.options.name)
-    if place is None or other is None:
-        return
-
-    async def both_said(word: str, text: str = "-") -> str:
-        (place / f"{name}.{word}").write_text(text)
-        path = place / f"{other}.{word}"
-        while not (path.exists() and path.read_text()):  # noqa: ASYNC110 - another process, which announces nothing
-            await asyncio.sleep(0.01)
-        return path.read_text()
-
-    theirs = await both_said("address", address or "-")
-    if bench.options.share:
-        service.add_peer(theirs)
-        while len(service.peers.linked) < 2:  # noqa: ASYNC110 - peers announce the first only
-            await asyncio.sleep(0.01)
-    stack.push_async_callback(both_said, "done")
-    bench.meeting = both_said
-
-
-async def _loops(bench: Any, found: dict[str, Any], service: LanguageService, planner: Any) -> None:
-    """Closed loops: mean and p99 of the time to a first token, between tokens, and requests a second."""
-    tiny = bench.options.tiny
-    height, width = (64, 96) if tiny else (720, 1280)
-    text, draw = text_of(planner, 16 if tiny else 64), np.random.default_rng(7 + ord(bench.options.name[0]))
-    made = iter(range(1000 * ord(bench.options.name[0]), 1 << 30))
-    warm = [picture(next(made), height, width) for _ in range(4)]
-    await asyncio.gather(*(ask(service, f"{i} {text}", warm[i : i + 1], 8) for i in range(4)))
-    for concurrency in map(int, bench.options.concurrency.split(",")):
-        count = max(6, bench.options.each * concurrency)
-        images = draw.integers(1, 9, count).tolist()
-        asked = [[picture(next(made), height, width) for _ in range(n)] for n in images]
-        if bench.meeting is not None:
-            await bench.meeting(f"loop{concurrency}")
-        answers: list[Answered] = []
-        work, began = iter(enumerate(asked)), time.perf_counter()
-
-        async def client() -> None:
-            for i, pictures in work:  # noqa: B023 - ends before the next one begins
-                answers.append(await ask(service, f"{i} {text}", pictures, 8 if tiny else 128))  # noqa: B023
-
-        await asyncio.gather(*(client() for _ in range(concurrency)))
-        whole = time.perf_counter() - began
-        firsts = sorted(a.first_s * 1e3 for a in answers)
-        tpots = sorted((a.end_s - a.first_s) / max(1, a.tokens - 1) * 1e3 for a in answers)
-        found[str(concurrency)] = {
-            "requests": count,
-            "images": sum(images),
-            "seconds": whole,
-            "req_s": count / whole,
-            "ttft_ms": statistics.mean(firsts),
-            "ttft_p99_ms": firsts[min(count - 1, int(0.99 * count))],
-            "tpot_ms": statistics.mean(tpots),
-            "all_ttft_ms": [round(f, 1) for f in firsts],
-        }
-        shown = {k: v for k, v in found[str(concurrency)].items() if k != "all_ttft_ms"}
-        bench.say(f"loop of {concurrency}: " + ", ".join(f"{k} {v:.1f}" for k, v in shown.items()))
-        bench.save()
-
-
-async def open_loops(bench: Any, found: dict[str, Any], service: LanguageService, planner: Any) -> None:
-    """Poisson arrivals of one sequence that both replicas know, of which each answers every other request; or all."""
-    tiny, options = bench.options.tiny, bench.options
-    mix = named_mix(options.mix).scaled(visual=1 / 150, text=1 / 8, output=1 / 16) if tiny else named_mix(options.mix)
-    replicas, own = 2 if options.meet is not None else 1, ord(options.name[0]) - ord("a")
-    text = text_of(planner, 16)
-    warm = [picture(1 << 20 | own << 10 | i, *((64, 96) if tiny else (720, 1280))) for i in range(4)]
-    await asyncio.gather(*(ask(service, f"{i} {text}", warm[i : i + 1], 8) for i in range(4)))
-    loop = asyncio.get_running_loop()
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    for turn, (seed, rate) in enumerate((s, float(r)) for s in seeds for r in options.rates.split(",")):
-        requests = generate(mix, Gamma(rate), max(8, round(rate * options.loop_s)), seed)
-        ours = [i for i in range(len(requests)) if replicas == 1 or i % replicas == own]
-        texts = {i: f"{i} {text_of(planner, requests[i].text_tokens)}" for i in ours}
-        with ThreadPoolExecutor(8) as pool:
-            making = {
-                i: [pool.submit(picture, turn << 24 | s.identity, s.height, s.width) for s in requests[i].images]
-                for i in ours
-            }
-            made = {i: [await asyncio.wrap_future(one) for one in its] for i, its in making.items()}
-        if bench.meeting is not None:
-            await bench.meeting(f"rate{turn}")
-        began = loop.time() + 0.2
-
-        async def one(i: int) -> Answered:
-            await asyncio.sleep(began + requests[i].arrival_s - loop.time())  # noqa: B023 - ends before the next one
-            return await ask(service, texts[i], made[i], requests[i].output_tokens)  # noqa: B023
-
-        answers = await asyncio.gather(*map(one, ours))
-        found[f"{rate} {seed}"] = {
-            "rate": rate,
-            "seed": seed,
-            "seconds": loop.time() - began,
-            "images": [len(requests[i].images) for i in ours],
-            "tokens": [a.tokens for a in answers],
-            "ttft_ms": [round(a.first_s * 1e3, 1) for a in answers],
-            "end_ms": [round(a.end_s * 1e3, 1) for a in answers],
-            "gaps_ms": [round(g * 1e3, 1) for a in answers for g in a.gaps_s],
-        }
-        ttft = sorted(a.first_s for a in answers)
-        bench.say(
-            f"{rate}/s, seed {seed}: {len(ours)} requests, TTFT {statistics.mean(ttft):.3f} s, {ttft[-1]:.3f} most"
-        )
-        bench.save()
-    found["metrics"] = service.metrics()
 
 
 async def _encode_process(stack: AsyncExitStack, tiny: bool, folder: Path, device: str) -> str:
@@ -337,6 +215,17 @@ def stages(service: LanguageService) -> str:
 
     items = " ".join(f"{ms(item.encoded_s)}/{ms(item.complete_s)}" for item in trace.items)
     return f"planned {ms(trace.planned_s)}, admitted {ms(trace.admitted_s)}, encoded/here {items or '-'}"
+
+
+def timeline(service: LanguageService, count: int) -> list[list[int]]:
+    """Of the last requests that ended, in milliseconds from each one's start: planned, admitted, last item's rows made,
+    last item's rows here, first token."""
+    lines = []
+    for trace in service.traces.recent()[-count:]:
+        made, here = (max((getattr(i, at) for i in trace.items), default=0.0) for at in ("encoded_s", "complete_s"))
+        stages = trace.planned_s, trace.admitted_s, made, here, trace.first_token_s
+        lines.append([round(seconds * 1e3) for seconds in stages])
+    return sorted(lines, key=lambda line: line[-1])
 
 
 async def _cases(
@@ -377,6 +266,7 @@ async def _cases(
             "steps": service.engine.stats().steps,
         }
         bench.say(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in found[name].items()))
+        found[name]["timeline_ms"] = timeline(service, count)
         bench.save()
 
     await alone("text only", text, 0, 3)
