@@ -150,7 +150,7 @@ class ChatHandler:
         urls = media_urls(chat, self._config.max_media_files)
         try:
             async with asyncio.timeout_at(limits.deadline):
-                return chat_messages(chat, await self._fetcher.load(urls, share))
+                return chat_messages(chat, await self._fetcher.load(urls, share, limits.tenant))
         except TimeoutError as error:
             raise DeadlineExceeded("loading media", limits.timeout_s) from error
 

@@ -88,6 +88,8 @@ class HttpConfig:
     """All images and frames of a request together."""
     max_media_files: int = 1024
     """Images and frames of a request."""
+    media_cache_bytes: int = 256 * MiB
+    """Images and frames of earlier requests, kept for later ones that refer to them by digest; may be 0: none."""
     media_timeout_s: float = 10.0
     """For fetching one URL, redirects included."""
     max_media_redirects: int = 3
@@ -104,7 +106,7 @@ class HttpConfig:
             value = getattr(self, item.name)
             if not isinstance(value, int | float):
                 continue
-            lowest_is_legal = item.name in ("grace_s", "max_media_redirects")
+            lowest_is_legal = item.name in ("grace_s", "max_media_redirects", "media_cache_bytes")
             if not math.isfinite(value) or value < 0 or (value == 0 and not lowest_is_legal):
                 raise ConfigError(f"http.{item.name}", f"must be a positive number, not {value}")
         if self.api_key is not None and not _KEY.fullmatch(self.api_key):

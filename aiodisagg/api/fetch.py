@@ -1,4 +1,5 @@
-"""Gets the images and frames that a request names: data URLs, and http(s) URLs within narrow limits.
+"""Gets the images and frames that a request names: data URLs, http(s) URLs within narrow limits, and digests of files
+that were here before (:mod:`~aiodisagg.api.media_cache`).
 
 A URL comes from a stranger. So only http and https, only public addresses (:mod:`~aiodisagg.api.addresses`, checked
 for each socket), redirects followed by hand so that each target passes the same checks, and bounds on count, bytes and
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from types import TracebackType
+from typing import TypeVar
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -22,13 +25,17 @@ from aiodisagg.api.addresses import AddressGuard, AddressRefused
 from aiodisagg.api.budget import Share
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.data_url import decode_data_url, text_of
+from aiodisagg.api.media_cache import MediaCache, referred, sha256_of
 from aiodisagg.api.parse import MediaUrl
 from aiodisagg.errors import MediaError
+from aiodisagg.scheduler.shares import Tenant
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _PER_REQUEST = 16
-_INLINE_BYTES = 1 << 16  # decoded on the loop: below this a thread costs more than the work
+_INLINE_BYTES = 1 << 16  # decoded and hashed on the loop: below this a thread costs more than the work
 _INLINE_TOTAL_BYTES = 1 << 18  # of one request, whose tasks do not suspend in between: 2-3 ms
 _LONGEST_URL = 8192
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -36,13 +43,16 @@ _OPAQUE_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"
 
 
 class MediaFetcher:
-    """Loads media for requests; an async context manager. ``executor`` decodes large data URLs.
+    """Loads media for requests; an async context manager. ``executor`` decodes and hashes what is large.
 
-    ``resolver`` turns host names into addresses; None: the operating system's.
+    ``cache`` gets all files that are loaded. ``resolver`` turns host names into addresses; None: the operating
+    system's.
     """
 
-    def __init__(self, config: HttpConfig, executor: Executor, resolver: AbstractResolver | None = None) -> None:
-        self._config, self._executor, self._resolver = config, executor, resolver
+    def __init__(
+        self, config: HttpConfig, executor: Executor, cache: MediaCache, resolver: AbstractResolver | None = None
+    ) -> None:
+        self._config, self._executor, self._cache, self._resolver = config, executor, cache, resolver
         self._guard = AddressGuard(config.allow_private_media_hosts)
         self._slots = asyncio.Semaphore(config.media_connections)
 
@@ -64,18 +74,34 @@ class MediaFetcher:
     ) -> None:
         await self._session.close()
 
-    async def load(self, urls: Sequence[MediaUrl], share: Share) -> list[bytes]:
-        """The files, in order, counted in ``share``.
+    async def load(self, urls: Sequence[MediaUrl], share: Share, tenant: Tenant) -> list[bytes]:
+        """The files, in order, counted in ``share``. References mean files of ``tenant`` from earlier calls.
 
-        Raises MediaError for the first that fails, or Overloaded, which stops the others.
+        Raises UnknownMedia or MediaError for the first that fails, or Overloaded, which stops the others.
         """
-        load = _Load(self._config.max_media_total_bytes, share)
+        load = _Load(self._config.max_media_total_bytes, share, tenant)
+        # References first: loading may push out what they mean, and is in vain if one of them is unknown.
+        known = [self._look_up(url, load) for url in urls]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._load_one(url, load)) for url in urls]
+                loading = [
+                    group.create_task(self._load_one(url, load))
+                    for url, data in zip(urls, known, strict=True)
+                    if data is None
+                ]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+        loaded = iter(loading)
+        return [next(loaded).result() if data is None else data for data in known]
+
+    def _look_up(self, url: MediaUrl, load: _Load) -> bytes | None:
+        """The file that the URL refers to; None if it is no reference."""
+        digest = referred(url.raw, url.param)
+        if digest is None:
+            return None
+        data = self._cache.get(load.tenant, digest, url.param)
+        load.take(len(data), url.param)
+        return data
 
     async def _load_one(self, url: MediaUrl, load: _Load) -> bytes:
         async with load.slots:
@@ -83,21 +109,30 @@ class MediaFetcher:
             if not start.startswith(b'"'):
                 raise MediaError(url.param, "must be a string")
             if start == b'"data:':
-                data = await self._decode(url, load)
+                data, digest = await self._compute(len(url.raw), load, partial(self._decode, url))
                 load.take(len(data), url.param)
-                return data
-            if len(url.raw) > _LONGEST_URL:
-                raise MediaError(url.param, f"a URL of more than {_LONGEST_URL} characters")
-            text = text_of(url.raw, url.param)
-            async with self._slots:
-                return await self._fetch(text, url.param, load)
+            else:
+                if len(url.raw) > _LONGEST_URL:
+                    raise MediaError(url.param, f"a URL of more than {_LONGEST_URL} characters")
+                text = text_of(url.raw, url.param)
+                async with self._slots:
+                    data = await self._fetch(text, url.param, load)
+                keeps = self._cache.fits(len(data))
+                digest = await self._compute(len(data), load, partial(sha256_of, data)) if keeps else None
+            if digest is not None:
+                self._cache.put(load.tenant, digest, data)
+            return data
 
-    async def _decode(self, url: MediaUrl, load: _Load) -> bytes:
-        limit = self._config.max_media_bytes
-        if load.may_be_inline(len(url.raw)):
-            return decode_data_url(url.raw, limit, url.param)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, decode_data_url, url.raw, limit, url.param)
+    def _decode(self, url: MediaUrl) -> tuple[bytes, str | None]:
+        """The file in a data URL, and its digest if it is to be kept. Blocks; safe on any thread."""
+        data = decode_data_url(url.raw, self._config.max_media_bytes, url.param)
+        return data, sha256_of(data) if self._cache.fits(len(data)) else None
+
+    async def _compute(self, size_bytes: int, load: _Load, work: Callable[[], T]) -> T:
+        """What ``work`` gives: here if ``size_bytes`` is little, else on a thread."""
+        if load.may_be_inline(size_bytes):
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     # -- http -----------------------------------------------------------------------------------------------------
 
@@ -130,7 +165,7 @@ class MediaFetcher:
         except ValueError as error:
             raise MediaError(param, "not a URL") from error
         if url.scheme not in ("http", "https"):
-            raise MediaError(param, "must be a data:, http: or https: URL")
+            raise MediaError(param, "must be a data:, http:, https: or sha256: URL")
         if not url.host:
             raise MediaError(param, "a URL without a host")
         if url.user is not None or url.password is not None:
@@ -166,7 +201,8 @@ class MediaFetcher:
 class _Load:
     """What one request may still load, and how much of it at once."""
 
-    def __init__(self, max_bytes: int, share: Share) -> None:
+    def __init__(self, max_bytes: int, share: Share, tenant: Tenant) -> None:
+        self.tenant = tenant
         self._max_bytes = self._left = max_bytes
         self._share = share
         self._inline_left = _INLINE_TOTAL_BYTES
@@ -179,7 +215,7 @@ class _Load:
         self._share.take(size_bytes)
 
     def may_be_inline(self, size_bytes: int) -> bool:
-        """Whether a data URL may be decoded on the loop, which it then counts as."""
+        """Whether so much may be decoded or hashed on the loop, which it then counts as."""
         if size_bytes > min(_INLINE_BYTES, self._inline_left):
             return False
         self._inline_left -= size_bytes

@@ -28,7 +28,7 @@ class Text(msgspec.Struct, tag_field="type", tag="text"):
 
 class ImageSource(msgspec.Struct):
     url: Raw
-    """``data:image/...;base64,...`` or http(s)."""
+    """``data:image/...;base64,...``, http(s), or ``sha256:...``: a file that was here before."""
     detail: str | None = None
     """Read and ignored: the model's own limits say how large an image is seen."""
 

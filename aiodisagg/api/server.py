@@ -25,8 +25,10 @@ from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.counters import HttpCounters
 from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
+from aiodisagg.api.media_cache import MediaCache
 from aiodisagg.api.schema import ModelBody, ModelList
 from aiodisagg.errors import ConfigError
+from aiodisagg.peer.metrics import render
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class HttpServer:
         self._resolver = resolver
         self._debug = dict(debug or {})
         self._counters = HttpCounters()
+        self._media = MediaCache(self._config.media_cache_bytes)
         self._running: dict[int, _Running] = {}  # by id(): aiohttp's requests have no hash
         self._callers = Callers(self._config)
         self._idle = asyncio.Event()
@@ -99,7 +102,8 @@ class HttpServer:
             executor = ThreadPoolExecutor(2, thread_name_prefix="aiodisagg-http")
             # Waits for at most two data URLs in the making: their requests are gone by now.
             stack.callback(executor.shutdown, cancel_futures=True)
-            fetcher = await stack.enter_async_context(MediaFetcher(self._config, executor, self._resolver))
+            fetcher = MediaFetcher(self._config, executor, self._media, self._resolver)
+            await stack.enter_async_context(fetcher)
             self._chat = ChatHandler(self._backend, self._config, fetcher, executor)
             runner = web.AppRunner(
                 self._application(),
@@ -193,7 +197,8 @@ class HttpServer:
         text = self._backend.metrics()
         newline = "" if not text or text.endswith("\n") else "\n"
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        return web.Response(body=(text + newline + self._counters.text()).encode(), headers=headers)
+        own = self._counters.text() + render(self._media.metrics())
+        return web.Response(body=(text + newline + own).encode(), headers=headers)
 
     # -- around every request -------------------------------------------------------------------------------------
 

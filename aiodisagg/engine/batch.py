@@ -61,6 +61,8 @@ class EngineSequence:
         """None: its pages are not shared."""
         self.due, self.priority = due, priority
         """See :class:`~aiodisagg.scheduler.order.Claim`; on the clock ``time.monotonic``."""
+        self.complete: tuple[int, float] | None = None
+        """Once all rows are here: how many tokens were left to be computed then, and when that was."""
 
     def append(self, token: int) -> None:
         """The answer's next token."""
@@ -187,10 +189,14 @@ class Runner:
         """Computes the segments: logits [samples, vocab] in their order, and the number of rows used.
 
         Keys and values go to the pool; doing a segment again writes the same ones again. Raises whatever the model
-        raises. On a GPU the logits are valid until the next call.
+        raises. On a GPU the logits are valid until the next call, and a step that samples nothing is waited for: what
+        arrives while it computes belongs into one next step, and not each row into a step of its own behind it.
         """
         if self.device_runner is not None:
-            return self.device_runner.forward(batch)
+            found = self.device_runner.forward(batch)
+            if self.device.type == "cuda" and not any(work.segment.samples for work in batch):
+                torch.cuda.current_stream(self.device).synchronize()
+            return found
         ids = np.concatenate([w.sequence.token_ids(w.segment.start, w.segment.stop) for w in batch])
         positions = np.concatenate([w.sequence.positions(w.segment.start, w.segment.stop) for w in batch], axis=1)
         embeds = self._embed(torch.from_numpy(ids).to(self.device))

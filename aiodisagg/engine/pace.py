@@ -146,10 +146,12 @@ class Pace:
     def _sum(self, shape: StepShape, costs: list[float]) -> float:
         return sum(cost * term for cost, term in zip(costs, shape._terms, strict=True))
 
-    def worth(self, tokens: int) -> bool:
-        """Whether a step that computes so many prompt tokens costs more for them than for being a step."""
-        fixed, _, _, token, _ = self._fitted()
-        return token * tokens >= fixed + self.reads.all_s
+    def worth(self, start: int, stop: int, wait_s: float) -> bool:
+        """Whether a step for these tokens of a prompt alone should begin, of which more can be computed in about
+        ``wait_s``: not if being a step costs more than its tokens and more than waiting."""
+        fixed, _, _, token, pair = self._fitted()
+        tokens_s = (stop - start) * (token + pair * (start + stop) / 2e6)
+        return max(tokens_s, wait_s) >= fixed + self.reads.all_s
 
     def prefill_beside(self, decodes: StepShape, start: int, most: int) -> int:
         """Prompt tokens, at least 1 and at most ``most``, for a step with these decodes.

@@ -32,8 +32,9 @@ the step that reaches it samples the next token. A decode is the case in which o
   running streams; without decodes nobody waits for a token and a step is as large as it may be.
 * A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has
   other work: a chunk costs a read of its whole past. A step without other work computes what is there unless being a
-  step at all costs more than its tokens (reading the weights of a large model): the rest may come meanwhile. Nobody
-  starves and no timer is needed: what is ready only grows, and the last rows of a prompt are never left.
+  step at all costs more (reading the weights of a large model) than its tokens, and more than the time in which the
+  rest should be here if it comes as what came until now. Nobody starves and no timer is needed: what is ready only
+  grows, and the last rows of a prompt are never left.
 """
 
 from __future__ import annotations
@@ -87,6 +88,10 @@ class _Request:
     computed: int = 0
     reused: int = 0
     pages: list[int] = field(default_factory=list)
+    admitted: float = 0.0
+    """When it got its pages."""
+    first_front: int = 0
+    """What could be computed then, or was in pages, before any row had been asked for."""
 
     @property
     def total(self) -> int:
@@ -116,6 +121,11 @@ class _Request:
     def ready(self) -> int:
         """Tokens that could be computed now."""
         return max((self.total if self.complete else self.front) - self.computed, 0)
+
+    def wait_s(self, now: float) -> float:
+        """Until all rows are here, if they go on coming as they did since the request was let in; 0 if none has come."""
+        come = self.front - self.first_front
+        return (now - self.admitted) * (self.prompt - self.front) / come if come > 0 else 0.0
 
 
 class Scheduler:
@@ -170,6 +180,10 @@ class Scheduler:
     def reused(self, request_id: str) -> int:
         """Tokens at the beginning of a running request that it found in pages when it was last admitted."""
         return self._requests[request_id].reused
+
+    def missing(self, request_id: str) -> int:
+        """Tokens to be computed until its next one."""
+        return self._requests[request_id].missing
 
     def largest(self) -> int:
         """Tokens of the longest request that can ever run. The last token of an answer needs no page."""
@@ -237,7 +251,9 @@ class Scheduler:
         decodes = self._plan_decodes(now, preempted)
         # A victim does not come back in the same step: somebody has taken one of its pages.
         admitted = self._admit(now)
-        able = [r for r in self._worthwhile(bool(decodes), {s.request_id for s in decodes}) if r.complete or not whole]
+        able = [
+            r for r in self._worthwhile(bool(decodes), {s.request_id for s in decodes}, now) if r.complete or not whole
+        ]
         prefills = self._plan_prefills(now, decodes, able) if able else []
         return Step((*decodes, *prefills), tuple(admitted), tuple(preempted), bool(prefills))
 
@@ -291,6 +307,7 @@ class Scheduler:
             self.pages.share(found)
             request.pages = found + self.pages.take(self._pages_for(request.total) - len(found))
             request.computed = request.reused = len(found) * self.page_size
+            request.admitted, request.first_front = now, max(request.front, request.reused)
             self.hits += bool(found)
             self.tokens_reused += request.reused
             self._waiting.remove(request)
@@ -321,7 +338,7 @@ class Scheduler:
             return min(most, step.prefill + step.decodes)
         return self._pace.prefill_after(step, 0, most)
 
-    def _worthwhile(self, busy: bool, planned: Collection[str]) -> list[_Request]:
+    def _worthwhile(self, busy: bool, planned: Collection[str], now: float) -> list[_Request]:
         """Running requests with prefill to do now, by arrival; ``busy``: the step has decodes, those of ``planned``.
 
         Who was just let in again and found all but its last token in pages is one of them: its decode was not planned.
@@ -330,4 +347,6 @@ class Scheduler:
         large = [r for r in able if r.complete or r.ready >= self._coalesce]
         if busy or any(r.complete for r in able):
             return large
-        return [r for r in able if self._pace.worth(r.ready)] if self._pace is not None else large or able
+        if self._pace is None:
+            return large or able
+        return [r for r in able if self._pace.worth(r.computed, r.computed + r.ready, r.wait_s(now))]

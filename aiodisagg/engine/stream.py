@@ -31,8 +31,12 @@ class RequestHandle:
     a handle that is never iterated runs to its end unless :meth:`cancel` is called.
     """
 
-    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, cancel: Callable[[RequestHandle], None]) -> None:
         self.request_id = request_id
+        self.tokens = 0
+        """Of the answer so far, whether they were read or not."""
+        self.prefill: tuple[int, float] | None = None
+        """Known with the first token: prompt tokens that were left when all rows were here, and seconds from then on."""
         self._cancel = cancel
         self._lock = threading.Lock()
         self._pending: Delta | None = None
@@ -81,7 +85,7 @@ class RequestHandle:
     def cancel(self) -> None:
         """Stops the request and frees what it holds; no effect when it is over. The last delta says CANCELLED."""
         if not self._over:
-            self._cancel(self.request_id)
+            self._cancel(self)
 
     async def __aiter__(self) -> AsyncGenerator[Delta, None]:
         if self._iterated:
@@ -117,10 +121,12 @@ class RequestHandle:
             self._needed += needed
             if delta is not None:
                 self._pending = merge(self._pending, delta)
+                self.tokens += len(delta.token_ids)
             self._error = error
             self._over = error is not None or (delta is not None and delta.finish_reason is not None)
 
     def _wake(self) -> None:
+        """The reader first: what it does with a first token that is the last one, too, comes before the end."""
         if self._pending is not None or self._error is not None:
             self._changed.set()
         if self._has_pages or self._over:

@@ -20,6 +20,7 @@ from time import monotonic, perf_counter
 import torch
 
 from aiodisagg.device.streams import Priority, own_stream
+from aiodisagg.device.vitals import Vitals
 from aiodisagg.engine.batch import EngineSequence, Runner, Work
 from aiodisagg.engine.config import EngineStats
 from aiodisagg.engine.pace import Pace, StepShape
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 class End:
     """Take the request out: with its error, or as cancelled when there is none."""
 
-    request_id: str
+    handle: RequestHandle
     error: AiodisaggError | None
 
 
@@ -55,6 +56,7 @@ class StepThread:
     """Runs until :meth:`close`. ``submit``, ``rows_arrived``, ``end`` and ``close`` may be called on any thread.
 
     Args:
+        vitals: are told of requests that got a token, and of those for which a step of their own raised.
         pace: is told how long steps take.
         ended: called on the step thread with the id of each request that is over, before its reader is woken.
         stopped: called on the step thread as the last thing it does.
@@ -68,6 +70,7 @@ class StepThread:
         eos_ids: frozenset[int],
         outbox: Outbox,
         *,
+        vitals: Vitals,
         ended: Callable[[str], None],
         stopped: Callable[[], object],
         pace: Pace | None = None,
@@ -75,13 +78,13 @@ class StepThread:
     ) -> None:
         self._watcher = watcher or StepWatcher()
         self._runner, self._scheduler, self._eos_ids, self._outbox = runner, scheduler, eos_ids, outbox
-        self._ended, self._stopped, self._pace = ended, stopped, pace
+        self._vitals, self._ended, self._stopped, self._pace = vitals, ended, stopped, pace
         self._sequences: dict[str, EngineSequence] = {}
         self._wake = threading.Condition()
         self._inbox: deque[EngineSequence | End] = deque()
         self._arrived: set[str] = set()
         self._closing = False
-        self._waited = True  # for all that the last step computed
+        self._why = "the engine is closed"
         self._counts: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self.stats = EngineStats()
@@ -100,7 +103,7 @@ class StepThread:
         """Raises EngineError when the thread ends or has ended."""
         with self._wake:
             if self._closing:
-                raise EngineError(sequence.request_id, "the engine is closed")
+                raise EngineError(sequence.request_id, self._why)
             self._inbox.append(sequence)
             self._wake.notify()
 
@@ -109,9 +112,9 @@ class StepThread:
             self._arrived.add(request_id)
             self._wake.notify()
 
-    def end(self, request_id: str, error: AiodisaggError | None) -> None:
+    def end(self, handle: RequestHandle, error: AiodisaggError | None) -> None:
         with self._wake:
-            self._inbox.append(End(request_id, error))
+            self._inbox.append(End(handle, error))
             self._wake.notify()
 
     def close(self) -> None:
@@ -122,7 +125,6 @@ class StepThread:
     # -- on the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        why = "the engine was closed"
         try:
             with torch.inference_mode(), own_stream(self._runner.device, Priority.PROMPTS):
                 idle = False
@@ -130,20 +132,26 @@ class StepThread:
                     idle = not self._step()
         except BaseException as error:
             log.exception("the step thread failed")
-            why = f"the engine stopped: {error!r}"
+            self._why = f"the engine stopped: {error!r}"
+            self._vitals.ended(error)
         finally:
-            with self._wake:
-                self._closing = True
-                self._inbox, left = deque(), self._inbox
-            for command in left:
-                if isinstance(command, EngineSequence):
-                    self._sequences[command.request_id] = command
-            self._watcher.prefill_waits(False)
-            self._watcher.step_ended(0)
-            for request_id in tuple(self._sequences):
-                self._finish(request_id, error=EngineError(request_id, why))
-            self._publish()
-            self._stopped()
+            try:
+                self._end_all()
+            finally:
+                self._stopped()
+
+    def _end_all(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._inbox, left = deque(), self._inbox
+        for command in left:
+            if isinstance(command, EngineSequence):
+                self._sequences[command.request_id] = command
+        for request_id in tuple(self._sequences):
+            self._finish(request_id, error=EngineError(request_id, self._why))
+        self._publish()
+        self._watcher.prefill_waits(False)
+        self._watcher.step_ended(0)
 
     def _take_commands(self, *, wait: bool) -> bool:
         """Applies what has come; ``wait`` until something has. False: closing."""
@@ -161,7 +169,7 @@ class StepThread:
             else:
                 self._end(command)
         for request_id in arrived & self._sequences.keys():
-            self._scheduler.set_front(request_id, self._sequences[request_id].rows.front)
+            self._set_front(request_id)
         return True
 
     def _add(self, sequence: EngineSequence) -> None:
@@ -179,22 +187,28 @@ class StepThread:
         )
 
     def _end(self, command: End) -> None:
-        if command.request_id not in self._sequences:
+        request_id = command.handle.request_id
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.handle is not command.handle:  # it is over, and its id may be another's by now
             return
         if command.error is not None:
-            self._finish(command.request_id, error=command.error)
+            self._finish(request_id, error=command.error)
         else:
-            self._finish(command.request_id, delta=self._delta(command.request_id, "", (), FinishReason.CANCELLED))
+            self._finish(request_id, delta=self._delta(request_id, "", (), FinishReason.CANCELLED))
 
     def _step(self) -> bool:
         """Plans and runs one step. False: nothing to do until a command comes."""
         step = self._scheduler.plan_step(monotonic(), whole=self._watcher.whole_prompts())
         self._watcher.prefill_waits(step.prefills)
         for request_id in step.preempted:
-            self._set_front(request_id, reused=0)
-        for request_id in step.admitted:
-            self._set_front(request_id, reused=self._scheduler.reused(request_id))
             sequence = self._sequences[request_id]
+            sequence.rows.reuse(0)
+            sequence.complete = None
+            self._set_front(request_id)
+        for request_id in step.admitted:
+            sequence = self._sequences[request_id]
+            sequence.rows.reuse(self._scheduler.reused(request_id))
+            self._set_front(request_id)
             self._news.append(_News(sequence.handle, needed=sequence.rows.ask()))
         self._counts["preemptions"] += len(step.preempted)
         if step.preempted:
@@ -208,19 +222,19 @@ class StepThread:
         self._publish()
         return bool(step.segments or step.admitted or step.preempted)
 
-    def _set_front(self, request_id: str, *, reused: int) -> None:
-        rows = self._sequences[request_id].rows
-        rows.reuse(reused)
-        self._scheduler.set_front(request_id, rows.front)
+    def _set_front(self, request_id: str) -> None:
+        sequence = self._sequences[request_id]
+        front = sequence.rows.front
+        self._scheduler.set_front(request_id, front)
+        if sequence.complete is None and front >= sequence.plan.tokens and self._scheduler.pages_of(request_id):
+            sequence.complete = self._scheduler.missing(request_id), monotonic()
 
     def _compute(self, step: Step) -> None:
         batch = [Work(s, self._sequences[s.request_id], self._scheduler.pages_of(s.request_id)) for s in step.segments]
-        # A step that reads no token back may go on on the device, in the time of the next one: neither can be timed.
-        alone, self._waited = self._waited, self._runner.device.type == "cpu" or any(s.samples for s in step.segments)
         began = perf_counter()
         try:
             self._forward(batch)
-            if self._pace is not None and alone and self._waited and not self._watcher.slowed():
+            if self._pace is not None and not self._watcher.slowed():
                 self._pace.observe(StepShape.of(step.segments), perf_counter() - began)
         except Exception as error:
             if len(batch) == 1:
@@ -239,6 +253,7 @@ class StepThread:
         log.warning("request %s failed: %r", request_id, error)
         ours = error if isinstance(error, EngineError) else EngineError(request_id, f"the model raised {error!r}")
         ours.__cause__ = None if ours is error else error
+        self._vitals.failed(request_id, error)
         self._finish(request_id, error=ours, spoilt=True)
 
     def _forward(self, batch: list[Work]) -> None:
@@ -264,6 +279,10 @@ class StepThread:
             self._finish(request_id, error=error, spoilt=True)
             return
         self._counts["tokens_decoded"] += 1
+        self._vitals.worked()
+        if not sequence.generated and sequence.complete is not None:
+            left, at = sequence.complete
+            sequence.handle.prefill = left, monotonic() - at
         sequence.append(token)
         self._scheduler.advance(segment, sampled=True)
         try:

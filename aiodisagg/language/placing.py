@@ -54,11 +54,12 @@ class Placing:
     Args:
         peers: the links; their books are kept here.
         row_bytes: of a packed row.
-        own: incarnation of this peer's own tower, if it has one: it is always compared.
     """
 
-    def __init__(self, peers: EncodePeers, row_bytes: int, health: HealthConfig, own: str = "") -> None:
-        self._peers, self._row_bytes, self._own = peers, row_bytes, own
+    def __init__(self, peers: EncodePeers, row_bytes: int, health: HealthConfig) -> None:
+        self._peers, self._row_bytes = peers, row_bytes
+        self.own = ""
+        """Incarnation of this peer's own tower, if it has one: it is always compared."""
         self.hedges: Hedges[ItemKey] = Hedges(health)
         self.poison, self.standings = Poison(health), Standings(health)
         self.errands: dict[ItemKey, Errand] = {}
@@ -80,10 +81,12 @@ class Placing:
         """Chooses peers for a request's items together; ``choose`` keeps to it while those peers are there."""
         errands = [self.errands[key] for key in keys]
         free = [errand for errand in errands if not self.poison.suspect(errand.spec.digest, now)]
-        token_s = self.prefill.coefficients[1]
+        step_s, token_s = self.prefill.coefficients
         placed = place_together(
             [Wanted(errand.spec.digest, errand.size, token_s * errand.spec.rows) for errand in free],
             self._candidates([errand.spec.digest for errand in free], now),
+            own=self.own,
+            step_s=step_s,
         )
         for errand, placement in zip(free, placed, strict=False):
             errand.planned = placement
@@ -127,7 +130,7 @@ class Placing:
         chosen += [
             peer
             for peer in linked
-            if peer.incarnation not in names and (peer.incarnation == self._own or _may_hold(peer, digests))
+            if peer.incarnation not in names and (peer.incarnation == self.own or _may_hold(peer, digests))
         ]
         views = self._views(chosen, digests, now)
         return views if any(view.standing is Standing.READY for view in views) else self._views(linked, digests, now)

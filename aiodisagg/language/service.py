@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,9 +24,11 @@ from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
-from aiodisagg.errors import AiodisaggError, EncodeFailed, InvalidRequest, Overloaded, PromptTooLong
+from aiodisagg.errors import AiodisaggError, EngineError, InvalidRequest, Overloaded, PeerBroken, PromptTooLong
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
+from aiodisagg.language.counters import engine_metrics
 from aiodisagg.language.items import Item, Items
+from aiodisagg.language.loading import load_language_half
 from aiodisagg.language.membership import follow
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
@@ -45,11 +48,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PLANNERS = 4
+"""Prompts that are planned at once. Planning is mostly Python: with a thread for each of a burst's prompts all of them
+would be planned at its end, and none before; so the first is encoded while the last is planned."""
+
 
 @dataclass(slots=True)
 class _Request:
-    """The items that were asked for."""
+    """What it holds in the engine, and the items that were asked for."""
 
+    handle: RequestHandle | None = None
     room: int = field(default_factory=lambda: secrets.randbits(62))
     keys: list[ItemKey] = field(default_factory=list)
 
@@ -63,17 +71,6 @@ class LocalEncoder:
 
     record: PeerRecord
     load: Callable[[], Load]
-
-
-def load_language_half(config: LanguageConfig) -> tuple[Planner, LanguageHalf, ModelFingerprint]:
-    """Planner, language half and row fingerprint of the folder. Blocking; raises CheckpointError, ConfigError."""
-    from aiodisagg.models.loading import check_device, fingerprint, load_language
-    from aiodisagg.models.plan import Qwen3VLPlanner
-
-    check_device(config.device)
-    half = load_language(config.model, dtype=config.dtype, device=config.device, row_dtype=config.row_dtype)
-    planner = Qwen3VLPlanner(config.model, max_pixels=config.max_pixels)
-    return planner, half, fingerprint(config.model, config.row_dtype)
 
 
 class LanguageService:
@@ -104,7 +101,8 @@ class LanguageService:
         self.created = int(time.time())
         self.traces = Traces()
         self._stack = AsyncExitStack()
-        self._stopped = asyncio.Event()
+        self._stopped, self._served = asyncio.Event(), asyncio.Event()
+        self._broken = ""
         self._client: BootstrapClient | None = None
         self._draining = False
         self._idle = asyncio.Event()
@@ -150,6 +148,7 @@ class LanguageService:
                 layout=engine_layout,
                 stream=stream,
                 watcher=self._watcher,
+                broke=self._broke,
             )
         )
         self._items = Items(self.engine, layout)
@@ -162,7 +161,6 @@ class LanguageService:
                 ended=self._items.ended,
                 traces=self.traces,
                 accelerator=accelerator,
-                own="" if self.local is None else self.local.record.incarnation,
             )
         )
         self.pool, self.receiver, self.peers = self.rows.pool, self.rows.receiver, self.rows.peers
@@ -170,8 +168,10 @@ class LanguageService:
         self._stack.push_async_callback(self.admission.aclose)
         self._tasks = Tasks(self.name)
         self._stack.push_async_callback(self._tasks.aclose)
+        self._plans = ThreadPoolExecutor(PLANNERS, "aiodisagg-plan")
+        self._stack.push_async_callback(asyncio.to_thread, self._plans.shutdown)
         if self.local is not None:
-            self.add_peer(self.local.record.addresses[0])
+            self.add_tower(self.local.record.addresses[0], self.local.record.incarnation)
         if config.bootstrap:
             await self._join(model)
         return self
@@ -180,6 +180,7 @@ class LanguageService:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stopped.set()
+        self._served.set()
         self._idle.set()
         await self._stack.aclose()
 
@@ -209,6 +210,12 @@ class LanguageService:
         """
         parse(address)
         self.peers.add(address)
+
+    def add_tower(self, address: str, incarnation: str) -> None:
+        """As ``add_peer``, for a tower that belongs to this peer, in its process or beside it: it is compared for every
+        item, however many others there are."""
+        self.rows.placing.own = incarnation
+        self.add_peer(address)
 
     def load(self) -> Load:
         """How busy this peer is, for the bootstrap server."""
@@ -254,11 +261,14 @@ class LanguageService:
             raise InvalidRequest("request_id", f"{request_id!r} is in use")
         if self._draining:
             raise Overloaded(1.0, "this peer is about to end")
+        if self._stopped.is_set():
+            raise EngineError(request_id, "the service is closed")
         trace = self.traces.begin(request_id)
         self._idle.clear()
         request = _Request()
         try:
-            plan = await asyncio.to_thread(self._planner.plan, messages)
+            loop = asyncio.get_running_loop()
+            plan = await loop.run_in_executor(self._plans, self._planner.plan, messages)
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
             if not all(self.rows.sharing.has(item.digest) for item in plan.items):
                 await self.peers.wait_any(self.config.peer_wait_s)
@@ -266,7 +276,7 @@ class LanguageService:
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
             spent_s = trace.since()
             await self.admission.take(Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=spent_s))
-            handle = self.engine.submit(
+            handle = request.handle = self.engine.submit(
                 EngineRequest(request_id, plan, sampling, priority, waited_s=trace.since() - spent_s)
             )
             fetching = self._tasks.start(self._fetch(handle, plan, request, trace, timeout_s), f"fetch {request_id}")
@@ -276,7 +286,8 @@ class LanguageService:
                         if trace.first_token_s < 0 and delta.token_ids:
                             trace.first_token_s, trace.state = trace.since(), "decoding"
                             self.admission.first_token(request_id)
-                            self._learn_prefill(plan, trace)
+                            if handle.prefill is not None:
+                                self.rows.placing.computed(*handle.prefill)
                         trace.output_tokens += len(delta.token_ids)
                         # Before the last delta is out: its reader rarely comes back, but closes the generator.
                         if delta.finish_reason is FinishReason.CANCELLED:
@@ -298,23 +309,25 @@ class LanguageService:
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None
     ) -> None:
-        """Asks for items as soon as pages are reserved and the engine has not found them there."""
+        """Asks for items as soon as pages are reserved and the engine has not found them there. When the engine is done
+        with the request, others get their turn: its reader may be slow to take the rest of the answer."""
         async for needed in handle.needs():
             try:
-                self._ask(plan, request, trace, timeout_s, needed)
+                self._ask(handle, plan, request, trace, timeout_s, needed)
             except Exception as error:  # a bug; but nobody may wait for ever for rows that were never asked for
                 logger.exception("request %s: its items could not be asked for", trace.request_id)
-                self.engine.fail(trace.request_id, EncodeFailed("0", f"not asked for: {error!r}"))
+                self.engine.fail(handle, EngineError(trace.request_id, f"its items were not asked for: {error!r}"))
+        self._release(trace, request)
 
     def _ask(
-        self, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None, needed: Sequence[int]
-    ) -> None:
+        self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None,
+        needed: Sequence[int],
+    ) -> None:  # fmt: skip
         first = trace.admitted_s < 0
         if first:
             trace.admitted_s = trace.since()
-        left_s = self.config.request_timeout_s
-        if timeout_s is not None:  # of the whole request
-            left_s = max(0.001, timeout_s - trace.since())
+        # ``timeout_s`` is the whole request's.
+        left_s = self.config.request_timeout_s if timeout_s is None else max(0.001, timeout_s - trace.since())
         asked = []
         for index, item in enumerate(plan.items):
             if index in needed:
@@ -322,36 +335,38 @@ class LanguageService:
                 spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
                 asked.append((key, spec))
                 request.keys.append(key)
-                self._items.add(key, Item(trace.request_id, index, left_s, item.param))
+                self._items.add(key, Item(handle, index, left_s, item.param))
                 self.traces.item(trace, key, item)
             elif first:
                 trace.items.append(ItemTrace(item.kind.value, item.rows, item.digest, stage="reused"))
         self.rows.request(asked, left_s)
 
-    def _learn_prefill(self, plan: PromptPlan, trace: RequestTrace) -> None:
-        """What the prompt's rest took: from the item that was complete last; all before it may have been computed."""
-        if trace.admitted_s < 0:  # it was admitted and answered in one wake of the loop: nobody saw when it began
-            return
-        ends = [(item.complete_s, at.spans[0][0]) for item, at in zip(trace.items, plan.items, strict=False)]
-        last_s, start = max(ends, default=(trace.admitted_s, 0))
-        self.rows.placing.computed(plan.tokens - start, trace.first_token_s - max(last_s, trace.admitted_s))
-
     def _end(self, trace: RequestTrace, request: _Request, state: str, error: str = "") -> None:
         """The first call says how the request ended; later ones do nothing."""
         if trace.ended:
             return
-        self.admission.end(trace.request_id, trace.output_tokens)
-        for key in request.keys:
-            self.rows.cancel(key)
-            self._items.drop(key)
+        self._release(trace, request)
         self.traces.end(trace, request.keys, state, error)
         if not self.traces.open:
             self._idle.set()
+
+    def _release(self, trace: RequestTrace, request: _Request) -> None:
+        """Gives up its turn and its items; once more does no harm."""
+        self.admission.end(trace.request_id, 0 if request.handle is None else request.handle.tokens)
+        for key in request.keys:
+            self.rows.cancel(key)
+            self._items.drop(key)
+
+    def _broke(self, why: str) -> None:
+        self._broken = why
+        self._served.set()
 
     def ready(self) -> tuple[bool, str]:
         """Can all requests be served now, and if not, why."""
         if self._draining:
             return False, "draining"
+        if self.engine.broken:
+            return False, f"the engine is broken: {self.engine.broken}"
         return (True, "ok") if self._text_only or self.peers.linked else (False, "no encode peer is linked")
 
     def metrics(self) -> str:
@@ -360,40 +375,14 @@ class LanguageService:
 
     def families(self) -> list[Metric]:
         """The same, before it is text."""
-        stats = self.engine.stats()
-        return [
-            *self.rows.metrics(),
-            *self.admission.metrics(),
-            metrics.gauge("requests_waiting", "Requests without KV pages.", stats.waiting),
-            metrics.gauge("requests_running", "Requests with KV pages.", stats.running),
-            metrics.gauge("kv_pages_free", "Free KV pages.", stats.pages_free),
-            metrics.gauge("kv_pages_used", "Used KV pages.", stats.pages_used),
-            metrics.gauge("kv_pages_idle", "Free KV pages that a prompt may still reuse.", stats.pages_idle),
-            metrics.counter("prefix_hits", "Admissions that found pages to reuse.", stats.prefix_hits),
-            metrics.counter("prefix_tokens", "Tokens in pages that were reused.", stats.tokens_reused),
-            metrics.counter("prefix_evictions", "Reusable pages that were taken.", stats.evictions),
-            metrics.counter("prefill_tokens", "Prompt tokens computed.", stats.tokens_prefilled),
-            metrics.counter("decode_tokens", "Tokens sampled.", stats.tokens_decoded),
-            metrics.counter("rows_used", "Rows fed to the model.", stats.rows_used),
-            metrics.counter("preemptions", "Requests that lost their pages.", stats.preemptions),
-            metrics.counter("requests_failed", "Requests that the engine failed.", stats.failed),
-        ]
+        return [*self.rows.metrics(), *self.admission.metrics(), *engine_metrics(self.engine.stats())]
 
     def debug(self) -> dict[str, Callable[[], object]]:
         """What a person looks at: recent requests with the stages of their items, and the peers."""
-        return {
-            "requests": self.traces.recent,
-            "peers": lambda: [
-                {
-                    "name": peer.name,
-                    "address": peer.address,
-                    "items": len(peer.book.open),
-                    "bytes": peer.book.size_bytes,
-                }
-                for peer in self.peers.linked
-            ],
-        }
+        return {"requests": self.traces.recent, "peers": self.peers.described}
 
     async def serve(self) -> None:
-        """Returns when the context is left."""
-        await self._stopped.wait()
+        """Returns when the context is left. Raises PeerBroken when the engine will not answer any more."""
+        await self._served.wait()
+        if self._broken:
+            raise PeerBroken("engine", self._broken)

@@ -6,8 +6,9 @@ item should avoid come last, then those that drain, then suspects; and among equ
 encoding it, wins: nothing is encoded twice while anybody has it.
 
 A request's items are placed together. Prompt order is tried, and the largest first, which balances better; what counts
-is when the last of the prompt can be computed if each item is computed as soon as it and all before it are there.
-Ties go by name, so that equal inputs give equal answers.
+is when the last of the prompt can be computed if each item is computed as soon as it and all before it are there. The
+device that computes the prompt cannot encode meanwhile, so less than its share is tried for its own tower: what others
+encode can arrive while it computes. Ties go by name, so that equal inputs give equal answers.
 """
 
 from __future__ import annotations
@@ -111,9 +112,13 @@ def finish(service: Service, ahead: Backlog, held_s: float | None = None) -> tup
 
 
 def place_together(
-    wanted: Sequence[Wanted], peers: Sequence[PeerView], avoid: frozenset[str] = frozenset()
-) -> tuple[Placement, ...]:
-    """A peer for each item, in the order of ``wanted``, which is the prompt's; empty if there is no peer."""
+    wanted: Sequence[Wanted], peers: Sequence[PeerView], avoid: frozenset[str] = frozenset(), *,
+    own: str = "", step_s: float = 0.0,
+) -> tuple[Placement, ...]:  # fmt: skip
+    """A peer for each item, in the order of ``wanted``, which is the prompt's; empty if there is no peer.
+
+    ``own``, ``step_s``: as ``computed_s`` has them.
+    """
     if len(wanted) == 1:
         single = place(wanted[0], peers, avoid)
         return () if single is None else (single,)
@@ -125,16 +130,32 @@ def place_together(
     if len(peers) == 1:
         return _run(in_order, wanted, peers, services)
     by_size = sorted(range(len(wanted)), key=lambda i: (-wanted[i].size.patches, i))
-    first = _run(in_order, wanted, peers, services)
-    other = _run(_assign(by_size, wanted, peers, services), wanted, peers, services)
-    return other if computed_s(wanted, other) < computed_s(wanted, first) else first
+    choices = [in_order, _assign(by_size, wanted, peers, services)]
+    at = next((index for index, view in enumerate(peers) if view.peer == own), None)
+    if at is not None:
+        fewer = in_order.count(at) // 2
+        while fewer:
+            choices.append(_assign(range(len(wanted)), wanted, peers, services, at, fewer))
+            fewer //= 2
+    placed = [_run(choice, wanted, peers, services) for choice in choices]
+    return min(placed, key=lambda one: computed_s(wanted, one, own=own, step_s=step_s))
 
 
-def computed_s(wanted: Sequence[Wanted], placed: Sequence[Placement]) -> float:
-    """Seconds until the last item's rows are computed by the language half, which takes items in prompt order."""
-    done = 0.0
-    for item, placement in zip(wanted, placed, strict=True):
-        done = max(done, placement.finish_s) + item.prefill_s
+def computed_s(wanted: Sequence[Wanted], placed: Sequence[Placement], *, own: str = "", step_s: float = 0.0) -> float:
+    """Seconds until the last item's rows are computed by the language half, which takes items in prompt order.
+
+    ``step_s``: what each of its steps takes besides. ``own``: the peer whose device computes the prompt, once it has
+    encoded what it shall of it.
+    """
+    done = max((one.ready_s for one in placed if one.peer == own), default=0.0)
+    at = 0
+    while at < len(placed):
+        done = max(done, placed[at].finish_s)
+        tokens_s = step_s
+        while at < len(placed) and placed[at].finish_s <= done:
+            tokens_s += wanted[at].prefill_s
+            at += 1
+        done += tokens_s
     return done
 
 
@@ -173,15 +194,18 @@ class _Queues:
 
 
 def _assign(
-    order: Iterable[int], wanted: Sequence[Wanted], peers: Sequence[PeerView], services: Sequence[Sequence[Service]]
-) -> list[int]:
-    """For each item the index of its peer, chosen one after the other in ``order``."""
-    queues, chosen = _Queues(peers), [0] * len(wanted)
+    order: Iterable[int], wanted: Sequence[Wanted], peers: Sequence[PeerView], services: Sequence[Sequence[Service]],
+    bounded: int = -1, most: int = 0,
+) -> list[int]:  # fmt: skip
+    """For each item the index of its peer, chosen one after the other in ``order``. The one at ``bounded`` gets no more
+    than ``most``."""
+    queues, chosen = _Queues(peers), [-1] * len(wanted)
     for i in order:
         digest = wanted[i].digest
         best = min(
             (queues.holding(index, digest) is None, queues.try_at(index, digest, service)[1], index)
             for index, service in enumerate(services[i])
+            if index != bounded or chosen.count(bounded) < most
         )[2]
         queues.put(best, digest, services[i][best])
         chosen[i] = best

@@ -59,7 +59,11 @@ def choose(how: Placing, items: Sequence[Item], views: Sequence[EncoderView], co
             view.rows += item.rows
             chosen.append(view.name)
         return chosen
-    wanted = [Wanted(str(item.identity), Size(item.patches, 0, item.rows)) for item in items]
+    step_s = costs.mixed_s((), 0, 0.0)
+    wanted = [
+        Wanted(str(item.identity), Size(item.patches, 0, item.rows), costs.prefill_s(item.rows) - step_s)
+        for item in items
+    ]
     near, far = _Curves(costs, True), _Curves(costs, False)
     peers = [
         PeerView(
@@ -70,4 +74,5 @@ def choose(how: Placing, items: Sequence[Item], views: Sequence[EncoderView], co
         )
         for view in views
     ]
-    return [placement.peer for placement in place_together(wanted, peers)]
+    own = next((view.name for view in views if view.local), "")
+    return [placement.peer for placement in place_together(wanted, peers, own=own, step_s=step_s)]

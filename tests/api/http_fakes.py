@@ -175,6 +175,13 @@ async def serving(backend: ScriptedBackend, *, resolver: Any = None, **settings:
         yield Served(server, client, session)
 
 
+def says(data: bytes, mime: str = "image/png", **headers: str) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        return web.Response(body=data, content_type=mime, headers=headers)
+
+    return handle
+
+
 @asynccontextmanager
 async def media_host(
     routes: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]], host: str = "127.0.0.1"

@@ -13,7 +13,7 @@ import openai
 import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
-from http_fakes import MODEL, ScriptedBackend, Served, asking, data_url, image, media_host, png, serving
+from http_fakes import MODEL, ScriptedBackend, Served, asking, data_url, image, media_host, png, says, serving
 
 from aiodisagg.api import fetch
 from aiodisagg.api.data_url import decode_data_url
@@ -27,13 +27,6 @@ LOOPBACK = ("127.0.0.1",)
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, bool]]:
     return "asyncio", {"use_uvloop": True}
-
-
-def says(data: bytes, mime: str = "image/png", **headers: str) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def handle(request: web.Request) -> web.Response:
-        return web.Response(body=data, content_type=mime, headers=headers)
-
-    return handle
 
 
 def leads_to(location: str, status: int = 302) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -173,7 +166,7 @@ async def test_what_a_host_may_answer() -> None:
         "/gone": "could not be fetched",
         "/loop": "more than 2 redirects",
         "/nowhere": "more than 2 redirects",
-        "/file": "must be a data:, http: or https: URL",
+        "/file": "must be a data:, http:, https: or sha256: URL",
     }
     settings = {"max_media_bytes": 10_000, "max_media_redirects": 2, "allow_private_media_hosts": LOOPBACK}
     async with media_host(routes) as (url, _), serving(ScriptedBackend(), **settings) as served:

@@ -225,9 +225,9 @@ def make(coalesce: int = 8, overlap: bool = True) -> Scheduler:
     )
 
 
-def ranges(s: Scheduler) -> list[tuple[str, int, int]]:
+def ranges(s: Scheduler, now: float = 0.0) -> list[tuple[str, int, int]]:
     """One step, everything computed."""
-    step = s.plan_step(0.0)
+    step = s.plan_step(now)
     for segment in step.segments:
         s.advance(segment, sampled=segment.samples)
     return [(x.request_id, x.start, x.stop) for x in step.segments]
@@ -306,3 +306,45 @@ def test_an_idle_engine_leaves_what_costs_less_than_a_step() -> None:
     s.remove("text")
     s.set_front("images", 2000)
     assert ranges(s) == [("images", 800, 2000)], "the last rows are never left"
+
+
+def test_an_idle_engine_computes_what_is_here_if_the_rest_takes_longer_than_a_step() -> None:
+    pace = Pace(BUDGET_S)
+    for prefill in (256, 1024, 512, 2048, 64, 1500):
+        shape = StepShape(prefill=prefill)
+        pace.observe(shape, GPU.seconds(shape))
+    s = Scheduler(num_pages=1000, page_size=16, token_budget=2048, max_running=8, pace=pace)
+    s.add("images", 450, 2, front=50)
+    assert ranges(s, 10.0) == []
+    s.set_front("images", 150)
+    assert ranges(s, 10.0 + 0.2 * GPU.step) == [], "three times as much will be here in less than a step"
+    assert ranges(s, 10.0 + 3 * GPU.step) == [("images", 0, 150)], "it took long, so will the others"
+    s.set_front("images", 330)
+    assert ranges(s, 10.0 + 1.5 * GPU.step) == [], "the rest comes in less than a step"
+    s.set_front("images", 450)
+    assert ranges(s, 10.0 + 2 * GPU.step) == [("images", 150, 450)]
+
+
+def test_what_pages_held_does_not_count_as_rows_that_came() -> None:
+    pace = Pace(BUDGET_S)
+    for prefill in (256, 1024, 512, 2048, 64, 1500):
+        shape = StepShape(prefill=prefill)
+        pace.observe(shape, GPU.seconds(shape))
+    s = Scheduler(num_pages=1000, page_size=16, token_budget=2048, max_running=8, pace=pace)
+    keys = [bytes([i]) for i in range(20)]
+    s.add("first", 320, 1, front=320, keys=keys)
+    ranges(s)
+    s.remove("first")
+    s.add("again", 1520, 2, front=0, keys=keys)
+    assert ranges(s, 1.0) == [] and s.reused("again") == 320
+    s.set_front("again", 320)
+    s.set_front("again", 420)
+    assert ranges(s, 1.002) == [("again", 320, 420)], "a hundred in 2 ms, and not 420: the rest takes 22"
+
+
+def test_attention_counts_among_what_tokens_cost() -> None:
+    """Prompts of several sizes leave it open whether tokens or pairs of them take the time."""
+    pace = Pace(BUDGET_S)
+    for prefill in (4000, 1000, 8000, 2000, 6000, 3000, 7000, 5000):
+        pace.observe(StepShape(prefill=prefill, attention=prefill**2 / 2), 1e-9 * prefill**2 / 2 + 0.005)
+    assert not pace.worth(0, 2000, 0.0) and pace.worth(0, 4000, 0.0) and pace.worth(8000, 9000, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,11 @@ import pytest
 import torch
 from tiny_engine import HIDDEN, ask, decode, deliver_all, make_engine, make_plan, make_rows, read, submit, tiny_model
 
-from aiodisagg.engine.batch import pool_bytes_on
+from aiodisagg.engine.batch import Runner, Work, pool_bytes_on
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.pace import Pace
+from aiodisagg.engine.schedule import Segment
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.types import FinishReason, SamplingParams, Usage
 from aiodisagg.errors import ConfigError, EncodeFailed, EngineError, InvalidRequest, Overloaded, PromptTooLong
@@ -202,13 +203,13 @@ async def test_wrong_rows_fail_their_request_and_late_rows_nothing() -> None:
         bad = [torch.zeros(4, 2 * HIDDEN), torch.zeros(5, 3 * HIDDEN), torch.zeros(4, 3 * HIDDEN).double()]
         for rows in bad:
             handle = submit(engine, plan)
-            engine.deliver(handle.request_id, 0, 0, rows)
+            engine.deliver(handle, 0, 0, rows)
             with pytest.raises(EngineError, match="item 0"):
                 await read(handle)
-            engine.deliver(handle.request_id, 0, 0, torch.zeros(4, 3 * HIDDEN))  # it is over: no error, no effect
+            engine.deliver(handle, 0, 0, torch.zeros(4, 3 * HIDDEN))  # it is over: no error, no effect
         handle = submit(engine, plan)
         raw = make_rows(plan, 2)[0].numpy().tobytes()
-        engine.deliver_bytes(handle.request_id, 0, 0, raw, layout=layout)
+        engine.deliver_bytes(handle, 0, 0, raw, layout=layout)
         by_bytes = await read(handle)
         assert by_bytes.tokens == (await ask(engine, plan, make_rows(plan, 2))).tokens
         assert engine.stats().failed == 3
@@ -221,7 +222,7 @@ async def test_a_failed_item_fails_its_request() -> None:
     async with make_engine(tiny_model("dense")) as engine:
         handle = submit(engine, plan)
         await handle.admitted
-        engine.fail(handle.request_id, EncodeFailed("abc", "no peer could"))
+        engine.fail(handle, EncodeFailed("abc", "no peer could"))
         with pytest.raises(EncodeFailed, match="no peer could"):
             await read(handle)
         with pytest.raises(EncodeFailed):
@@ -281,19 +282,50 @@ async def test_prefill_beside_a_stream_is_bounded_by_what_steps_took(
         assert max(sizes) == 512
 
 
-@pytest.mark.parametrize(("device", "timed"), [("cpu", [64, 64, 22, 0, 0]), ("cuda", [0, 0])])
-async def test_only_steps_that_were_waited_for_are_timed(device: str, timed: list[int]) -> None:
-    """On an accelerator a step without a token to read is only launched, and the next one takes its time too."""
+async def test_every_step_is_timed() -> None:
     seen: list[int] = []
     async with make_engine(tiny_model("dense"), token_budget=64, itl_budget_ms=20.0) as engine:
-        pace, steps = engine._pace, engine._steps
-        assert pace is not None and steps is not None
-        pace.observe = lambda shape, seconds: seen.append(shape.prefill)  # type: ignore[method-assign]
-        steps._runner = SimpleNamespace(  # type: ignore[assignment]
-            forward=engine._runner.forward, device=SimpleNamespace(type=device)
-        )
+        assert engine._pace is not None
+        engine._pace.observe = lambda shape, seconds: seen.append(shape.prefill)  # type: ignore[method-assign]
         await ask(engine, make_plan([150]), max_tokens=3)
-    assert seen == timed
+    assert seen == [64, 64, 22, 0, 0]
+
+
+async def test_on_an_accelerator_a_step_that_reads_no_token_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each row that comes while it computes would be launched behind it as a step of its own."""
+    waited: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    async with make_engine(tiny_model("dense")) as engine:
+        runner = Runner.__new__(Runner)
+        runner.__dict__ |= vars(engine._runner)
+        runner.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+        runner.device_runner = SimpleNamespace(forward=lambda batch: (torch.zeros(0), 0))  # type: ignore[assignment]
+        for samples, times in ((True, 0), (False, 1)):
+            runner.forward([Work(Segment("a", 0, 4, samples), None, [])])  # type: ignore[arg-type]
+            assert len(waited) == times
+
+
+async def test_a_request_tells_what_was_left_of_its_prompt_when_all_rows_were_here() -> None:
+    plan = make_plan([20, (1, 4, 4), 2, (1, 3, 4), 5])
+    rows = make_rows(plan, 2)
+    async with make_engine(tiny_model("moe"), token_budget=512) as engine:
+        at_once, text = submit(engine, plan, max_tokens=2), submit(engine, make_plan([30]), max_tokens=2)
+        deliver_all(engine, at_once, rows)
+        await asyncio.gather(read(at_once), read(text))
+        assert text.prefill is not None and text.prefill[0] == 30
+        begun = submit(engine, make_plan([20, (1, 4, 4), 2, (1, 3, 4), 5], seed=1), max_tokens=2)
+        engine.deliver(begun, 0, 0, rows[0])
+        await asyncio.wait_for(eventually(lambda: engine.stats().tokens_prefilled >= plan.tokens + 30 + 38), 30)
+        assert begun.prefill is None
+        engine.deliver(begun, 1, 0, rows[1])
+        await read(begun)
+        assert begun.prefill is not None and begun.prefill[0] == plan.tokens - 38 and begun.prefill[1] > 0
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - the step thread announces nothing
+        await asyncio.sleep(0.001)
 
 
 def make_plan_empty() -> Any:

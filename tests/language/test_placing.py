@@ -83,13 +83,31 @@ def test_who_holds_an_item_is_asked_for_it_wherever_it_stands_in_turn() -> None:
 
 def test_the_own_tower_is_compared_for_every_item() -> None:
     peers = _Many(50)
-    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig(), own="37")
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    placing.own = "37"
     for peer in peers.linked:
         peer.book = PeerBook(PeerCosts(Rates(transfer_byte_s=1e-12 if peer.incarnation == "37" else 1e-6)))
     for i in range(12):
         key, spec = _item(i)
         assert _place(placing, key, spec) == "37"
         placing.over(key)
+
+
+def test_the_own_tower_gets_less_than_its_share_where_prefill_takes_long() -> None:
+    """Its device has the prompt to compute as well. How long that takes is learned."""
+    given = []
+    for own in ("", "00"):
+        placing = Placing(cast(EncodePeers, _Many(2)), 4, HealthConfig())
+        placing.own = own
+        for _ in range(20):
+            placing.computed(1024, 1.0)
+        keys = [ItemKey(1, index) for index in range(4)]
+        for key in keys:
+            placing.errand(key, _item(key.index)[1])
+        placing.plan(keys, 0.0)
+        places = [placing.choose(key, frozenset(), 0.0) for key in keys]
+        given.append(Counter(place.peer for place in places if place is not None)["00"])
+    assert given == [2, 1]
 
 
 def test_peers_that_drain_are_asked_only_if_all_do() -> None:

@@ -106,6 +106,35 @@ def test_prompt_order_where_computing_the_first_items_hides_the_last() -> None:
     assert round(computed_s(wanted, found), 3) == 20.5
 
 
+def test_the_device_that_computes_the_prompt_encodes_less_of_it() -> None:
+    """In equal shares it could begin at 5 and would be done at 13.2; now it begins at 3.5, with two of them."""
+    wanted = [item(name, 2, 2.0) for name in "wxyz"]
+    found = place_together(wanted, [peer("a"), peer("b")], own="a", step_s=0.1)
+    assert whereabouts(found) == [("a", 3.5), ("b", 3.5), ("b", 5.5), ("b", 7.5)]
+    assert round(computed_s(wanted, found, own="a", step_s=0.1), 3) == 11.7
+    elsewhere = place_together(wanted, [peer("a"), peer("b")], step_s=0.1)
+    assert [one.peer for one in elsewhere] == ["a", "b", "a", "b"]
+    assert round(computed_s(wanted, elsewhere, own="a", step_s=0.1), 3) == 13.2
+
+
+def test_equal_shares_where_computing_is_nothing_or_the_other_is_busy() -> None:
+    quick = place_together([item(name, 2, 0.01) for name in "wxyz"], [peer("a"), peer("b")], own="a", step_s=0.1)
+    assert [one.peer for one in quick] == ["a", "b", "a", "b"]
+    busy = place_together([item(name, 2, 2.0) for name in "wx"], [peer("a"), peer("b", 20.0)], own="a", step_s=0.1)
+    assert [one.peer for one in busy] == ["a", "a"]
+
+
+def test_steps_that_cost_something_are_counted() -> None:
+    wanted = [item("x", 2, 1.0), item("y", 2, 1.0), item("z", 2, 1.0)]
+    found = place_together(wanted, [peer("a"), peer("b"), peer("c", 1.0)])
+    assert whereabouts(found) == [("a", 3.5), ("b", 3.5), ("c", 3.5)]
+    assert computed_s(wanted, found, step_s=0.5) == computed_s(wanted, found) + 0.5, "all three in one"
+    one_by_one = place_together(wanted, [peer("a")])
+    assert round(computed_s(wanted, one_by_one, step_s=0.5) - computed_s(wanted, one_by_one), 3) == 0.5, (
+        "while it waits"
+    )
+
+
 digests = st.sampled_from("uvwxyz")
 wanteds = st.lists(st.builds(item, digests, st.integers(1, 9), st.floats(0, 5)), min_size=1, max_size=6)
 views = st.lists(

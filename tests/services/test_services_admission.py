@@ -4,7 +4,8 @@ does not get his turn."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 from aiodisagg import LanguageService
 from aiodisagg.api import ApiKey, HttpConfig, HttpServer
 from aiodisagg.errors import DeadlineExceeded, EngineError, InvalidRequest, Overloaded, PromptTooLong
-from aiodisagg.models.base import ImagePart
+from aiodisagg.language.service import PLANNERS
+from aiodisagg.models.base import ChatMessage, ImagePart, Planner, PromptPlan
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from aiodisagg.scheduler.admission import AdmissionConfig
 from aiodisagg.scheduler.shares import Tenant
@@ -237,3 +239,40 @@ async def test_many_tenants_share_a_few_labels(moe: Path) -> None:
         await made.quiet()
         lines = [line for line in made.language.metrics().splitlines() if line.startswith("aiodisagg_tenant_cost_sec")]
         assert len(lines) == 33 and '{tenant="(others)"}' in lines[-1]
+
+
+class Counting:
+    """A planner that says how many prompts it plans at once, and waits until it may go on."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner, self._lock = planner, threading.Lock()
+        self.now = self.most = 0
+        self.gate = threading.Event()
+        self.eos_ids, self.decode = planner.eos_ids, planner.decode
+
+    def plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        assert self.gate.wait(60)
+        with self._lock:
+            self.now -= 1
+        return self._planner.plan(messages)
+
+
+async def test_of_a_burst_the_first_is_not_planned_with_the_last(moe: Path) -> None:
+    async with system(moe) as made:
+        counting = Counting(made.language._planner)
+        made.language._planner = counting
+        asked = [asyncio.ensure_future(made.ask(chat("What?"), 1)) for _ in range(4 * PLANNERS)]
+        await eventually(lambda: counting.now == PLANNERS)
+        counting.gate.set()
+        await asyncio.gather(*asked)
+        assert counting.most == PLANNERS
+
+
+async def test_who_asks_a_service_that_is_closed_is_told_so(moe: Path) -> None:
+    async with system(moe) as made:
+        pass
+    with pytest.raises(EngineError, match="closed"):
+        await made.ask(chat("What?"), 1)

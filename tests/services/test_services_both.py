@@ -6,16 +6,19 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from aiodisagg import BothService, EncodeConfig, LanguageConfig, SamplingParams
 from aiodisagg.bootstrap.registry import PeerState
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
+from aiodisagg.cli.both import _serve_separate
 from aiodisagg.encode.core import CoreGate
 from aiodisagg.encode.device import DeviceGate
 from aiodisagg.encode.gate import SlackGate
 from aiodisagg.errors import ConfigError, Overloaded
+from aiodisagg.language.service import LanguageService
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, ImagePart
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
@@ -174,6 +177,23 @@ async def test_draining_finishes_what_is_open_and_takes_nothing_new(moe: Path, v
         answers = await asyncio.gather(*(asker(a).ask(messages, TOKENS) for messages in pictures(4, first=20)))
         assert answers == [truth(moe, messages) for messages in pictures(4, first=20)]
         assert b.encode.pipeline.items_encoded == before
+
+
+async def test_a_tower_in_a_process_of_its_own_is_known_as_the_own_one(moe: Path) -> None:
+    """Among many peers it was compared only when its turn came, as if it were anybody's."""
+    seen: list[tuple[str, str]] = []
+
+    class Front:
+        async def serve(self, service: LanguageService, facts: dict[str, str], stop: asyncio.Event) -> None:
+            await System(service, []).linked(1)
+            (tower,) = service.peers.linked
+            seen.append((tower.address, tower.incarnation))
+            assert (facts["address"], service.rows.placing.own) == seen[0]
+
+    options = ("--model", str(moe), "--row-dtype", "float32", "--transports", "ipc", "--self-test-s", "0")
+    config = language_config(moe, name="a", transports=("ipc",))
+    await _serve_separate(cast(Any, Front()), config, list(options), 0, asyncio.Event())
+    assert len(seen) == 1
 
 
 def test_a_pace_that_cannot_be_meant(moe: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import torch
 from aiodisagg import EncodeService, LanguageService
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerState
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
-from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.errors import PoisonItem
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, ImagePart, Patches
@@ -108,21 +107,11 @@ async def test_costs_are_learned_from_what_happens_and_their_error_is_a_metric(m
             assert f'aiodisagg_prediction_error{{peer="{peer.name}",stage="{stage}"}}' in text
 
 
-async def test_what_took_no_time_that_was_seen_teaches_nothing(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first token is here before the request's own task has heard that it was admitted."""
-    heard = asyncio.Event()
-
-    async def late(handle: RequestHandle) -> AsyncGenerator[tuple[int, ...], None]:
-        await heard.wait()
-        yield ()
-
-    monkeypatch.setattr(RequestHandle, "needs", late)
-    async with system(moe, encoders=0) as made:
-        assert await made.ask(PROMPTS["text"], 2)
-        assert made.language.rows.placing.prefill.observed == 0
-        heard.set()
-        assert await made.ask(PROMPTS["text"], 2)
-        assert made.language.rows.placing.prefill.observed == 1
+async def test_what_prefill_takes_is_learned_from_text_and_from_pictures(moe: Path) -> None:
+    async with system(moe) as made:
+        for messages in (PROMPTS["text"], PROMPTS["three images"]):
+            await made.ask(messages, 2)
+        assert made.language.rows.placing.prefill.observed == 2
 
 
 async def test_a_self_test_in_the_hello_is_believed(moe: Path, vision: Qwen3VLVisionEncoder) -> None:

@@ -1,0 +1,167 @@
+"""Peers that compute nothing any more: their health says so, and their processes end so that new ones begin."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import torch
+
+from aiodisagg import BothService, SamplingParams
+from aiodisagg.api import HttpServer
+from aiodisagg.cli.process import until
+from aiodisagg.device.vitals import LIMIT
+from aiodisagg.encode.service import EncodeService
+from aiodisagg.encode.tower import Tower
+from aiodisagg.engine.worker import StepThread
+from aiodisagg.errors import EncodeFailed, EngineError, PeerBroken
+from aiodisagg.models.base import ChatMessage, ImagePart, Patches
+from aiodisagg.models.vision import Qwen3VLVisionEncoder
+from aiodisagg.peer.http import MetricsServer
+from tests.models.halves import chat, png
+from tests.services.system import PATIENCE_S, Held, encode_config, eventually, language_config, system
+from tests.services.test_services_cli import run
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+BUG = "cannot convert float NaN to integer"
+
+
+@pytest.fixture(scope="module")
+def vision(moe: Path) -> Qwen3VLVisionEncoder:
+    return Qwen3VLVisionEncoder(moe, dtype="float32")
+
+
+class Failing(Held):
+    """``fails``: its device does not compute any more."""
+
+    fails = False
+
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        self.entered["encode"] += 1
+        if self.fails:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return self._encoder.encode(batch)
+
+
+def picture(seed: int) -> list[ChatMessage]:
+    return chat(ImagePart(png(64, 64, 300 + seed)), "What is it?")
+
+
+def bug(*_: Any, **__: Any) -> Any:
+    raise ValueError(BUG)
+
+
+async def health(url: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession(url) as session, session.get("/health") as response:
+        return response.status, (await response.json())["reason"]
+
+
+@pytest.mark.anyio
+async def test_a_language_peer_whose_step_thread_ended(moe: Path) -> None:
+    async with system(moe) as made, HttpServer(made.language, port=0) as server:
+        language = made.language
+        assert await health(server.url) == (200, "ok")
+        serving = asyncio.ensure_future(language.serve())
+        language.engine._scheduler.plan_step = bug  # type: ignore[method-assign]
+        for _ in range(2):
+            with pytest.raises(EngineError, match=BUG):
+                await made.ask(chat("hi"), 2)
+        with pytest.raises(PeerBroken, match="the engine is broken: its thread ended with ValueError"):
+            await serving
+        assert await health(server.url) == (503, "the engine is broken: its thread ended with ValueError")
+        assert "\naiodisagg_requests_failed_total 2.0" in language.metrics()
+        with pytest.raises(EngineError, match=BUG):  # counted, too: it never got in
+            await made.ask(chat("hi"), 2)
+        assert "\naiodisagg_requests_failed_total 3.0" in language.metrics()
+
+
+@pytest.mark.anyio
+async def test_an_encode_peer_on_whose_device_nothing_works(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
+    encoder = Failing(vision)
+    async with system(moe, encoder=encoder) as made:
+        (encode,) = made.encoders
+        serving = asyncio.ensure_future(encode.serve())
+        async with MetricsServer(encode.metrics, encode.ready, "127.0.0.1", 0) as server:
+            encoder.fails = True
+            for _ in range(2 * LIMIT):  # one picture, asked for again and again
+                with pytest.raises(EncodeFailed):
+                    await made.ask(picture(0), 2)
+            assert await health(server.url) == (200, "ok") and not serving.done()
+            for n in range(1, LIMIT):
+                assert encode.ready() == (True, "ok")
+                with pytest.raises(EncodeFailed):
+                    await made.ask(picture(n), 2)
+            with pytest.raises(PeerBroken, match="the tower is broken: the last 8 that it tried failed"):
+                await serving
+            status, reason = await health(server.url)
+            assert status == 503 and reason.startswith("the tower is broken")
+            encoder.fails = False
+            await made.ask(picture(LIMIT), 2)
+            assert await health(server.url) == (200, "ok")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("half", ["engine", "tower"])
+async def test_a_peer_that_is_both_ends_with_either_half(
+    moe: Path, vision: Qwen3VLVisionEncoder, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with BothService(language_config(moe), encode_config(moe), encoder=vision) as both:
+        serving = asyncio.ensure_future(both.serve())
+        await eventually(lambda: both.ready() == (True, "ok"))
+        if half == "engine":
+            both.language.engine._scheduler.plan_step = bug  # type: ignore[method-assign]
+        else:
+            monkeypatch.setattr(both.encode.pipeline._tower, "_launch", bug)
+        asking = asyncio.ensure_future(_first(both, picture(0)))
+        with pytest.raises(PeerBroken, match=f"the {half} is broken"):
+            await serving
+        assert both.ready() == (False, f"the {half} is broken: its thread ended with ValueError")
+        asking.cancel()
+        await asyncio.wait([asking])
+
+
+async def _first(both: BothService, messages: list[ChatMessage]) -> None:
+    async with aclosing(both.generate(messages, SamplingParams(max_tokens=1))) as deltas:
+        await anext(deltas)
+
+
+@pytest.mark.anyio
+async def test_an_encode_peer_that_drains_says_so(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
+    async with EncodeService(encode_config(moe), encoder=vision) as encode:
+        await encode.drain()
+        assert encode.ready() == (False, "draining")
+
+
+@pytest.mark.anyio
+async def test_a_process_ends_by_a_signal_or_with_what_it_serves() -> None:
+    class Service:
+        def __init__(self) -> None:
+            self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def serve(self) -> None:
+            await self.ended
+
+    stop, service = asyncio.Event(), Service()
+    stop.set()
+    async with asyncio.timeout(PATIENCE_S):
+        await until(stop, service)
+    assert not service.ended.done()
+    service.ended.set_exception(PeerBroken("tower", "why"))
+    with pytest.raises(PeerBroken, match="the tower is broken: why"):
+        await until(asyncio.Event(), service)
+
+
+@pytest.mark.parametrize(
+    ("role", "part"), [("language", "engine"), ("encode", "tower"), ("both", "engine"), ("both", "tower")]
+)
+def test_the_command_ends_with_its_peer(moe: Path, role: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*((StepThread, "_step") if part == "engine" else (Tower, "_work")), bug)
+    port = ("--port", "0") if role != "encode" else ("--self-test-s", "0")
+    ended = run(role, "--model", str(moe), "--transports", "memory", *port)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == f"Error: the {part} is broken: its thread ended with ValueError"
