@@ -16,8 +16,12 @@ class ConfigError(AiodisaggError):
     """A setting is missing or out of range. ``key`` names it as the user wrote it."""
 
     def __init__(self, key: str, message: str) -> None:
-        self.key = key
+        self.key, self.message = key, message
         super().__init__(f"{key}: {message}")
+
+    def under(self, key: str) -> ConfigError:
+        """The same mistake, in a setting that is called ``key`` where it was written."""
+        return ConfigError(key, self.message)
 
 
 class CheckpointError(AiodisaggError):
@@ -100,6 +104,14 @@ class EngineError(AiodisaggError):
         super().__init__(f"request {request_id}: {message}")
 
 
+class PeerBroken(AiodisaggError):
+    """A peer's ``part``, its engine or its tower, will compute nothing any more: its process has to be started anew."""
+
+    def __init__(self, part: str, why: str) -> None:
+        self.part = part
+        super().__init__(f"the {part} is broken: {why}")
+
+
 class DeviceError(AiodisaggError):
     """An accelerator is missing, or it, its driver or its memory refused what was asked."""
 
@@ -141,6 +153,14 @@ class LinkError(AiodisaggError):
 
 class LinkClosed(LinkError):
     """The link is gone: closed by either side, cut, or silent for longer than its timeout."""
+
+
+class MessageTooLarge(LinkError):
+    """No frame that both sides of the link allow can hold the message. The link is as good as before."""
+
+    def __init__(self, peer: str, size_bytes: int, limit_bytes: int) -> None:
+        self.size_bytes, self.limit_bytes = size_bytes, limit_bytes
+        super().__init__(peer, f"a message of {size_bytes} bytes does not fit a frame of {limit_bytes}")
 
 
 class AuthenticationFailed(LinkError):

@@ -24,6 +24,9 @@ QUIET_S = 30.0
 """A membership stream without a line for this long is dead; servers send one every third of a lease."""
 MAX_LINE_BYTES = 16 * 1024 * 1024
 
+NOTHING_NEW = Watched("", 0, snapshot=False, settled=False)
+"""In place of a line, where a stream has ended."""
+
 STATES = (PeerState.SUSPECT, PeerState.JOINING, PeerState.READY, PeerState.DRAINING)
 """Where servers disagree the later of these is believed: it is a later state of that life, and a server that suspects a
 peer only does not hear from it."""
@@ -197,7 +200,9 @@ class BootstrapClient:
             for entries in (*self._there.values(), self._told):
                 entries.pop(record.incarnation, None)
         usable = (PeerState.READY, PeerState.SUSPECT)
-        touched = dict.fromkeys(record.incarnation for record in (*left, *(entry.record for entry in told.entries)))
+        # Whether its stream has begun or ended makes a difference to everybody whom the server knows.
+        spoken_of = told.entries if url in self._reached and not told.snapshot else tuple(there.values())
+        touched = dict.fromkeys(record.incarnation for record in (*left, *(entry.record for entry in spoken_of)))
         best = [self._believed(who, url) for who in touched]
         news = tuple(entry for entry in best if entry and self._told.get(entry.record.incarnation) != entry)
         self._told.update((entry.record.incarnation, entry) for entry in news)
@@ -240,7 +245,10 @@ class BootstrapClient:
             ) as error:
                 logger.debug("membership of %s: %s", url, error)
             finally:
-                self._reached.discard(url)
+                if url in self._reached:
+                    self._reached.discard(url)
+                    news.setdefault(url, NOTHING_NEW)
+                    changed.set()
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 

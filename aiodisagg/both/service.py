@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -13,6 +14,7 @@ from aiodisagg.encode.device import DeviceGate
 from aiodisagg.encode.gate import InlineGate, SlackGate
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.engine.types import Delta, SamplingParams
+from aiodisagg.errors import PeerBroken
 from aiodisagg.language.admission import DEFAULT_TENANT
 from aiodisagg.language.service import LanguageService, LocalEncoder
 from aiodisagg.link.hello import PeerRole
@@ -125,8 +127,9 @@ class BothService:
         )
 
     def ready(self) -> tuple[bool, str]:
-        """Can requests be served now, and if not, why."""
-        return self.language.ready()
+        """Can requests be served now, by both halves, and if not, why."""
+        ready, why = self.language.ready()
+        return self.encode.ready() if ready else (ready, why)
 
     def metrics(self) -> str:
         """Everything both halves count; what both call the same begins with ``aiodisagg_encode_`` for the tower's."""
@@ -147,8 +150,13 @@ class BothService:
         await self.encode.drain()
 
     async def serve(self) -> None:
-        """Returns when the context is left."""
-        await self.language.serve()
+        """Returns when the context is left. Raises PeerBroken when one of the halves will compute nothing any more."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.language.serve())
+                group.create_task(self.encode.serve())
+        except* PeerBroken as broken:
+            raise broken.exceptions[0] from None
 
 
 def _nearest(transports: tuple[str, ...], device: str) -> tuple[str, ...]:

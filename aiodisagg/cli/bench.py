@@ -15,8 +15,8 @@ from aiodisagg.cli.bench_serve import bench_serve_command, numbers
 from aiodisagg.cli.bench_system import bench_control_command, bench_reuse_command, bench_system_command
 from aiodisagg.cli.bench_times import bench_times_command
 from aiodisagg.cli.process import (
-    FILE,
     GIVEN_FILE,
+    NEW_FILE,
     announcer,
     begin,
     check_plot,
@@ -37,7 +37,7 @@ def bench() -> None:
 @click.option("--model", type=click.Path(path_type=Path), help="A Qwen3-VL(-MoE) folder; a synthetic one if left out.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(list(DTYPE_BYTES)), help="Of all weights.")
 @click.option("--repeats", default=5, type=click.IntRange(min=1), help="Fresh processes for each of the three.")
-@click.option("--json", "json_file", type=FILE, help="Write every run and the medians as JSON.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write every run and the medians as JSON.")
 def bench_load_command(model: Path | None, dtype: str, repeats: int, json_file: Path | None) -> None:
     """Peak memory and load time of each half against the monolith."""
     import msgspec
@@ -59,7 +59,7 @@ def bench_load_command(model: Path | None, dtype: str, repeats: int, json_file: 
 @click.option("--seed", default=0)
 @click.option("--max-wait-s", default=10.0, help="The aging bound.")
 @click.option("--real", type=click.Choice(["tiny", "115m"]), help="Real services with a synthetic model of this size.")
-@click.option("--json", "json_file", type=FILE, help="Write what the table shows as JSON.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write what the table shows as JSON.")
 def bench_overload_command(
     loads: str, count: int, seed: int, max_wait_s: float, real: str | None, json_file: Path | None
 ) -> None:
@@ -96,7 +96,7 @@ def bench_overload_command(
 @click.option("--hidden", default=2048)
 @click.option("--levels", default=3)
 @click.option("--transports", default="ipc")
-@click.option("--source-mib", default=1024)
+@click.option("--source-mib", type=click.IntRange(min=1), default=1024)
 @click.option("--peers", "count", default=1, help="Encode peers in this process.")
 @click.option("--null", is_flag=True, help="Rows are zeros that cost nothing.")
 @process_options
@@ -132,7 +132,9 @@ def bench_source_command(
                     self_test_s=0.0,
                 )
                 services.append(await stack.enter_async_context(EncodeService(config, encoder=encoder)))
-            server = await stack.enter_async_context(MetricsServer(services[0].metrics, "127.0.0.1", 0))
+            server = await stack.enter_async_context(
+                MetricsServer(services[0].metrics, services[0].ready, "127.0.0.1", 0)
+            )
             announce({"address": " ".join(service.address for service in services), "url": server.url})
             await stop.wait()
 
@@ -143,8 +145,8 @@ def bench_source_command(
 @click.option("--transport", default="ipc", help="Data plane: ipc, stream or zmq.")
 @click.option("--repeats", default=5, type=click.IntRange(min=1), help="Rounds; every kind of run once in each.")
 @click.option("--quick", is_flag=True, help="A fiftieth of the rows: shows that it works, not how fast.")
-@click.option("--json", "json_file", type=FILE, help="Write every run and the medians as JSON.")
-@click.option("--plot", "plot_file", type=FILE, help="Write a PNG; needs the extra bench.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write every run and the medians as JSON.")
+@click.option("--plot", "plot_file", type=NEW_FILE, help="Write a PNG; needs the extra bench.")
 def bench_resume_command(json_file: Path | None, plot_file: Path | None, **options: Any) -> None:
     """Transfers that are interrupted, beside ones that are not; memory of blocks against fixed buffers."""
     import uvloop
@@ -174,7 +176,7 @@ def bench_resume_command(json_file: Path | None, plot_file: Path | None, **optio
 @click.option("--transport", default="ipc")
 @click.option("--quick", is_flag=True, help="A tiny model and short answers: shows that it works, not how fast.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
-@click.option("--json", "json_file", type=FILE, help="Write every round as JSON.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write every round as JSON.")
 def bench_overlap_command(json_file: Path | None, concurrency: str, **options: Any) -> None:
     """TTFT and throughput with prefill while images arrive, against waiting for all of a request's images. Two cores:
     one encodes, one computes the language model."""
@@ -202,7 +204,7 @@ def bench_overlap_command(json_file: Path | None, concurrency: str, **options: A
 @click.option("--transports", help="Data planes, best first; ipc, and zmq for netcut, if left out.")
 @click.option("--seed", default=0, help="Of the moments of the faults.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
-@click.option("--json", "json_file", type=FILE, help="Write every round as JSON.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write every round as JSON.")
 def bench_faults_command(json_file: Path | None, transports: str | None, **options: Any) -> None:
     """Real processes under load while one is killed (kill), stopped for 5 s (stop), the bootstrap server is away for
     10 s (bootstrap), or the network to the encode peers is cut for 5 s (netcut: needs root and iproute2)."""
@@ -235,8 +237,8 @@ def bench_faults_command(json_file: Path | None, transports: str | None, **optio
     "--netns", is_flag=True, help="Run in a network namespace of its own with TCP reno; needs root, iproute2."
 )
 @click.option("--read", "read_file", type=GIVEN_FILE, help="Show an earlier --json; measure nothing.")
-@click.option("--json", "json_file", type=FILE, help="Write every run and the medians as JSON.")
-@click.option("--plot", "plot_file", type=FILE, help="Write a PNG; needs the extra bench.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write every run and the medians as JSON.")
+@click.option("--plot", "plot_file", type=NEW_FILE, help="Write a PNG; needs the extra bench.")
 def bench_transport_command(
     only: tuple[str, ...],
     runs: int,

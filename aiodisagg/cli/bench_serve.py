@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import FILE, KEY_VARIABLE, check_plot, setup_logging
+from aiodisagg.cli.process import FILE, KEY_VARIABLE, NEW_FILE, check_plot, setup_logging
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def mix_of(
 @click.option("--balance", type=click.Choice(["least-outstanding", "round-robin"]), default="least-outstanding")
 @mix_options
 @click.option("--trace", type=FILE, help="Replay a file of requests instead of a mix.")
-@click.option("--save-trace", type=FILE, help="Write the first run's requests as such a file.")
+@click.option("--save-trace", type=NEW_FILE, help="Write the first run's requests as such a file.")
 @click.option("--rates", help="Open loop: requests per second of each run, as 1,2,4.")
 @click.option("--cv", default=1.0, help="Burstiness of arrivals: 1 is Poisson, more is a gamma process.")
 @click.option("--concurrency", "concurrencies", help="Closed loop: requests at a time of each run; 8 if nothing else.")
@@ -120,9 +120,9 @@ def mix_of(
 @click.option("--metrics", multiple=True, help="A /metrics URL of any peer; several are added up, run by run.")
 @click.option("--timeout-s", default=600.0, help="Of one request.")
 @click.option("--quick", is_flag=True, help="A dozen requests: shows that it works, not how fast.")
-@click.option("--json", "json_file", type=FILE, help="Write everything as JSON.")
-@click.option("--outcomes", type=FILE, help="Write every request as a line of JSON.")
-@click.option("--plot", "plot_file", type=FILE, help="Write a PNG; needs the extra bench.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write everything as JSON.")
+@click.option("--outcomes", type=NEW_FILE, help="Write every request as a line of JSON.")
+@click.option("--plot", "plot_file", type=NEW_FILE, help="Write a PNG; needs the extra bench.")
 def bench_serve_command(**options: Any) -> None:
     """Measure a server of OpenAI's chat API: latencies, throughput, goodput.
 

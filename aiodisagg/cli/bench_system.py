@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from aiodisagg.cli.bench_serve import numbers, progress
-from aiodisagg.cli.process import FILE, check_plot, setup_logging
+from aiodisagg.cli.process import NEW_FILE, check_plot, setup_logging
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 
@@ -40,8 +40,8 @@ def _names(text: str) -> tuple[str, ...]:
 @click.option("--language-options", default="", help="More options of language peers, with spaces.")
 @click.option("--quick", is_flag=True, help="A tiny model, first and last shape, one load: shows that it works.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
-@click.option("--json", "json_file", type=FILE, help="Write everything as JSON.")
-@click.option("--plot", "plot_file", type=FILE, help="Write a PNG; needs the extra bench.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write everything as JSON.")
+@click.option("--plot", "plot_file", type=NEW_FILE, help="Write a PNG; needs the extra bench.")
 def bench_system_command(**options: Any) -> None:
     """Compare shapes of a system on equal hardware: replicas, a split that waits, one that overlaps, flexible peers."""
     setup_logging(0, "bench")
@@ -104,7 +104,7 @@ def _system(
 @click.option("--cores", default="0,1", help="Of the receiver and of all encode peers.")
 @click.option("--quick", is_flag=True, help="A few requests to two and four peers.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the encode peers.")
-@click.option("--json", "json_file", type=FILE, help="Write everything as JSON.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write everything as JSON.")
 def bench_control_command(
     peers: str, requests: int, concurrency: int, rows: int, transport: str, cores: str, quick: bool, verbose: int,
     json_file: Path | None,
@@ -149,7 +149,7 @@ def bench_control_command(
 @click.option("--places", default="0,1", help="Numbers of the cores or GPUs.")
 @click.option("--quick", is_flag=True, help="A tiny model, one round, few requests: shows that it works.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
-@click.option("--json", "json_file", type=FILE, help="Write everything as JSON.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write everything as JSON.")
 def bench_reuse_command(
     model: str, size: str, requests: int, concurrency: int, rounds: int, pool: int, reuse: float, scale: float, on: Any,
     places: str, quick: bool, verbose: int, json_file: Path | None,

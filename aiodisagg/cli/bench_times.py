@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from aiodisagg.cli.process import FILE, setup_logging
+from aiodisagg.cli.process import NEW_FILE, setup_logging
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 
@@ -25,7 +25,7 @@ from aiodisagg.errors import AiodisaggError, ConfigError
     "--beside", type=int, multiple=True, help="On a CPU: a core that does the same meanwhile, as in a busy system."
 )
 @click.option("--quick", is_flag=True, help="A tiny model, few runs: shows that it works.")
-@click.option("--json", "json_file", type=FILE, required=True, help="Where to write them.")
+@click.option("--json", "json_file", type=NEW_FILE, required=True, help="Where to write them.")
 @click.option("--again", is_flag=True, hidden=True, help="What --beside starts: measures until its parent ends.")
 def bench_times_command(
     model: Path | None, size: str, device: str, core: int | None, beside: tuple[int, ...], quick: bool, json_file: Path,
@@ -93,7 +93,8 @@ def _measure(
 @contextlib.contextmanager
 def _busy(cores: tuple[int, ...], model: Path) -> Iterator[None]:
     """Processes on other cores that measure the same, over and over, from when they are warm."""
-    command = [sys.executable, "-m", "aiodisagg", "bench", "times", "--again", "--model", str(model), "--json", "-"]
+    again = ("times", "--again", "--model", str(model), "--json", os.devnull)
+    command = [sys.executable, "-m", "aiodisagg", "bench", *again]
     with contextlib.ExitStack() as stack:
         children = []
         for core in cores:

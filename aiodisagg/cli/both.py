@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import Announce, announcer, begin, run
+from aiodisagg.cli.process import Announce, announcer, begin, run, until
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class _Front:
             service.add_peer(address)
         async with HttpServer(service, self._host, self._port, self._http, debug=service.debug()) as server:
             self._announce({"name": service.name, "url": server.url, "model": service.model_name, **facts})
-            await stop.wait()
+            await until(stop, service)
             await service.drain()
 
 
@@ -136,8 +136,9 @@ async def _serve_separate(
                 async with asyncio.TaskGroup() as group:  # both load at once
                     starting = group.create_task(cluster.start("tower", *child, pass_fds=[theirs.fileno()]))
                     service = await stack.enter_async_context(LanguageService(config, watcher=steps))
-            address = starting.result().facts["address"]
-            service.add_peer(address)
+            tower = starting.result().facts
+            address = tower["address"]
+            service.add_tower(address, tower["incarnation"])
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(cluster.watch())
                 await front.serve(service, {"address": address, "incarnation": config.incarnation}, stop)

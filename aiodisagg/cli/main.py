@@ -17,16 +17,18 @@ import aiodisagg
 from aiodisagg.cli.bench import bench
 from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, TOKEN_VARIABLE, both_command
 from aiodisagg.cli.process import (
-    FILE,
     GIVEN_FILE,
     KEY_VARIABLE,
+    NEW_FILE,
     POSITIVE,
     announcer,
     begin,
+    check_address,
     order_option,
     process_options,
     run,
     setup_logging,
+    until,
 )
 from aiodisagg.cli.simulate import bench_simulate, plan_command, simulate
 from aiodisagg.errors import AiodisaggError, ConfigError
@@ -124,13 +126,14 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
 
 def http_config(options: dict[str, Any]) -> HttpConfig:
     """Raises ConfigError."""
-    from aiodisagg.api.config import PRIVATE_NETWORKS, HttpConfig, read_keys
+    from aiodisagg.api.config import PRIVATE_NETWORKS, HttpConfig, MiB, read_keys
 
     file: Path | None = options["keys_file"]
     return HttpConfig(
         api_key=options["api_key"],
         api_keys=() if file is None else read_keys(file.read_bytes(), str(file)),
         max_requests=options["max_requests"],
+        media_cache_bytes=options["media_cache_mib"] * MiB,
         allowed_media_domains=options["media_domains"] or None,
         allow_private_media_hosts=PRIVATE_NETWORKS if options["allow_private_media"] else (),
     )
@@ -157,8 +160,13 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 
 
 @main.command()
-@click.option("--listen", default="unix:", help="Where links are accepted: unix:, unix:/path or tcp:host:port.")
-@click.option("--source-mib", default=1024, help="Memory for encoded items.")
+@click.option(
+    "--listen",
+    default="unix:",
+    callback=check_address,
+    help="Where links are accepted: unix:, unix:/path or tcp:host:port.",
+)
+@click.option("--source-mib", type=click.IntRange(min=1), default=1024, help="Memory for encoded items.")
 @click.option("--batch-patches", type=int, help="Patches of one tower batch; by device if not given.")
 @click.option("--prepare-threads", default=2)
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
@@ -206,10 +214,10 @@ def encode(
             if http_port is not None:
                 from aiodisagg.peer.http import MetricsServer
 
-                server = MetricsServer(service.metrics, http_host, http_port)
+                server = MetricsServer(service.metrics, service.ready, http_host, http_port)
                 facts["url"] = (await stack.enter_async_context(server)).url
             announce(facts)
-            await stop.wait()
+            await until(stop, service)
             await service.drain()
 
     run(serve)
@@ -224,6 +232,7 @@ def encode(
     "--peer",
     "peers",
     multiple=True,
+    callback=check_address,
     help="Address of an encode peer, besides those of the bootstrap; may be given several times.",
 )
 @click.option("--pool-mib", type=POSITIVE, help="Memory that encode peers write into; 64, or 1024 with a GPU.")
@@ -244,6 +253,10 @@ def encode(
     help="Fetch media of requests from this host and its subdomains only; may be given several times.",
 )  # fmt: skip
 @click.option("--allow-private-media", is_flag=True, help="Fetch media from this host and from private networks, too.")
+@click.option(
+    "--media-cache-mib", default=256, type=click.IntRange(min=0),
+    help="Memory for files of earlier requests, to which later ones may refer by digest; 0: none.",
+)  # fmt: skip
 @click.option("--max-queue", default=1024, help="Requests that wait for the engine.")
 @click.option("--max-ttft-s", default=math.inf, help="Refuse what is predicted to take longer to its first token.")
 @click.option("--max-wait-s", default=10.0, help="Requests that would wait longer are overtaken by nobody.")
@@ -286,7 +299,7 @@ def language(
                 service.add_peer(address)
             async with HttpServer(service, host, port, http, debug=service.debug()) as server:
                 announce({"name": service.name, "url": server.url, "model": service.model_name})
-                await stop.wait()
+                await until(stop, service)
                 await service.drain()
 
     run(serve)
@@ -306,7 +319,7 @@ def language(
 @click.option("--encoders", default=2, type=click.IntRange(min=1), help="Encode peers.")
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack and see the answers fail.")
 @click.option("--kill-encoder", is_flag=True, help="Kill an encode peer in the middle and see its items move.")
-@click.option("--json", "json_file", type=FILE, help="Write what the table shows as JSON.")
+@click.option("--json", "json_file", type=NEW_FILE, help="Write what the table shows as JSON.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
 def demo(**options: Any) -> None:
     """Start a bootstrap, encode and language peers here, send real requests, compare the answers with the monolith."""

@@ -11,16 +11,40 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import click
 
 from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.link import address
 from aiodisagg.peer.garbage import settle
 from aiodisagg.scheduler.order import Order
 
 _PR_SET_PDEATHSIG = 1
 
+
+class NewFile(click.Path):
+    """A file that will be written at the end, perhaps of hours: whether it can be is seen before anything begins."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False, writable=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            pass  # click has looked at it, and a pipe must not be opened twice
+        except OSError as error:
+            self.fail(f"{path} cannot be written: {error.strerror}.", param, ctx)
+        else:
+            path.unlink()
+        return path
+
+
 FILE = click.Path(path_type=Path, dir_okay=False)
+"""One that is read before anything begins."""
+NEW_FILE = NewFile()
 GIVEN_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 """One that must be there, for those that are not looked at before anything has begun."""
 KEY_VARIABLE = "AIODISAGG_API_KEY"
@@ -87,6 +111,24 @@ def run(service: Callable[[asyncio.Event], Awaitable[None]]) -> None:
         raise click.ClickException(str(error)) from error
 
 
+class Serving(Protocol):
+    """A service, as far as its end goes."""
+
+    async def serve(self) -> None:
+        """Returns when the service is left; raises what makes it useless."""
+
+
+async def until(stop: asyncio.Event, service: Serving) -> None:
+    """Returns when the process shall stop; raises what ends the service before: a new process is better then."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(service.serve())
+            await stop.wait()
+            serving.cancel()
+    except* AiodisaggError as errors:
+        raise errors.exceptions[0] from None
+
+
 def process_options(command: Command) -> Command:
     """Options of every long-running process."""
     for option in (
@@ -113,6 +155,16 @@ def check_plot(plot_file: Path | None) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError("plot", "needs matplotlib: pip install 'aiodisagg[bench]'") from error
+
+
+def check_address(context: click.Context, param: click.Parameter, value: str | tuple[str, ...]) -> Any:
+    """Of an option that says where links are accepted or dialled."""
+    for one in (value,) if isinstance(value, str) else value:
+        try:
+            address.parse(one)
+        except ConfigError as error:
+            raise click.BadParameter(error.message, context, param) from error
+    return value
 
 
 def order_option(command: Command) -> Command:

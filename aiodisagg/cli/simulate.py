@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from aiodisagg.cli.process import FILE, check_plot, order_option
+from aiodisagg.cli.process import FILE, NEW_FILE, check_plot, order_option
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def workload_options(command: Command) -> Command:
         click.option("--requests", default=2000, type=click.IntRange(min=2), help="Of each run."),
         click.option("--cv", default=1.0, help="Of the gaps between requests: 1 is Poisson, more is burstier."),
         click.option("--slo", default="5x", help="Multiple of the unloaded latency."),
-        click.option("--json", "json_file", type=FILE, help="Write the results as JSON."),
-        click.option("--plot", "plot_file", type=FILE, help="Write a PNG; needs the extra bench."),
+        click.option("--json", "json_file", type=NEW_FILE, help="Write the results as JSON."),
+        click.option("--plot", "plot_file", type=NEW_FILE, help="Write a PNG; needs the extra bench."),
     ):
         command = option(command)
     return command
@@ -208,7 +208,7 @@ def plan_command(
 @click.command("simulate")
 @click.option("--study", "names", multiple=True, help="two-devices, ladder, overload or text; all if left out.")
 @click.option("--quick", is_flag=True, help="Few requests: shows that it works, not what is so.")
-@click.option("--out", type=FILE, default=Path("docs/simulate.md"), help="Has the marks.")
+@click.option("--out", type=NEW_FILE, default=Path("docs/simulate.md"), help="Has the marks.")
 def bench_simulate(names: tuple[str, ...], quick: bool, out: Path) -> None:
     """Fill the tables of docs/simulate.md."""
     from aiodisagg.simulate.document import FULL, QUICK, STUDIES, write

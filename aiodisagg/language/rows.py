@@ -68,16 +68,15 @@ class RowReceiver:
             again only for rows with which it raised.
         ended: ``ended(key, None)`` when every row of the item was delivered, else with why it failed.
         traces: told about items that it knows.
-        own: incarnation of this process's own tower, if it has one.
         accelerator: where the rows are needed; ``deliver`` may get DeviceBytes, and is called on threads only.
     """
 
     def __init__(
         self, config: LanguageConfig, model: ModelFingerprint, *, name: str, deliver: Deliver,
         ended: Callable[[ItemKey, Fail | None], None], traces: Traces | None = None,
-        accelerator: Accelerator | None = None, own: str = "",
+        accelerator: Accelerator | None = None,
     ) -> None:  # fmt: skip
-        self._accelerator, self._own = accelerator, own
+        self._accelerator = accelerator
         self.config, self.model, self.name = config, model, name
         self.layout = RowLayout.of(model)
         self._deliver_rows, self._tell_end = deliver, ended
@@ -131,7 +130,7 @@ class RowReceiver:
             ssl=None if tls is None else tls[1],
         )  # fmt: skip
         self._stack.push_async_callback(self.peers.aclose)
-        self.placing = Placing(self.peers, row_bytes, HealthConfig(hedge_slack_s=config.hedge_s), self._own)
+        self.placing = Placing(self.peers, row_bytes, HealthConfig(hedge_slack_s=config.hedge_s))
         self.sharing = Sharing(
             self._fetch,
             self._drop,

@@ -23,7 +23,8 @@ class LinkConfig:
     close_timeout_s: float = 1.0
     """How long a closing side tries to get its last bytes out before it cuts the connection."""
     max_frame_bytes: int = 256 * MiB
-    """Largest frame, sent or accepted. A ``Want`` carries the encoded files of an item."""
+    """Largest frame, sent or accepted; the smaller one of both sides counts. A ``Want`` carries the encoded files of an
+    item."""
     high_water_bytes: int = MiB
     """``send`` waits while more than this many written bytes have not left the process."""
     max_unsent_bytes: int = 64 * MiB

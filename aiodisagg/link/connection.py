@@ -19,7 +19,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import NoReturn, cast
 
-from aiodisagg.errors import AiodisaggError, AuthenticationFailed, LinkClosed, LinkError, RemoteProtocolError
+from aiodisagg.errors import (
+    AiodisaggError,
+    AuthenticationFailed,
+    LinkClosed,
+    LinkError,
+    MessageTooLarge,
+    RemoteProtocolError,
+)
 from aiodisagg.link import framing
 from aiodisagg.link.address import check_user, tune_tcp
 from aiodisagg.link.config import LinkConfig
@@ -60,6 +67,7 @@ class Connection(asyncio.Protocol):
         self._cause: BaseException | None = None
         self._transport: asyncio.Transport | None = None
         self._reader = framing.FrameReader(peer, MAX_HANDSHAKE_FRAME_BYTES)
+        self._max_sent_bytes = config.max_frame_bytes
         self._pulse = Pulse(config.heartbeat_s, config.timeout_s)
         self._timer: asyncio.TimerHandle | None = None
         self._heard = self._said = True
@@ -285,7 +293,8 @@ class Connection(asyncio.Protocol):
 
     def _open(self, remote: Hello) -> None:
         self.peer = self._reader.peer = f"{remote.name} ({remote.incarnation})"
-        self._reader.limit_bytes = self._config.max_frame_bytes
+        self._reader.limit_bytes = own = self._config.max_frame_bytes
+        self._max_sent_bytes = min(own, remote.max_frame_bytes or own)
         self._timer = self._loop.call_later(self._config.heartbeat_s, self._tick)
         if not self.ready.done():
             self.ready.set_result(None)
@@ -319,9 +328,8 @@ class Connection(asyncio.Protocol):
 
     def _encode(self, message: Message) -> bytes:
         payload = encode(message)
-        if len(payload) > self._config.max_frame_bytes:
-            limit = self._config.max_frame_bytes
-            raise LinkError(self.peer, f"a message of {len(payload)} bytes does not fit a frame of {limit}")
+        if len(payload) > self._max_sent_bytes:
+            raise MessageTooLarge(self.peer, len(payload), self._max_sent_bytes)
         return payload
 
     def _put(self, data: bytes) -> None:

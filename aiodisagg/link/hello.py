@@ -65,6 +65,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """Descriptions of the pools this peer receives into, by transport; untrusted until the transport checked them."""
     times: ServiceTimes | None = None
     """What its self-test measured, if it encodes."""
+    max_frame_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Largest frame it accepts, as its link fills in. 0: not said."""
 
     @classmethod
     def here(
@@ -89,6 +91,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
             transports=transports or {},
             times=times,
         )
+
+    def accepting(self, max_frame_bytes: int) -> Hello:
+        """The same, said through a link that accepts frames of this size."""
+        return msgspec.structs.replace(self, max_frame_bytes=max_frame_bytes)
 
     def same_host(self, other: Hello) -> bool:
         """Whether both run on one kernel and in one network namespace."""

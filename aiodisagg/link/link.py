@@ -37,7 +37,7 @@ class Link:
 
         Raises:
             LinkClosed: the link is, or becomes, closed.
-            LinkError: the message is larger than ``max_frame_bytes``; the link stays open.
+            MessageTooLarge: for this side's ``max_frame_bytes`` or the other's; the link stays open.
         """
         await self._connection.send(message)
 
@@ -146,7 +146,11 @@ async def dial(
     def protocol() -> Connection:
         nonlocal connection
         handshake = Handshake(
-            dialling=True, hello=hello, secret=secret, nonce=secrets.token_bytes(NONCE_BYTES), peer=address
+            dialling=True,
+            hello=hello.accepting(config.max_frame_bytes),
+            secret=secret,
+            nonce=secrets.token_bytes(NONCE_BYTES),
+            peer=address,
         )
         connection = Connection(handshake, config, peer=address)
         return connection

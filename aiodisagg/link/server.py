@@ -127,7 +127,7 @@ class LinkServer:
     def _accept(self) -> Connection:
         handshake = Handshake(
             dialling=False,
-            hello=self._make_hello(),
+            hello=self._make_hello().accepting(self._config.max_frame_bytes),
             secret=self._secret,
             nonce=secrets.token_bytes(NONCE_BYTES),
             peer=f"a client of {self._actual}",

@@ -72,7 +72,10 @@ class PeerConfig:
             raise ConfigError("model", f"no such folder: {self.model}")
         if self.row_dtype not in DTYPE_BYTES:
             raise ConfigError("row_dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.row_dtype}")
-        address.parse(self.listen)
+        try:
+            address.parse(self.listen)
+        except ConfigError as error:
+            raise error.under("listen") from None
         try:
             ipaddress.ip_address(self.data_host)
         except ValueError:
@@ -85,7 +88,8 @@ class EncodeConfig(PeerConfig):
     """Settings of an encode peer."""
 
     source_bytes: int = 1024 * MiB
-    """Memory for encoded items: those in transfer and, as far as it goes, a cache of earlier ones."""
+    """Memory for encoded items: those in transfer and, as far as it goes, a cache of earlier ones. Up to 256 MiB of
+    files come on top, of items that are not encoded yet; the files of more wait where they come from."""
     batch_patches: int | None = None
     """Patches of one tower batch; an image with more goes alone. None: as the device gains from batching, few on a CPU.
     Rows leave batch by batch."""

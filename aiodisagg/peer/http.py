@@ -15,14 +15,17 @@ class MetricsServer:
 
     Args:
         metrics: the text of one scrape.
+        ready: whether the peer can do its work now, and why not; ``/health`` is 200, or 503 with the reason.
         port: 0 takes a free one.
 
     Raises:
         ConfigError: on entering, the address is in use or not ours.
     """
 
-    def __init__(self, metrics: Callable[[], str], host: str, port: int) -> None:
-        self._metrics, self._host, self._port = metrics, host, port
+    def __init__(
+        self, metrics: Callable[[], str], ready: Callable[[], tuple[bool, str]], host: str, port: int
+    ) -> None:  # fmt: skip
+        self._metrics, self._ready, self._host, self._port = metrics, ready, host, port
 
     @property
     def url(self) -> str:
@@ -49,7 +52,9 @@ class MetricsServer:
         await self._runner.cleanup()
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
+        ready, reason = self._ready()
+        body = {"status": "ok" if ready else "unavailable", "reason": reason}
+        return web.json_response(body, status=200 if ready else 503)
 
     async def _scrape(self, request: web.Request) -> web.Response:
         return web.Response(text=self._metrics(), content_type="text/plain", charset="utf-8")

@@ -181,7 +181,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The item failed and is forgotten. ``code``: ``deadline``, ``cancelled`` or the sender's."""
+    """The item failed and is forgotten. ``code``: ``deadline``, ``cancelled``, ``corrupt`` or that of a refusal."""
 
     key: ItemKey
     code: str

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 from aiodisagg.errors import InvalidTransition, RemoteProtocolError
@@ -59,30 +58,13 @@ from aiodisagg.protocol.messages import (
     Want,
 )
 from aiodisagg.protocol.meta import MetaLedger
+from aiodisagg.protocol.patience import Patience, ReceiverConfig
 from aiodisagg.protocol.ranges import RangeSet
 from aiodisagg.protocol.rows import ModelFingerprint
 
 Actions = list[ReceiverAction]
 _OF_A_PEER = (Offer, Progress, Commit, Fenced, Refuse, LinkLost, LinkUp)
 """Events that only an item with a peer can have."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiverConfig:
-    """Patience of a receiver; all times in seconds.
-
-    ``failover_s``: how long a lost link may take to come back before another peer is asked. ``stall_s``: silence
-    after which the peer is asked again. ``max_stalls``: unanswered questions before another peer is asked.
-    ``max_attempts``: refusals, or wrong checksums in a row, before the item fails; epochs in a row that may bring
-    nothing before another peer is asked.
-    ``window_blocks``: blocks lent to one item at a time.
-    """
-
-    failover_s: float = 1.0
-    stall_s: float = 5.0
-    max_stalls: int = 2
-    max_attempts: int = 4
-    window_blocks: int = 4
 
 
 class IncomingItem:
@@ -110,10 +92,7 @@ class IncomingItem:
         self._has_media: set[str] = set()
         self._sent_media = False
         self._avoid: set[str] = set()
-        self._stalls = 0
-        self._attempts = 0
-        self._refusals = 0
-        self._corrupt = 0
+        self._patience = Patience(config)
 
     # -- the door ------------------------------------------------------------------------------------------------
 
@@ -147,7 +126,8 @@ class IncomingItem:
     def _placed(self, event: Placed, now: float) -> Actions:
         if self.peer is not None:
             raise InvalidTransition(self.state.value, "Placed")
-        self.peer, self._linked, self._stalls = event.peer, True, 0
+        self.peer, self._linked = event.peer, True
+        self._patience.answered()
         return self._new_epoch(now, f"placed on {event.peer}")
 
     def _new_epoch(self, now: float, why: str) -> Actions:
@@ -206,17 +186,9 @@ class IncomingItem:
 
     def _link_up(self, event: LinkUp, now: float) -> Actions:
         self._linked = True
-        if self._tried():
+        if self._patience.fruitless():
             return self._fail_over(now, "its link was lost again and again")
         return self._new_epoch(now, f"link to {event.peer} is back")
-
-    def _tried(self) -> bool:
-        """An epoch brought nothing; whether it was the last one that this peer gets."""
-        self._attempts += 1
-        if self._attempts < self._config.max_attempts:
-            return False
-        self._attempts = 0
-        return True
 
     def _timer(self, event: TimerFired, now: float) -> Actions:
         if now >= self.deadline:
@@ -226,10 +198,9 @@ class IncomingItem:
         if not self._linked:
             return self._fail_over(now, f"its link did not come back in {self._config.failover_s:g} s")
         if self.state is State.BOOTSTRAPPING:
-            self._stalls += 1
-            if self._stalls >= self._config.max_stalls:
-                return self._fail_over(now, f"no answer to {self._stalls} questions")
-        elif self._owes() and self._tried():
+            if self._patience.stalled():
+                return self._fail_over(now, f"no answer to {self._patience.unanswered} questions")
+        elif self._owes() and self._patience.fruitless():
             return self._fail_over(now, "rows that are ready do not arrive")
         return self._new_epoch(now, f"no progress in {self._config.stall_s:g} s")
 
@@ -255,7 +226,7 @@ class IncomingItem:
         for chunk, meta in event.written:
             actions += self._take(chunk, meta)
         self._settle_older(event.epoch)
-        self._stalls = 0
+        self._patience.answered()
         if self.state is State.BOOTSTRAPPING:
             self.state = State.TRANSFERRING if self.claimed else State.WAITING_FOR_INPUT
             self._tell(now, f"offered, {event.ready} rows ready")
@@ -321,7 +292,7 @@ class IncomingItem:
         """Unasked: the sender stopped in this epoch, because a write failed. Start over, a bounded number of times."""
         for block in self.lends.values():
             block.revoked = block.fenced = True
-        if self._tried():
+        if self._patience.fruitless():
             return self._fail_over(now, "writes failed again and again")
         return self._new_epoch(now, "a write failed")
 
@@ -332,8 +303,7 @@ class IncomingItem:
 
     def _give_up_on(self, now: float, code: str, message: str, retryable: bool) -> Actions:
         """The current peer will not provide the item: another one may, unless that was said too often."""
-        self._refusals += 1
-        if not retryable or self._refusals >= self._config.max_attempts:
+        if self._patience.refused() or not retryable:
             return self.fail(now, code, message)
         return self._fail_over(now, f"{code}: {message}")
 
@@ -343,7 +313,7 @@ class IncomingItem:
         chunk = event.chunk
         self.pending.remove(chunk.start, chunk.stop)
         self.held.add(chunk.start, chunk.stop)
-        self._attempts = self._corrupt = 0
+        self._patience.rows_came()
         if not self.complete:
             return []
         self.state = State.SUCCESS
@@ -359,8 +329,7 @@ class IncomingItem:
         self.pending.remove(chunk.start, chunk.stop)
         self.claimed.remove(chunk.start, chunk.stop)
         self._tell(now, f"checksum of rows {chunk.start}-{chunk.stop} is wrong")
-        self._corrupt += 1
-        if self._corrupt >= self._config.max_attempts:
+        if self._patience.spoiled():
             return self.fail(now, "corrupt", "rows arrived with wrong checksums again and again")
         return []
 

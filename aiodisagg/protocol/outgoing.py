@@ -63,12 +63,14 @@ Actions = list[SenderAction]
 class SenderConfig:
     """Bounds of a sender.
 
-    ``retain_s``: how long an item outlives its link. ``capacity_bytes``: memory for sources.
+    ``retain_s``: how long an item outlives its link. ``capacity_bytes``: memory for sources. ``file_bytes``: and for
+    the files of those that are not encoded yet.
     ``placeholders``: token id by item kind, for receivers that want region 1.
     """
 
     retain_s: float = 30.0
     capacity_bytes: int = 1 << 30
+    file_bytes: int = 1 << 28
     placeholders: tuple[tuple[str, int], ...] = ()
 
 

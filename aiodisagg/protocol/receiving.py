@@ -30,8 +30,9 @@ from aiodisagg.protocol.events import (
     Take,
     TimerFired,
 )
-from aiodisagg.protocol.incoming import IncomingItem, ReceiverConfig
+from aiodisagg.protocol.incoming import IncomingItem
 from aiodisagg.protocol.messages import Cancel, Commit, Fenced, Grant, ItemKey, Lend, Offer, Progress, Refuse
+from aiodisagg.protocol.patience import ReceiverConfig
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 
 __all__ = ["Receiver", "ReceiverConfig"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import replace
 
 from aiodisagg.errors import InvalidTransition, RemoteProtocolError
 from aiodisagg.protocol.counters import ByteCounters
@@ -44,7 +43,7 @@ class Sender:
         layout = RowLayout.of(model)
         self._row_bytes = layout.row_bytes
         self.counters = ByteCounters(layout)
-        self.sources = SourceTable(self.config.capacity_bytes, layout.row_bytes)
+        self.sources = SourceTable(self.config.capacity_bytes, layout.row_bytes, self.config.file_bytes)
         self.items: dict[User, OutgoingItem] = {}
         self._draining = False
         self._drained = False
@@ -72,9 +71,7 @@ class Sender:
                 if source is None or not source.ready < stop <= source.job.rows:
                     raise InvalidTransition(f"source {source!r}", repr(event))
                 if not source.cancelled or stop == source.job.rows:
-                    source.ready, source.cancelled = stop, False
-                    if source.complete:  # never started again; its rows are counted, its files would not be
-                        source.job = replace(source.job, media=())
+                    self.sources.ready(source, stop)
                     actions = self._users(digest, event, now)
             case StageEntered(digest):
                 if self.sources.get(digest) is None:

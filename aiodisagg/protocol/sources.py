@@ -3,13 +3,19 @@
 One source serves every room that wants its digest (single flight). It is kept while anybody may still ask for rows
 of it, and after that as a cache, least recently used first to go, so that a repeated image or a restarted receiver
 starts at once. Room for a source is promised before its encoding begins.
+
+Its files are kept until all of its rows exist, and bounded as well. What there is no room for is *put aside*: its
+files are dropped, and its receivers are told that it will be provided, as of everything that waits. A receiver asks
+again and again while it hears nothing, and need not send files for that; when the item's turn has come, it is told to
+send them once more. So nobody fails or looks elsewhere because many wait here, and whoever came first goes first: the
+room that those before it need is not given to anybody else, until they end or are forgotten as any other record is.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from aiodisagg.protocol.events import CancelEncode, DropSource, SenderAction, StartEncode
@@ -21,7 +27,7 @@ User = tuple[str, ItemKey]
 
 @dataclass(slots=True)
 class Source:
-    """An item at the sender. ``ready`` rows exist; the job is queued, started or (``ready == rows``) done."""
+    """An item at the sender. ``ready`` rows exist; its job is put aside, queued, started or, with all rows, done."""
 
     job: StartEncode
     size_bytes: int
@@ -34,17 +40,30 @@ class Source:
     def complete(self) -> bool:
         return self.ready >= self.job.rows
 
+    @property
+    def file_bytes(self) -> int:
+        return _size_of(self.job.media)
+
+
+def _size_of(files: tuple[bytes, ...]) -> int:
+    return sum(map(len, files))
+
 
 class SourceTable:
-    """Pure accounting of sources. ``capacity_bytes`` bounds those started; one larger than that goes in alone."""
+    """Pure accounting of sources. ``capacity_bytes`` bounds the rows of those started, ``capacity_file_bytes`` the
+    files of those that are not done; one larger than that goes in alone."""
 
-    def __init__(self, capacity_bytes: int, row_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, row_bytes: int, capacity_file_bytes: int) -> None:
         self.capacity_bytes, self._row_bytes = capacity_bytes, row_bytes
+        self.capacity_file_bytes = capacity_file_bytes
         self.used_bytes = 0
+        self.file_bytes = 0
         self.hits = 0
         self.started = 0
         self._sources: OrderedDict[str, Source] = OrderedDict()
         self._queue: deque[str] = deque()
+        self._aside: OrderedDict[str, int] = OrderedDict()
+        """Digests whose files are to be sent again, and how large they are."""
 
     def get(self, digest: str) -> Source | None:
         return self._sources.get(digest)
@@ -67,14 +86,48 @@ class SourceTable:
         if source is None:
             if want.media is None:
                 return None
-            job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, want.media)
+            job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, ())
             source = self._sources[want.digest] = Source(job, want.rows * self._row_bytes)
-            self._queue.append(want.digest)
+            self._aside[want.digest] = _size_of(want.media)
         elif user not in source.users:
             self.hits += 1
         source.users.add(user)
         self._sources.move_to_end(want.digest)
+        return self._take_files(source, want) if want.digest in self._aside else source
+
+    def _take_files(self, source: Source, want: Want) -> Source | None:
+        """Queues a source that was put aside if its turn has come; None: its files are needed for that."""
+        if want.media is not None:
+            self._aside[want.digest] = _size_of(want.media)
+        if not self._has_turn(want.digest):
+            return source
+        if want.media is None:
+            return None
+        self.file_bytes += self._aside.pop(want.digest)
+        source.job = replace(source.job, media=want.media)
+        self._queue.append(want.digest)
         return source
+
+    def _has_turn(self, digest: str) -> bool:
+        """Whether there is room for its files and for those of all that were put aside before it."""
+        taken = self.file_bytes
+        for other, size_bytes in self._aside.items():
+            if taken and taken + size_bytes > self.capacity_file_bytes:
+                return False
+            if other == digest:
+                return True
+            taken += size_bytes
+        raise KeyError(digest)
+
+    def _drop_files(self, source: Source) -> None:
+        self.file_bytes -= source.file_bytes
+        source.job = replace(source.job, media=())
+
+    def ready(self, source: Source, stop: int) -> None:
+        """The rows up to ``stop`` exist. When all do, the job is never started again, and its files go."""
+        source.ready, source.cancelled = stop, False
+        if source.complete:
+            self._drop_files(source)
 
     def release(self, digest: str, user: User) -> list[SenderAction]:
         """Ends a user's interest. A job that nobody wants is cancelled; complete rows stay as a cache."""
@@ -89,7 +142,9 @@ class SourceTable:
                 return []
             source.cancelled, source.ready = True, 0  # its rows go when the job stops: nobody may begin to use them
             return [CancelEncode(digest)]
-        self._queue.remove(digest)
+        if self._aside.pop(digest, None) is None:
+            self._queue.remove(digest)
+        self._drop_files(source)
         del self._sources[digest]
         return []
 
@@ -128,5 +183,6 @@ class SourceTable:
             source.ready, source.started, source.cancelled = 0, False, False
             self._queue.append(digest)
             return set(), [DropSource(digest)]
+        self._drop_files(source)
         del self._sources[digest]
         return source.users, [DropSource(digest)]

@@ -1,39 +1,27 @@
-"""The checks behind :func:`aiodisagg.transport.testing.check_transport`: one promise of the interface each."""
+"""The checks behind :func:`aiodisagg.transport.testing.check_transport`: one promise of the interface each.
+
+Here: what arrives, and how peers come and go. Who may touch memory, and when, is in ``conformance_ownership``.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import threading
-from collections.abc import Awaitable, Callable
 
-from aiodisagg.errors import PeerGone, TransportClosed, TransportError, TransportUnavailable, WriteRefused
-from aiodisagg.transport.base import FenceKind, Slice
-from aiodisagg.transport.testing import GUARD, ConformanceError, Kit, expect, loop_watch, raises
+from aiodisagg.errors import PeerGone, TransportClosed, TransportError, TransportUnavailable
+from aiodisagg.transport.conformance_ownership import OWNERSHIP
+from aiodisagg.transport.testing import MIB, Checks, ConformanceError, Kit, expect, loop_watch, pattern, raises
 
-Check = Callable[[Kit], Awaitable[None]]
-CHECKS: dict[str, Check] = {}
-
-_DATA = random.Random(7).randbytes(1 << 20)
-MIB = 1 << 20
+CHECKS = Checks()
 
 
-def _check(check: Check) -> Check:
-    CHECKS[check.__name__] = check
-    return check
-
-
-def _pattern(size_bytes: int, seed: int = 0) -> bytearray:
-    start = seed * 4099 % 65536
-    return bytearray((_DATA[start:] * (size_bytes // (len(_DATA) - start) + 1))[:size_bytes])
-
-
-@_check
+@CHECKS.add
 async def bytes_are_exact_and_nothing_else_changes(kit: Kit) -> None:
     async with kit.pair() as (receiver, writer, remote, _):
         at = 100
         for size in (1, 7, 4096, 65_537, 300_001):
-            data = _pattern(size, size)
+            data = pattern(size, size)
             await writer.write(remote, [receiver.slice(data, at)])
             expect(receiver.holds(data, at), f"{size} bytes arrived as written")
             expect(receiver.untouched(at + size), "nothing behind the range changed")
@@ -41,7 +29,7 @@ async def bytes_are_exact_and_nothing_else_changes(kit: Kit) -> None:
         expect(receiver.untouched(0, 100), "nothing before the range changed")
 
 
-@_check
+@CHECKS.add
 async def empty_writes_succeed(kit: Kit) -> None:
     async with kit.pair() as (receiver, writer, remote, _):
         await writer.write(remote, [])
@@ -50,10 +38,10 @@ async def empty_writes_succeed(kit: Kit) -> None:
         expect(receiver.holds(b"abc", 9) and receiver.untouched(12), "only the three bytes landed")
 
 
-@_check
+@CHECKS.add
 async def huge_write_leaves_the_loop_free(kit: Kit) -> None:
     async with kit.pair(kit.huge_bytes + 8192) as (receiver, writer, remote, _):
-        data = _pattern(kit.huge_bytes)
+        data = pattern(kit.huge_bytes)
         for left in (2, 1, 0):  # a copy on the wrong thread comes again, a stolen page of memory does not
             try:
                 async with loop_watch(kit, data):
@@ -66,10 +54,10 @@ async def huge_write_leaves_the_loop_free(kit: Kit) -> None:
         expect(receiver.untouched(0, 4096) and receiver.untouched(4096 + len(data)), "the guard bytes are intact")
 
 
-@_check
+@CHECKS.add
 async def slices_scatter_and_gather(kit: Kit) -> None:
     async with kit.pair(4 * MIB) as (receiver, writer, remote, _):
-        source = memoryview(bytes(_pattern(2 * MIB)))  # read-only sources are sources too
+        source = memoryview(bytes(pattern(2 * MIB)))  # read-only sources are sources too
         places = [(3 * MIB, 0, 1000), (17, 5000, 1), (2 * MIB, 100_000, 600_000), (4 * MIB - 5, 99, 5), (MIB, 0, 0)]
         await writer.write(remote, [receiver.slice(source[at : at + size], to) for to, at, size in places])
         for to, at, size in places:
@@ -77,7 +65,7 @@ async def slices_scatter_and_gather(kit: Kit) -> None:
         expect(receiver.untouched(18, MIB) and receiver.untouched(2 * MIB + 600_000, 3 * MIB), "nothing in between did")
 
 
-@_check
+@CHECKS.add
 async def many_writers_at_once(kit: Kit) -> None:
     async with kit.receiver(8 * MIB) as receiver:
 
@@ -88,191 +76,49 @@ async def many_writers_at_once(kit: Kit) -> None:
                 async with asyncio.TaskGroup() as tasks:
                     for part in range(16):
                         size = 1 + (part * 9973) % 120_000
-                        item = receiver.slice(_pattern(size, part), slot + part * 125_000)
+                        item = receiver.slice(pattern(size, part), slot + part * 125_000)
                         tasks.create_task(writer.write(remote, [item]))
                 for part in range(16):
                     size = 1 + (part * 9973) % 120_000
-                    expect(receiver.holds(_pattern(size, part), slot + part * 125_000), "each write is whole")
+                    expect(receiver.holds(pattern(size, part), slot + part * 125_000), "each write is whole")
 
         async with asyncio.TaskGroup() as tasks:
             for number in range(4):
                 tasks.create_task(one(number))
 
 
-@_check
+@CHECKS.add
 async def both_directions_at_once(kit: Kit) -> None:
     async with kit.receiver(2 * MIB) as one, kit.receiver(2 * MIB) as two:
         to_two = await one.transport.connect(two.transport.describe(), peer=two.incarnation)
         to_one = await two.transport.connect(one.transport.describe(), peer=one.incarnation)
-        data, other = _pattern(2 * MIB, 1), _pattern(2 * MIB, 2)
+        data, other = pattern(2 * MIB, 1), pattern(2 * MIB, 2)
         await asyncio.gather(
             one.transport.write(to_two, [two.slice(data, 0)]), two.transport.write(to_one, [one.slice(other, 0)])
         )
         expect(two.holds(data, 0) and one.holds(other, 0), "both pools hold the other's bytes")
 
 
-@_check
+@CHECKS.add
 async def small_write_passes_a_huge_one(kit: Kit) -> None:
     async with kit.pair(kit.huge_bytes + MIB) as (receiver, writer, remote, _):
-        item = receiver.slice(_pattern(kit.huge_bytes), MIB)
+        item = receiver.slice(pattern(kit.huge_bytes), MIB)
         huge = [asyncio.ensure_future(writer.write(remote, [item])) for _ in range(4)]
         await asyncio.sleep(0)
-        await writer.write(remote, [receiver.slice(_pattern(MIB, 3), 0)])
+        await writer.write(remote, [receiver.slice(pattern(MIB, 3), 0)])
         done = sum(one.done() for one in huge)
         expect(done < 2, f"a small write passes huge ones that started before it; {done} of 4 were done first")
         await asyncio.gather(*huge)
 
 
-@_check
-async def source_is_released(kit: Kit) -> None:
-    async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
-        for size in (1000, 100_000, 5 * MIB):
-            data = _pattern(size)
-            item = receiver.slice(data, 0)
-            await writer.write(remote, [item])
-            item.source.release()
-            try:
-                data.extend(b"x")
-            except BufferError:
-                expect(False, f"nothing refers to a source of {size} bytes after its write")
+CHECKS |= OWNERSHIP  # here, since they run in this order
 
 
-async def _cancelled(write: Awaitable[None], turns: int) -> bool:
-    """Runs a write for some turns of the loop and cancels it. True if it was cancelled under way."""
-    task = asyncio.ensure_future(write)
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    task.cancel()
-    (outcome,) = await asyncio.gather(task, return_exceptions=True)
-    if outcome is not None and not isinstance(outcome, asyncio.CancelledError):
-        raise outcome
-    return outcome is not None
-
-
-@_check
-async def cancel_stops_a_write(kit: Kit) -> None:
-    async with kit.pair(kit.huge_bytes) as (receiver, writer, remote, _):
-        source = _pattern(kit.huge_bytes)
-        for _ in range(10):
-            receiver.arena.view[-1] = source[-1] ^ 0xFF
-            await _cancelled(writer.write(remote, [receiver.slice(source, 0)]), turns=1)
-            await writer.fence(remote)
-            if receiver.arena.view[-1] != source[-1]:
-                return
-        expect(False, "a cancelled write does not go on to its end")
-
-
-@_check
-async def source_is_free_after_cancel_and_fence(kit: Kit) -> None:
-    size = 8 * MIB
-    async with kit.pair(size + MIB) as (receiver, writer, remote, _):
-        cancelled = 0
-        for turns in (1, 2, 4, 8, 16, 32):
-            source = bytearray(b"\xaa" * size)
-            cancelled += await _cancelled(writer.write(remote, [receiver.slice(source, MIB)]), turns)
-            await writer.fence(remote)
-            source[:] = b"\x55" * size
-            await writer.write(remote, [receiver.slice(b"behind", 0)])
-            landed = bytes(receiver.arena.view[MIB:])
-            expect(b"\x55" not in landed, "bytes put into the source after the fence did not arrive")
-        expect(cancelled > 0, "at least one write was cancelled under way")
-
-
-@_check
-async def range_is_free_after_cancel_and_revoke(kit: Kit) -> None:
-    size = 8 * MIB
-    async with kit.pair(size + MIB) as (receiver, writer, remote, name):
-        for turns in (1, 2, 4, 8, 16, 32):
-            item = receiver.slice(bytearray(b"\xaa" * size), MIB)
-            await _cancelled(writer.write(remote, [item]), turns)
-            receiver.lender.withdraw(item.lease)
-            async with asyncio.timeout(20):
-                await receiver.transport.revoke(name, [item.lease])
-            receiver.arena.view[MIB:] = b"\x33" * (receiver.arena.size_bytes - MIB)
-            await writer.fence(remote)
-            await writer.write(remote, [receiver.slice(b"behind", 0)])
-            expect(receiver.arena.view[MIB:] == b"\x33" * size, "a range that was lent anew never changed")
-
-
-@_check
-async def revoke_ends_a_running_write(kit: Kit) -> None:
-    async with kit.pair(kit.huge_bytes) as (receiver, writer, remote, name):
-        item = receiver.slice(_pattern(kit.huge_bytes), 0)
-        write = asyncio.ensure_future(writer.write(remote, [item]))
-        await asyncio.sleep(0)
-        receiver.lender.withdraw(item.lease)
-        await receiver.transport.revoke(name, [item.lease])
-        receiver.arena.view[:] = b"\x33" * receiver.arena.size_bytes
-        (outcome,) = await asyncio.gather(write, return_exceptions=True)
-        expect(outcome is None or isinstance(outcome, WriteRefused), f"done or refused, not {outcome!r}")
-        await writer.write(remote, [receiver.slice(b"x", 0)])
-        expect(receiver.arena.view[1:] == b"\x33" * (receiver.arena.size_bytes - 1), "nothing landed after revoke")
-
-
-@_check
-async def revoke_of_the_unknown_returns(kit: Kit) -> None:
-    async with kit.pair() as (receiver, writer, remote, name):
-        async with asyncio.timeout(20):
-            await receiver.transport.revoke("nobody", [1, 2, 3])
-            await receiver.transport.revoke(name, [])
-            await receiver.transport.revoke(name, list(range(10_000, 15_000)))
-            for _ in range(2):  # the same range freed twice
-                await receiver.transport.revoke(name, [10_000])
-        await writer.write(remote, [receiver.slice(b"still here", 0)])
-        expect(receiver.holds(b"still here", 0), "other leases are as valid as before")
-
-
-@_check
-async def lease_revoked_before_connect_is_refused(kit: Kit) -> None:
-    async with kit.receiver() as receiver, kit.writer() as (writer, name):
-        item = receiver.slice(b"too late", 0)
-        receiver.lender.withdraw(item.lease)
-        await receiver.transport.revoke(name, [item.lease])
-        remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
-        with raises(WriteRefused):
-            await writer.write(remote, [item])
-        expect(receiver.untouched(), "nothing landed")
-
-
-@_check
-async def lease_that_is_not_lent_is_refused(kit: Kit) -> None:
-    if kit.capabilities.fence is not FenceKind.RECEIVER:
-        return
-    async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
-        for size in (10, 5 * MIB):
-            good, wide = receiver.slice(_pattern(size), 0), receiver.slice(_pattern(size), 1024)
-            wide = Slice(wide.source, wide.offset + 1, wide.lease)
-            with raises(WriteRefused):
-                await writer.write(remote, [Slice(good.source, 0, 999_999)])
-            await writer.fence(remote)
-            expect(receiver.untouched(), "a refused write changed nothing")
-            with raises(WriteRefused):
-                await writer.write(remote, [wide])
-            await writer.fence(remote)
-            expect(receiver.untouched(0, 1024), "nothing before the lent range changed")
-            expect(receiver.untouched(1024 + size), "nothing behind it changed")
-            receiver.arena.view[:] = bytes([GUARD]) * receiver.arena.size_bytes
-        await writer.write(remote, [receiver.slice(b"next", 0)])
-        expect(receiver.holds(b"next", 0), "the next write is not affected")
-
-
-@_check
-async def range_outside_the_pool_is_refused(kit: Kit) -> None:
-    async with kit.pair() as (receiver, writer, remote, _):
-        end = receiver.arena.size_bytes
-        for offset in (end, end - 9, -1, 2**40, 2**63 - 1):
-            with raises(WriteRefused):
-                await writer.write(remote, [receiver.slice(b"first", 0), receiver.slice(b"0123456789", offset)])
-        await writer.fence(remote)
-        await writer.write(remote, [receiver.slice(b"0123456789", end - 10)])
-        expect(receiver.holds(b"0123456789", end - 10), "the last bytes of the pool can be written")
-
-
-@_check
+@CHECKS.add
 async def close_ends_writes_under_way(kit: Kit) -> None:
     async with kit.receiver(kit.huge_bytes) as receiver, kit.writer() as (writer, _):
         remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
-        source = _pattern(kit.huge_bytes // 4)
+        source = pattern(kit.huge_bytes // 4)
         items = [receiver.slice(source, at * len(source)) for at in range(4)]
         writes = [asyncio.ensure_future(writer.write(remote, [item])) for item in items]
         await asyncio.sleep(0)
@@ -287,7 +133,7 @@ async def close_ends_writes_under_way(kit: Kit) -> None:
         expect(bytes(receiver.arena.view) == landed or not kit.capabilities.one_sided, "nothing moves after close")
 
 
-@_check
+@CHECKS.add
 async def use_after_close_is_an_error(kit: Kit) -> None:
     async with kit.pair() as (receiver, writer, remote, _):
         description = receiver.transport.describe()
@@ -310,7 +156,7 @@ async def use_after_close_is_an_error(kit: Kit) -> None:
         await unopened.aclose()
 
 
-@_check
+@CHECKS.add
 async def disconnect_ends_one_remote(kit: Kit) -> None:
     async with kit.pair() as (receiver, writer, remote, name):
         again = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
@@ -326,14 +172,14 @@ async def disconnect_ends_one_remote(kit: Kit) -> None:
             await receiver.transport.revoke(name, [1])
 
 
-@_check
+@CHECKS.add
 async def sender_without_a_pool_describes_nothing(kit: Kit) -> None:
     async with kit.writer() as (writer, _):
         with raises(TransportUnavailable):
             writer.describe()
 
 
-@_check
+@CHECKS.add
 async def wrong_incarnation_is_gone(kit: Kit) -> None:
     async with kit.receiver() as receiver, kit.writer() as (writer, _):
         expect(len(receiver.transport.describe()) <= 4096, "a description fits 4 KiB")
@@ -343,7 +189,7 @@ async def wrong_incarnation_is_gone(kit: Kit) -> None:
         expect(remote.size_bytes == receiver.arena.size_bytes, "the remote knows the pool's size")
 
 
-@_check
+@CHECKS.add
 async def closed_peer_is_gone(kit: Kit) -> None:
     async with kit.writer() as (writer, _):
         async with kit.receiver() as old:
@@ -364,10 +210,10 @@ async def closed_peer_is_gone(kit: Kit) -> None:
             expect(new.holds(b"again", 0) and new.untouched(5), "only the new write landed in the new pool")
 
 
-@_check
+@CHECKS.add
 async def peer_that_closes_in_mid_write_is_gone(kit: Kit) -> None:
     async with kit.pair(kit.huge_bytes) as (receiver, writer, remote, _):
-        write = asyncio.ensure_future(writer.write(remote, [receiver.slice(_pattern(kit.huge_bytes), 0)]))
+        write = asyncio.ensure_future(writer.write(remote, [receiver.slice(pattern(kit.huge_bytes), 0)]))
         await asyncio.sleep(0)
         async with asyncio.timeout(20):
             await receiver.transport.aclose()
@@ -376,7 +222,7 @@ async def peer_that_closes_in_mid_write_is_gone(kit: Kit) -> None:
         expect(outcome is None or isinstance(outcome, PeerGone), f"done or PeerGone, not {outcome!r}")
 
 
-@_check
+@CHECKS.add
 async def damaged_descriptions_are_transport_errors(kit: Kit) -> None:
     async with kit.receiver() as receiver, kit.writer() as (writer, _):
         good, dice = receiver.transport.describe(), random.Random(11)
@@ -392,10 +238,10 @@ async def damaged_descriptions_are_transport_errors(kit: Kit) -> None:
         await writer.connect(good, peer=receiver.incarnation)
 
 
-@_check
+@CHECKS.add
 async def threads_end_with_close(kit: Kit) -> None:
     before = set(threading.enumerate())
     async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
-        await writer.write(remote, [receiver.slice(_pattern(8 * MIB), 0)])
+        await writer.write(remote, [receiver.slice(pattern(8 * MIB), 0)])
     left = [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("aiodisagg")]
     expect(not left, f"no thread is left, not {left}")

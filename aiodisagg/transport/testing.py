@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -20,8 +21,10 @@ from aiodisagg.errors import WriteFailed
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Admit, Capabilities, Remote, Slice, Transport
 
+MIB = 1 << 20
 GUARD = 0xEE
 """What a pool is filled with, so that a byte outside a write shows."""
+_DATA = random.Random(7).randbytes(MIB)
 
 
 class ConformanceError(AssertionError):
@@ -136,6 +139,23 @@ class Kit:
         async with self.receiver(size_bytes) as receiver, self.writer() as (writer, name):
             remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
             yield receiver, writer, remote, name
+
+
+Check = Callable[[Kit], Awaitable[None]]
+
+
+class Checks(dict[str, Check]):
+    """Checks by their names, in the order in which they are run."""
+
+    def add(self, check: Check) -> Check:
+        self[check.__name__] = check
+        return check
+
+
+def pattern(size_bytes: int, seed: int = 0) -> bytearray:
+    """Random bytes, the same each time; others for another seed."""
+    start = seed * 4099 % 65536
+    return bytearray((_DATA[start:] * (size_bytes // (len(_DATA) - start) + 1))[:size_bytes])
 
 
 @asynccontextmanager

@@ -234,6 +234,30 @@ async def test_a_peer_that_drains_does_so_whoever_has_not_heard_it_yet() -> None
         assert told[-1].state is PeerState.DRAINING
 
 
+async def test_a_server_that_is_lost_is_not_believed_any_more_where_another_can_be_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its word stood until the next one of any server, which may have said all that it has to say."""
+    monkeypatch.setattr("aiodisagg.bootstrap.client.QUIET_S", 3600.0)
+    config = BootstrapConfig(lease_s=3600)
+    async with BootstrapServer(port=0, config=config) as two, aiohttp.ClientSession() as session:
+        async with BootstrapServer(port=0, config=config) as one:
+            for server in (one, two):
+                body = msgspec.json.encode(record("e"))
+                async with session.put(f"{server.url}/v1/peers/e-life", data=body) as response:
+                    assert response.status == 200
+            await heartbeat(session, two.url, PeerState.SUSPECT)
+            language = BootstrapClient((one.url, two.url), record("l", PeerRole.LANGUAGE))
+            async with language, watching(language) as changes, asyncio.timeout(60):
+                await told_until_now(changes, session, one.url, "a")
+                told = await told_until_now(changes, session, two.url, "b")
+                assert not told or told[-1].state is PeerState.READY
+                await one._runner.cleanup()
+                while not (told := of_e(await changes.get())):
+                    pass
+                assert [entry.state for entry in told] == [PeerState.SUSPECT]
+
+
 async def test_a_watcher_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiodisagg.bootstrap.server.STUCK_S", 0.2)
     async with BootstrapServer(port=0) as server:

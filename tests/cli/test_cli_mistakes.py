@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from aiodisagg.cli import main
 from aiodisagg.cli.main import http_config
+from aiodisagg.cli.process import NEW_FILE
 
 
 def call(*arguments: str) -> Result:
@@ -44,6 +45,32 @@ def test_a_folder_where_a_file_is_wanted(command: tuple[str, ...], option: str, 
     assert f"'{option}'" in found.output and "is a directory" in found.output
 
 
+@pytest.mark.parametrize(
+    ("command", "option"), [case for case in FILES if case.values[1] in ("--json", "--plot", "--outcomes", "--out")]
+)
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [("nowhere/a.json", "No such file or directory"), ("a-file/a.json", "Not a directory"), ("x" * 300, "too long")],
+    ids=["no folder", "no folder but a file", "no name"],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    command: tuple[str, ...], option: str, path: str, why: str, tmp_path: Path
+) -> None:
+    """All of a run was done, and then its results could not be kept."""
+    (tmp_path / "a-file").touch()
+    found = call(*command, option, str(tmp_path / path))
+    assert found.exit_code == 2
+    assert f"'{option}'" in found.output and "cannot be written" in found.output and why in found.output
+
+
+def test_looking_whether_a_file_can_be_written_leaves_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("kept", encoding="utf-8")
+    for file in (old, new):
+        assert NEW_FILE.convert(str(file), None, None) == file
+    assert old.read_text(encoding="utf-8") == "kept" and not new.exists()
+
+
 @pytest.mark.parametrize("command", [("encode",), ("both",), ("both", "--separate")], ids=" ".join)
 def test_a_model_without_a_tower_cannot_encode(command: tuple[str, ...], text_only: Path) -> None:
     found = call(*command, "--model", str(text_only))
@@ -56,6 +83,11 @@ def test_a_model_without_a_tower_cannot_encode(command: tuple[str, ...], text_on
     [
         (("demo", "--kill-encoder", "--encoders", "1"), "encoders: --kill-encoder needs at least 2"),
         (("demo", "--requests", "0"), "'--requests': 0 is not in the range"),
+        (("encode", "--source-mib", "0"), "'--source-mib': 0 is not in the range"),
+        (("both", "--source-mib", "0"), "'--source-mib': 0 is not in the range"),
+        (("encode", "--listen", "nowhere"), "'--listen': 'nowhere' is none of unix:@name"),
+        (("both", "--listen", "tcp:x:99999"), "'--listen': 'tcp:x:99999' is none of unix:@name"),
+        (("language", "--peer", "unix:" + "x" * 108), "a unix address has at most 107 bytes"),
         (("language", "--kv-mib", "0"), "'--kv-mib': 0 is not in the range"),
         (("language", "--pool-mib", "0"), "'--pool-mib': 0.0 is not in the range"),
         (("language", "--cache-mib", "-1"), "'--cache-mib': -1.0 is not in the range"),

@@ -165,6 +165,7 @@ async def pair(
     blocks: int = 3,
     block_rows: int = 2,
     link: LinkConfig | None = None,
+    encode_link: LinkConfig | None = None,
     **encode: Any,
 ) -> AsyncIterator[Pair]:
     made = Pair()
@@ -184,7 +185,7 @@ async def pair(
         made.watch(receiver.driver, made.redial)
         for i in range(encoders):
             settings = {"name": f"encode-{i + 1}", "transports": (transport,), "self_test_s": 0.0, **encode}
-            encode_config = EncodeConfig(model=folder, **settings)
+            encode_config = EncodeConfig(model=folder, link=encode_link or LinkConfig(), **settings)
             service = EncodeService(encode_config, encoder=SyntheticEncoder(MODEL))
             made.encoders.append(await stack.enter_async_context(service))
             _record_writes(service, made)

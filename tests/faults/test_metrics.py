@@ -19,15 +19,19 @@ pytestmark = pytest.mark.anyio
 async def test_bytes_by_outcome_region_and_peer(tmp_path: Path, no_leaks: None) -> None:
     async with pair(tmp_path, "memory") as made:
         service, receiver = made.encoders[0], made.receiver.config.incarnation
-        async with MetricsServer(service.metrics, "127.0.0.1", 0) as server, aiohttp.ClientSession() as session:
+        async with (
+            MetricsServer(service.metrics, service.ready, "127.0.0.1", 0) as server,
+            aiohttp.ClientSession() as session,
+        ):
             await made.fetch([(1, 9), (1, 9), (2, 4)])
             await made.until(lambda: not service.sender.items)
             async with session.get(f"{server.url}/health") as response:
-                assert await response.json() == {"status": "ok"}
+                assert await response.json() == {"status": "ok", "reason": "ok"}
             async with session.get(f"{server.url}/metrics") as response:
                 text = await response.text()
             with pytest.raises(ConfigError, match="http_port"):
-                async with MetricsServer(service.metrics, "127.0.0.1", int(server.url.rpartition(":")[2])):
+                port = int(server.url.rpartition(":")[2])
+                async with MetricsServer(service.metrics, service.ready, "127.0.0.1", port):
                     pass
         found = dict(re.findall(r"^aiodisagg_(\S+) (\S+)$", text, re.M))
         rows = 22

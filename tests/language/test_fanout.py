@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 
 import numpy as np
 import pytest
 
+from aiodisagg.device.copies import DeviceBytes
+from aiodisagg.errors import DeviceError
 from aiodisagg.language.fanout import Data, FanOut
 from aiodisagg.protocol.messages import ItemKey
 
@@ -25,17 +28,35 @@ class Taken:
         self.times = {key: np.zeros(10, int) for key in (A, B)}
 
     def __call__(self, key: ItemKey, start: int, data: Data) -> None:
-        assert isinstance(data, memoryview)
-        stop = start + data.nbytes // ROW
-        self.rows[key][start * ROW : stop * ROW] = np.frombuffer(data, np.uint8)
+        raw = ctypes.string_at(data.address, data.size_bytes) if isinstance(data, DeviceBytes) else data
+        stop = start + len(raw) // ROW
+        self.rows[key][start * ROW : stop * ROW] = np.frombuffer(raw, np.uint8)
         self.times[key][start:stop] += 1
 
     def whole(self, key: ItemKey) -> bool:
         return bool((self.rows[key] == ROWS).all() and (self.times[key] == 1).all())
 
 
+class Device:
+    """An accelerator whose memory is the host's; its copies to the host fail ``failures`` times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.outward = failures, self
+
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise DeviceError("the copy failed")
+        ctypes.memmove(target, source, size_bytes)
+
+
 def chunk(start: int, stop: int) -> memoryview:
     return memoryview(ROWS[start * ROW : stop * ROW].tobytes())
+
+
+def on_device(start: int, stop: int) -> DeviceBytes:
+    rows = ROWS[start * ROW : stop * ROW].copy()
+    return DeviceBytes(rows.ctypes.data, rows.nbytes, rows)
 
 
 async def test_who_joins_late_gets_what_came_before_and_what_comes() -> None:
@@ -75,44 +96,55 @@ async def test_who_left_gets_nothing_more() -> None:
     assert taken.whole(B) and taken.times[A].tolist() == [1] * 4 + [0] * 6
 
 
-async def test_rows_that_could_not_be_delivered_come_again() -> None:
-    taken, broken = Taken(), [True]
-
-    def deliver(key: ItemKey, start: int, data: Data) -> None:
-        if start == 4 and broken.pop():
-            raise MemoryError
-        taken(key, start, data)
-
-    fan = FanOut(10, ROW, deliver, keeps=True, accelerator=None)
+async def test_rows_that_could_not_be_kept_come_again() -> None:
+    taken, device = Taken(), Device(failures=1)
+    fan = FanOut(10, ROW, taken, keeps=True, accelerator=device)  # type: ignore[arg-type]
     fan.share(A)
     fan.deliver(0, chunk(0, 4))
-    with pytest.raises(MemoryError):
-        fan.deliver(4, chunk(4, 10))
+    with pytest.raises(DeviceError):
+        fan.deliver(4, on_device(4, 10))
     assert not fan.complete and fan.here == 4
-    broken.append(False)
-    fan.deliver(4, chunk(4, 10))
-    assert taken.whole(A) and fan.complete
+    fan.deliver(4, on_device(4, 10))
+    kept = fan.kept()
+    assert kept is not None and (kept == ROWS).all() and (taken.rows[A] == ROWS).all() and fan.complete
 
 
-async def test_what_was_not_delivered_of_a_chunk_in_pieces_comes_again_with_it() -> None:
+async def test_what_was_not_kept_of_a_chunk_in_pieces_comes_again_with_it() -> None:
     """Of a chunk that another fetch brought the middle of, the first piece fails: neither of the two has come."""
-    taken, broken = Taken(), [True]
-
-    def deliver(key: ItemKey, start: int, data: Data) -> None:
-        if start == 2 and broken:
-            broken.clear()
-            raise MemoryError
-        taken(key, start, data)
-
-    fan = FanOut(10, ROW, deliver, keeps=True, accelerator=None)
+    taken, device = Taken(), Device(failures=1)
+    fan = FanOut(10, ROW, taken, keeps=True, accelerator=device)  # type: ignore[arg-type]
     fan.share(A)
     fan.deliver(0, chunk(0, 2))
     fan.deliver(4, chunk(4, 6))
-    with pytest.raises(MemoryError):
-        fan.deliver(0, chunk(0, 10))
+    with pytest.raises(DeviceError):
+        fan.deliver(0, on_device(0, 10))
     assert fan.here == 4
-    fan.deliver(0, chunk(0, 10))
-    assert taken.whole(A) and fan.complete
+    fan.deliver(0, on_device(0, 10))
+    kept = fan.kept()
+    assert kept is not None and (kept == ROWS).all() and (taken.rows[A] == ROWS).all() and fan.complete
+
+
+@pytest.mark.parametrize("joins", ["before", "meanwhile"])
+async def test_who_cannot_be_given_a_chunk_has_failed_and_the_others_have_it(joins: str) -> None:
+    """It was as if the chunk had been wrong: nobody got it, however often it came again."""
+    taken, error = Taken(), MemoryError("no room")
+
+    def deliver(key: ItemKey, start: int, data: Data) -> None:
+        if key == B:
+            raise error
+        taken(key, start, data)
+        if joins == "meanwhile" and not start:
+            assert fan.share(B) == ()
+
+    fan = FanOut(10, ROW, deliver, keeps=True, accelerator=None)
+    if joins == "before":
+        fan.share(B)
+    fan.share(A)
+    fan.deliver(0, chunk(0, 4))
+    assert fan.failed == {B: error} and not fan.shared_by(B)
+    fan.deliver(4, chunk(4, 10))
+    kept = fan.kept()
+    assert taken.whole(A) and fan.complete and kept is not None and (kept == ROWS).all()
 
 
 async def test_who_cannot_be_given_what_came_before_has_failed_and_the_others_have_not() -> None:

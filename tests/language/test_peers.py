@@ -135,3 +135,14 @@ async def test_an_address_where_nobody_listens_is_said_once_and_to_whom_waits(ca
             await peers.wait_any(0.3)  # of several attempts
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 1 and "unix:@nobody-listens-here" in warned[0]
+
+
+async def test_nobody_waits_for_a_peer_when_the_links_are_closed() -> None:
+    """Requests that waited when their service was left waited until their patience ended, and held it up."""
+    async with dialling() as (peers, _):
+        waiting = asyncio.ensure_future(peers.wait_any(1e6))
+        await asyncio.sleep(0)
+        await peers.aclose()
+        for wait in (waiting, peers.wait_any(1e6)):
+            with pytest.raises(NoEncodePeer, match="closed"):
+                await wait

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from aiodisagg.errors import LinkClosed, LinkError, RemoteProtocolError
+from aiodisagg.errors import LinkClosed, LinkError, MessageTooLarge, RemoteProtocolError
 from aiodisagg.link import Link, LinkConfig, LinkServer, PeerRole, dial, framing
 from aiodisagg.link.pulse import Beat, Pulse
 from aiodisagg.protocol.messages import ItemKey, Message, Want
@@ -133,6 +133,19 @@ async def stuck(link: Link) -> tuple[asyncio.Task[None], list[int]]:
         for _ in range(50):
             await asyncio.sleep(0)
     return task, sent
+
+
+async def test_what_the_other_side_does_not_accept_is_not_sent(address: str) -> None:
+    """It was sent, and the other side closed the link."""
+    small = LinkConfig(max_frame_bytes=1 << 20)
+    for here, there in ((LinkConfig(), small), (small, LinkConfig())):
+        async with linked(address, there, here) as links:
+            for link in links:
+                with pytest.raises(MessageTooLarge) as caught:
+                    await link.send(large(1 << 20))
+                assert caught.value.limit_bytes == 1 << 20 < caught.value.size_bytes
+                await link.send(word(2))
+            assert [await link.recv() for link in links] == [word(2)] * 2
 
 
 async def test_send_waits_for_a_peer_that_does_not_receive_and_nothing_is_lost(address: str) -> None:

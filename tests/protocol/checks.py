@@ -111,10 +111,15 @@ def sender(world: World, process: Process) -> None:
     used = sum(source.size_bytes for source in started.values())
     _demand(used == table.used_bytes, f"{process.name} counts {table.used_bytes} bytes of sources, has {used}")
     _demand(used <= table.capacity_bytes or len(started) == 1, f"{process.name} is over its capacity: {used}")
+    filed = [source.file_bytes for source in table._sources.values() if source.file_bytes]
+    _demand(sum(filed) == table.file_bytes, f"{process.name} counts {table.file_bytes} bytes of files, has {filed}")
+    _demand(sum(filed) <= table.capacity_file_bytes or len(filed) == 1, f"{process.name} has too many files: {filed}")
     _demand(set(started) == set(process.store), f"{process.name} holds {set(process.store)}, thinks {set(started)}")
     for digest, source in table._sources.items():
         _demand(source.users or source.complete or source.cancelled, f"{digest} is kept for nobody")
-        _demand(source.started or digest in table._queue, f"{digest} is neither started nor queued")
+        waits = [digest in line for line in (table._queue, table._aside)]
+        _demand([source.started, *waits].count(True) == 1, f"{digest} is nowhere, or in two lines")
+        _demand(not source.file_bytes or digest not in table._aside, f"{digest} is put aside with its files")
         for user in source.users:
             _demand(user in machine.items, f"{digest} is kept for {user}, which is over")
     for user, item in machine.items.items():
@@ -206,5 +211,7 @@ def at_the_end(world: World) -> None:
         _demand(peer.machine.next_timer() is None, f"a timer is left at {peer.name}")
         for digest, source in peer.machine.sources._sources.items():
             _demand(source.complete and not source.users, f"{digest} is left at {peer.name}: {source}")
-        _demand(not peer.machine.sources._queue, f"jobs left in the queue of {peer.name}")
+        table = peer.machine.sources
+        _demand(not table._queue and not table._aside, f"jobs left in the queue of {peer.name}")
+        _demand(not table.file_bytes, f"files left at {peer.name}")
     _demand(not world.landings.under_way, f"writes never ended: {world.landings.under_way}")

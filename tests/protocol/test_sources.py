@@ -21,7 +21,7 @@ A, B = ("L", KEY), ("L", OTHER)
 def done(table: SourceTable, digest: str) -> None:
     source = table.get(digest)
     assert source is not None
-    source.ready = source.job.rows
+    table.ready(source, source.job.rows)
 
 
 def started(actions: list[Any]) -> list[str]:
@@ -29,7 +29,7 @@ def started(actions: list[Any]) -> list[str]:
 
 
 def test_one_encode_serves_everybody() -> None:
-    table = SourceTable(1000, 1)
+    table = SourceTable(1000, 1, 1000)
     first = table.acquire(want(), A)
     assert table.acquire(want(OTHER), B) is first and table.hits == 1
     assert started(table.admit()) == ["item-2"] and table.admit() == []
@@ -39,14 +39,14 @@ def test_one_encode_serves_everybody() -> None:
 
 
 def test_without_media_nothing_can_be_made_but_what_is_there_serves() -> None:
-    table = SourceTable(1000, 1)
+    table = SourceTable(1000, 1, 1000)
     assert table.acquire(want(media=None), A) is None and len(table) == 0
     source = table.acquire(want(), A)
     assert table.acquire(want(OTHER, media=None), B) is source
 
 
 def test_what_was_encoded_stays_until_room_is_needed_oldest_first() -> None:
-    table = SourceTable(16, 1)
+    table = SourceTable(16, 1, 1000)
     for number, user in ((2, A), (4, A)):
         digest = truth.digest_of(number)
         table.acquire(want(number=number), user)
@@ -60,7 +60,7 @@ def test_what_was_encoded_stays_until_room_is_needed_oldest_first() -> None:
 
 
 def test_a_source_larger_than_the_capacity_goes_in_alone() -> None:
-    table = SourceTable(4, 1)
+    table = SourceTable(4, 1, 1000)
     table.acquire(want(number=1), A)
     table.acquire(want(number=7), B)
     assert started(table.admit()) == ["item-1"]
@@ -72,7 +72,7 @@ def test_a_source_larger_than_the_capacity_goes_in_alone() -> None:
 
 
 def test_a_queued_job_that_nobody_wants_is_never_started() -> None:
-    table = SourceTable(4, 1)
+    table = SourceTable(4, 1, 1000)
     table.acquire(want(number=7), A)
     table.admit()
     table.acquire(want(number=1), B)
@@ -82,29 +82,34 @@ def test_a_queued_job_that_nobody_wants_is_never_started() -> None:
 @given(st.randoms(use_true_random=False))
 def test_any_traffic_stays_within_its_bounds(random: Random) -> None:
     """Random wants, releases, ends: bytes are counted right and bounded; used rows are never dropped."""
-    table = SourceTable(40, 1)
+    table = SourceTable(40, 1, 18)
     users: set[tuple[tuple[str, ItemKey], str]] = set()
     running: set[str] = set()
     for step in range(60):
         actions: list[Any] = []
-        match random.randrange(4):
+        match random.randrange(5):
             case 0:
                 number = random.randrange(len(truth.GRIDS))
                 user = ("L", ItemKey(step, 0))
                 table.acquire(want(user[1], number=number), user)
                 users.add((user, truth.digest_of(number)))
-            case 1 if users:
+            case 1 if table._aside:
+                digest = random.choice(sorted(table._aside))
+                user = min(table._sources[digest].users)
+                if table.acquire(want(user[1], number=int(digest[-1]), media=None), user) is None:
+                    assert table.acquire(want(user[1], number=int(digest[-1])), user) is not None
+                    assert digest not in table._aside
+            case 2 if users:
                 user, digest = random.choice(sorted(users))
                 users.discard((user, digest))
                 actions = table.release(digest, user)
-            case 2 if running:
+            case 3 if running:
                 digest = random.choice(sorted(running))
                 running.discard(digest)
                 source = table.get(digest)
                 assert source is not None
-                source.cancelled = False
                 done(table, digest)
-            case 3 if running:
+            case 4 if running:
                 digest = random.choice(sorted(running))
                 running.discard(digest)
                 told, actions = table.stopped(digest)
@@ -120,3 +125,4 @@ def test_any_traffic_stays_within_its_bounds(random: Random) -> None:
         alive = [table._sources[digest] for digest in table._sources if table._sources[digest].started]
         assert table.used_bytes == sum(source.size_bytes for source in alive)
         assert table.used_bytes <= 40 or len(alive) == 1
+        assert table.file_bytes == sum(source.file_bytes for source in table._sources.values()) <= 18

@@ -103,7 +103,10 @@ class World:
 
     def _new_sender(self, index: int, life: int) -> Process:
         config = SenderConfig(
-            retain_s=30.0, capacity_bytes=self.plan.capacity_rows * truth.ROW_BYTES, placeholders=truth.PLACEHOLDERS
+            retain_s=30.0,
+            capacity_bytes=self.plan.capacity_rows * truth.ROW_BYTES,
+            file_bytes=2 * self.plan.capacity_rows,  # of the smallest: one file
+            placeholders=truth.PLACEHOLDERS,
         )
         process = Process(f"E{index}.{life}", Sender(truth.MODEL, config), life)
         self.network.connect(self.receiver, process)
