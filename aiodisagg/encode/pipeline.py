@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from aiodisagg.device.copies import DeviceBytes
+from aiodisagg.device.vitals import Vitals
 from aiodisagg.encode.gate import Gate, OpenGate
 from aiodisagg.encode.prepare import Preparer
 from aiodisagg.encode.queue import Piece
@@ -69,11 +70,13 @@ class EncodePipeline:
         keep_on_device: leave the rows where the tower made them; else they are brought to the host at once.
         device: where the tower is, as torch names it.
         gate: asked before each batch; None: nothing shares the device.
+        broke: gets ``broken`` as soon as there is a reason.
     """
 
     def __init__(
         self, encoder: VisionEncoder, tell: Callable[[PipelineEvent], None], *, batch_patches: int | None = None,
         prepare_threads: int, keep_on_device: bool = False, device: str = "cpu", gate: Gate | None = None,
+        broke: Callable[[str], None] = lambda why: None,
     ) -> None:  # fmt: skip
         self._keep_on_device = keep_on_device
         self.encoder, self._tell = encoder, tell
@@ -95,6 +98,7 @@ class EncodePipeline:
             threads=prepare_threads,
             room_patches=max(PREPARED_PATCHES, 2 * self.batch_patches),
         )
+        self._vitals = Vitals(lambda why: self._on_loop(broke, why))
         self._tower = Tower(
             encoder,
             batch_patches=self.batch_patches,
@@ -103,6 +107,7 @@ class EncodePipeline:
             gate=gate or OpenGate(),
             to_host=not keep_on_device,
             device=device,
+            vitals=self._vitals,
         )
 
     async def __aenter__(self) -> EncodePipeline:
@@ -117,6 +122,11 @@ class EncodePipeline:
         await asyncio.to_thread(self._preparer.close)
         await asyncio.to_thread(self._tower.close)
         self._rows.clear()
+
+    @property
+    def broken(self) -> str:
+        """Why the tower is not to be expected to encode anything any more, or empty."""
+        return self._vitals.why
 
     @property
     def waiting(self) -> int:
@@ -241,7 +251,8 @@ class EncodePipeline:
         what = str(error) if isinstance(error, AiodisaggError) else f"{type(error).__name__}: {error}"
         wrong = isinstance(error, WrongRows)
         code = "wrong_shape" if wrong else "encode_failed"
-        entry.end = entry.end or EncodeStopped(digest, code, what, retryable=not wrong)
+        if entry.end is None or entry.end.code == "cancelled":  # its later pieces do not make it complete
+            entry.end = EncodeStopped(digest, code, what, retryable=not wrong)
 
     def _publish(self, entry: _Job, piece: Piece, rows: torch.Tensor, at: float) -> None:
         """The rows up to the end of this piece exist now."""

@@ -17,7 +17,7 @@ from aiodisagg.encode.handoff import HandOff
 from aiodisagg.encode.pipeline import EncodePipeline
 from aiodisagg.encode.selftest import self_test
 from aiodisagg.encode.session import Session, WriterEvent
-from aiodisagg.errors import LinkClosed, LinkError, RemoteProtocolError
+from aiodisagg.errors import ConfigError, LinkClosed, LinkError, PeerBroken, RemoteProtocolError
 from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.link.link import Link
 from aiodisagg.link.server import LinkServer
@@ -90,6 +90,8 @@ class EncodeService:
         self._stack = AsyncExitStack()
         self._stopped = asyncio.Event()
         self._drained = asyncio.Event()
+        self._draining = False
+        self._broken = ""
         self._client: BootstrapClient | None = None
 
     async def __aenter__(self) -> EncodeService:
@@ -125,6 +127,7 @@ class EncodeService:
             keep_on_device=accelerator is not None,
             device=config.device,
             gate=self._gate,
+            broke=self._broke,
         )
         self.pipeline = await self._stack.enter_async_context(pipeline)
         tls = config.tls.contexts() if config.tls is not None else None
@@ -142,7 +145,12 @@ class EncodeService:
             config.listen, lambda: self._hello, on_link=self._serve_link, secret=config.secret, config=config.link,
             ssl=None if tls is None else tls[0],
         )  # fmt: skip
-        self._server = await self._stack.enter_async_context(server)
+        try:
+            self._server = await self._stack.enter_async_context(server)
+        except ConfigError as error:
+            if error.key != "address":
+                raise
+            raise error.under("listen") from error
         if config.bootstrap:
             self._client = BootstrapClient(
                 config.bootstrap, self.record(), load=self.load, token=config.bootstrap_token
@@ -171,12 +179,26 @@ class EncodeService:
         logger.info("%s drains: %d items are open", self.name, len(self.sender.items))
         if self._client is not None:
             self._client.announce(PeerState.DRAINING)
+        self._draining = True
         self.driver.feed(DrainBegan())
         await self._drained.wait()
 
     async def serve(self) -> None:
-        """Returns when the context is left."""
+        """Returns when the context is left. Raises PeerBroken when the tower will not encode anything any more."""
         await self._stopped.wait()
+        if self._broken:
+            raise PeerBroken("tower", self._broken)
+
+    def _broke(self, why: str) -> None:
+        self._broken = why
+        self._stopped.set()
+
+    def ready(self) -> tuple[bool, str]:
+        """Can items be encoded now, and if not, why."""
+        if self._draining:
+            return False, "draining"
+        broken = self.pipeline.broken
+        return (False, f"the tower is broken: {broken}") if broken else (True, "ok")
 
     def load(self) -> Load:
         """How busy this peer is, for the bootstrap server."""
@@ -214,6 +236,7 @@ class EncodeService:
             metrics.gauge("encode_jobs_waiting", "Jobs whose rows are not complete.", pipeline.waiting),
             metrics.gauge("encode_patches_waiting", "Patches of those jobs.", self.load().patches),
             metrics.gauge("source_bytes", "Rows kept, in use or cached.", sources.used_bytes),
+            metrics.gauge("file_bytes", "Files of items that are not encoded yet.", sources.file_bytes),
             metrics.gauge("leased_bytes", "Bytes of ended writes not yet fenced.", self._planes.leased_bytes),
             metrics.counter("sources_started", "Items whose encoding was begun.", sources.started),
             metrics.counter("source_hits", "Items whose rows were there or in the making.", sources.hits),

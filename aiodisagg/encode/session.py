@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 INLINE_BYTES = 256 * 1024
 """Hashing less than this takes tens of microseconds and stays on the loop."""
 
+MOST_WARNINGS = 8
+"""So many different errors of writes to one peer are warned of until one succeeds; the rest is for debugging."""
+
 WriterEvent = ChunkWritten | WriteFailed | WritesFenced
 
 
@@ -57,6 +60,8 @@ class Session:
         self._used: dict[ItemKey, Plane] = {}
         self._all: list[Plane] = []
         self._tasks = Tasks(f"session {link.remote.name}")
+        self._warned: set[str] = set()
+        """Errors of writes that were logged since one succeeded: every item, and every attempt, meets the same ones."""
 
     async def connect(self) -> Plane:
         """The data plane, connected on first use. Raises TransportUnavailable."""
@@ -109,13 +114,21 @@ class Session:
         if task.cancelled():
             self._tell(WriteFailed(self.peer, action.key, action.epoch, "stopped"))
         elif (error := task.exception()) is not None:
-            expected = isinstance(error, AiodisaggError)
-            rows = f"rows {action.start}-{action.stop}"
-            logger.warning("item %s: writing %s: %s", action.key, rows, error, exc_info=None if expected else error)
+            self._log(action, error)
             self._tell(WriteFailed(self.peer, action.key, action.epoch, str(error)))
         else:
             self._used.pop(action.key, None)
+            self._warned.clear()
             self._tell(ChunkWritten(self.peer, action.key, action.epoch, task.result()))
+
+    def _log(self, action: Write, error: BaseException) -> None:
+        said, level = str(error), logging.DEBUG
+        if said not in self._warned and len(self._warned) < MOST_WARNINGS:
+            self._warned.add(said)
+            level = logging.WARNING
+        expected = isinstance(error, AiodisaggError)
+        text, rows = "item %s: writing rows %d-%d to %s: %s", (action.start, action.stop)
+        logger.log(level, text, action.key, *rows, self.link.remote.name, said, exc_info=None if expected else error)
 
     def fence(self, key: ItemKey) -> None:
         """Ends the item's write and fences it; ends in WritesFenced."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aiodisagg.device.streams import Priority, own_stream
+from aiodisagg.device.vitals import Vitals
 from aiodisagg.encode.gate import Gate
 from aiodisagg.encode.queue import Piece, TowerQueue
 from aiodisagg.errors import AiodisaggError
@@ -75,13 +76,14 @@ class Tower:
         gate: asked before each batch.
         to_host: bring the rows to the host at once; else they stay where the tower made them.
         device: as torch names it; on an accelerator the thread has a stream of its own.
+        vitals: are told of items that were computed, and of those that failed by themselves.
     """
 
     def __init__(
         self, encoder: VisionEncoder, *, batch_patches: int, began: Callable[[list[Piece]], None],
-        made: Callable[[Made], None], gate: Gate, to_host: bool, device: str,
+        made: Callable[[Made], None], gate: Gate, to_host: bool, device: str, vitals: Vitals,
     ) -> None:  # fmt: skip
-        self._encoder, self._began, self._made, self._gate = encoder, began, made, gate
+        self._encoder, self._began, self._made, self._gate, self._vitals = encoder, began, made, gate, vitals
         self._to_host, self._device = to_host, device
         self._queue = TowerQueue(batch_patches)
         self._items: dict[str, _Item] = {}
@@ -129,21 +131,28 @@ class Tower:
     # -- on the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            with own_stream(self._device, Priority.TOWER):
+                self._work()
+        except BaseException as error:
+            logger.exception("the tower's thread failed")
+            self._vitals.ended(error)
+
+    def _work(self) -> None:
         launched: _Launched | None = None
-        with own_stream(self._device, Priority.TOWER):
-            while True:
-                if batch := self._next(block=launched is None):
-                    before, launched = launched, self._launch(*batch)
-                    if before is not None:
-                        self._finish(before)
-                    if launched is not None and launched.event is None:
-                        self._finish(launched)
-                        launched = None
-                elif launched is not None:  # nothing to compute beside it, and nobody else brings it
+        while True:
+            if batch := self._next(block=launched is None):
+                before, launched = launched, self._launch(*batch)
+                if before is not None:
+                    self._finish(before)
+                if launched is not None and launched.event is None:
                     self._finish(launched)
                     launched = None
-                elif self._closing:
-                    return
+            elif launched is not None:  # nothing to compute beside it, and nobody else brings it
+                self._finish(launched)
+                launched = None
+            elif self._closing:
+                return
 
     def _next(self, *, block: bool) -> tuple[list[Piece], list[_Item]] | None:
         """What may begin now, or, to ``block``, as soon as there is work and slack; what is chosen is what is wanted
@@ -236,6 +245,11 @@ class Tower:
         seconds = now - max(began, self._idle_since)  # a batch that was launched early waited for the one before
         self._idle_since = now
         self._gate.spent(seconds)
+        for piece, found in zip(pieces, rows, strict=True):
+            if not isinstance(found, Exception):
+                self._vitals.worked()
+            elif not isinstance(found, WrongRows):
+                self._vitals.failed(piece.digest, found)
         self._made(Made(pieces, rows, seconds))
 
 

@@ -4,7 +4,7 @@ A token of a byte-level vocabulary may end inside a UTF-8 character. Decoders th
 character begins, so of a decoded text only a last U+FFFD can change when tokens follow; it is held back, everything
 before it is final. Decoding all tokens anew each time would be quadratic: a window is decoded that begins at a place
 where the text was whole, with a few tokens of context before it because some decoders treat a text's first token in
-their own way.
+their own way. Where the text is whole nowhere, all but the last tokens are cut off: only three bytes can be unfinished.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from collections.abc import Callable, Sequence
 REPLACEMENT = "\ufffd"
 _WINDOW = 24
 """Tokens after which the decoded window is moved on."""
+_LONGEST = 48
+"""Tokens after which it is, though the text is not whole."""
+_CONTEXT = 8
+"""Tokens that are left of it then: three bytes and some."""
 
 
 class IncrementalText:
@@ -37,7 +41,14 @@ class IncrementalText:
                 del self._window[: self._whole]
                 self._given = len(self._decode(self._window))
             self._whole = len(self._window)
+        elif len(self._window) > _LONGEST:
+            self._cut(len(text) - self._given)
         return new
+
+    def _cut(self, held: int) -> None:
+        """``held``: characters of the text that were not returned. A token without a text has no byte to count."""
+        self._window = [token_id for token_id in self._window if self._decode([token_id])][-_CONTEXT:]
+        self._given, self._whole = len(self._decode(self._window)) - held, 0
 
     def finish(self) -> str:
         """What is left when no token follows: U+FFFD for a character that was never finished."""

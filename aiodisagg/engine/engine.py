@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from aiodisagg.device.vitals import Vitals
 from aiodisagg.engine.batch import EngineSequence, Runner
 from aiodisagg.engine.config import EngineConfig, EngineStats
 from aiodisagg.engine.pace import Pace
@@ -59,9 +60,10 @@ class Engine:
         layout: what rows must be; None takes any whole number of DeepStack levels that a request's rows agree on.
         stream: carries delivered bytes to the model's device, beside its computing; for a model on an accelerator.
         watcher: told around every step, on the step thread.
+        broke: called on the loop with :attr:`broken` as soon as there is a reason.
 
-    ``submit`` belongs to the loop; ``deliver``, ``deliver_bytes``, ``fail``, ``cancel`` and ``stats`` may be called on
-    any thread. Raises ConfigError if the model or the pool cannot work as configured.
+    ``submit`` belongs to the loop; ``deliver``, ``deliver_bytes``, ``fail`` and ``stats`` may be called on any thread.
+    Raises ConfigError if the model or the pool cannot work as configured.
     """
 
     def __init__(
@@ -74,8 +76,11 @@ class Engine:
         layout: RowLayout | None = None,
         stream: SideStream | None = None,
         watcher: StepWatcher | None = None,
+        broke: Callable[[str], object] = lambda why: None,
     ) -> None:
         self._stream, self._watcher = stream, watcher
+        self._vitals = Vitals(lambda why: self._loop.call_soon_threadsafe(broke, why))
+        self._refused = 0
         self.config = config or EngineConfig()
         self._decode, self._eos_ids = decode, eos_ids
         self._row_width = None if layout is None else layout.width
@@ -111,14 +116,15 @@ class Engine:
             await asyncio.to_thread(self._runner.warm_up)
             if self._pace is not None:
                 self._pace.reads = self._runner.device_runner.reads
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         self._steps = StepThread(
             self._runner,
             self._scheduler,
             self._eos_ids,
-            Outbox(loop),
+            Outbox(self._loop),
+            vitals=self._vitals,
             ended=self._forget,
-            stopped=lambda: loop.call_soon_threadsafe(self._stopped.set),
+            stopped=lambda: self._loop.call_soon_threadsafe(self._stopped.set),
             pace=self._pace,
             watcher=self._watcher,
         )
@@ -140,6 +146,11 @@ class Engine:
         finally:  # when cancelled: no longer than the step it is in
             self._steps.join()
             self._runner.release()
+
+    @property
+    def broken(self) -> str:
+        """Why no request is to be expected an answer any more, or empty. Any thread."""
+        return self._vitals.why
 
     @property
     def limit(self) -> int:
@@ -175,7 +186,7 @@ class Engine:
         )
         keys = PageKeys(plan, self.config.page_size) if self.config.prefix_cache else None
         sequence = EngineSequence(
-            RequestHandle(request_id, self.cancel),
+            RequestHandle(request_id, self._end),
             plan,
             sampling,
             rows,
@@ -191,21 +202,22 @@ class Engine:
         try:
             self._steps.submit(sequence)
         except EngineError:
+            self._refused += 1
             self._forget(request_id)
             raise
         return sequence.handle
 
-    def deliver(self, request_id: str, item_index: int, start_row: int, rows: torch.Tensor) -> None:
+    def deliver(self, handle: RequestHandle, item_index: int, start_row: int, rows: torch.Tensor) -> None:
         """Packed rows [n, (1+k)*h] of an item, from its row ``start_row`` on, in any order and more than once.
 
-        They are copied before this returns. Rows that do not fit the item or the model fail that request (its reader
-        gets the EngineError); rows for a request that is over are ignored.
+        They are copied before this returns. Rows that do not fit the item, the model or memory fail that request (its
+        reader gets the EngineError); rows for a request that is over are ignored.
         """
-        self._write(request_id, lambda held: held.write(item_index, start_row, rows))
+        self._write(handle, lambda held: held.write(item_index, start_row, rows))
 
     def deliver_bytes(
         self,
-        request_id: str,
+        handle: RequestHandle,
         item_index: int,
         start_row: int,
         data: bytes | bytearray | memoryview | DeviceBytes,
@@ -217,34 +229,37 @@ class Engine:
         With a ``stream`` it waits for the device: call it on a thread.
         """
         self._write(
-            request_id,
+            handle,
             lambda held: held.write_bytes(item_index, start_row, data, width=layout.width, dtype=layout.dtype),
         )
 
-    def _write(self, request_id: str, write: Callable[[RequestRows], None]) -> None:
-        sequence = self._live.get(request_id)
-        if sequence is None or self._steps is None:
+    def _write(self, handle: RequestHandle, write: Callable[[RequestRows], None]) -> None:
+        sequence = self._live.get(handle.request_id)
+        if sequence is None or sequence.handle is not handle or self._steps is None:
             return
         try:
             write(sequence.rows)
         except EngineError as error:
-            self.fail(request_id, error)
+            self.fail(handle, error)
+        except Exception as error:  # no memory, or a device's: whoever else waits for these rows may have them
+            ours = EngineError(handle.request_id, f"its rows could not be taken: {error!r}")
+            ours.__cause__ = error
+            self.fail(handle, ours)
         else:
-            self._steps.rows_arrived(request_id)
+            self._steps.rows_arrived(handle.request_id)
 
-    def fail(self, request_id: str, error: AiodisaggError) -> None:
+    def fail(self, handle: RequestHandle, error: AiodisaggError) -> None:
         """Ends a request with ``error``, which its reader gets; no effect when it is over."""
-        if self._steps is not None and request_id in self._live:
-            self._steps.end(request_id, error)
+        self._end(handle, error)
 
-    def cancel(self, request_id: str) -> None:
-        """Ends a request and frees its pages and rows; its reader gets a last delta with CANCELLED."""
-        if self._steps is not None and request_id in self._live:
-            self._steps.end(request_id, None)
+    def _end(self, handle: RequestHandle, error: AiodisaggError | None = None) -> None:
+        if self._steps is not None and handle.request_id in self._live:
+            self._steps.end(handle, error)
 
     def stats(self) -> EngineStats:
         """Counters and gauges as of the last step."""
-        return EngineStats() if self._steps is None else self._steps.stats
+        stats = EngineStats() if self._steps is None else self._steps.stats
+        return replace(stats, failed=stats.failed + self._refused)
 
     def _forget(self, request_id: str) -> None:
         with self._lock:

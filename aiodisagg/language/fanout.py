@@ -44,7 +44,7 @@ class FanOut:
         self.legs = 0
         """Fetches that fill it; the loop's."""
         self.failed: dict[ItemKey, Exception] = {}
-        """Who could not be given what came before, and why; whole once no delivery is under way."""
+        """Who could not be given its rows, and why; whole once no delivery is under way."""
         self._deliver, self._accelerator = deliver, accelerator
         self._keep = np.empty(rows * row_bytes, np.uint8) if keeps else None
         self._lock = threading.Lock()
@@ -90,7 +90,10 @@ class FanOut:
         return key in self._sharers
 
     def deliver(self, start: int, data: Data) -> None:
-        """A chunk came. Any thread. What ``deliver`` raises is raised, and the chunk is as if it had never come."""
+        """A chunk came. Any thread. Whoever cannot be given it has ``failed``, and the others do not suffer from it.
+
+        If it cannot be kept, that is raised, and the chunk is as if it had never come.
+        """
         size = data.size_bytes if isinstance(data, DeviceBytes) else data.nbytes
         stop = start + size // self.row_bytes
         with self._lock:
@@ -113,30 +116,30 @@ class FanOut:
     def _publish(self, first: int, last: int, part: Data) -> None:
         sharers = self._sharers
         for key in sharers:  # first who waits for it, then the copy for later
-            self._deliver(key, first, part)
+            self._give(key, first, part)
         if self._keep is not None:
             self._copy(self._keep[first * self.row_bytes : last * self.row_bytes], part)
         with self._lock:
             self._published.add(first, last)
             joined = [key for key in self._sharers if key not in sharers]
         for key in joined:
+            self._give(key, first, part)
+
+    def _give(self, key: ItemKey, first: int, part: Data) -> None:
+        try:
             self._deliver(key, first, part)
+        except Exception as error:
+            logger.exception("item %s: rows could not be delivered", key)
+            self.failed[key] = error
+            self.leave(key)
 
     def catch_up(self, key: ItemKey, spans: tuple[Span, ...]) -> None:
-        """Delivers what ``share`` returned, unless that was nothing. Any thread, once.
-
-        If that raises, the key has ``failed`` and gets nothing more; the others do not suffer from it.
-        """
+        """Delivers what ``share`` returned, unless that was nothing, as ``deliver`` does. Any thread, once."""
         assert self._keep is not None
         with self._working():  # to its end: whoever is told that nothing is under way must see what failed
-            try:
-                for start, stop in spans:
-                    if self.shared_by(key):
-                        self._deliver(key, start, self._keep[start * self.row_bytes : stop * self.row_bytes].data)
-            except Exception as error:
-                logger.exception("item %s: rows that came before could not be delivered", key)
-                self.failed[key] = error
-                self.leave(key)
+            for start, stop in spans:
+                if self.shared_by(key):
+                    self._give(key, start, self._keep[start * self.row_bytes : stop * self.row_bytes].data)
 
     def when_idle(self, then: Callable[[], None]) -> None:
         """Calls ``then`` once when no delivery is under way, now if that is so. The loop."""

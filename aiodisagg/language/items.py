@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from aiodisagg.device.copies import DeviceBytes
 from aiodisagg.engine.engine import Engine
+from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, MediaError, PoisonItem
 from aiodisagg.protocol.events import Fail
 from aiodisagg.protocol.messages import ItemKey
@@ -14,9 +15,12 @@ from aiodisagg.protocol.rows import RowLayout
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Whose an item is, and which one of its prompt."""
+    """Whose an item is, and which one of its prompt.
 
-    request_id: str
+    ``handle``: not the request's id, which a client may use again while a thread delivers rows to the one before.
+    """
+
+    handle: RequestHandle
     index: int
     timeout_s: float
     param: str = ""
@@ -42,7 +46,7 @@ class Items:
         """As ``RowReceiver`` has it. On any thread."""
         item = self._open.get(key)
         if item is not None:
-            self._engine.deliver_bytes(item.request_id, item.index, start, data, layout=self._layout)
+            self._engine.deliver_bytes(item.handle, item.index, start, data, layout=self._layout)
 
     def ended(self, key: ItemKey, failed: Fail | None) -> None:
         """As ``RowReceiver`` has it: a failed item fails its request."""
@@ -53,10 +57,10 @@ class Items:
         match failed.code:
             case "deadline":
                 error = DeadlineExceeded(f"item {key}", item.timeout_s, failed.story)
-            case "invalid_media":
+            case "invalid_media" | "too_large":
                 error = MediaError(item.param or f"media[{item.index}]", failed.message)
             case "poison":
                 error = PoisonItem(item.param or f"media[{item.index}]", failed.message)
             case _:
                 error = EncodeFailed(str(key), f"{failed.code}: {failed.message}", failed.story)
-        self._engine.fail(item.request_id, error)
+        self._engine.fail(item.handle, error)

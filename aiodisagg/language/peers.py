@@ -9,13 +9,20 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from aiodisagg.errors import AiodisaggError, LinkClosed, LinkError, NoEncodePeer, RemoteProtocolError
+from aiodisagg.errors import (
+    AiodisaggError,
+    LinkClosed,
+    LinkError,
+    MessageTooLarge,
+    NoEncodePeer,
+    RemoteProtocolError,
+)
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.hello import Hello
 from aiodisagg.link.link import Link, dial
 from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
-from aiodisagg.protocol.messages import ItemKey, Message, Want
+from aiodisagg.protocol.messages import ItemKey, Message, Refuse, Want
 from aiodisagg.protocol.rows import ModelFingerprint
 from aiodisagg.scheduler.book import PeerBook
 from aiodisagg.scheduler.cost import PeerCosts, Rates
@@ -78,6 +85,7 @@ class EncodePeers:
         self._tasks = Tasks("links")
         self._changed = asyncio.Condition()
         self._ended_bytes = [0, 0]
+        self._closed = False
 
     def add(self, address: str) -> None:
         """Keeps a link to whoever encodes at ``address``. Idempotent; wakes a dialler that is backing off."""
@@ -110,6 +118,13 @@ class EncodePeers:
         linked = self._linked.get(incarnation)
         return linked or next((p for p in self._by_address.values() if p.incarnation == incarnation), None)
 
+    def described(self) -> list[dict[str, object]]:
+        """The linked peers, for people."""
+        return [
+            {"name": peer.name, "address": peer.address, "items": len(peer.book.open), "bytes": peer.book.size_bytes}
+            for peer in self._linked.values()
+        ]
+
     @property
     def link_bytes(self) -> tuple[int, int]:
         """(sent, received) through all links so far, framing included."""
@@ -118,16 +133,18 @@ class EncodePeers:
         return sent + sum(link.bytes_sent for link in links), received + sum(link.bytes_received for link in links)
 
     async def wait_any(self, timeout_s: float) -> None:
-        """Returns when at least one encode peer is linked. Raises NoEncodePeer after ``timeout_s``."""
+        """Returns when at least one encode peer is linked. Raises NoEncodePeer after ``timeout_s``, or at the end."""
         try:
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: bool(self._linked))
+                await self._changed.wait_for(lambda: self._linked or self._closed)
         except TimeoutError:
             known = ", ".join(self._by_address) or "none known"
             why = "".join(f"; {peer.refused}" for peer in self._by_address.values() if peer.refused)
             raise NoEncodePeer(
                 f"no encode peer could be linked within {timeout_s:g} s (addresses: {known}){why}"
             ) from None
+        if self._closed:
+            raise NoEncodePeer("the links to encode peers are closed")
 
     def send(self, incarnation: str, message: Message) -> None:
         """Sends if the link is up; what does not get out is asked for again by the protocol.
@@ -152,13 +169,24 @@ class EncodePeers:
             await peer.filled.wait()
             peer.filled.clear()
             while peer.outbox:
+                message = peer.outbox[0]
                 try:
-                    await link.send(peer.outbox[0])
+                    await link.send(message)
                 except LinkClosed:
                     return
-                except LinkError as error:
-                    logger.error("not sent to %s: %s", peer.name, error)
-                peer.outbox.popleft()
+                except MessageTooLarge as error:
+                    peer.outbox.popleft()
+                    self._refuse(link, message, error)
+                else:
+                    peer.outbox.popleft()
+
+    def _refuse(self, link: Link, message: Message, error: MessageTooLarge) -> None:
+        """What cannot be said to a peer is refused in its place; if the limit is its own, another peer may take it."""
+        logger.error("item %s: %s", message.key, error)
+        retryable = error.size_bytes <= self._config.max_frame_bytes
+        said = f"its {error.size_bytes} bytes do not fit a frame of {error.limit_bytes}"
+        refusal = Refuse(message.key, message.epoch, "too_large", said, retryable)
+        self._tell(MessageReceived(link.remote.incarnation, refusal))
 
     async def _keep(self, peer: EncodePeer) -> None:
         retry_s, loop = FIRST_RETRY_S, asyncio.get_running_loop()
@@ -270,4 +298,8 @@ class EncodePeers:
         return costs
 
     async def aclose(self) -> None:
+        """Ends every link, and every wait for one."""
+        self._closed = True
+        async with self._changed:
+            self._changed.notify_all()
         await self._tasks.aclose()

@@ -328,14 +328,17 @@ async def test_a_closed_pipeline_does_not_wait_for_slack() -> None:
 
 
 class Event:
-    """Of a device: computing is behind it until ``done``."""
+    """Of a device: computing is behind it until ``done``. ``error``: it has failed."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
+        self.error: Exception | None = None
 
     def synchronize(self) -> None:
         if not self.done.wait(PATIENCE_S):
             raise TimeoutError
+        if self.error is not None:
+            raise self.error
 
 
 async def test_on_a_device_the_next_batch_is_launched_while_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,3 +366,26 @@ async def test_on_a_device_the_next_batch_is_launched_while_one_is_computed(monk
             await asyncio.to_thread(lambda: None)
         events[2].done.set()
         await made.until(RowsReady("2", 4))
+
+
+async def test_a_video_that_is_given_up_and_fails_is_not_complete_by_its_last_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows that nobody computed were published, and kept for whoever would ask next."""
+    events: queue.Queue[Event] = queue.Queue()
+
+    def event_behind(rows: object) -> Event:
+        events.put(event := Event())
+        return event
+
+    monkeypatch.setattr(tower_module, "_event_behind", event_behind)
+    async with bench(Stepped(2), batch_patches=16, keep_on_device=True) as made:
+        video = made.start(5, t=2)
+        first, last = [await asyncio.to_thread(events.get, timeout=PATIENCE_S) for _ in range(2)]
+        made.pipeline.cancel(video)
+        first.error = RuntimeError("the device failed")
+        first.done.set()
+        last.done.set()
+        await made._told(lambda: not made.pipeline.waiting)
+        assert made.ends() == {video: "encode_failed"}
+        assert not made.pipeline._rows and made.pipeline.prepared_patches == 0

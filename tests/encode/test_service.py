@@ -11,7 +11,7 @@ import pytest
 
 from aiodisagg.bench.synthetic import SyntheticEncoder, item_of, synthetic_model
 from aiodisagg.encode.service import EncodeService
-from aiodisagg.errors import LinkClosed
+from aiodisagg.errors import ConfigError, LinkClosed
 from aiodisagg.link import Hello, Link, PeerRole, dial
 from aiodisagg.peer.config import EncodeConfig
 from aiodisagg.protocol.events import LinkLost, LinkUp
@@ -62,6 +62,16 @@ async def serving(folder: Path) -> AsyncIterator[Serving]:
     config = EncodeConfig(model=folder, name="encode", transports=("memory",), self_test_s=0.0)
     async with EncodeService(config, encoder=SyntheticEncoder(MODEL)) as service, asyncio.timeout(60):
         yield Serving(service)
+
+
+async def test_where_it_cannot_listen_the_setting_is_named(tmp_path: Path) -> None:
+    """It was called ``address``, which no peer's setting is."""
+    with pytest.raises(ConfigError, match=r"^listen: 'nowhere' is none of unix:@name"):
+        EncodeConfig(model=tmp_path, listen="nowhere")
+    config = EncodeConfig(model=tmp_path, listen=f"unix:{tmp_path}/nowhere/a", transports=("memory",), self_test_s=0.0)
+    with pytest.raises(ConfigError, match=r"^listen: cannot listen on unix:.*: No such file"):
+        async with EncodeService(config, encoder=SyntheticEncoder(MODEL)):
+            pass
 
 
 async def test_a_second_link_that_is_closed_without_a_word_does_not_cut_the_first(tmp_path: Path) -> None:

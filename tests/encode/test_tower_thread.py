@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from aiodisagg.device.vitals import LIMIT, Vitals
 from aiodisagg.encode import tower as tower_module
 from aiodisagg.encode.tower import Made, Tower
 from aiodisagg.models.base import Patches
@@ -54,7 +55,8 @@ class Script:
 
 @contextmanager
 def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tower, queue.Queue[str]]]:
-    """A tower whose batches are one item each and can be launched ahead, and the items that were brought."""
+    """A tower whose batches are one item each and can be launched ahead, and the items that were brought, or why there
+    will be no more."""
 
     class Event:
         def synchronize(self) -> None: ...
@@ -68,7 +70,8 @@ def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tow
     monkeypatch.setattr(tower_module, "_event_behind", lambda rows: Event())
     encoder: Any = Zeros()
     tower = Tower(
-        encoder, batch_patches=4, began=lambda pieces: None, made=made, gate=gate, to_host=False, device="cpu"
+        encoder, batch_patches=4, began=lambda pieces: None, made=made, gate=gate, to_host=False, device="cpu",
+        vitals=Vitals(brought.put),
     )  # fmt: skip
     for n, digest in enumerate(("first", "second")):
         tower.add(digest, n, Patches(torch.zeros(4, 8), (1, 2, 2)), 4)
@@ -94,3 +97,22 @@ def test_a_launched_batch_is_brought_when_the_next_one_is_cancelled(monkeypatch:
         tower.start()
         assert brought.get(timeout=PATIENCE_S) == "first"
     assert gate.gave_ups == 1 and brought.empty()
+
+
+def test_a_thread_that_ends_by_a_bug_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Script(permits=2, second=lambda: {}["nowhere"])
+    with running(gate, monkeypatch) as (tower, brought):
+        tower.start()
+        assert brought.get(timeout=PATIENCE_S) == "its thread ended with KeyError"
+    assert brought.empty()
+
+
+def test_a_tower_that_computes_what_nobody_planned_is_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan, which came with the item, may be wrong: only what raises by itself says something of the device."""
+    with running(Script(permits=3 * LIMIT), monkeypatch) as (tower, brought):
+        wrong = {str(n) for n in range(2, 2 * LIMIT)}
+        for digest in wrong:
+            tower.add(digest, int(digest), Patches(torch.zeros(4, 8), (1, 2, 2)), 5)
+        tower.start()
+        expected = {"first", "second", *wrong}
+        assert {brought.get(timeout=PATIENCE_S) for _ in expected} == expected

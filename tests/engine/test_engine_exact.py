@@ -95,7 +95,7 @@ async def trickle(engine: Engine, handle: RequestHandle, rows: Sequence[torch.Te
     pieces = [(i, at) for i, item in enumerate(rows) for at in range(0, len(item), 16)]
     rng.shuffle(pieces)
     for i, at in pieces:
-        engine.deliver(handle.request_id, i, at, rows[i][at : at + 16])
+        engine.deliver(handle, i, at, rows[i][at : at + 16])
         await asyncio.sleep(0)
 
 
@@ -126,10 +126,10 @@ async def test_prefill_runs_before_the_last_rows_are_there() -> None:
         handle = submit(engine, plan, max_tokens=NEW)
         await handle.admitted
         assert engine.stats().pages_used == 3, "the pages of the whole prompt are reserved before any row is here"
-        engine.deliver(handle.request_id, 0, 0, rows[0])
+        engine.deliver(handle, 0, 0, rows[0])
         await ask(engine, make_plan([4]), max_tokens=3)  # the engine has gone round meanwhile
         assert engine.stats().tokens_prefilled == 4 + 5 + 16 + 3
-        engine.deliver(handle.request_id, 1, 0, rows[1])
+        engine.deliver(handle, 1, 0, rows[1])
         assert (await read(handle)).tokens == expected
         assert engine.stats().tokens_prefilled == 4 + plan.tokens, "nothing was computed twice"
 
@@ -150,7 +150,7 @@ async def serve(
                 pieces += [(i, start, stop) for start, stop in itertools.pairwise(cuts)]
             rng.shuffle(pieces)
             for i, start, stop in pieces:
-                engine.deliver(handle.request_id, i, start, rows[i][start:stop])
+                engine.deliver(handle, i, start, rows[i][start:stop])
                 await asyncio.sleep(0)
 
     encoding = asyncio.create_task(encode())

@@ -154,7 +154,7 @@ async def test_of_several_items_those_are_needed_that_are_not_in_pages() -> None
             handle = submit(engine, asked, max_tokens=NEW)
             assert await first_need(handle) == needed, "an item that ends in a page that is not there is needed whole"
             for i in needed:
-                engine.deliver(handle.request_id, i, 0, its_rows[i])
+                engine.deliver(handle, i, 0, its_rows[i])
             assert (await read(handle)).tokens == tokens
 
 
@@ -176,7 +176,7 @@ async def test_a_request_that_lost_its_pages_asks_for_its_images_again() -> None
         def second_image(*args: object) -> None:
             """Before a step of the older request, on the step thread."""
             if engine.stats().preemptions:
-                engine.deliver(handle.request_id, 1, 0, rows[1])
+                engine.deliver(handle, 1, 0, rows[1])
 
         hook = model.register_forward_pre_hook(second_image)
         assert await anext(needs) == (1,)
@@ -186,7 +186,7 @@ async def test_a_request_that_lost_its_pages_asks_for_its_images_again() -> None
             pass
         assert again == (0,)
         await ask(engine, make_plan([3], seed=9), max_tokens=1)  # the engine has gone round and has not missed it
-        engine.deliver(handle.request_id, 0, 0, rows[0])
+        engine.deliver(handle, 0, 0, rows[0])
         answer = await asyncio.wait_for(read(handle), 30)
         assert [needed async for needed in needs] == []
         stats = engine.stats()

@@ -53,6 +53,60 @@ def test_long_answers_decode_a_window_only() -> None:
     assert longest < 40
 
 
+def decode_all(ids: Sequence[int]) -> str:
+    """Bytes, tokens of several bytes, a token of the text U+FFFD, and special ones without a text."""
+    wide = {256: "→é".encode(), 257: "😀".encode()[1:], 258: "a中".encode()[:3], 259: b"\xef\xbf\xbd"}
+    return b"".join(wide.get(i, b"") if i > 255 else bytes([i]) for i in ids).decode("utf-8", errors="replace")
+
+
+_ONE = st.integers(0, 261).map(lambda token: [token])
+_RUN = st.tuples(st.sampled_from([0x80, 0xE4, 0xF0, 0xC0, 0x41, 256, 257, 258, 259, 300]), st.integers(1, 70))
+
+
+@given(st.lists(st.one_of(_ONE, _RUN.map(lambda run: [run[0]] * run[1])), max_size=9))
+@example([[0xF0], [300] * 200, list("😀".encode())[1:]])
+@example([[259] * 60, [300] * 60, [0x80] * 60, [0xF0] * 60, list("😀".encode())[1:]])
+def test_after_each_token_all_is_given_that_the_full_text_says_for_certain(runs: list[list[int]]) -> None:
+    longest = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode_all(ids)
+
+    text, ids, given_out = IncrementalText(decode), list[int](), ""
+    for token in [token for run in runs for token in run]:
+        ids.append(token)
+        given_out += text.feed(token)
+        whole = decode_all(ids)
+        assert given_out == whole.removesuffix("\ufffd")
+    assert given_out + text.finish() == decode_all(ids)
+    assert longest < 80
+
+
+def test_a_character_that_is_unfinished_where_the_window_is_cut() -> None:
+    for before in range(40, 60):
+        text = IncrementalText(decode_bytes)
+        data = b"\x80" * before + "😀é中".encode()
+        assert "".join(text.feed(byte) for byte in data) == decode_bytes(data)
+
+
+@pytest.mark.parametrize("token", [0x80, 0xF0, 259])
+def test_an_answer_that_is_never_whole_decodes_a_window_only(token: int) -> None:
+    """It was decoded anew from its beginning with each token: seconds of the step thread, which serves all requests."""
+    longest = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode_all(ids)
+
+    text = IncrementalText(decode)
+    out = "".join(text.feed(token) for _ in range(1000)) + text.finish()
+    assert out == "\ufffd" * 1000
+    assert longest < 60
+
+
 @pytest.mark.parametrize(
     ("pieces", "stops", "shown"),
     [

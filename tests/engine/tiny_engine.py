@@ -181,7 +181,7 @@ def submit(engine: Engine, plan: PromptPlan, **sampling: Any) -> RequestHandle:
 
 def deliver_all(engine: Engine, handle: RequestHandle, rows: Sequence[torch.Tensor]) -> None:
     for i, item in enumerate(rows):
-        engine.deliver(handle.request_id, i, 0, item)
+        engine.deliver(handle, i, 0, item)
 
 
 async def ask(engine: Engine, plan: PromptPlan, rows: Sequence[torch.Tensor] = (), **sampling: Any) -> Answer:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from aiodisagg.encode.ablation import WithoutDeepStack
+from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.models.base import ImagePart
 from aiodisagg.models.synthetic import build_tiny
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
@@ -105,10 +106,10 @@ def capture(made: System) -> dict[str, dict[int, dict[int, bytes]]]:
     found: dict[str, dict[int, dict[int, bytes]]] = defaultdict(lambda: defaultdict(dict))
     deliver = made.language.engine.deliver_bytes
 
-    def spy(request_id: str, index: int, start: int, data: memoryview, **rest: Any) -> None:
-        assert start not in found[request_id][index], "rows were delivered twice"
-        found[request_id][index][start] = bytes(data)
-        deliver(request_id, index, start, data, **rest)
+    def spy(handle: RequestHandle, index: int, start: int, data: memoryview, **rest: Any) -> None:
+        assert start not in found[handle.request_id][index], "rows were delivered twice"
+        found[handle.request_id][index][start] = bytes(data)
+        deliver(handle, index, start, data, **rest)
 
     made.language.engine.deliver_bytes = spy  # type: ignore[method-assign]
     return found

@@ -1,0 +1,47 @@
+"""Whether a thread that computes is of any use still: if it is not, its process has to be started anew.
+
+A device that is broken for good (a sticky CUDA error) fails whatever is tried, while the thread that tries goes on; and
+a thread that a bug has ended tries nothing. What is bad itself proves neither: it fails alone, once or again and again,
+and others work after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+LIMIT = 8
+"""So many different ones that failed, and nothing that worked between them, are not their own fault."""
+
+
+class Vitals:
+    """Told by the thread; ``why`` may be read on any.
+
+    Args:
+        lost: called on the thread with ``why`` when nothing more is to be expected of it.
+    """
+
+    def __init__(self, lost: Callable[[str], object]) -> None:
+        self._lost = lost
+        self._failed: set[str] = set()
+        self.why = ""
+        """Why nothing is to be expected, by kind of error only: anybody may see it. Empty while it is of use."""
+
+    def worked(self) -> None:
+        if self._failed:
+            self._failed.clear()
+            self.why = ""
+
+    def failed(self, name: str, error: Exception) -> None:
+        """``name``: of what was tried, and nothing else with it."""
+        if not self.why:
+            self._failed.add(name)
+            if len(self._failed) == LIMIT:
+                self._lose(f"the last {LIMIT} that it tried failed, this one with {type(error).__name__}")
+
+    def ended(self, error: BaseException) -> None:
+        """The thread ends, and nobody asked it to."""
+        self._lose(f"its thread ended with {type(error).__name__}")
+
+    def _lose(self, why: str) -> None:
+        self.why = why
+        self._lost(why)
