@@ -47,6 +47,11 @@ class Sampler:
         """Whether some tokens are never chosen."""
         return 0 < self._params.top_k < vocabulary or self._params.top_p < 1.0
 
+    @property
+    def most(self) -> int:
+        """How many tokens may be chosen, as far as top-k says."""
+        return self._params.top_k or RANKED
+
     def draw(self) -> tuple[float, float, float, float]:
         """For the next token: its number, the temperature, how many tokens and which part of them may be chosen."""
         params = self._params
@@ -77,8 +82,10 @@ def _sample(
     rows, tokens, sure = logits[index], torch.empty_like(index), torch.ones_like(index)
     for part in _parts(0, uncut, logits):
         tokens[part] = _by_id(rows[part], draws[part])
+    # One more than may be chosen: whether others are as likely as the last of them can be seen.
+    ranked = min(vocabulary, max((min(RANKED, samplers[i].most + 1) for i in order[uncut:]), default=0))
     for part in _parts(uncut, len(order), logits):
-        tokens[part], sure[part] = _by_rank(rows[part], draws[part], min(RANKED, vocabulary))
+        tokens[part], sure[part] = _by_rank(rows[part], draws[part], ranked)
     known = torch.ones_like(found[0])
     found[1, index], known[index] = tokens, sure
     finite, chosen, is_known = _read_back(torch.cat([found, known[None]]))

@@ -123,7 +123,7 @@ class _Request:
         return max((self.total if self.complete else self.front) - self.computed, 0)
 
     def wait_s(self, now: float) -> float:
-        """Until all rows are here, if they go on coming as they did since the request was let in; 0 if none has come."""
+        """Until all rows are here, if they come as they did since the request was let in; 0 if none has come."""
         come = self.front - self.first_front
         return (now - self.admitted) * (self.prompt - self.front) / come if come > 0 else 0.0
 

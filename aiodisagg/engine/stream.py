@@ -36,7 +36,7 @@ class RequestHandle:
         self.tokens = 0
         """Of the answer so far, whether they were read or not."""
         self.prefill: tuple[int, float] | None = None
-        """Known with the first token: prompt tokens that were left when all rows were here, and seconds from then on."""
+        """Known with the first token: prompt tokens that were left when all rows were here, and seconds since then."""
         self._cancel = cancel
         self._lock = threading.Lock()
         self._pending: Delta | None = None
