@@ -65,7 +65,12 @@ def peer_options(command: Command) -> Command:
         click.option("--tls-key", type=GIVEN_FILE, help="Of the certificate."),
         click.option("--tls-authority", type=GIVEN_FILE, help="Who signs the certificates of all peers."),
         click.option("--transports", help="Data planes that may be used, best first, with commas."),
-        click.option("--data-host", default="127.0.0.1", help="Interface on which network transports receive."),
+        click.option(
+            "--data-host",
+            default="",
+            show_default="loopback; with --secret-file every interface",
+            help="Address on which network transports receive.",
+        ),
         click.option("--device", default="cpu", help="As torch names it."),
         click.option("--row-dtype", default="bfloat16", help="Element type of rows and of the vision tower."),
     ):

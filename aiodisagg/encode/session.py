@@ -55,7 +55,7 @@ class Session:
         self._planes, self._tell, self._checksum = planes, tell, checksum
         self._plane: Plane | None = None
         self._failed: frozenset[str] = frozenset()
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[Plane] | None = None
         self._writes: dict[ItemKey, asyncio.Task[Chunk]] = {}
         self._used: dict[ItemKey, Plane] = {}
         self._all: list[Plane] = []
@@ -64,16 +64,29 @@ class Session:
         """Errors of writes that were logged since one succeeded: every item, and every attempt, meets the same ones."""
 
     async def connect(self) -> Plane:
-        """The data plane, connected on first use. Raises TransportUnavailable."""
-        async with self._connecting:
-            if self._plane is None:
-                self.plane_name, self._plane = await self._planes.connect(
-                    self.link.local, self.link.remote, self._failed
-                )
-                self._all.append(self._plane)
-                if self._handoff is not None:
-                    self._handoff.attach(self._plane, self.link.remote)
+        """The data plane, connected on first use. Raises TransportUnavailable.
+
+        An attempt outlives whoever waits for it: where packets vanish it takes longer than a receiver's patience, and
+        one that ended with its write would never tell why.
+        """
+        if self._plane is not None:
             return self._plane
+        if self._connecting is None or self._connecting.done():
+            name = f"connect to {self.link.remote.name}"
+            self._connecting = asyncio.get_running_loop().create_task(self._connect(), name=name)
+            self._connecting.add_done_callback(lambda done: done.cancelled() or done.exception())  # or nobody does
+        return await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> Plane:
+        link = self.link
+        self.plane_name, plane = await self._planes.connect(
+            link.local, link.remote, self._failed, far_host=link.far_host
+        )
+        self._plane = plane
+        self._all.append(plane)
+        if self._handoff is not None:
+            self._handoff.attach(plane, link.remote)
+        return plane
 
     def write(self, action: Write, data: memoryview | DeviceBytes) -> None:
         """Starts the write; ends in ChunkWritten or WriteFailed."""
@@ -150,6 +163,9 @@ class Session:
         writes = list(self._writes.values())
         for write in writes:
             write.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
         for plane in self._all:
             if self._handoff is not None:
                 await self._handoff.detach(plane)

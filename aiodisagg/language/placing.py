@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerState
 from aiodisagg.language.peers import EncodePeer, EncodePeers
 from aiodisagg.peer import metrics
+from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import ItemSpec
-from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress
+from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress, Refuse
 from aiodisagg.scheduler.advertise import advertised
 from aiodisagg.scheduler.cost import Size, StageModel
-from aiodisagg.scheduler.health import HealthConfig, Hedges, Poison, Standings
+from aiodisagg.scheduler.health import NO_FAULT, HealthConfig, Hedges, Poison, Standings
 from aiodisagg.scheduler.placement import PeerView, Placement, Standing, Wanted, place_together
 
 PREFILL = (5e-3, 2e-5)
@@ -22,6 +24,9 @@ PREFILL = (5e-3, 2e-5)
 
 COMPARED = 16
 """Peers that are compared for an item where there are more, at least; twice as many as a request has items."""
+
+CODES = NO_FAULT | {"encode_failed", "prepare_failed", "model_mismatch"}
+"""Of refusals, in metrics; what else a peer says is ``other``."""
 
 STANDINGS = {
     PeerState.JOINING: Standing.SUSPECT,
@@ -46,6 +51,10 @@ class Errand:
     planned: Placement | None = None
     peer: EncodePeer | None = None
     asked: float = 0.0
+    refused: bool = False
+    """By ``peer``."""
+    last: str = ""
+    """Incarnation of the peer that was asked last."""
 
 
 class Placing:
@@ -62,6 +71,11 @@ class Placing:
         """Incarnation of this peer's own tower, if it has one: it is always compared."""
         self.hedges: Hedges[ItemKey] = Hedges(health)
         self.poison, self.standings = Poison(health), Standings(health)
+        self.labels = PeerLabels()
+        """Of the encode peers, for whatever is counted of them."""
+        self.moves = 0
+        self._refusals: Counter[tuple[str, str]] = Counter()
+        """By incarnation and code; of peers that are gone under ``""``."""
         self.errands: dict[ItemKey, Errand] = {}
         self._loads: dict[str, tuple[Load, float]] = {}
         """By incarnation, linked or not: what membership said last, and when. What is as before is not said again."""
@@ -76,6 +90,11 @@ class Placing:
     def errand(self, key: ItemKey, spec: ItemSpec, avoid: frozenset[str] = frozenset()) -> None:
         """The item is going to be placed."""
         self.errands[key] = Errand(spec, Size.of(spec.grid_thw, spec.rows * self._row_bytes), avoid)
+
+    def free(self, key: ItemKey) -> None:
+        """The item may be asked of whom it was to avoid: nobody else is at it any more."""
+        if (errand := self.errands.get(key)) is not None:
+            errand.avoid = frozenset()
 
     def plan(self, keys: Sequence[ItemKey], now: float) -> None:
         """Chooses peers for a request's items together; ``choose`` keeps to it while those peers are there."""
@@ -95,9 +114,11 @@ class Placing:
         """The linked peer for an item's next epoch; None: there is none that it may have now."""
         errand = self.errands[key]
         planned, errand.planned = errand.planned, None
-        if planned is not None and planned.peer not in avoid and self._peers.get(planned.peer) is not None:
-            return planned
-        return self.best(errand, avoid, now)
+        if planned is None or planned.peer in avoid or self._peers.get(planned.peer) is None:
+            return self.best(errand, avoid, now)
+        if self.standings.of(planned.peer, now) is Standing.SUSPECT:  # since an item of the same request, perhaps
+            return self.best(errand, avoid, now)
+        return planned
 
     def best(self, errand: Errand, avoid: frozenset[str], now: float) -> Placement | None:
         """As ``choose``, and nothing comes of it."""
@@ -149,10 +170,29 @@ class Placing:
         """The item is placed."""
         errand, peer = self.errands[key], self._peers.get(placement.peer)
         assert peer is not None
-        errand.peer, errand.asked = peer, now
+        self.moves += errand.last not in ("", placement.peer)
+        errand.peer, errand.last, errand.asked, errand.refused = peer, placement.peer, now, False
+        self.standings.asked(placement.peer, now)
         peer.book.asked(key, errand.spec.digest, errand.size, placement, now)
         self.hedges.asked(key, placement.finish_s, now)
         return peer
+
+    def refused(self, peer: str, refusal: Refuse, now: float) -> None:
+        """The peer will not provide the item; to be said before the item is placed anew."""
+        errand = self.errands.get(refusal.key)
+        if errand is None or errand.peer is None or errand.peer.incarnation != peer:
+            return
+        errand.refused = True
+        self._refusals[peer, refusal.code if refusal.code in CODES else "other"] += 1
+        if refusal.code not in NO_FAULT:
+            self.standings.failed(peer, now)
+
+    def given_up(self, key: ItemKey, now: float) -> None:
+        """The item is to be placed (anew). A peer without a link did not fail: it is asked for nothing meanwhile."""
+        errand = self.errands[key]
+        if errand.peer is not None and not errand.refused and self._peers.get(errand.peer.incarnation) is not None:
+            self.standings.failed(errand.peer.incarnation, now)
+        self.left(key)
 
     def left(self, key: ItemKey) -> None:
         """The item's peer has nothing more to do with it."""
@@ -201,15 +241,24 @@ class Placing:
             errand.peer.book.disturbed(key)
 
     def link_up(self, incarnation: str) -> None:
+        peer = self._peers.by_incarnation(incarnation)
+        if peer is not None:
+            self.labels.linked(incarnation, peer.name)
         self.poison.lives(incarnation)
         self._heed(incarnation)
 
-    def link_lost(self, incarnation: str, now: float) -> None:
+    def link_lost(self, incarnation: str, now: float, *, gone: bool = False) -> None:
+        """``gone``: its process is known to have ended. Who was about to end did not die of an item."""
+        self.labels.lost(incarnation, gone=gone)
         peer = self._peers.by_incarnation(incarnation)
         if peer is not None:
-            if not peer.parted:
-                self.poison.died(incarnation, peer.book.in_tower(), now)
+            if not peer.parted and self.standings.of(incarnation, now) is not Standing.DRAINING:
+                self.poison.cut(incarnation, peer.book.in_tower(), now)
             peer.book.disturbed()
+        if gone:
+            self.poison.died(incarnation)
+            for who, code in [known for known in self._refusals if known[0] == incarnation]:
+                self._refusals["", code] += self._refusals.pop((who, code))
 
     def told(self, entries: Sequence[PeerEntry], gone: Sequence[str], now: float) -> None:
         """What membership says."""
@@ -219,6 +268,8 @@ class Placing:
             self._loads[incarnation] = entry.load, now
             self._heed(incarnation)
         for incarnation in gone:
+            if self._peers.get(incarnation) is None:  # else its link proves otherwise
+                self.poison.died(incarnation)
             self.standings.told(incarnation, None)
             self._loads.pop(incarnation, None)
 
@@ -240,18 +291,28 @@ class Placing:
             "aiodisagg_predictions_checked", "Predicted times that were compared.", labels=("peer", "stage")
         )
         for peer in self._peers.linked:
-            costs = peer.book.costs
+            costs, label = peer.book.costs, self.labels.of(peer.incarnation)
             stages = [("prepare", costs.prepare), ("tower", costs.tower), ("transfer", costs.transfer)]
             for stage, model in stages:
-                errors.add_metric((peer.name, stage), model.error)
-                seen.add_metric((peer.name, stage), model.observed)
-            errors.add_metric((peer.name, "finish"), costs.finish_error)
-            seen.add_metric((peer.name, "finish"), costs.finishes)
+                errors.add_metric((label, stage), model.error)
+                seen.add_metric((label, stage), model.observed)
+            errors.add_metric((label, "finish"), costs.finish_error)
+            seen.add_metric((label, "finish"), costs.finishes)
+        refusals = CounterMetricFamily(
+            "aiodisagg_item_refusals", "Items that an encode peer would not provide.", labels=("peer", "code")
+        )
+        by_label: Counter[tuple[str, str]] = Counter()
+        for (incarnation, code), count in self._refusals.items():
+            by_label[self.labels.of(incarnation), code] += count
+        for labels, count in by_label.items():
+            refusals.add_metric(labels, count)
         errors.add_metric(("", "prefill"), self.prefill.error)
         seen.add_metric(("", "prefill"), self.prefill.observed)
         return [
             errors,
             seen,
+            refusals,
+            metrics.counter("item_moves", "Items that were asked of another peer than before.", self.moves),
             metrics.counter("hedges", "Items that were asked of a second peer.", self.hedges.started),
             metrics.counter("hedges_won", "Hedged items that the second peer delivered first.", self.hedges.won),
             metrics.counter("poison_refusals", "Items refused because encoders died of them.", self.poison.refused),

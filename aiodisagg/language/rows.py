@@ -45,7 +45,7 @@ from aiodisagg.protocol.events import (
     Take,
     TimerFired,
 )
-from aiodisagg.protocol.messages import ItemKey, Want
+from aiodisagg.protocol.messages import ItemKey, Refuse, Want
 from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.scheduler.health import HealthConfig
@@ -83,7 +83,8 @@ class RowReceiver:
         self.traces = traces if traces is not None else Traces()
         self.unplaced: dict[ItemKey, frozenset[str]] = {}
         """Items that wait for an encode peer."""
-        self._placing_again = False
+        self._again: asyncio.TimerHandle | None = None
+        self._again_due = 0.0
         self._hedging: asyncio.TimerHandle | None = None
         self._hedge_due = 0.0
         self._revoking: dict[asyncio.Task[None], tuple[int, ...]] = {}
@@ -131,6 +132,7 @@ class RowReceiver:
         )  # fmt: skip
         self._stack.push_async_callback(self.peers.aclose)
         self.placing = Placing(self.peers, row_bytes, HealthConfig(hedge_slack_s=config.hedge_s))
+        self.receiver.counters.labels = self.placing.labels
         self.sharing = Sharing(
             self._fetch,
             self._drop,
@@ -147,8 +149,9 @@ class RowReceiver:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._hedging is not None:
-            self._hedging.cancel()
+        for timer in (self._hedging, self._again):
+            if timer is not None:
+                timer.cancel()
         for key in list(self.placing.errands):
             self.driver.feed(ItemCancelled(key))
         self.sharing.close()
@@ -169,6 +172,8 @@ class RowReceiver:
         """Membership changed: who drains, who is suspect, how busy they are, what they hold."""
         gone = [record.incarnation for record in change.gone]
         self.placing.told(change.entries, gone, self._now())
+        if gone:
+            self._place_waiting()
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -195,9 +200,12 @@ class RowReceiver:
             errand = placing.errands.get(key)
             if errand is None or errand.peer is None:
                 continue
+            if not placing.hedges.allowed(len(placing.errands)):  # most are refused here, and the peers not compared
+                placing.hedges.later(key, self.config.hedge_s, now)
+                continue
             avoid = errand.avoid | {errand.peer.incarnation}
             other = placing.best(Errand(errand.spec, errand.size, avoid), frozenset(), now)
-            if other is None or other.finish_s > now - errand.asked or not placing.hedges.allowed(len(placing.errands)):
+            if other is None or other.finish_s > now - errand.asked:
                 placing.hedges.later(key, self.config.hedge_s, now)
             elif (second := self.sharing.hedge(key)) is not None:
                 hedge, spec, left_s = second
@@ -219,17 +227,18 @@ class RowReceiver:
     def _heard(self, event: LinkEvent) -> None:
         now = self._now()
         if isinstance(event, LinkLost):
-            self.placing.link_lost(event.peer, now)
+            self.placing.link_lost(event.peer, now, gone=event.gone)
         elif isinstance(event, LinkUp):
             self.placing.link_up(event.peer)
         else:
             self.traces.heard(event.message)
+            if isinstance(event.message, Refuse):
+                self.placing.refused(event.peer, event.message, now)
         self.driver.feed(event)
         if isinstance(event, MessageReceived):
             self.placing.heard(event.peer, event.message, now)
-        elif isinstance(event, LinkUp):
-            self._place_waiting()
         else:
+            self._place_waiting()
             self._prune()
 
     def _place_waiting(self) -> None:
@@ -254,6 +263,8 @@ class RowReceiver:
                 self._finished(key)
             case Fail(key, code):
                 known = key in self.placing.errands
+                for other in self.sharing.fetches(key):  # a hedge may have its peer now
+                    self.placing.free(other)
                 self._forget(key)
                 if known and code != "cancelled":
                     self.sharing.failed(action)
@@ -266,7 +277,7 @@ class RowReceiver:
             placing.hedges.won += 1
             for other in others:
                 if (late := placing.errands.get(other)) is not None and late.peer is not None:
-                    placing.standings.lost_hedge(late.peer.incarnation, self._now())
+                    placing.standings.failed(late.peer.incarnation, self._now())
         self._forget(key, complete=True)
         self.sharing.landed(key)
 
@@ -276,13 +287,17 @@ class RowReceiver:
         if errand is None:
             self.unplaced.pop(key, None)
             return
-        self.placing.left(key)
-        if self.placing.poison.refuses(errand.spec.digest, now):
+        self.placing.given_up(key, now)
+        poison, digest = self.placing.poison, errand.spec.digest
+        if poison.refuses(digest, now):
             self._refuse(key, errand)
             return
-        placement = self.placing.choose(key, action.avoid, now)
+        unsure_s = poison.unsure_s(digest, now)
+        placement = None if unsure_s else self.placing.choose(key, action.avoid, now)
         if placement is None:
             self.unplaced[key] = action.avoid
+            if unsure_s:
+                self._place_again(now + unsure_s)
             return
         self.unplaced.pop(key, None)
         peer = self.placing.asked(key, placement, now)
@@ -301,12 +316,18 @@ class RowReceiver:
         self.placing.over(key, complete=complete)
         self.unplaced.pop(key, None)
         self._prune()
-        if self.unplaced and not self._placing_again:  # perhaps one waits for this one to be out of the way
-            self._placing_again = True
-            asyncio.get_running_loop().call_soon(self._retry)
+        if self.unplaced:  # perhaps one waits for this one to be out of the way
+            self._place_again(self._now())
+
+    def _place_again(self, due: float) -> None:
+        """Places what waits, at the latest then."""
+        if self._again is None or due < self._again_due:
+            if self._again is not None:
+                self._again.cancel()
+            self._again, self._again_due = asyncio.get_running_loop().call_at(due, self._retry), due
 
     def _retry(self) -> None:
-        self._placing_again = False
+        self._again = None
         self._place_waiting()
 
     def _deliver(self, take: Take, data: memoryview | DeviceBytes) -> None:

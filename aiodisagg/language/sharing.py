@@ -26,6 +26,7 @@ from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import Fail, ItemSpec
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.scheduler.flight import Flights, Landing, RowCache
+from aiodisagg.scheduler.health import ITEMS_FAULT
 
 logger = logging.getLogger(__name__)
 
@@ -259,14 +260,14 @@ class Sharing:
         self._tell(landing.sharers, None)
 
     def failed(self, failed: Fail) -> None:
-        """A fetch failed. With a second one under way, or time left, nobody has to know."""
+        """A fetch failed. With a second one under way, or time left, nobody has to know, unless it is the item."""
         leg, heir = failed.key, None
         fan = self._pop(leg)
         if failed.code == "deadline":
             landing, heir = self.flights.expired(leg, self._loop.time())
         else:
             self._arm(self.sharers(leg))  # who began the fetch relied on its deadline
-            landing = self.flights.failed(leg)
+            landing = self.flights.failed(leg, for_good=failed.code in ITEMS_FAULT)
         if landing is not None:
             for other in landing.cancel:
                 self._end_leg(other)

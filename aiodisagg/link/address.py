@@ -64,6 +64,14 @@ def is_loopback(host: str) -> bool:
     return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
+def far_host(name: object) -> str:
+    """The literal address in a socket's peer name; empty for that of a unix socket."""
+    if not isinstance(name, tuple):
+        return ""
+    host = ipaddress.ip_address(name[0])
+    return str(getattr(host, "ipv4_mapped", None) or host)
+
+
 async def resolve(address: TcpAddress) -> list[str]:
     """The literal addresses of a host name, at least one. Raises LinkError."""
     try:

@@ -28,7 +28,7 @@ from aiodisagg.errors import (
     RemoteProtocolError,
 )
 from aiodisagg.link import framing
-from aiodisagg.link.address import check_user, tune_tcp
+from aiodisagg.link.address import check_user, far_host, tune_tcp
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.framing import frame
 from aiodisagg.link.hello import MAX_HANDSHAKE_FRAME_BYTES, Handshake, Hello, bye, decode_bye
@@ -64,6 +64,7 @@ class Connection(asyncio.Protocol):
         """Through the socket: handshake, headers and heartbeats included. With TLS, before encryption."""
         self.reason: str | None = None
         """Why this connection ends; None while it lives."""
+        self.far_host = ""
         self._cause: BaseException | None = None
         self._transport: asyncio.Transport | None = None
         self._reader = framing.FrameReader(peer, MAX_HANDSHAKE_FRAME_BYTES)
@@ -98,6 +99,7 @@ class Connection(asyncio.Protocol):
                 self.fail("auth", "runs as another user; configure a secret on both sides", error)
                 return
         tune_tcp(sock, self._config.timeout_s)
+        self.far_host = far_host(transport.get_extra_info("peername"))
         self._put(self.handshake.greeting)
 
     def data_received(self, data: bytes) -> None:

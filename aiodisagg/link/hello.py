@@ -149,7 +149,7 @@ def decode_bye(payload: bytes | bytearray, peer: str) -> Bye:
 def check_secret(secret: bytes | None) -> None:
     """Raises ConfigError for a secret too short to be one."""
     if secret is not None and len(secret) < MIN_SECRET_BYTES:
-        raise ConfigError("secret", f"must have at least {MIN_SECRET_BYTES} bytes, not {len(secret)}")
+        raise ConfigError("secret", f"must have at least {MIN_SECRET_BYTES} bytes, not {len(secret)} (--secret-file)")
 
 
 class Handshake:

@@ -81,6 +81,11 @@ class Link:
         return self._connection.parted
 
     @property
+    def far_host(self) -> str:
+        """Literal address of the other end, if the link is over TCP; else empty."""
+        return self._connection.far_host
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes written to the socket so far, framing included."""
         return self._connection.bytes_sent

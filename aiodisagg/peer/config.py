@@ -11,6 +11,7 @@ from pathlib import Path
 from aiodisagg.errors import ConfigError
 from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
+from aiodisagg.link.hello import check_secret
 from aiodisagg.peer.tls import Tls
 from aiodisagg.protocol.rows import DTYPE_BYTES
 from aiodisagg.scheduler.admission import AdmissionConfig
@@ -52,8 +53,10 @@ class PeerConfig:
     out of ``transports``, or keep its network to yourselves."""
     transports: tuple[str, ...] = TRANSPORTS
     """Data planes that may be used, best first."""
-    data_host: str = "127.0.0.1"
-    """Interface on which mooncake, zmq and stream receive; an address."""
+    data_host: str = ""
+    """Address of this host on which mooncake, zmq and stream receive. Empty: loopback, and every interface where links
+    may leave the host (with a ``secret``); peers of other hosts then use the address that their link comes from.
+    mooncake and IPv6 between hosts need an address."""
     device: str = "cpu"
     row_dtype: str = "bfloat16"
     """Element type of rows on the wire, and of the vision tower."""
@@ -72,10 +75,13 @@ class PeerConfig:
             raise ConfigError("model", f"no such folder: {self.model}")
         if self.row_dtype not in DTYPE_BYTES:
             raise ConfigError("row_dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.row_dtype}")
+        check_secret(self.secret)
         try:
             address.parse(self.listen)
         except ConfigError as error:
             raise error.under("listen") from None
+        if not self.data_host:
+            object.__setattr__(self, "data_host", "127.0.0.1" if self.secret is None else "0.0.0.0")
         try:
             ipaddress.ip_address(self.data_host)
         except ValueError:

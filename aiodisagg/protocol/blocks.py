@@ -8,14 +8,18 @@ rows of one item to one peer under a *lease*, a number that is never used twice:
   is *fenced* (it said that nothing moves any more, or it is gone); and in either case nobody reads it (``pins``).
   A revoked, unfenced block is quarantined: it belongs to nobody.
 * Rows in a revoked block stay usable until then: a chunk whose commit was lost can still be taken (``kept``).
+* One peer never gets all that others need: it may be stopped, and its blocks then stay quarantined until it runs again
+  (``has_share``). With one peer linked there are no others, and it may have every block.
 * Everything about a lend is found by its lease, and every lend is forgotten when its block is freed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from aiodisagg.protocol.messages import ItemKey, Lend
+from aiodisagg.protocol.messages import Chunk, ItemKey, Lend
 from aiodisagg.protocol.ranges import RangeSet
 
 
@@ -56,6 +60,8 @@ class BlockPool:
         self._free = list(range(blocks - 1, -1, -1))
         self._generation = [0] * blocks
         self._lent: dict[int, LentBlock] = {}
+        self._held: Counter[str] = Counter()
+        """Blocks by peer, in quarantine or not."""
 
     @property
     def block_bytes(self) -> int:
@@ -89,7 +95,17 @@ class BlockPool:
         lend = Lend(lease=lease, offset=block * self.block_bytes, start=start, stop=stop)
         lent = LentBlock(lend, owner, peer, epoch, (stop - start) * self.row_bytes)
         self._lent[lease] = lent
+        self._held[peer] += 1
         return lent
+
+    def has_share(self, peer: str, linked: Collection[str]) -> bool:
+        """May a peer be lent a free block? Up to its equal part, and beyond that while a quarter stays for others.
+
+        What peers without a link hold is nobody's to share: ``linked`` is who may be lent blocks now.
+        """
+        usable = self.blocks - sum(held for other, held in self._held.items() if other not in linked)
+        part = max(1, usable // max(1, len(linked)))
+        return self._held[peer] < part or self.free > max(1, usable // 4)
 
     def get(self, lease: int) -> LentBlock | None:
         """The lend, or None if it ended or never was."""
@@ -106,6 +122,16 @@ class BlockPool:
             return False
         return lent.lend.offset <= offset and offset + size_bytes <= lent.lend.offset + lent.size_bytes
 
+    def wrong(self, chunk: Chunk, owner: ItemKey, peer: str) -> str:
+        """Why this peer cannot have written this chunk for this item, or "". What ended may be spoken of late."""
+        lent = self._lent.get(chunk.lease)
+        if lent is None:
+            return "" if self.issued(chunk.lease) else f"lease {chunk.lease} was never given"
+        if lent.owner != owner or lent.peer != peer:
+            return f"lease {chunk.lease} is not for it"
+        inside = lent.lend.start <= chunk.start < chunk.stop <= lent.lend.stop
+        return "" if inside else f"{chunk} is outside {lent.lend}"
+
     def lent_to(self, peer: str) -> list[LentBlock]:
         """All lends of a peer's incarnation, oldest first."""
         return [block for block in self._lent.values() if block.peer == peer]
@@ -117,6 +143,9 @@ class BlockPool:
         if self._lent.pop(lent.lend.lease, None) is None:
             return False
         self._free.append(lent.lend.lease % self.blocks)
+        self._held[lent.peer] -= 1
+        if not self._held[lent.peer]:
+            del self._held[lent.peer]
         return True
 
     def __repr__(self) -> str:

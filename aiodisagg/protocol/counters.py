@@ -12,6 +12,37 @@ MOST_PEERS = 4096
 """More than are ever linked at once."""
 
 
+class PeerLabels:
+    """What exporters call peers: by name, and by name and incarnation where a linked one has that name already.
+
+    Whoever is not known, or not any more, is ``""``: what was counted of it goes on being counted there.
+    """
+
+    def __init__(self) -> None:
+        self._labels: dict[str, str] = {}
+        self._linked: set[str] = set()
+
+    def linked(self, peer: str, name: str) -> None:
+        """The peer has a link (again). A name is taken from a peer of before that has none."""
+        self._linked.add(peer)
+        if peer in self._labels:
+            return
+        holder = next((other for other, label in self._labels.items() if label == name), None)
+        if holder is not None and holder not in self._linked:
+            del self._labels[holder]
+            holder = None
+        self._labels[peer] = name if holder is None else f"{name}/{peer}"
+
+    def lost(self, peer: str, *, gone: bool) -> None:
+        """Its link was lost. ``gone``: it will not come back."""
+        self._linked.discard(peer)
+        if gone:
+            self._labels.pop(peer, None)
+
+    def of(self, peer: str) -> str:
+        return self._labels.get(peer, "")
+
+
 class ByteCounters:
     """Counts bytes by ``(outcome, region, peer)``. Outcomes: ``sent``, ``resent``, ``received``, ``refused``.
 
@@ -20,6 +51,8 @@ class ByteCounters:
 
     def __init__(self, layout: RowLayout) -> None:
         self._layout = layout
+        self.labels: PeerLabels | None = None
+        """What peers are called in ``items``; None: by themselves."""
         self._peers: OrderedDict[str, Counter[tuple[str, Region]]] = OrderedDict()
         self._past: Counter[tuple[str, Region]] = Counter()
 
@@ -53,12 +86,21 @@ class ByteCounters:
         """Bytes with this outcome, summed over whatever is not named."""
         return sum(
             n
-            for what, where, who, n in self.items()
+            for who, counted in self._everybody()
+            for (what, where), n in counted.items()
             if what == outcome and region in (None, where) and peer in (None, who)
         )
 
     def items(self) -> Iterator[tuple[str, Region, str, int]]:
-        """(outcome, region, peer, bytes), for exporters."""
-        for peer, counted in (*self._peers.items(), ("", self._past)):
+        """(outcome, region, label of the peer, bytes), for exporters; no two alike."""
+        found: Counter[tuple[str, Region, str]] = Counter()
+        for peer, counted in self._everybody():
+            label = peer if self.labels is None else self.labels.of(peer)
             for (outcome, region), n in counted.items():
-                yield outcome, region, peer, n
+                found[outcome, region, label] += n
+        for (outcome, region, label), n in found.items():
+            yield outcome, region, label, n
+
+    def _everybody(self) -> Iterator[tuple[str, Counter[tuple[str, Region]]]]:
+        yield from self._peers.items()
+        yield "", self._past

@@ -181,7 +181,8 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The item failed and is forgotten. ``code``: ``deadline``, ``cancelled``, ``corrupt`` or that of a refusal."""
+    """The item failed and is forgotten. ``code``: ``deadline``, ``cancelled``, ``corrupt``, ``unreachable`` (no peer
+    can write here; ``message`` says why) or that of a refusal."""
 
     key: ItemKey
     code: str

@@ -14,13 +14,14 @@ Blocks of an older epoch may still be written to until the sender's ``Offer`` fo
 older moves, and restates finished chunks whose ``Commit`` was lost. Until then they are *kept*: revoked, but with
 rows that may count. That is why a cut costs at most the chunk that was in flight.
 
+After failed writes the next epoch may wait (``resting``): the peer has stopped, and nothing is lent to it.
+
 What the table cannot say: messages of another peer or epoch never reach the item (the Receiver uses them for fences
 only); ``Place`` is asked for exactly when ``peer`` becomes None.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -61,6 +62,7 @@ from aiodisagg.protocol.meta import MetaLedger
 from aiodisagg.protocol.patience import Patience, ReceiverConfig
 from aiodisagg.protocol.ranges import RangeSet
 from aiodisagg.protocol.rows import ModelFingerprint
+from aiodisagg.protocol.story import Story
 
 Actions = list[ReceiverAction]
 _OF_A_PEER = (Offer, Progress, Commit, Fenced, Refuse, LinkLost, LinkUp)
@@ -77,18 +79,18 @@ class IncomingItem:
         self.key, self.spec, self.model = key, spec, model
         self.state = State.BOOTSTRAPPING
         self.peer: str | None = None
-        self.epoch = 0
+        self.epoch = self._waited = 0
         self.held = RangeSet()
         self.meta = MetaLedger.of(spec.meta, spec.rows)
         self.claimed = RangeSet()
         self.pending = RangeSet()
         self.lends: dict[int, LentBlock] = {}
         self.ready = 0
-        self.born, self.deadline, self.timeout_s = now, now + timeout_s, timeout_s
+        self.deadline, self.timeout_s = now + timeout_s, timeout_s
         self.wake = self.deadline
-        self._story: deque[tuple[float, str]] = deque(maxlen=24)
+        self._story = Story(now)
         self._pool, self._config = pool, config
-        self._linked = False
+        self._linked = self._resting = False
         self._has_media: set[str] = set()
         self._sent_media = False
         self._avoid: set[str] = set()
@@ -113,11 +115,6 @@ class IncomingItem:
         return min(self.deadline, self.wake)
 
     @property
-    def story(self) -> tuple[str, ...]:
-        """What happened, and how long after the item was asked for."""
-        return tuple(f"{now - self.born:.3f}s {what}" for now, what in self._story)
-
-    @property
     def complete(self) -> bool:
         return self.held.covers(0, self.spec.rows) and not self.meta.lacking
 
@@ -126,6 +123,8 @@ class IncomingItem:
     def _placed(self, event: Placed, now: float) -> Actions:
         if self.peer is not None:
             raise InvalidTransition(self.state.value, "Placed")
+        if self._patience.cannot_write(event.peer):
+            return self.fail(now, "unreachable", f"no encode peer can write here: {self._patience.why_unwritten}")
         self.peer, self._linked = event.peer, True
         self._patience.answered()
         return self._new_epoch(now, f"placed on {event.peer}")
@@ -135,9 +134,9 @@ class IncomingItem:
         assert self.peer is not None
         actions = self._withdraw(keep=True)
         self.epoch += 1
-        self.state, self.ready = State.BOOTSTRAPPING, 0
+        self.state, self.ready, self._resting = State.BOOTSTRAPPING, 0, False
         self.wake = now + self._config.stall_s
-        self._tell(now, f"{why}, epoch {self.epoch}, {len(self.held)}/{self.spec.rows} rows held")
+        self._story.tell(now, f"{why}, epoch {self.epoch}, {len(self.held)}/{self.spec.rows} rows held")
         spec = self.spec
         media = None if self.peer in self._has_media else spec.media
         self._has_media.add(self.peer)
@@ -171,7 +170,7 @@ class IncomingItem:
         if self.peer is not None:
             self._avoid.add(self.peer)
             actions.append(Send(self.peer, Cancel(self.key, self.epoch)))
-        self._tell(now, f"left {self.peer}: {why}")
+        self._story.tell(now, f"left {self.peer}: {why}")
         self.peer, self.state, self.wake = None, State.BOOTSTRAPPING, self.deadline
         return [*actions, Place(self.key, frozenset(self._avoid))]
 
@@ -181,7 +180,7 @@ class IncomingItem:
         self._linked = False
         actions = self._withdraw(keep=True)
         self.state, self.wake = State.BOOTSTRAPPING, now + self._config.failover_s
-        self._tell(now, f"link to {self.peer} lost")
+        self._story.tell(now, f"link to {self.peer} lost")
         return actions
 
     def _link_up(self, event: LinkUp, now: float) -> Actions:
@@ -197,6 +196,8 @@ class IncomingItem:
             return []
         if not self._linked:
             return self._fail_over(now, f"its link did not come back in {self._config.failover_s:g} s")
+        if self._resting:
+            return self._new_epoch(now, "rested")
         if self.state is State.BOOTSTRAPPING:
             if self._patience.stalled():
                 return self._fail_over(now, f"no answer to {self._patience.unanswered} questions")
@@ -212,6 +213,8 @@ class IncomingItem:
 
     def _offered(self, event: Offer, now: float) -> Actions:
         assert self.peer is not None
+        if self._resting:  # of the epoch that ended with a failed write, said twice
+            return []
         if event.model != self.model or event.rows != self.spec.rows or event.ready > event.rows:
             raise RemoteProtocolError(self.peer, f"item {self.key}: offer does not fit what was wanted: {event}")
         if event.needs_media:
@@ -229,7 +232,7 @@ class IncomingItem:
         self._patience.answered()
         if self.state is State.BOOTSTRAPPING:
             self.state = State.TRANSFERRING if self.claimed else State.WAITING_FOR_INPUT
-            self._tell(now, f"offered, {event.ready} rows ready")
+            self._story.tell(now, f"offered, {event.ready} rows ready")
         self._heard(now, event.ready)
         return actions
 
@@ -245,7 +248,7 @@ class IncomingItem:
         assert self.peer is not None
         if event.ready > self.spec.rows:
             raise RemoteProtocolError(self.peer, f"item {self.key}: {event.ready} of {self.spec.rows} rows ready")
-        self._tell(now, event.stage)
+        self._story.tell(now, event.stage)
         self._heard(now, event.ready)
         return []
 
@@ -263,17 +266,11 @@ class IncomingItem:
 
     def _check_chunk(self, chunk: Chunk, meta: Meta | None) -> None:
         """Raises RemoteProtocolError if no honest sender could say this; late words about ended lends are fine."""
-        peer, block = str(self.peer), self._pool.get(chunk.lease)
-        if block is None:
-            if not self._pool.issued(chunk.lease):
-                raise RemoteProtocolError(peer, f"item {self.key}: lease {chunk.lease} was never given")
-            return
-        lend = block.lend
-        if block.owner != self.key or block.peer != peer:
-            raise RemoteProtocolError(peer, f"item {self.key}: lease {chunk.lease} is not for it")
-        if not lend.start <= chunk.start < chunk.stop <= lend.stop:
-            raise RemoteProtocolError(peer, f"item {self.key}: {chunk} is outside {lend}")
-        if wrong := self.meta.wrong(chunk.start, chunk.stop, meta):
+        peer = str(self.peer)
+        if wrong := self._pool.wrong(chunk, self.key, peer):
+            raise RemoteProtocolError(peer, f"item {self.key}: {wrong}")
+        late = self._pool.get(chunk.lease) is None
+        if not late and (wrong := self.meta.wrong(chunk.start, chunk.stop, meta)):
             raise RemoteProtocolError(peer, f"item {self.key}: {wrong} does not fit {chunk}")
 
     def _take(self, chunk: Chunk, meta: Meta | None) -> Actions:
@@ -290,11 +287,19 @@ class IncomingItem:
 
     def _fenced(self, event: Fenced, now: float) -> Actions:
         """Unasked: the sender stopped in this epoch, because a write failed. Start over, a bounded number of times."""
+        if self._resting:
+            return []
         for block in self.lends.values():
             block.revoked = block.fenced = True
-        if self._patience.fruitless():
-            return self._fail_over(now, "writes failed again and again")
-        return self._new_epoch(now, "a write failed")
+        why, pause_s = f"a write failed: {event.reason}", self._patience.write_failed(str(self.peer), event.reason)
+        if self._patience.fruitless() or self._patience.cannot_write(str(self.peer)):
+            return self._fail_over(now, f"{why}; again and again")
+        if not pause_s:
+            return self._new_epoch(now, why)
+        actions = self._withdraw(keep=False)
+        self.state, self.wake, self._resting = State.BOOTSTRAPPING, now + pause_s, True
+        self._story.tell(now, f"{why}; again in {pause_s:g} s")
+        return actions
 
     def _refused(self, event: Refuse, now: float) -> Actions:
         for block in self.lends.values():
@@ -303,7 +308,7 @@ class IncomingItem:
 
     def _give_up_on(self, now: float, code: str, message: str, retryable: bool) -> Actions:
         """The current peer will not provide the item: another one may, unless that was said too often."""
-        if self._patience.refused() or not retryable:
+        if self._patience.refused(str(self.peer)) or not retryable:
             return self.fail(now, code, message)
         return self._fail_over(now, f"{code}: {message}")
 
@@ -321,14 +326,14 @@ class IncomingItem:
         actions = self._withdraw(keep=False)
         if self.peer is not None:
             actions.append(Send(self.peer, farewell(self.key, self.epoch)))
-        self._tell(now, "complete")
+        self._story.tell(now, "complete")
         return [*actions, Finish(self.key)]
 
     def _chunk_refused(self, event: RowsRefused, now: float) -> Actions:
         chunk = event.chunk
         self.pending.remove(chunk.start, chunk.stop)
         self.claimed.remove(chunk.start, chunk.stop)
-        self._tell(now, f"checksum of rows {chunk.start}-{chunk.stop} is wrong")
+        self._story.tell(now, f"checksum of rows {chunk.start}-{chunk.stop} is wrong")
         if self._patience.spoiled():
             return self.fail(now, "corrupt", "rows arrived with wrong checksums again and again")
         return []
@@ -344,14 +349,17 @@ class IncomingItem:
         if self.peer is not None:
             actions.append(Send(self.peer, Cancel(self.key, self.epoch)))
         self.state = State.FAILED
-        self._tell(now, f"{code}: {message}")
-        return [*actions, Fail(self.key, code, message, self.story)]
+        self._story.tell(now, f"{code}: {message}")
+        return [*actions, Fail(self.key, code, message, self._story.lines)]
+
+    def waits(self, now: float) -> None:
+        """Its rows are ready, and no block is free for them. Told once in an epoch."""
+        if self._waited != self.epoch and all(block.revoked for block in self.lends.values()):
+            self._waited = self.epoch
+            self._story.tell(now, f"waits for a free block of {self._pool!r}")
 
     def _ignore(self, event: object, now: float) -> Actions:
         return []
-
-    def _tell(self, now: float, what: str) -> None:
-        self._story.append((now, what))
 
     def __repr__(self) -> str:
         return (

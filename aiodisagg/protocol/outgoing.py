@@ -57,6 +57,8 @@ from aiodisagg.protocol.rows import ModelFingerprint
 from aiodisagg.protocol.sources import Source
 
 Actions = list[SenderAction]
+REASON_CHARS = 1000
+"""So much of a write's error is told to the receiver: it names each plane that was tried, and is kept in stories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +234,8 @@ class OutgoingItem:
             return []
         self.lends.clear()
         self.state = State.BOOTSTRAPPING
-        self.fencing, self._after_fence = True, self._say_fenced
+        fenced = Fenced(self.key, self.epoch, event.reason[:REASON_CHARS])
+        self.fencing, self._after_fence = True, lambda _: [Send(self.peer, fenced)]
         return [Fence(self.peer, self.key)]
 
     def _say_fenced(self, now: float) -> Actions:

@@ -9,18 +9,23 @@ What goes wrong is counted by what it says of whom:
 * An attempt that brings nothing, an epoch without a row: its link was lost, its writes failed, or rows that exist do
   not come. Any peer has such a moment, and the next epoch goes on where it ended. After ``max_attempts`` in a row
   another peer is asked.
-* A refusal says that this peer will not provide the item, so another is asked at once. If all refuse it, it is the
-  item: after ``max_attempts`` in all it fails.
+* A write that fails may be the plane it went by, and the next one goes by another: the first is followed by the next
+  epoch at once. Further ones are followed by pauses, each twice as long as the one before, whoever failed: where
+  nothing can be written, the two sides would otherwise ask and fail as fast as they can talk. A peer that failed
+  ``2 * max_attempts`` times cannot reach this process; chosen once more, since nobody else is there, it ends the item.
+* A refusal says that this peer will not provide the item, so another is asked at once, one that was not asked yet if
+  there is any. Whoever refuses it again was asked for want of another: after ``max_attempts`` in all it is the item,
+  and it fails.
 * Rows with a wrong checksum are asked for again. No peer is left for it, since a network or a memory that spoils bytes
   spoils those of others as well: after ``max_attempts`` in a row the item fails.
 
-Only rows that arrive end the counts of attempts and checksums: a peer that answers each time and never delivers would
-be believed for ever.
+Only rows that arrive end the counts of attempts, writes and checksums: a peer that answers each time and never
+delivers would be believed for ever.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,8 @@ class ReceiverConfig:
     """Patience of a receiver; all times in seconds.
 
     ``failover_s``: how long a lost link may take to come back before another peer is asked. ``stall_s``: silence
-    after which the peer is asked again. ``max_stalls``, ``max_attempts``: see the module's text.
+    after which the peer is asked again. ``max_stalls``, ``max_attempts``: see the module's text. ``pause_s``,
+    ``max_pause_s``: between attempts after failed writes.
     ``window_blocks``: blocks lent to one item at a time.
     """
 
@@ -36,6 +42,8 @@ class ReceiverConfig:
     stall_s: float = 5.0
     max_stalls: int = 2
     max_attempts: int = 4
+    pause_s: float = 0.1
+    max_pause_s: float = 1.0
     window_blocks: int = 4
 
 
@@ -47,7 +55,10 @@ class Patience:
     unanswered: int = 0
     _fruitless: int = 0
     _refusals: int = 0
+    _refused_by: set[str] = field(default_factory=set)
     _corrupt: int = 0
+    _failed_writes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By peer: how many since rows came, and what was said of the last one."""
 
     def stalled(self) -> bool:
         """A question got no answer. True: ask another peer."""
@@ -66,10 +77,29 @@ class Patience:
         self._fruitless = 0
         return True
 
-    def refused(self) -> bool:
-        """A peer will not provide the item. True: nobody will."""
+    def write_failed(self, peer: str, why: str) -> float:
+        """A write failed. Returns how long to wait before the next attempt, in seconds."""
+        self._failed_writes[peer] = self._failed_writes.get(peer, (0, ""))[0] + 1, why
+        earlier = sum(count for count, _ in self._failed_writes.values()) - 1
+        if not earlier:
+            return 0.0
+        return float(min(self.config.pause_s * 2 ** min(earlier - 1, 30), self.config.max_pause_s))
+
+    def cannot_write(self, peer: str) -> bool:
+        """Its writes failed so often that it is not worth another attempt."""
+        return self._failed_writes.get(peer, (0, ""))[0] >= 2 * self.config.max_attempts
+
+    @property
+    def why_unwritten(self) -> str:
+        """What the peers said of their failed writes."""
+        return "; ".join(f"{peer}: {why or 'it did not say why'}" for peer, (_, why) in self._failed_writes.items())
+
+    def refused(self, peer: str) -> bool:
+        """This peer will not provide the item. True: nobody will."""
+        again = peer in self._refused_by
+        self._refused_by.add(peer)
         self._refusals += 1
-        return self._refusals >= self.config.max_attempts
+        return again and self._refusals >= self.config.max_attempts
 
     def spoiled(self) -> bool:
         """A checksum was wrong. True: give the item up."""
@@ -78,3 +108,4 @@ class Patience:
 
     def rows_came(self) -> None:
         self._fruitless = self._corrupt = 0
+        self._failed_writes.clear()

@@ -3,6 +3,7 @@
 Blocks are lent where they are used: rows that exist at the sender come first, one block per item in turn; rows that
 are still being computed get blocks only while half of the pool stays free. So an item that waits for a tower can
 never keep the pool from items whose rows wait for blocks, and an item larger than the pool slides through it.
+Nor can a peer keep it from others: an item whose peer has its share of the blocks is passed over, and keeps its place.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ class Receiver:
         self._taking: dict[tuple[ItemKey, int, int], Take] = {}
         self._eager: OrderedDict[ItemKey, None] = OrderedDict()
         self._early: OrderedDict[ItemKey, None] = OrderedDict()
+        self._fresh: list[ItemKey] = []
+        """Came into the eager line since blocks were lent last."""
+        self._linked: set[str] = set()
         self._timers: list[tuple[float, ItemKey]] = []
         self._armed: dict[ItemKey, float] = {}
 
@@ -77,10 +81,14 @@ class Receiver:
                 actions = self._after(item, item.begin())
             case Placed(key, _) | ItemCancelled(key):
                 found = self.items.get(key)
+                if isinstance(event, Placed):
+                    self._linked.add(event.peer)
                 actions = self._step(found, event, now) if found else []
             case LinkUp(peer):
+                self._linked.add(peer)
                 actions = self._link_up(peer, event, now)
             case LinkLost(peer, _):
+                self._linked.discard(peer)
                 for item in [item for item in self.items.values() if item.peer == peer]:
                     actions += self._step(item, event, now)
             case LeasesRevoked(leases):
@@ -94,7 +102,7 @@ class Receiver:
                     item = self.items[heapq.heappop(self._timers)[1]]
                     del self._armed[item.key]
                     actions += self._step(item, event, now)
-        return actions + self._lend()
+        return actions + self._lend(now)
 
     # -- routing -------------------------------------------------------------------------------------------------
 
@@ -178,8 +186,10 @@ class Receiver:
         for other in (self._eager, self._early):
             if other is not line:
                 other.pop(item.key, None)
-        if line is not None:
-            line.setdefault(item.key)
+        if line is not None and item.key not in line:
+            line[item.key] = None
+            if line is self._eager:
+                self._fresh.append(item.key)
 
     def _gap(self, item: IncomingItem) -> tuple[int, int] | None:
         if item.state not in (State.WAITING_FOR_INPUT, State.TRANSFERRING):
@@ -189,18 +199,26 @@ class Receiver:
             return None
         return item.claimed.first_gap(0, item.spec.rows)
 
-    def _lend(self) -> list[ReceiverAction]:
+    def _next(self) -> ItemKey | None:
+        """Takes the next item that may have a block out of its line."""
+        shares: dict[str, bool] = {}
+        early = self.pool.free - 1 >= -(-self.pool.blocks // 2)
+        for line in (self._eager, self._early) if early else (self._eager,):
+            for key in line:
+                peer = str(self.items[key].peer)
+                if peer not in shares:
+                    shares[peer] = self.pool.has_share(peer, self._linked)
+                if shares[peer]:
+                    del line[key]
+                    return key
+        return None
+
+    def _lend(self, now: float) -> list[ReceiverAction]:
         """Lends what can be lent, one block per item in turn, and states each receiver's ledger with its grant."""
         if not self._eager and not self._early:
             return []
         grants: dict[ItemKey, list[Lend]] = {}
-        while self.pool.free:
-            if self._eager:
-                key, _ = self._eager.popitem(last=False)
-            elif self._early and self.pool.free - 1 >= -(-self.pool.blocks // 2):
-                key, _ = self._early.popitem(last=False)
-            else:
-                break
+        while self.pool.free and (key := self._next()) is not None:
             item = self.items[key]
             gap = self._gap(item)
             assert gap is not None and item.peer is not None
@@ -210,6 +228,10 @@ class Receiver:
             item.claimed.add(gap[0], stop)
             grants.setdefault(key, []).append(block.lend)
             self._queue(item)
+        for key in self._fresh:
+            if key in self._eager:
+                self.items[key].waits(now)
+        self._fresh.clear()
         actions: list[ReceiverAction] = []
         for key, lends in grants.items():
             item = self.items[key]

@@ -31,6 +31,10 @@ MADE = 1024
 TOGETHER_S = 1e-3
 """Items that leave a tower within this time left it together."""
 MAX_TOGETHER = 32
+TOLD_AGAIN_S, TOLD_LONG_AGO_S = 5.0, 60.0
+"""Heartbeats of a peer that are alike are not passed on. So what one told melts away for the first of these, in which
+the next one must have come; then it counts as told again, since a peer that hangs looked idle otherwise; and after the
+second it counts no more: perhaps nobody passes anything on."""
 TYPICAL_PATCHES = 4096
 """Of an item of which only patches are known, as in heartbeats."""
 
@@ -215,14 +219,20 @@ class PeerBook(Generic[K]):
         )
 
     def _running_s(self, now: float) -> float:
-        """How long the tower has been at what is in it."""
-        return now - max(self._left_tower, min(self._in_tower.values())) if self._in_tower else 0.0
+        """How long the tower has been at what is in it; what waits behind that does not become less by it."""
+        if not self._in_tower:
+            return 0.0
+        predicted_s = sum(
+            item.placed.service.tower_s for item in map(self.open.__getitem__, self._in_tower) if item.encodes
+        )
+        return min(now - max(self._left_tower, min(self._in_tower.values())), predicted_s)
 
     def _foreign_s(self, now: float) -> float:
         """Others' work that is left of what the last heartbeat told."""
         patches, heard = self._foreign
-        if not patches:
+        since_s = now - heard
+        if not patches or since_s >= TOLD_LONG_AGO_S:
             return 0.0
         items = patches / TYPICAL_PATCHES
         work_s = self.costs.tower.predict((items, patches, patches * TYPICAL_PATCHES))
-        return max(0.0, work_s - (now - heard))
+        return max(0.0, work_s - since_s) if since_s < TOLD_AGAIN_S else work_s

@@ -90,13 +90,16 @@ class Flights(Generic[K]):
         self._drop_leg(flight, leg)
         return self._end(flight)
 
-    def failed(self, leg: K) -> Landing[K] | None:
-        """A leg failed; None: another is still under way, or it belongs to no flight."""
+    def failed(self, leg: K, *, for_good: bool = False) -> Landing[K] | None:
+        """A leg failed; None: another is still under way, or it belongs to no flight.
+
+        ``for_good``: it is the digest's fault, and any other leg would fail as well.
+        """
         flight = self._by_leg.get(leg)
         if flight is None:
             return None
         self._drop_leg(flight, leg)
-        return None if flight.legs else self._end(flight)
+        return None if flight.legs and not for_good else self._end(flight)
 
     def expired(self, leg: K, now: float) -> tuple[Landing[K] | None, K | None]:
         """A leg reached its deadline, which was its first sharer's: who is out of time, and, if others have some left,

@@ -7,17 +7,22 @@ went on; the first to land wins. At most one hedge an item, and few at once, so 
 **Poison.** An item that was in the tower when its encoder died is a *suspect*. Suspects are tried one at a time a
 peer, so that a bystander that shared a batch with a killer does not share the next one; a suspect that is encoded is
 cleared; one with which a second encoder dies is refused, and remembered for a while: its clients will try again. A
-link that comes back to the same process was only cut, and nobody died.
+link that is lost is no death yet: the process is known to be dead when nobody listens where it did, when another life
+of it answers there, or when membership says so. One that nothing is heard of is waited for a little, where its death
+would be one too many, and then the item is tried on: a network that is cut makes no poison.
 
-**Standing.** A peer stands as membership says, and is a suspect for a while after it lost hedges. All of it is
-forgiven with time, or by one delivered item: a busy peer is not a dead one.
+**Standing.** A peer stands as membership says, and is a suspect for a while once it failed several times in a row:
+refused items that others may take, was left because it did not deliver, lost hedges. A peer that fails at once has
+nothing to do and would look like the fastest of all. When the while is over one item is tried; it is twice as long
+each time. One delivered item forgives everything: a busy peer is not a dead one.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from aiodisagg.scheduler.placement import Standing
@@ -27,13 +32,19 @@ K = TypeVar("K", bound=Hashable)
 REMEMBERED = 4096
 """Digests and peers of which something is remembered; beyond that the oldest is forgotten."""
 
+ITEMS_FAULT = frozenset({"invalid_media", "wrong_shape", "too_large", "poison"})
+"""Codes of refusals that any peer would give."""
+NO_FAULT = ITEMS_FAULT | {"draining", "cancelled"}
+"""Codes of refusals that say nothing against a peer."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthConfig:
     """``hedge_factor``, ``hedge_slack_s``: an item is overdue after this many times its predicted seconds, and at least
     this much later than predicted; slack 0: nothing is hedged. ``hedged_share``: of the open items that may be hedged,
     but always one. ``deaths``: encoders that may die with an item. ``poison_s``: how long a poison item is remembered.
-    ``lost_hedges``: in a row, before a peer is a suspect; for ``suspect_s``.
+    ``confirm_s``: how long after a link was lost it is waited for whether its process died. ``failures``: in a row,
+    before a peer is a suspect; for ``suspect_s``, later for twice as long each time, ``suspect_most_s`` at most.
     """
 
     hedge_factor: float = 3.0
@@ -41,8 +52,10 @@ class HealthConfig:
     hedged_share: float = 0.1
     deaths: int = 2
     poison_s: float = 600.0
-    lost_hedges: int = 2
-    suspect_s: float = 30.0
+    confirm_s: float = 5.0
+    failures: int = 2
+    suspect_s: float = 10.0
+    suspect_most_s: float = 300.0
 
 
 class Hedges(Generic[K]):
@@ -95,54 +108,85 @@ class Hedges(Generic[K]):
         self._hedged.add(key)
 
 
+@dataclass(slots=True)
+class _Accused:
+    """A digest: whose links were lost with it in the tower, and when; who of them is known to be dead; the latest."""
+
+    when: float
+    cut: dict[str, float] = field(default_factory=dict)
+    died: set[str] = field(default_factory=set)
+
+
 class Poison:
     """Digests that were in a tower when their encoder died. ``now`` is any monotonic clock in seconds."""
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
         self.refused = 0
-        self._deaths: OrderedDict[str, tuple[frozenset[str], float]] = OrderedDict()
+        self._accused: OrderedDict[str, _Accused] = OrderedDict()
 
-    def died(self, peer: str, in_tower: Iterable[str], now: float) -> None:
+    def cut(self, peer: str, in_tower: Iterable[str], now: float) -> None:
         """The peer's link was lost while these digests were in its tower."""
         for digest in in_tower:
-            peers, _ = self._deaths.pop(digest, (frozenset(), now))
-            self._deaths[digest] = (peers | {peer}, now)
-        while len(self._deaths) > REMEMBERED:
-            self._deaths.popitem(last=False)
+            accused = self._accused.pop(digest, None) or _Accused(now)
+            accused.when = accused.cut[peer] = now
+            self._accused[digest] = accused
+        while len(self._accused) > REMEMBERED:
+            self._accused.popitem(last=False)
+
+    def died(self, peer: str) -> None:
+        """The peer's process is known to be dead."""
+        for accused in self._accused.values():
+            if accused.cut.pop(peer, None) is not None:
+                accused.died.add(peer)
 
     def lives(self, peer: str) -> None:
         """The peer's process is there after all."""
-        for digest, (peers, when) in list(self._deaths.items()):
-            if peer in peers:
-                self._put(digest, peers - {peer}, when)
+        for digest, accused in list(self._accused.items()):
+            accused.cut.pop(peer, None)
+            accused.died.discard(peer)
+            if not accused.cut and not accused.died:
+                del self._accused[digest]
 
     def encoded(self, digest: str) -> None:
         """It went well."""
-        self._deaths.pop(digest, None)
-
-    def deaths(self, digest: str, now: float) -> int:
-        peers, when = self._deaths.get(digest, (frozenset(), now))
-        if now - when >= self.config.poison_s:
-            self._deaths.pop(digest, None)
-            return 0
-        return len(peers)
+        self._accused.pop(digest, None)
 
     def suspect(self, digest: str, now: float) -> bool:
         """It may share a peer with no other suspect."""
-        return self.deaths(digest, now) > 0
+        return self._of(digest, now) is not None
 
     def refuses(self, digest: str, now: float) -> bool:
         """It is poison: it must not be asked of anybody. Counts when it says so."""
-        poison = self.deaths(digest, now) >= self.config.deaths
+        accused = self._of(digest, now)
+        poison = accused is not None and len(accused.died) >= self.config.deaths
         self.refused += poison
         return poison
 
-    def _put(self, digest: str, peers: frozenset[str], when: float) -> None:
-        if peers:
-            self._deaths[digest] = (peers, when)
-        else:
-            del self._deaths[digest]
+    def unsure_s(self, digest: str, now: float) -> float:
+        """For how long it should not be asked of anybody, because it may be found to be poison any moment; or 0."""
+        accused = self._of(digest, now)
+        if accused is None:
+            return 0.0
+        left = sorted(s for when in accused.cut.values() if (s := when + self.config.confirm_s - now) > 0)
+        too_many = len(accused.died) + len(left) - self.config.deaths
+        return left[too_many] if 0 <= too_many < len(left) else 0.0
+
+    def _of(self, digest: str, now: float) -> _Accused | None:
+        accused = self._accused.get(digest)
+        if accused is not None and now - accused.when >= self.config.poison_s:
+            del self._accused[digest]
+            return None
+        return accused
+
+
+@dataclass(slots=True)
+class _Record:
+    """Failures in a row, how often the peer became a suspect of them, and until when it is one."""
+
+    failures: int = 0
+    spells: int = 0
+    until: float = -math.inf
 
 
 class Standings:
@@ -151,29 +195,42 @@ class Standings:
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
         self._told: dict[str, Standing] = {}
-        self._lost: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def told(self, peer: str, standing: Standing | None) -> None:
         """Membership says so; None: the peer is gone, and what was known of it with it."""
         if standing is None:
             self._told.pop(peer, None)
-            self._lost.pop(peer, None)
+            self._records.pop(peer, None)
         else:
             self._told[peer] = standing
 
-    def lost_hedge(self, peer: str, now: float) -> None:
-        """Another peer, asked later, was faster."""
-        count, _ = self._lost.pop(peer, (0, now))
-        self._lost[peer] = (count + 1, now)
-        while len(self._lost) > REMEMBERED:
-            self._lost.popitem(last=False)
+    def failed(self, peer: str, now: float) -> None:
+        """It did not do what it was asked for, and another may."""
+        record = self._records.setdefault(peer, _Record())
+        self._records.move_to_end(peer)
+        if len(self._records) > REMEMBERED:
+            self._records.popitem(last=False)
+        if now >= record.until:  # of a suspect it is no news, as of items that were asked for together
+            record.failures += 1
+            if record.failures >= self.config.failures:
+                self._suspect(record, now)
+
+    def asked(self, peer: str, now: float) -> None:
+        """It has a new item. For one that was a suspect this is the trial: it is one again until the item is here."""
+        record = self._records.get(peer)
+        if record is not None and record.spells and now >= record.until:
+            self._suspect(record, now)
+
+    def _suspect(self, record: _Record, now: float) -> None:
+        config = self.config
+        record.until = now + min(config.suspect_s * 2.0 ** min(record.spells, 30), config.suspect_most_s)
+        record.spells += 1
 
     def delivered(self, peer: str) -> None:
         """An item of the peer is complete."""
-        self._lost.pop(peer, None)
+        self._records.pop(peer, None)
 
     def of(self, peer: str, now: float) -> Standing:
-        told = self._told.get(peer, Standing.READY)
-        count, when = self._lost.get(peer, (0, now))
-        slow = count >= self.config.lost_hedges and now - when < self.config.suspect_s
-        return max(told, Standing.SUSPECT) if slow else told
+        told, record = self._told.get(peer, Standing.READY), self._records.get(peer)
+        return told if record is None or now >= record.until else max(told, Standing.SUSPECT)

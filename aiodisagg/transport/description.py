@@ -6,6 +6,7 @@ against malice; it keeps a damaged one from sending packets to an address nobody
 
 from __future__ import annotations
 
+import ipaddress
 import zlib
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,25 @@ def unpack(transport: str, kind: type[T], description: bytes) -> T:
         return msgspec.msgpack.decode(body[len(prefix) :], type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise TransportUnavailable(transport, f"the peer's description cannot be read: {error}") from error
+
+
+def loopback_of(description: bytes) -> str:
+    """The address in a description of a network transport (its first field), if it is loopback; else empty.
+
+    Of anything else, and of bytes that are no description, it is empty as well: ``unpack`` says what is wrong.
+    """
+    try:
+        fields = msgspec.msgpack.decode(description[4:].partition(b"\0")[2], type=list[object])
+        return str(fields[0]) if ipaddress.ip_address(str(fields[0])).is_loopback else ""
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError, IndexError):
+        return ""
+
+
+def moved(description: bytes, host: str) -> bytes:
+    """The same pool at another address. For what has a ``loopback_of``."""
+    name, end, fields = description[4:].partition(b"\0")
+    body = name + end + msgspec.msgpack.encode([host, *msgspec.msgpack.decode(fields, type=list[object])[1:]])
+    return zlib.crc32(body).to_bytes(4, "big") + body
 
 
 @cache

@@ -12,8 +12,9 @@ from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
 from aiodisagg.language.peers import EncodePeer, EncodePeers
 from aiodisagg.language.placing import Placing
 from aiodisagg.link.hello import PeerRole
+from aiodisagg.peer import metrics
 from aiodisagg.protocol.events import ItemSpec
-from aiodisagg.protocol.messages import ItemKey
+from aiodisagg.protocol.messages import ItemKey, Progress, Refuse
 from aiodisagg.scheduler.book import PeerBook
 from aiodisagg.scheduler.cost import PeerCosts, Rates
 from aiodisagg.scheduler.health import HealthConfig
@@ -56,13 +57,32 @@ def _item(number: int, digest: str = "") -> tuple[ItemKey, ItemSpec]:
     return ItemKey(number, 0), ItemSpec(digest or f"{number:032x}", "image", (1, 64, 64), 1024, 0.0, (b"file",))
 
 
-def _place(placing: Placing, key: ItemKey, spec: ItemSpec) -> str:
+def _place(placing: Placing, key: ItemKey, spec: ItemSpec, now: float = 0.0) -> str:
     placing.errand(key, spec)
-    placing.plan([key], 0.0)
-    placement = placing.choose(key, frozenset(), 0.0)
+    placing.plan([key], now)
+    return _ask(placing, key, frozenset(), now)
+
+
+def _ask(placing: Placing, key: ItemKey, avoid: frozenset[str], now: float) -> str:
+    placing.given_up(key, now)
+    placement = placing.choose(key, avoid, now)
     assert placement is not None
-    placing.asked(key, placement, 0.0)
+    placing.asked(key, placement, now)
     return placement.peer
+
+
+def _refuse(placing: Placing, peer: str, key: ItemKey, now: float, code: str = "encode_failed") -> None:
+    placing.refused(peer, Refuse(key, 1, code, "why", True), now)
+
+
+def _samples(placing: Placing, name: str) -> dict[tuple[str, ...], float]:
+    """By values of labels in the order of their names."""
+    return {
+        tuple(value for _, value in sorted(sample.labels.items())): sample.value
+        for metric in placing.metrics()
+        for sample in metric.samples
+        if sample.name == f"aiodisagg_{name}"
+    }
 
 
 def test_of_many_peers_all_get_their_share() -> None:
@@ -116,3 +136,146 @@ def test_peers_that_drain_are_asked_only_if_all_do() -> None:
     for peer in peers.linked[:-1]:
         placing.standings.told(peer.incarnation, Standing.DRAINING)
     assert {_place(placing, *_item(i)) for i in range(8)} == {"49"}
+
+
+# -- who fails --------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_refuses_everything_at_once_does_not_attract_items() -> None:
+    """It had never anything to do and was predicted to be the fastest: 189 of 200 items were asked of it first."""
+    peers, now, first = _Many(4), 0.0, Counter[str]()
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    under_way: list[ItemKey] = []
+    for number in range(400):
+        now += 0.2
+        key, spec = _item(number)
+        peer = _place(placing, key, spec, now)
+        first[peer] += 1
+        if peer == "00":
+            _refuse(placing, peer, key, now)
+            assert _ask(placing, key, frozenset({peer}), now) != "00"
+        under_way.append(key)
+        if len(under_way) > 9:
+            placing.over(under_way.pop(0), complete=True)
+    assert 3 <= first["00"] <= 6 and min(first[peer] for peer in ("01", "02", "03")) > 100  # at 10, 30, 70 s again
+    assert _samples(placing, "item_refusals_total") == {("encode_failed", ""): first["00"]}
+    assert placing.moves == first["00"]
+
+
+def test_of_a_request_only_one_item_is_the_trial_of_a_suspect() -> None:
+    peers = _Many(2)
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig(suspect_s=10.0))
+    for _ in range(2):
+        placing.standings.failed("00", 0.0)
+    keys = [ItemKey(1, index) for index in range(6)]
+    for key in keys:
+        placing.errand(key, _item(key.index)[1])
+    placing.plan(keys, 10.0)
+    assert Counter(_ask(placing, key, frozenset(), 10.0) for key in keys) == {"00": 1, "01": 5}
+
+
+@pytest.mark.parametrize(
+    ("code", "suspect"),
+    [("encode_failed", True), ("anything", True), ("draining", False), ("invalid_media", False), ("too_large", False)],
+)
+def test_only_what_another_peer_may_do_better_is_held_against_a_peer(code: str, suspect: bool) -> None:
+    placing = Placing(cast(EncodePeers, _Many(1)), 4, HealthConfig())
+    for number in range(3):
+        key, spec = _item(number)
+        _place(placing, key, spec)
+        _refuse(placing, "00", key, 0.0, code)
+        _refuse(placing, "who is not asked", key, 0.0, code)
+        placing.over(key)
+    assert placing.standings.of("00", 0.0) is (Standing.SUSPECT if suspect else Standing.READY)
+    counted = {(code if code != "anything" else "other", ""): 3.0}
+    assert _samples(placing, "item_refusals_total") == counted, "a peer cannot make series at will"
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_peer_that_items_are_taken_from_is_a_suspect_unless_its_link_was_lost(linked: bool) -> None:
+    peers = _Many(2)
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    keys = [_item(number, "f" * 32) for number in range(2)]
+    assert {_place(placing, *one) for one in keys} == {"00"}
+    if not linked:
+        del peers.linked[0]
+    for key, _ in keys:
+        assert _ask(placing, key, frozenset({"00"}), 1.0) == "01"
+    assert placing.standings.of("00", 1.0) is (Standing.SUSPECT if linked else Standing.READY)
+    assert placing.moves == 2
+
+
+# -- who dies ---------------------------------------------------------------------------------------------------------
+
+
+def _in_both_towers(peers: _Many) -> Placing:
+    """One item was in the towers of both peers when their links were lost."""
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    for now, peer in enumerate(peers.linked):
+        key, spec = _item(1)
+        placing.errand(key, spec)
+        placement = placing.choose(key, frozenset(other.incarnation for other in peers.linked if other != peer), now)
+        assert placement is not None and placement.peer == peer.incarnation
+        placing.asked(key, placement, now)
+        placing.heard(peer.incarnation, Progress(key, 1, "encoding", 0.1, 0), now)
+        placing.link_lost(peer.incarnation, now)
+        placing.over(key)
+    return placing
+
+
+def test_links_that_are_cut_make_no_poison_until_the_peers_are_known_to_be_dead() -> None:
+    placing, digest = _in_both_towers(_Many(2)), _item(1)[1].digest
+    assert not placing.poison.refuses(digest, 2.0) and placing.poison.unsure_s(digest, 2.0) > 0
+    placing.link_lost("00", 2.0, gone=True)
+    assert not placing.poison.refuses(digest, 2.0)
+    placing.link_lost("01", 2.0, gone=True)
+    assert placing.poison.refuses(digest, 2.0)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_membership_knows_who_is_dead_but_a_link_knows_better(linked: bool) -> None:
+    peers = _Many(2)
+    placing, digest = _in_both_towers(peers), _item(1)[1].digest
+    if not linked:
+        peers.linked.clear()
+    placing.told([], ["00", "01"], 2.0)
+    assert placing.poison.refuses(digest, 2.0) is not linked
+
+
+def test_who_was_about_to_end_did_not_die_of_an_item() -> None:
+    peers = _Many(2)
+    for peer in peers.linked:
+        peer.book = PeerBook(PeerCosts())
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    placing.standings.told("00", Standing.DRAINING)
+    key, spec = _item(1)
+    placing.errand(key, spec)
+    placement = placing.choose(key, frozenset({"01"}), 0.0)
+    assert placement is not None and placement.peer == "00"
+    placing.asked(key, placement, 0.0)
+    placing.heard("00", Progress(key, 1, "encoding", 0.1, 0), 0.0)
+    placing.link_lost("00", 0.0)
+    assert not placing.poison.suspect(spec.digest, 0.0)
+
+
+# -- what they are called ---------------------------------------------------------------------------------------------
+
+
+def test_two_peers_of_one_name_are_two_series_and_who_is_gone_is_none() -> None:
+    """A scrape with a series twice is thrown away as a whole."""
+    peers = _Many(2)
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    for peer in peers.linked:
+        peer.name = "encode"
+        placing.link_up(peer.incarnation)
+    text = metrics.render(placing.metrics())
+    series = [line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(set(series)) == len(series)
+    assert 'aiodisagg_prediction_error{peer="encode/01",stage="tower"}' in series
+    key, spec = _item(1)
+    _refuse(placing, _place(placing, key, spec), key, 0.0)
+    assert _samples(placing, "item_refusals_total") == {("encode_failed", "encode"): 1.0}
+    placing.link_lost("00", 0.0)
+    placing.link_lost("00", 0.0, gone=True)
+    assert _samples(placing, "item_refusals_total") == {("encode_failed", ""): 1.0}
+    assert not any(who for who, _ in placing._refusals), "a crash loop would leave one for each life"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -70,4 +71,24 @@ async def test_who_began_a_fetch_that_fails_beside_a_second_one_still_has_its_de
         await one_told.wait()
     assert told == [(A, "deadline")]
     sharing.cancel(B)
+    sharing.close()
+
+
+@pytest.mark.parametrize("code", ["invalid_media", "wrong_shape", "too_large", "poison"])
+async def test_what_is_the_items_own_fault_is_told_at_once_whatever_a_second_fetch_does(code: str) -> None:
+    """A picture that is none was told so after its deadline: its hedge waited for a peer."""
+    told: list[tuple[ItemKey, Fail | None]] = []
+    dropped: list[ItemKey] = []
+    sharing = Sharing(
+        lambda items: None, dropped.append, deliver=lambda key, start, data: None,
+        ended=lambda key, failed: told.append((key, failed)), cache_bytes=1 << 20, row_bytes=4,
+        tasks=Tasks("test"), traces=Traces(), accelerator=None,
+    )  # fmt: skip
+    sharing.request([(A, SPEC)], 60.0)
+    sharing.request([(B, SPEC)], 60.0)
+    second = sharing.hedge(A)
+    assert second is not None
+    failed = Fail(A, code, "why", ())
+    sharing.failed(failed)
+    assert told == [(A, failed), (B, dataclasses.replace(failed, key=B))] and dropped == [second[0]]
     sharing.close()

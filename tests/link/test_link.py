@@ -58,6 +58,7 @@ async def linked(
 async def test_both_sides_know_each_other(address: str) -> None:
     async with linked(address) as (near, far):
         assert (near.remote, near.local) == (far.local, far.remote)
+        assert near.far_host == far.far_host == ("127.0.0.1" if address.startswith("tcp:") else "")
         assert near.remote.role is PeerRole.ENCODE
         assert near.remote.transports == {"memory": b"\x00pool"}
         assert "dialler - server (server-life) open" in repr(near)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from aiodisagg.protocol import events as ev
@@ -66,8 +67,12 @@ def receiver(world: World) -> None:
                 claimed.add(*span)
         _demand(item.claimed == claimed, f"{key}: claims {item.claimed}, for which there is only {claimed}")
     _demand(len(machine._armed) == len(machine.items), "an item without a timer, or a timer without an item")
-    if machine.pool.free:
-        _demand(not machine._eager, "a block is free and nobody lends it to an item whose rows are ready")
+    held = Counter(block.peer for block in lent)
+    usable = pool.blocks - sum(count for peer, count in held.items() if peer not in machine._linked)
+    for key in machine._eager if pool.free else ():
+        mine, others = held[machine.items[key].peer], len(machine._linked) - 1
+        has_part = others > 0 and mine >= max(1, usable // (others + 1)) and pool.free <= max(1, usable // 4)
+        _demand(has_part, "a block is free and nobody lends it to an item whose rows are ready")
 
 
 def stale(machine: Any, event: object) -> tuple[Any, ...] | None:
@@ -194,6 +199,8 @@ def at_the_end(world: World) -> None:
             allowed.add("cancelled")
         if "encode_fails" in world.struck:
             allowed |= {"bad_media"} | ({"oom", "cancelled"} if world.refusals.get(key, 0) >= 4 else set())
+        if world.landings.failed[key] >= 8:
+            allowed.add("unreachable")
         if world.corrupted >= 4:
             allowed.add("corrupt")
         _demand(how in allowed, f"{key} ended as {how} (deadline {deadline})")

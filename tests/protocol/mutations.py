@@ -49,7 +49,7 @@ MUTATIONS = (
     Mutation("a block is freed twice", BlockPool, "settle",
              "self._lent.pop(lent.lend.lease, None)", "self._lent.get(lent.lend.lease)"),
     Mutation("a block becomes free and nobody is woken", Receiver, "handle",
-             "return actions + self._lend()", "return actions + (self._lend() if actions else [])"),
+             "return actions + self._lend(now)", "return actions + (self._lend(now) if actions else [])"),
     Mutation("DeepStack goes with the first window only", IncomingItem, "_take",
              "(chunk.stop - chunk.start) * row_bytes, meta",
              "(chunk.stop - chunk.start) * (row_bytes if chunk.start == 0 else 2), meta"),

@@ -85,6 +85,7 @@ def test_other_misfortunes_do_not_make_a_chunk_corrupt() -> None:
     lends = r.open()
     for _ in range(3):
         r.says(ms.Fenced(KEY, r.machine.items[KEY].epoch))
+        r.do(ev.TimerFired(), after_s=2.0)
         lends = [lend for grant in every(r.offer(), ms.Grant) for lend in grant.lends]
     take = only(r.commit(lends[0]), ev.Take)
     assert not every(r.do(ev.RowsRefused(KEY, take.chunk)), ev.Fail)

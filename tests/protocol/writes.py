@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ class Writes:
     def __init__(self, world: World) -> None:
         self.world = world
         self.under_way: list[Landing] = []
+        self.failed: Counter[ItemKey] = Counter()
 
     def begin(self, process: Process, write: ev.Write) -> None:
         if process.store.get(write.digest, 0) < write.stop:
@@ -106,11 +108,13 @@ class Writes:
         landing.answered = True
         write = landing.write
         if landing.fails:
+            self.failed[write.key] += 1
             self.world.feed(landing.sender, ev.WriteFailed(write.peer, write.key, write.epoch, "planned"))
             return
         while landing.parts:
             self._land(landing, landing.parts[0])
         if landing.fails:
+            self.failed[write.key] += 1
             self.world.feed(landing.sender, ev.WriteFailed(write.peer, write.key, write.epoch, "refused"))
             return
         self.under_way.remove(landing)

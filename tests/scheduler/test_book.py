@@ -166,5 +166,23 @@ def test_a_heartbeat_tells_of_others_work_which_then_melts_away() -> None:
     assert ahead(at) == (1.0, 10.0, 1.0), "all of it is ours"
     at.heard(4106, 0.0)
     assert at.backlog(0.0).tower_s == pytest.approx(10 + 4096, rel=0.01)
-    assert at.backlog(96.0).tower_s == pytest.approx(10 + 4000, rel=0.01)
+    assert at.backlog(4.0).tower_s == pytest.approx(10 + 4092, rel=1e-3)
     assert ahead(at, 1e6) == (1.0, 10.0, 1.0)
+
+
+def test_what_a_heartbeat_told_stays_if_no_other_tells_less_for_a_while() -> None:
+    """Alike ones are not passed on: others' work before a tower that hangs melted away, and it looked idle."""
+    at = book()
+    at.heard(10, 0.0)
+    told = at.backlog(0.0).tower_s
+    assert at.backlog(4.9).tower_s == pytest.approx(told - 4.9)
+    assert at.backlog(5.0).tower_s == at.backlog(59.0).tower_s == told
+    assert at.backlog(60.0).tower_s == 0.0
+
+
+def test_a_tower_that_hangs_does_not_work_on_what_waits_behind() -> None:
+    at = book()
+    ask(at, "x", 10)
+    ask(at, "y", 20)
+    at.entered("x", "encoding", 0.1, 0.0)
+    assert ahead(at, 9.0)[1] == 21.0 and ahead(at, 100.0)[1] == 20.0

@@ -43,6 +43,14 @@ def test_the_first_of_two_legs_wins() -> None:
     assert flights.failed("b2") == Landing("x", ("b",), ())
 
 
+def test_what_is_the_digests_own_fault_ends_its_other_leg_too() -> None:
+    flights: Flights[str] = Flights()
+    flights.join("x", "a", 10.0)
+    flights.hedge("x", "a2")
+    assert flights.failed("a", for_good=True) == Landing("x", ("a",), ("a2",))
+    assert flights.landed("a2") is None and not len(flights)
+
+
 def test_a_failure_is_everybodys() -> None:
     flights: Flights[str] = Flights()
     flights.join("x", "a", 10.0)

@@ -6,7 +6,10 @@ from aiodisagg.scheduler.advertise import ADVERTISED, advertise, advertised
 from aiodisagg.scheduler.health import HealthConfig, Hedges, Poison, Standings
 from aiodisagg.scheduler.placement import Standing
 
-CONFIG = HealthConfig(hedge_factor=3.0, hedge_slack_s=2.0, hedged_share=0.1, poison_s=100.0, suspect_s=30.0)
+CONFIG = HealthConfig(
+    hedge_factor=3.0, hedge_slack_s=2.0, hedged_share=0.1, poison_s=100.0, confirm_s=5.0, suspect_s=30.0,
+    suspect_most_s=100.0,
+)  # fmt: skip
 
 
 def test_an_item_is_overdue_long_after_its_prediction_and_named_once() -> None:
@@ -41,22 +44,50 @@ def test_no_slack_no_hedges() -> None:
 
 def test_an_item_that_two_encoders_die_of_is_refused_for_a_while() -> None:
     poison = Poison(CONFIG)
-    poison.died("one", ["x", "bystander"], 0.0)
+    poison.cut("one", ["x", "bystander"], 0.0)
+    poison.died("one")
     assert poison.suspect("x", 0.0) and poison.suspect("bystander", 0.0) and not poison.refuses("x", 0.0)
     poison.encoded("bystander")
     assert not poison.suspect("bystander", 0.0)
-    poison.died("two", ["x"], 50.0)
+    poison.cut("two", ["x"], 50.0)
+    poison.died("two")
     assert poison.refuses("x", 149.0) and poison.refused == 1
     assert not poison.refuses("x", 150.0) and not poison.suspect("x", 150.0)
 
 
 def test_one_encoder_dies_once_and_a_cut_link_is_no_death() -> None:
     poison = Poison(CONFIG)
-    poison.died("one", ["x"], 0.0)
-    poison.died("one", ["x"], 1.0)
-    assert poison.deaths("x", 1.0) == 1
+    for now in (0.0, 1.0):
+        poison.cut("one", ["x"], now)
+        poison.died("one")
+    assert poison.suspect("x", 1.0) and not poison.refuses("x", 1.0)
     poison.lives("one")
     assert not poison.suspect("x", 1.0)
+
+
+def test_who_is_not_known_to_be_dead_did_not_die_of_an_item() -> None:
+    """A network that was cut twice within a second made good media poison for ten minutes."""
+    poison = Poison(CONFIG)
+    poison.cut("one", ["x"], 0.0)
+    assert poison.suspect("x", 0.0) and poison.unsure_s("x", 0.0) == 0.0
+    poison.cut("two", ["x"], 1.0)
+    assert not poison.refuses("x", 1.0) and poison.unsure_s("x", 1.0) == 4.0, "until the first is given up on"
+    assert poison.unsure_s("x", 5.0) == 0.0 and poison.suspect("x", 5.0), "nothing was heard: it is tried on, alone"
+    poison.died("two")
+    assert not poison.refuses("x", 5.0) and poison.unsure_s("x", 5.0) == 0.0
+    assert poison.unsure_s("x", 4.0) == 1.0
+    poison.died("one")
+    assert poison.refuses("x", 5.0) and poison.unsure_s("x", 5.0) == 0.0
+
+
+def test_a_cut_that_comes_after_a_death_is_waited_for() -> None:
+    poison = Poison(CONFIG)
+    poison.cut("one", ["x"], 0.0)
+    poison.died("one")
+    poison.cut("two", ["x"], 2.0)
+    assert poison.unsure_s("x", 2.0) == 5.0
+    poison.lives("two")
+    assert poison.unsure_s("x", 2.0) == 0.0 and not poison.refuses("x", 2.0)
 
 
 def test_standing_is_what_membership_says_and_what_was_seen() -> None:
@@ -65,18 +96,37 @@ def test_standing_is_what_membership_says_and_what_was_seen() -> None:
     standings.told("a", Standing.DRAINING)
     assert standings.of("a", 0.0) is Standing.DRAINING
     standings.told("a", Standing.READY)
-    standings.lost_hedge("a", 0.0)
+    standings.failed("a", 0.0)
     assert standings.of("a", 0.0) is Standing.READY
-    standings.lost_hedge("a", 1.0)
+    standings.failed("a", 1.0)
     assert standings.of("a", 30.9) is Standing.SUSPECT
     assert standings.of("a", 31.0) is Standing.READY, "forgiven"
-    standings.lost_hedge("a", 31.0)
+    standings.failed("a", 31.0)
     standings.delivered("a")
     assert standings.of("a", 31.0) is Standing.READY
-    standings.lost_hedge("a", 40.0)
-    standings.lost_hedge("a", 40.0)
+    standings.failed("a", 40.0)
+    standings.failed("a", 40.0)
     standings.told("a", None)
     assert standings.of("a", 40.0) is Standing.READY, "whoever comes back under this name is somebody new"
+
+
+def test_a_peer_that_fails_is_tried_with_one_item_ever_more_seldom_until_one_is_delivered() -> None:
+    standings, now, waits = Standings(CONFIG), 0.0, []
+    for _ in range(5):  # asked for together, they fail together
+        standings.failed("a", now)
+    for _ in range(5):
+        began = now
+        while standings.of("a", now) is Standing.SUSPECT:
+            now += 1.0
+        waits.append(now - began)
+        standings.asked("a", now)
+        assert standings.of("a", now) is Standing.SUSPECT, "others wait for how it ends"
+        standings.failed("a", now + 0.5)
+    assert waits == [30.0, 60.0, 100.0, 100.0, 100.0]
+    standings.delivered("a")
+    standings.asked("a", now)
+    standings.failed("a", now)
+    assert standings.of("a", now) is Standing.READY
 
 
 def test_the_newest_digests_are_told_by_prefixes() -> None:

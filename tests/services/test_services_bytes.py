@@ -68,7 +68,7 @@ async def test_a_request_costs_the_bytes_of_its_visual_rows_and_less_than_a_hund
         assert trace.items[0].bytes_arrived == rows * encoder.layout.row_bytes
         counted = dict(line.rsplit(" ", 1) for line in made.language.metrics().splitlines() if not line.startswith("#"))
         assert float(counted["aiodisagg_link_received_bytes_total"]) == made.language.peers.link_bytes[1]
-        peer = made.encoders[0].config.incarnation
+        (peer,) = [linked.name for linked in made.language.peers.linked]
         labels = f'{{outcome="received",peer="{peer}",region="deepstack"}}'
         assert float(counted[f"aiodisagg_row_bytes_total{labels}"]) == 2 * rows * 3 * 1024 * 2
 

@@ -1,0 +1,215 @@
+"""Items between their peers: a hedge that has none, deaths that are not sure, peers that refuse everything."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from aiodisagg.bench.synthetic import SyntheticEncoder, item_of, synthetic_model
+from aiodisagg.bootstrap.client import MembershipChange
+from aiodisagg.bootstrap.registry import PeerRecord
+from aiodisagg.encode.service import EncodeService
+from aiodisagg.errors import LinkError
+from aiodisagg.language import peers as links
+from aiodisagg.language.rows import RowReceiver
+from aiodisagg.link.hello import PeerRole
+from aiodisagg.models.base import Patches
+from aiodisagg.peer.config import EncodeConfig, LanguageConfig
+from aiodisagg.protocol.events import Fail, ItemRequested, MessageReceived
+from aiodisagg.protocol.messages import ItemKey, Refuse
+from aiodisagg.scheduler.health import HealthConfig
+from tests.services.system import PATIENCE_S, eventually
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+MODEL = synthetic_model(hidden_size=16, levels=3)
+A, B = ItemKey(1, 0), ItemKey(2, 0)
+
+
+class Gated(SyntheticEncoder):
+    """Encodes once its gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__(MODEL)
+        self.gate = threading.Event()
+
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        assert self.gate.wait(PATIENCE_S)
+        return super().encode(batch)
+
+
+class Broken(SyntheticEncoder):
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+class Made:
+    """A receiver and encode peers; ``cut``: addresses that nobody reaches any more."""
+
+    def __init__(self, receiver: RowReceiver, encoders: list[EncodeService]) -> None:
+        self.receiver, self.encoders = receiver, encoders
+        self.ends: dict[ItemKey, Fail | None] = {}
+        self.cut: set[str] = set()
+
+    def at(self, key: ItemKey) -> EncodeService | None:
+        """In whose tower the item is, as far as was heard."""
+        errand = self.receiver.placing.errands.get(key)
+        if errand is None or errand.peer is None or not errand.peer.book.in_tower():
+            return None
+        return next(one for one in self.encoders if one.config.incarnation == errand.peer.incarnation)
+
+    def cut_off(self, encoder: EncodeService) -> None:
+        """A network does so, and tells nobody."""
+        peer = self.receiver.peers.get(encoder.config.incarnation)
+        assert peer is not None and peer.link is not None
+        self.cut.add(peer.address)
+        peer.link.abort()
+
+    async def cut_off_two(self, key: ItemKey) -> list[EncodeService]:
+        """The network takes one encoder after the other while the item is in its tower."""
+        lost: list[EncodeService] = []
+        for _ in range(2):
+            await eventually(lambda: self.at(key) not in (None, *lost))
+            at = self.at(key)
+            assert at is not None
+            lost.append(at)
+            self.cut_off(at)
+        await eventually(lambda: len(self.receiver.peers.linked) == len(self.encoders) - 2)
+        return lost
+
+
+@asynccontextmanager
+async def made(folder: Path, monkeypatch: pytest.MonkeyPatch, *encoders: SyntheticEncoder) -> AsyncIterator[Made]:
+    config = LanguageConfig(model=folder, transports=("memory",), failover_s=0.0, hedge_s=0.0, cache_bytes=0)
+    async with AsyncExitStack() as stack:
+        services = []
+        for number, encoder in enumerate(encoders):
+            at = EncodeConfig(
+                model=folder, transports=("memory",), self_test_s=0.0, name=f"e{number}", incarnation=f"life-{number}"
+            )
+            services.append(await stack.enter_async_context(EncodeService(at, encoder=encoder)))
+            if isinstance(encoder, Gated):
+                stack.callback(encoder.gate.set)
+        receiver = RowReceiver(
+            config, MODEL, name="language", deliver=lambda key, start, data: None,
+            ended=lambda key, failed: found.ends.__setitem__(key, failed),
+        )  # fmt: skip
+        found = Made(receiver, services)
+        dial = links.dial
+
+        async def reach(address: str, *args: object, **kwargs: object) -> object:
+            if address in found.cut:
+                raise LinkError(address, "no route to host")
+            return await dial(address, *args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(links, "dial", reach)
+        await stack.enter_async_context(receiver)
+        for service in services:
+            receiver.peers.add(service.address)
+        await eventually(lambda: len(receiver.peers.linked) == len(services))
+        yield found
+
+
+async def test_a_hedge_without_a_peer_gets_the_one_that_the_first_fetch_failed_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Gated()
+    async with made(tmp_path, monkeypatch, encoder) as one:
+        receiver, (service,) = one.receiver, one.encoders
+        receiver.request([(A, item_of(1, 64))], 600.0)
+        await eventually(lambda: one.at(A) is service)
+        second = receiver.sharing.hedge(A)
+        assert second is not None
+        hedge, spec, left_s = second
+        receiver.placing.errand(hedge, spec, frozenset({service.config.incarnation}))
+        receiver.driver.feed(ItemRequested(hedge, spec, left_s))
+        assert hedge in receiver.unplaced
+        refusal = Refuse(A, receiver.receiver.items[A].epoch, "encode_failed", "why", False)
+        receiver._heard(MessageReceived(service.config.incarnation, refusal))
+        assert not one.ends
+        encoder.gate.set()
+        await eventually(lambda: A in one.ends)
+        assert one.ends == {A: None}
+
+
+async def test_peers_are_not_compared_for_a_late_item_that_may_not_be_hedged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with made(tmp_path, monkeypatch, Gated(), Gated()) as one:
+        receiver, now = one.receiver, asyncio.get_running_loop().time()
+        compared = Mock(return_value=None)
+        receiver.request([(A, item_of(1, 64))], 600.0)
+        await eventually(lambda: one.at(A) is not None)
+        monkeypatch.setattr(receiver.placing, "best", compared)
+        hedges = receiver.placing.hedges
+        for other, calls in ((None, 1), (B, 1)):
+            if other is not None:
+                hedges.hedged(other)
+            hedges.later(A, 0.0, now)
+            receiver._look_for_overdue()
+            assert compared.call_count == calls and hedges.next_timer() is not None
+        hedges.settled(A)
+
+
+async def test_an_item_whose_encoders_were_cut_off_is_encoded_when_one_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was poison: HTTP 400, for ten minutes."""
+    encoders = [Gated() for _ in range(3)]
+    async with made(tmp_path, monkeypatch, *encoders) as one:
+        one.receiver.request([(A, item_of(1, 64))], 60.0)
+        await one.cut_off_two(A)
+        await eventually(lambda: A in one.receiver.unplaced, "not asked of the third before it is known what it did")
+        one.cut.clear()
+        for encoder in encoders:
+            encoder.gate.set()
+        await eventually(lambda: A in one.ends)
+        assert one.ends == {A: None}
+
+
+async def test_an_item_whose_encoders_are_not_heard_of_is_tried_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders = [Gated() for _ in range(3)]
+    async with made(tmp_path, monkeypatch, *encoders) as one:
+        one.receiver.placing.poison.config = HealthConfig(confirm_s=0.2)
+        one.receiver.request([(A, item_of(1, 64))], 60.0)
+        lost = await one.cut_off_two(A)
+        await eventually(lambda: one.at(A) not in (None, *lost))
+        for encoder in encoders:
+            encoder.gate.set()
+        await eventually(lambda: A in one.ends)
+        assert one.ends == {A: None} and len(one.receiver.peers.linked) == 1
+
+
+async def test_what_membership_knows_of_the_dead_ends_an_item_that_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with made(tmp_path, monkeypatch, *(Gated() for _ in range(3))) as one:
+        one.receiver.request([(A, item_of(1, 64))], 60.0)
+        lost = [service.config.incarnation for service in await one.cut_off_two(A)]
+        await eventually(lambda: A in one.receiver.unplaced)
+        gone = tuple(PeerRecord(name="encode", incarnation=life, role=PeerRole.ENCODE) for life in lost)
+        one.receiver.told(MembershipChange((), gone))
+        failed = one.ends[A]
+        assert failed is not None and failed.code == "poison"
+
+
+async def test_no_item_fails_while_a_peer_is_linked_that_encodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four that refuse were as many as an item had attempts."""
+    async with made(tmp_path, monkeypatch, *(Broken(MODEL) for _ in range(5)), SyntheticEncoder(MODEL)) as one:
+        one.receiver.request([(A, item_of(1, 64))], 60.0)
+        await eventually(lambda: A in one.ends)
+        assert one.ends == {A: None} and one.receiver.placing.moves == 5, "of equal ones the first by name is asked"
+        samples = [sample for metric in one.receiver.metrics() for sample in metric.samples]
+        refusals = [sample for sample in samples if sample.name == "aiodisagg_item_refusals_total"]
+        assert sorted(sample.labels["peer"] for sample in refusals) == [f"e{number}" for number in range(5)]
+        assert {(sample.labels["code"], sample.value) for sample in refusals} == {("encode_failed", 1.0)}
