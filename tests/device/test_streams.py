@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aiodisagg.device.streams import Priority, own_stream
+from aiodisagg.device.vitals import Vitals
 from aiodisagg.encode import tower
 from aiodisagg.encode.gate import OpenGate
 from aiodisagg.engine import worker
@@ -63,7 +64,8 @@ def test_the_towers_thread_and_the_engines_ask_for_their_own(monkeypatch: pytest
     monkeypatch.setattr(tower, "own_stream", ask)
     monkeypatch.setattr(worker, "own_stream", ask)
     thread = tower.Tower(
-        NOBODY, batch_patches=1, began=NOBODY, made=NOBODY, gate=OpenGate(), to_host=True, device="cpu"
+        NOBODY, batch_patches=1, began=NOBODY, made=NOBODY, gate=OpenGate(), to_host=True, device="cpu",
+        vitals=Vitals(NOBODY),
     )  # fmt: skip
     thread.start()
     thread.close()
