@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
@@ -69,15 +70,44 @@ class ServeOptions:
             raise ConfigError("trace", "a trace has its own arrival times: neither rates nor seeds can be given")
         if not self.trace and not self.rates and not self.concurrencies:
             raise ConfigError("rates", "give rates or concurrencies")
-        if self.requests < 1:
-            raise ConfigError("requests", f"must be at least 1, not {self.requests}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError("seeds", f"at least one is needed, and each once, not {list(self.seeds)}")
+        _check("rates", self.rates, above=0)
+        _check("concurrency", self.concurrencies, least=1)
+        _check("requests", (self.requests,), least=1)
+        _check("warmup", (self.warmup,), least=0)
+        _check("probes", (self.probes,), least=0)
+        _check("slo", self.slo, above=0)
+        _check("cv", (self.cv,), least=0)
+        _check("timeout-s", (self.timeout_s,), above=0)
 
     @property
-    def loads(self) -> list[Arrivals | None]:
-        """One for each run; None: as the trace says."""
-        found: list[Arrivals | None] = [Gamma(rate, self.cv) for rate in self.rates]
-        found += [Closed(many) for many in self.concurrencies]
-        return found or [None]
+    def loads(self) -> list[tuple[str, Arrivals | None]]:
+        """One for each run, and what it is called, which no other one is; None: as the trace says."""
+        given: list[Arrivals] = [Gamma(rate, self.cv) for rate in self.rates]
+        given += [Closed(many) for many in self.concurrencies]
+        found: list[tuple[str, Arrivals | None]] = []
+        for number, arrivals in enumerate(given):
+            before = given[:number].count(arrivals)
+            exact = f"{repr(arrivals.rate_per_s).removesuffix('.0')}/s" if isinstance(arrivals, Gamma) else ""
+            found.append(((exact or _name(arrivals)) + (f" ({before + 1})" if before else ""), arrivals))
+        return found or [("trace", None)]
+
+
+def _check(key: str, values: Sequence[float], *, least: float = -math.inf, above: float = -math.inf) -> None:
+    for value in values:
+        if not (least <= value < math.inf and value > above):
+            wanted = f"above {above:g}" if above > least else f"at least {least:g}"
+            raise ConfigError(key, f"must be {wanted}, not {value:g}")
+
+
+def _name(arrivals: Arrivals | None) -> str:
+    match arrivals:
+        case Gamma(rate):
+            return f"{rate:.3g}/s"
+        case Closed(concurrency):
+            return f"{concurrency} at a time"
+    return "trace"
 
 
 class Client(msgspec.Struct, frozen=True):
@@ -128,9 +158,9 @@ async def bench_serve(
         await bench.warm()
         unloaded = await bench.alone()
         runs = []
-        for arrivals in options.loads:
+        for name, arrivals in options.loads:
             for seed in options.seeds:
-                run, outcomes = await bench.measure(arrivals, seed, unloaded)
+                run, outcomes = await bench.measure(arrivals, seed, unloaded, name)
                 runs.append(run)
                 keep(run, outcomes)
     return ServeReport(
@@ -164,7 +194,7 @@ class Bench:
         """Sends every replica some requests that do not count."""
         options, replicas = self._options, len(self._options.urls)
         some = list(islice(cycle(self._sample()), options.warmup * replicas))
-        await self._send("warming up", some, Closed(replicas), "warm")
+        await self._send("warming up", some, Closed(replicas), f"warm/{options.seeds[0]}")
 
     async def alone(self) -> dict[str, Unloaded]:
         """Measures each group of the workload with nothing beside it."""
@@ -172,7 +202,7 @@ class Bench:
         found = {}
         for group in sorted({group_of(request) for request in sample}):
             own = [request for request in sample if group_of(request) == group][: options.probes]
-            outcomes, _ = await self._send(f"alone, {group}", own, Closed(1), f"alone/{group}")
+            outcomes, _ = await self._send(f"alone, {group}", own, Closed(1), f"alone/{group}/{options.seeds[0]}")
             if (alone := Unloaded.of(outcomes)) is not None:
                 found[group] = alone
         return found
@@ -185,28 +215,24 @@ class Bench:
         return generate(options.mix, Closed(1), max(options.requests, 20 * options.probes), options.seeds[0])
 
     async def measure(
-        self, arrivals: Arrivals | None, seed: int, unloaded: Mapping[str, Unloaded]
+        self, arrivals: Arrivals | None, seed: int, unloaded: Mapping[str, Unloaded], name: str = ""
     ) -> tuple[Run, list[Outcome]]:
-        """One run of the workload; ``arrivals`` None: of the trace, at its own times."""
-        options = self._options
-        requests, rate, concurrency, name = options.trace, 0.0, 0, "trace"
-        match arrivals:
-            case Gamma(rate):
-                name = f"{rate:.3g}/s"
-            case Closed(concurrency):
-                name = f"{concurrency} at a time"
+        """One run of the workload; ``arrivals`` None: of the trace, at its own times. Runs of equal names, arrivals and
+        seeds send the same pictures and texts, others send others."""
+        options, name = self._options, name or _name(arrivals)
+        requests = options.trace
         if options.mix is not None and arrivals is not None:
             requests = generate(options.mix, arrivals, options.requests, seed)
         load = arrivals or Gamma(1.0)  # a trace's times are in its requests
         before = await self._counters()
-        outcomes, cost = await self._send(name, requests, load, f"{name}/{seed}")
+        outcomes, cost = await self._send(name, requests, load, f"{name}/{arrivals}/{seed}")
         counters = grown(before, await self._counters())
         late = max((one.sent_s - one.due_s for one in outcomes), default=0.0)
         whole = summarize(outcomes, unloaded, options.slo)
         run = Run(
             load=name,
-            rate_per_s=rate,
-            concurrency=concurrency,
+            rate_per_s=arrivals.rate_per_s if isinstance(arrivals, Gamma) else 0.0,
+            concurrency=arrivals.concurrency if isinstance(arrivals, Closed) else 0,
             seed=seed,
             all=whole,
             groups={

@@ -152,15 +152,15 @@ def summarize(
     multiples: Sequence[float] = (),
     seconds: float | None = None,
 ) -> Summary:
-    """``unloaded``: by group; a request of a group that is not there meets no objective. ``seconds``: if these are a
-    part of a longer run."""
+    """``unloaded``: by group; a request of a group that is not there meets no objective, and without any there is no
+    goodput. ``seconds``: if these are a part of a longer run."""
     fine = [one for one in outcomes if not one.error]
     if seconds is None:
         seconds = max((one.ended_s for one in outcomes), default=0.0) - min((one.due_s for one in outcomes), default=0)
     per_s = 1 / seconds if seconds > 0 else 0.0
     good = []
-    for multiple in multiples if unloaded is not None else ():
-        known = [(one, unloaded.get(one.group)) for one in outcomes] if unloaded is not None else []
+    for multiple in multiples if unloaded else ():
+        known = [(one, unloaded.get(one.group)) for one in outcomes] if unloaded else []
         met = sum(1 for one, alone in known if alone is not None and alone.is_met(one, multiple))
         good.append(Goodput(multiple, met * per_s, met / len(outcomes) if outcomes else 0.0))
     tokens = sum(one.output_tokens for one in fine)

@@ -31,7 +31,25 @@ def serve_tables(report: ServeReport) -> Group:
     tables = [_rates(report), _latencies(report), _groups(report)]
     if any(run.counters for run in report.runs):
         tables.append(_counters(report))
-    return Group(*tables)
+    return Group(*tables, *_notes(report))
+
+
+def _notes(report: ServeReport) -> list[str]:
+    """What the tables leave out."""
+    found = []
+    if not report.unloaded:
+        found.append("No goodput: no request was answered alone, so there is nothing to compare with (--probes).")
+    blind = [name for name, alone in report.unloaded.items() if not alone.tpot_ms and _streams(report, name)]
+    if blind:
+        found.append(f"Goodput of {', '.join(blind)} is by TTFT only: no answer alone had a second token.")
+    unknown = sorted({name for run in report.runs for name in run.groups} - set(report.unloaded))
+    if unknown and report.unloaded:
+        found.append(f"No goodput of {', '.join(unknown)}: no such request was answered alone.")
+    return found
+
+
+def _streams(report: ServeReport, group: str) -> bool:
+    return any(group in run.groups and run.groups[group].tpot_ms is not None for run in report.runs)
 
 
 def _rates(report: ServeReport) -> Table:
@@ -58,15 +76,16 @@ def _client(run: Run) -> str:
 
 
 def _latencies(report: ServeReport) -> Table:
-    found = Table(title="Milliseconds", title_justify="left")
+    found = Table(title="Milliseconds, of what was answered: errors and timeouts are in none", title_justify="left")
     found.add_column("load", justify="right")
+    found.add_column("answered", justify="right")
     for name in ("TTFT", "ITL", "TPOT", "E2E"):
         for part in _PARTS:
             found.add_column(f"{name}\n{part}" if part == "mean" else f"\n{part}", justify="right")
     for run in report.runs:
         one = run.all
         cells = [*_spread(one.ttft_ms), *_spread(one.itl_ms), *_spread(one.tpot_ms), *_spread(one.e2e_ms)]
-        found.add_row(run.load, *cells)
+        found.add_row(run.load, f"{one.completed} of {one.requests}", *cells)
     return found
 
 
@@ -77,7 +96,7 @@ def _groups(report: ServeReport) -> Table:
     names = sorted({name for run in report.runs for name in run.groups})
     for name in names:
         alone = report.unloaded.get(name)
-        said = f"{milliseconds(alone.ttft_ms)} + {milliseconds(alone.tpot_ms)}" if alone is not None else "-"
+        said = f"{milliseconds(alone.ttft_ms)} + {milliseconds(alone.tpot_ms or None)}" if alone is not None else "-"
         for run in report.runs:
             if name in run.groups:
                 one, parts = run.groups[name], ("mean", "p99")

@@ -165,13 +165,14 @@ def _serve(
     given = ServeOptions(
         urls=tuple(url.rstrip("/").removesuffix("/v1") for url in urls),
         rates=numbers("rates", rates, float),
-        concurrencies=at_once if at_once or rates or trace else (8,),
+        concurrencies=at_once if concurrencies or rates or trace else (8,),
         seeds=numbers("seeds", seeds, int),
         slo=numbers("slo", slo, float),
         **rest,
     )
-    if save_trace is not None and given.mix is not None and given.loads[0] is not None:
-        write_trace(save_trace, generate(given.mix, given.loads[0], given.requests, given.seeds[0]))
+    _, first = given.loads[0]
+    if save_trace is not None and given.mix is not None and first is not None:
+        write_trace(save_trace, generate(given.mix, first, given.requests, given.seeds[0]))
     if outcomes is not None:
         outcomes.write_bytes(b"")
 

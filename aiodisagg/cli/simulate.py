@@ -27,7 +27,7 @@ def workload_options(command: Command) -> Command:
         click.option("--times", default="h200-vllm", help="Service times: a profile of the package, or a JSON file."),
         click.option("--workload", "mix", default="servegen", help="A named mix, as of bench serve."),
         click.option("--small", is_flag=True, help="The mix as bench system scales it for CPU cores."),
-        click.option("--requests", default=2000, type=click.IntRange(min=2), help="Of each run."),
+        click.option("--requests", default=2000, type=click.IntRange(min=2), help="Of each run; of plan, at least."),
         click.option("--cv", default=1.0, help="Of the gaps between requests: 1 is Poisson, more is burstier."),
         click.option("--slo", default="5x", help="Multiple of the unloaded latency."),
         click.option("--json", "json_file", type=NEW_FILE, help="Write the results as JSON."),
@@ -90,7 +90,13 @@ def write_json(file: Path | None, found: Any) -> None:
 @click.option("--seed", default=0)
 @click.option("--trace", type=FILE, help="Requests of a file, one a line, instead of a mix.")
 @click.option("--protocol", is_flag=True, help="Move every item with the real protocol machines; slower.")
-@click.option("--shed", default=0.0, help="Refuse whom the first token is predicted later than this multiple for.")
+@click.option(
+    "--shed",
+    default=0.0,
+    type=click.FloatRange(min=0),
+    help="Put the services' admission queue before each engine, which refuses those whose first token it predicts "
+    "after this multiple of the unloaded latency; 0: everybody is let in.",
+)
 @order_option
 @click.option("--compare", "measured", type=FILE, help="Report of bench system to predict.")
 @workload_options
@@ -120,9 +126,9 @@ def _simulate(
     import msgspec
 
     from aiodisagg.bench.workload import read_trace
-    from aiodisagg.simulate.doors import Doors
+    from aiodisagg.simulate.doors import Doors, Line
     from aiodisagg.simulate.plot import plot_runs
-    from aiodisagg.simulate.runs import Offered, run, work
+    from aiodisagg.simulate.runs import Offered, burst, run, work
     from aiodisagg.simulate.systems import named_system
     from aiodisagg.simulate.tables import RUN_COLUMNS, run_rows, table
     from aiodisagg.simulate.times import read_times
@@ -139,8 +145,9 @@ def _simulate(
             say(f"no rate given: half of what {devices} devices can do is {rates[0]:.2f} requests/s")
         workloads = [offered.at(rate, seed) for rate in rates]
     began, found = time.perf_counter(), []
+    doors = Doors(line=Line.ADMISSION if shed else Line.ARRIVAL, shed_at=shed, order=order)
     for name in chosen:
-        system = msgspec.structs.replace(named_system(name, devices, encode), doors=Doors(shed_at=shed, order=order))
+        system = msgspec.structs.replace(named_system(name, devices, encode), doors=doors)
         for workload in workloads:
             found.append(run(system, hardware, workload, seed=seed, slo=slo_of(slo), protocol=protocol))
     spent_s = time.perf_counter() - began
@@ -148,6 +155,10 @@ def _simulate(
     say(
         f"{sum(one.requests for one in found):,} requests, {sum(one.events for one in found):,} events, {spent_s:.1f} s"
     )
+    if trace is None:
+        for number, workload in enumerate(workloads):
+            if warning := burst(hardware, workload, found[number :: len(workloads)]):
+                say(warning)
     write_json(json_file, found)
     if plot_file is not None:
         plot_runs(found, plot_file)

@@ -15,6 +15,7 @@ class Clock:
         self.calls = 0
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._asked = 0
+        self.stopped = False
 
     def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
         """Calls ``call(*args)`` at ``when``, now if that is past. There is no way to take it back: a call that may
@@ -22,10 +23,14 @@ class Clock:
         self._asked += 1
         heapq.heappush(self._heap, (max(when, self.now), self._asked, call, args))
 
+    def stop(self) -> None:
+        """Nothing more happens."""
+        self.stopped = True
+
     def run(self) -> None:
-        """Until nothing is left."""
+        """Until nothing is left, or :meth:`stop`."""
         heap = self._heap
-        while heap:
+        while heap and not self.stopped:
             self.now, _, call, args = heapq.heappop(heap)
             self.calls += 1
             call(*args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 import msgspec
@@ -139,6 +139,7 @@ class Cluster:
         self._by_name = {peer.name: peer for peer in self.peers}
         self._link()
         self._turn = 0
+        self._enough: Callable[[SimRequest], bool] = _never
         self._answers = self._answer_tokens = 0
 
     def _count(self, role: str) -> int:
@@ -190,19 +191,33 @@ class Cluster:
 
     # -- a request's way -----------------------------------------------------------------------------------------
 
-    def run(self, workload: Sequence[WorkloadRequest]) -> None:
-        """Until every request has ended. Raises AiodisaggError if that never comes."""
-        for number, source in enumerate(workload):
-            planned_s = self.costs.planned_s(len(source.images))
-            self.clock.at(source.arrival_s + planned_s, self._arrive, self._request(number, source))
+    def run(
+        self, workload: Sequence[WorkloadRequest], enough: Callable[[SimRequest], bool] | None = None
+    ) -> None:  # fmt: skip
+        """Until every request has ended, or ``enough``, told of each that has, says True. Raises AiodisaggError if
+        that never comes."""
+        self._enough = enough or _never
+        self.requests = self.requests_of(workload)
+        for request in self.requests:
+            planned_s = self.costs.planned_s(len(request.items))
+            self.clock.at(request.source.arrival_s + planned_s, self._arrive, request)
         self.clock.run()
         for peer in self.peers:
             peer.device.update()
         left = [request.name for request in self.requests if not request.outcome]
-        if left:
+        if left and not self.clock.stopped:
             raise AiodisaggError(
                 f"{self.system.name}: nothing happens any more, and requests {left[:5]} have not ended"
             )
+
+    def misfits(self, workload: Sequence[WorkloadRequest]) -> list[SimRequest]:
+        """Those for which no engine here has pages enough, ever."""
+        engines = [peer.engine for peer in self.fronts if peer.engine is not None]
+        return [one for one in self.requests_of(workload) if not any(engine.fits(one) for engine in engines)]
+
+    def requests_of(self, workload: Sequence[WorkloadRequest]) -> list[SimRequest]:
+        """As they are before they come."""
+        return [self._request(number, source) for number, source in enumerate(workload)]
 
     def _request(self, number: int, source: WorkloadRequest) -> SimRequest:
         images = [self.costs.rows(image.visual_tokens) for image in source.images]
@@ -214,7 +229,6 @@ class Cluster:
             Item(request, i, image.identity, rows)
             for i, (image, rows) in enumerate(zip(source.images, images, strict=True))
         ]
-        self.requests.append(request)
         return request
 
     def _arrive(self, request: SimRequest) -> None:
@@ -222,14 +236,14 @@ class Cluster:
         request.peer = peer.name
         assert peer.engine is not None and peer.door is not None
         if not peer.engine.fits(request):
-            request.outcome, request.end_s = "refused", self.clock.now
+            self._over(request, "refused")
             return
         peer.open += 1
-        peer.door.arrive(request, self._load(peer, self._half_answer_s()))
+        peer.door.arrive(request)
 
     def _refuse(self, request: SimRequest) -> None:
-        request.outcome, request.end_s = "shed", self.clock.now
         self._by_name[request.peer].open -= 1
+        self._over(request, "shed")
 
     def _route(self) -> Peer:
         fronts = self.fronts
@@ -316,10 +330,19 @@ class Cluster:
         peer.door.first(request)
 
     def _ended(self, request: SimRequest) -> None:
-        request.outcome, request.end_s = "ok", self.clock.now
         self._answers += 1
         self._answer_tokens += request.output
         peer = self._by_name[request.peer]
         peer.open -= 1
         assert peer.door is not None
         peer.door.left(request)
+        self._over(request, "ok")
+
+    def _over(self, request: SimRequest, outcome: str) -> None:
+        request.outcome, request.end_s = outcome, self.clock.now
+        if self._enough(request):
+            self.clock.stop()
+
+
+def _never(request: SimRequest) -> bool:
+    return False

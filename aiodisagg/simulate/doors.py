@@ -44,8 +44,9 @@ class Line(enum.StrEnum):
 class Doors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How requests are let in to each language peer.
 
-    ``inside``: requests at once, 0 for as many as come (arrival) or as the engine runs (admission). ``shed_at``:
-    refuse whose first token is predicted, or has become, later than this multiple of its unloaded time; 0: nobody.
+    ``inside``: requests at once, 0 for as many as come (arrival) or as the engine runs (admission). ``shed_at``, of
+    the admission queue: a deadline for first tokens, as a multiple of the request's unloaded time, and so the queue
+    refuses those that are predicted, or have become, later; 0: nobody.
     ``order`` and ``max_wait_s`` hold inside of the engine as well. They, ``window_s`` and ``min_in_flight``: as
     :class:`~aiodisagg.scheduler.admission.AdmissionConfig`.
     """
@@ -62,6 +63,8 @@ class Doors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Raises ConfigError."""
         if self.inside < 0 or self.shed_at < 0:
             raise ConfigError("doors", f"{self} is out of range")
+        if self.shed_at and self.line is not Line.ADMISSION:
+            raise ConfigError("doors", "shed_at needs the admission queue")
         self.admission()
 
     def admission(self) -> AdmissionConfig:
@@ -80,8 +83,8 @@ class Door(Protocol):
     waiting_s: float
     """Unloaded seconds of those in line."""
 
-    def arrive(self, request: SimRequest, owed_s: float) -> None:
-        """``owed_s``: seconds of work ahead of it."""
+    def arrive(self, request: SimRequest) -> None:
+        """It has been sent here."""
 
     def first(self, request: SimRequest) -> None:
         """It has its first token."""
@@ -94,23 +97,20 @@ def open_door(doors: Doors, clock: Clock, begin: Tell, refuse: Tell, *, runs: in
     """``runs``: requests that the engine behind it runs at once."""
     if doors.line is Line.ADMISSION:
         return QueueDoor(doors, clock, begin, refuse, runs)
-    return LineDoor(doors, begin, refuse)
+    return LineDoor(doors.inside, begin)
 
 
 class LineDoor:
-    """First come, first served."""
+    """First come, first served; all of them."""
 
-    def __init__(self, doors: Doors, begin: Tell, refuse: Tell) -> None:
-        self._doors, self._begin, self._refuse = doors, begin, refuse
+    def __init__(self, most: int, begin: Tell) -> None:
+        self._most, self._begin = most, begin
         self._queue: deque[SimRequest] = deque()
         self._inside = 0
         self.waiting_s = 0.0
 
-    def arrive(self, request: SimRequest, owed_s: float) -> None:
-        doors = self._doors
-        if doors.shed_at and owed_s + request.unloaded_s > doors.shed_at * request.unloaded_s:
-            self._refuse(request)
-        elif doors.inside and self._inside >= doors.inside:
+    def arrive(self, request: SimRequest) -> None:
+        if self._most and self._inside >= self._most:
             self._queue.append(request)
             self.waiting_s += request.unloaded_s
         else:
@@ -139,7 +139,7 @@ class QueueDoor:
         self._armed: float | None = None
         self.waiting_s = 0.0
 
-    def arrive(self, request: SimRequest, owed_s: float) -> None:
+    def arrive(self, request: SimRequest) -> None:
         source, now = request.source, self._clock.now
         work = Work(request.prompt, sum(item.patches for item in request.items))
         shed_at = self._doors.shed_at  # of the time since it was sent, not since it was planned

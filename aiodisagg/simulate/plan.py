@@ -1,41 +1,64 @@
 """How many peers of which role a load needs: the least of each kind of cluster that meets an SLO, and how sure that is.
 
-For each kind the number of devices is doubled and then bisected, each candidate judged over several seeds. Splits are
-tried with the halves that the work asks for, one encode peer fewer and one more. A candidate meets the goal if the
-mean share of requests within the SLO does. How sure: the answer is run again with the seeds of the search and as many
-new ones, and the shares are given with their 95 % interval, beside those of one device less. If the interval reaches
-below the goal, or one device less reaches above it, the answer is within the noise of the workload, and says so.
+A load builds up for as long as answers take, so each run lasts a minute at least and four times what the longest
+answers may take (:func:`~aiodisagg.simulate.runs.longest_s`), and the first and the last of these four count for
+nothing. For each kind the size is bracketed from a guess and then bisected, by the requests of one seed; a run that
+can no longer meet the goal is left there. For a split each size is tried with several numbers of encode peers, uphill
+from the one that did best before: what they have to do depends on the load and not on the size, and so the first guess
+is as many as would be busy half of the time. What the search found is then judged by other seeds, and moved by a step
+or two if these disagree. Their mean is given with its 95 % interval, beside that of the
+next size below. If the interval reaches below the goal, or that of the smaller one above it, as many seeds more are
+heard; if it still does, the answer is within the noise of the workload, and says so.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
+from aiodisagg.bench.workload import WorkloadRequest
 from aiodisagg.errors import ConfigError
-from aiodisagg.simulate.cluster import System
+from aiodisagg.simulate.cluster import Cluster, System
 from aiodisagg.simulate.record import Report
-from aiodisagg.simulate.runs import Mean, Offered, Work, mean_of, run, work
+from aiodisagg.simulate.runs import Mean, Offered, Work, longest_s, mean_of, run, work
 from aiodisagg.simulate.systems import flexible, replicas, split_overlap, split_waits
 from aiodisagg.simulate.times import ServiceTimes
 
 Say = Callable[[str], None]
 MOST_DEVICES = 4096
+GRAIN = 20
+"""Sizes are told apart to this part of themselves, and to a device below that: seeds differ by as much."""
+GUESS = 1.6
+"""How many times as much a device does as it would with ``CAPACITY_BATCH`` streams: where the first search begins."""
+IDLE = 0.1
+"""Devices that are busy for less of the time are enough: more would not help."""
 
 
 class PlanGoal(msgspec.Struct, frozen=True):
-    """``share`` of all requests within ``slo`` times the unloaded latency, at ``rate_per_s``."""
+    """``share`` of all requests within ``slo`` times the unloaded latency, at ``rate_per_s``; judged by ``seeds``, or
+    twice as many."""
 
     rate_per_s: float
     slo: float = 5.0
     share: float = 0.9
     seeds: int = 3
 
+    def check(self) -> None:
+        """Raises ConfigError, which names the option."""
+        for key, value, is_one, wanted in (
+            ("load", self.rate_per_s, self.rate_per_s > 0, "above 0"),
+            ("slo", self.slo, self.slo >= 1, "at least 1"),
+            ("share", self.share, 0 < self.share < 1, "between 0 and 1"),
+            ("seeds", self.seeds, self.seeds >= 1, "at least 1"),
+        ):
+            if not is_one:
+                raise ConfigError(key, f"must be {wanted}, not {value:g}")
+
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One size of one kind of cluster, over all its seeds."""
+    """One size of one kind of cluster, over its seeds; of the search, where it fails, only as far as it ran."""
 
     kind: str
     devices: int
@@ -50,102 +73,79 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """The least devices of a kind; ``chosen`` None: none up to ``MOST_DEVICES``. ``tried`` in the order of devices."""
+    """The least devices of a kind; ``chosen`` None: none up to ``MOST_DEVICES``. ``tried`` in the order of devices,
+    those that were judged as they were judged."""
 
     kind: str
     chosen: Candidate | None
     below: Candidate | None
-    """The best with one device less."""
+    """The next size below."""
     sure: bool
     why: str
     tried: tuple[Candidate, ...]
 
 
 class Plan(msgspec.Struct, frozen=True):
+    """``requests`` of each run, and the seconds at its beginning and at its end that count for nothing."""
+
     times: str
     goal: PlanGoal
     requests: int
+    settle_s: float
     work: Work
     answers: tuple[Answer, ...]
 
 
 def plan(times: ServiceTimes, offered: Offered, goal: PlanGoal, *, say: Say = lambda text: None) -> Plan:
-    """Raises ConfigError, which names the option, for a goal that is none."""
-    for key, value, is_one, wanted in (
-        ("load", goal.rate_per_s, goal.rate_per_s > 0, "above 0"),
-        ("slo", goal.slo, goal.slo >= 1, "at least 1"),
-        ("share", goal.share, 0 < goal.share < 1, "between 0 and 1"),
-        ("seeds", goal.seeds, goal.seeds >= 1, "at least 1"),
-    ):
-        if not is_one:
-            raise ConfigError(key, f"must be {wanted}, not {value:g}")
-    spent = work(times, offered.at(goal.rate_per_s, 0))
-    answers = tuple(_Search(kind, times, offered, goal, spent, say).answer() for kind in KINDS)
-    return Plan(times.name, goal, offered.requests, spent, answers)
+    """Raises ConfigError, which names the option, for a goal that is none or that no number of devices can meet."""
+    goal.check()
+    sample = offered.at(goal.rate_per_s, 0)
+    _fit(times, goal, sample)
+    settle_s = longest_s(times, sample, goal.slo)
+    offered = offered.lasting(goal.rate_per_s, settle_s)
+    spent = work(times, sample)
+    say(f"{offered.requests:,} requests a run; those of the first and the last {settle_s:.0f} s are not judged")
+    trial = Trial(times, offered, goal, settle_s)
+    guess, encode = round(goal.rate_per_s * spent.total_s / GUESS), round(2 * goal.rate_per_s * spent.tower_s)
+    answers: dict[str, Answer] = {}
+    for kind, like in KINDS.items():
+        known = answers[like].chosen if like else None
+        if known is not None and known.encode:
+            encode = known.encode
+        answers[kind] = _Search(kind, trial, known.devices if known else guess, encode, say).answer()
+    return Plan(times.name, goal, offered.requests, settle_s, spent, tuple(answers.values()))
 
 
-KINDS = ("replicas", "split-waits", "split-overlap", "flexible")
+def _fit(times: ServiceTimes, goal: PlanGoal, sample: Sequence[WorkloadRequest]) -> None:
+    misfits = Cluster(replicas(1), times).misfits(sample)
+    if len(misfits) > (1 - goal.share) * len(sample):
+        longest = max(misfits, key=lambda one: one.prompt + one.output)
+        raise ConfigError(
+            "times",
+            f"{times.name}: {len(misfits) / len(sample):.0%} of the requests fit into no device: the longest prompt "
+            f"and its answer have {longest.prompt} + {longest.output} tokens, kv_tokens is {times.kv_tokens}",
+        )
 
 
-class _Search:
-    def __init__(
-        self, kind: str, times: ServiceTimes, offered: Offered, goal: PlanGoal, spent: Work, say: Say
-    ) -> None:  # fmt: skip
-        self._kind, self._times, self._offered, self._goal, self._say = kind, times, offered, goal, say
-        self._share = spent.tower_s / spent.total_s
-        self._least = 1 if kind in ("replicas", "flexible") else 2
-        self._tried: dict[int, Candidate] = {}
+class Trial:
+    """Runs candidates."""
 
-    def answer(self) -> Answer:
-        low, high = self._least - 1, self._first()
-        while not self._works(high):
-            low, high = high, 2 * high
-            if high > MOST_DEVICES:
-                why = f"{low} devices are not enough"
-                return Answer(self._kind, None, self._tried[low], False, why, self._all())
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._works(middle) else (middle, high)
-        seeds = range(2 * self._goal.seeds)
-        chosen = self._best(high, seeds)
-        below = self._best(high - 1, seeds) if high > self._least else None
-        return Answer(self._kind, chosen, below, *self._judge(chosen, below), self._all())
+    def __init__(self, times: ServiceTimes, offered: Offered, goal: PlanGoal, settle_s: float) -> None:
+        self.goal = goal
+        self._times, self._offered, self._settle_s = times, offered, settle_s
+        self._workloads: dict[int, tuple[WorkloadRequest, ...]] = {}
 
-    def _first(self) -> int:
-        """A size near which to begin: four tenths of it at work."""
-        spent = work(self._times, self._offered.at(self._goal.rate_per_s, 0))
-        return max(self._least, round(self._goal.rate_per_s * spent.total_s / 2.5))
+    def run(self, system: System, seed: int, *, share: float = 0.0) -> Report:
+        """To its end, or until fewer than ``share`` can be within the SLO."""
+        if seed not in self._workloads:
+            self._workloads[seed] = self._offered.at(self.goal.rate_per_s, seed)
+        workload, slo = self._workloads[seed], self.goal.slo
+        return run(system, self._times, workload, seed=seed, slo=slo, settle_s=self._settle_s, goal=share)
 
-    def _works(self, devices: int) -> bool:
-        if devices < self._least:
-            return False
-        found = self._best(devices, range(self._goal.seeds))
-        self._tried[devices] = found
-        self._say(f"{self._kind}, {devices} devices: {found.attained.mean:.1%} of requests within the SLO")
-        return found.attained.mean >= self._goal.share
-
-    def _best(self, devices: int, seeds: Sequence[int]) -> Candidate:
-        return max((self._run(system, seeds) for system in self._systems(devices)), key=lambda c: c.attained.mean)
-
-    def _systems(self, devices: int) -> Iterator[System]:
-        if self._kind == "replicas":
-            yield replicas(devices)
-        elif self._kind == "flexible":
-            yield flexible(devices)
-        else:
-            make = split_waits if self._kind == "split-waits" else split_overlap
-            middle = round(devices * self._share)
-            for encode in sorted({min(max(middle + more, 1), devices - 1) for more in (-1, 0, 1)}):
-                yield make(devices, encode)
-
-    def _run(self, system: System, seeds: Sequence[int]) -> Candidate:
-        runs: list[Report] = []
-        for seed in seeds:
-            workload = self._offered.at(self._goal.rate_per_s, seed)
-            runs.append(run(system, self._times, workload, seed=seed, slo=self._goal.slo))
+    def candidate(self, kind: str, system: System, runs: Sequence[Report]) -> Candidate:
         roles = [use.role for use in runs[0].use]
         return Candidate(
-            kind=self._kind,
+            kind=kind,
             devices=system.devices,
             encode=system.encode,
             language=system.language,
@@ -156,23 +156,150 @@ class _Search:
             busy={role: statistics.fmean(u.busy for one in runs for u in one.use if u.role == role) for role in roles},
         )
 
-    def _judge(self, chosen: Candidate, below: Candidate | None) -> tuple[bool, str]:
-        goal, got = self._goal.share, chosen.attained
-        seeds = f"over {got.seeds} seeds"
-        if got.mean < goal:
-            return False, f"new seeds say {got.mean:.1%}, below the goal: take one device more"
-        if got.mean - got.half < goal:
-            return False, f"{got.mean:.1%} +- {got.half:.1%} {seeds} reaches below the goal"
-        if below is not None and below.attained.mean + below.attained.half >= goal:
-            less = below.attained
-            return False, f"one device less may do: {less.mean:.1%} +- {less.half:.1%} {seeds}"
-        return True, f"{got.mean:.1%} +- {got.half:.1%} {seeds}, {_less(below)}"
+    def meets(self, candidate: Candidate) -> bool:
+        return candidate.attained.mean >= self.goal.share
+
+
+_SPLITS: dict[str, Callable[[int, int], System]] = {"split-waits": split_waits, "split-overlap": split_overlap}
+_WHOLE: dict[str, Callable[[int], System]] = {"replicas": replicas, "flexible": flexible}
+KINDS = {"replicas": "", "split-waits": "replicas", "split-overlap": "split-waits", "flexible": "replicas"}
+"""And the kind whose answer is where the search begins."""
+
+
+class _Search:
+    """For one kind. ``guess``: a size to begin with, and ``encode`` peers of a split."""
+
+    def __init__(self, kind: str, trial: Trial, guess: int, encode: int, say: Say) -> None:
+        self._kind, self._trial, self._say = kind, trial, say
+        self._least = 1 if kind in _WHOLE else 2
+        self._guess, self._encode = min(max(guess, self._least), MOST_DEVICES), encode
+        self._ran: dict[tuple[int, int], Candidate] = {}
+        self._tried: dict[int, Candidate] = {}
+        self._judged: dict[int, tuple[System, list[Report]]] = {}
+
+    def answer(self) -> Answer:
+        size = self._search()
+        for times in (1, 2):
+            size = size and self._step(size, times)
+            if size is None:
+                most = self._tried[max(self._tried)]
+                busy, share = max(most.busy.values()), most.attained.mean
+                why = f"{most.devices} devices, {busy:.0%} busy, are not enough: {share:.1%} within the SLO"
+                return Answer(self._kind, None, most, False, why, self._all())
+            less = size - _grain(size)
+            chosen, below = self._judge(size, times), self._judge(less, times) if less >= self._least else None
+            sure, why = _sure(self._trial.goal, chosen, below)
+            if sure:
+                break
+        return Answer(self._kind, chosen, below, sure, why, self._all())
+
+    def _step(self, devices: int, times: int) -> int | None:
+        """From a size to the least near it that meets the goal by the seeds that judge."""
+        size: int | None = devices
+        while size is not None and not self._trial.meets(self._judge(size, times)):
+            size = self._more(size, _grain(size))
+        while size is not None and (less := size - _grain(size)) >= self._least:
+            if not self._trial.meets(self._judge(less, times)):
+                break
+            size = less
+        return size
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    def _search(self) -> int | None:
+        """The least size that meets the goal by the first seed."""
+        step = max(1, self._guess // 5)
+        low, high = self._least - 1, self._guess
+        if self._works(high):
+            while high - step > low and self._works(high - step):
+                high, step = high - step, 2 * step
+            low = max(low, high - step)
+        else:
+            works = False
+            while not works:
+                more = self._more(high, step)
+                if more is None:
+                    return None
+                low, high, step, works = high, more, 2 * step, self._works(more)
+        while high - low > _grain(high):
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._works(middle) else (middle, high)
+        return high
+
+    def _more(self, devices: int, step: int) -> int | None:
+        """A larger size; None: that would be too large, or is no help."""
+        too_large = devices + step > MOST_DEVICES
+        return None if too_large or max(self._best(devices, enough=True).busy.values()) < IDLE else devices + step
+
+    def _works(self, devices: int) -> bool:
+        found = self._tried[devices] = self._best(devices, enough=True)
+        split = f" ({found.encode}:{found.language})" if found.encode else ""
+        self._say(f"{self._kind}, {devices} devices{split}: {found.attained.mean:.1%} of requests within the SLO")
+        return self._trial.meets(found)
+
+    def _judge(self, devices: int, times: int) -> Candidate:
+        """By ``times`` as many seeds as the goal says."""
+        if devices not in self._judged:
+            self._judged[devices] = self._system(devices, self._best(devices, enough=False).encode), []
+        system, runs = self._judged[devices]
+        while len(runs) < times * self._trial.goal.seeds:
+            runs.append(self._trial.run(system, 1 + len(runs)))
+        return self._trial.candidate(self._kind, system, runs)
+
+    # -- encode peers --------------------------------------------------------------------------------------------
+
+    def _best(self, devices: int, *, enough: bool) -> Candidate:
+        """With as many encode peers as do best; ``enough``: or with the first number that does."""
+        if self._least == 1:
+            return self._run(devices, 0)
+        place = self._inside(devices, self._encode)
+        best, step = self._run(devices, place), max(1, place // 4)
+        while not (enough and self._trial.meets(best)):
+            for encode in (best.encode + step, best.encode - step):
+                other = self._run(devices, self._inside(devices, encode))
+                if other.attained.mean > best.attained.mean:
+                    best, step = other, 2 * step
+                    break
+            else:
+                if step == 1:
+                    break
+                step //= 2
+        if best.attained.mean > self._trial.goal.share / 2:  # else it is too small, whoever encodes
+            self._encode = best.encode
+        return best
+
+    def _inside(self, devices: int, encode: int) -> int:
+        return min(max(encode, 1), devices - 1)
+
+    def _run(self, devices: int, encode: int) -> Candidate:
+        if (devices, encode) not in self._ran:
+            system = self._system(devices, encode)
+            runs = [self._trial.run(system, 0, share=self._trial.goal.share)]
+            self._ran[devices, encode] = self._trial.candidate(self._kind, system, runs)
+        return self._ran[devices, encode]
+
+    def _system(self, devices: int, encode: int) -> System:
+        return _SPLITS[self._kind](devices, encode) if encode else _WHOLE[self._kind](devices)
 
     def _all(self) -> tuple[Candidate, ...]:
-        return tuple(self._tried[devices] for devices in sorted(self._tried))
+        found = self._tried | {devices: self._judge(devices, 1) for devices in self._judged}
+        return tuple(found[devices] for devices in sorted(found))
 
 
-def _less(below: Candidate | None) -> str:
+def _grain(devices: int) -> int:
+    return max(1, devices // GRAIN)
+
+
+def _sure(goal: PlanGoal, chosen: Candidate, below: Candidate | None) -> tuple[bool, str]:
+    got, seeds = chosen.attained, f"over {chosen.attained.seeds} seeds"
+    said = f"{got.mean:.1%} +- {got.half:.1%} {seeds}"
+    if got.seeds < 2:
+        return False, f"{got.mean:.1%} of one seed: nothing says how far another would be from it"
+    if got.mean - got.half < goal.share:
+        return False, f"{said} reaches below the goal"
     if below is None:
-        return "and there is nothing smaller"
-    return f"one device less {below.attained.mean:.1%} +- {below.attained.half:.1%}"
+        return True, f"{said}, and there is nothing smaller"
+    less = f"{below.devices}: {below.attained.mean:.1%} +- {below.attained.half:.1%}"
+    if below.attained.mean + below.attained.half >= goal.share:
+        return False, f"fewer may do, of {less} {seeds}"
+    return True, f"{said}, of {less}"

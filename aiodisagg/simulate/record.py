@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from aiodisagg.bench.workload import WorkloadRequest
 from aiodisagg.simulate.cluster import Cluster
 from aiodisagg.simulate.request import SimRequest
 
@@ -37,7 +39,7 @@ class RoleUse(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """One run. Rates are per second of the time in which requests arrived, and 0 if all came at once; an SLO is a
     multiple of the latency of an unloaded monolith, for the time to first token of each request and for its mean time
-    per token after that."""
+    per token after that. Latencies but ``itl``, and what meets the SLO, are of the ``judged`` requests."""
 
     system: str
     devices: int
@@ -59,8 +61,11 @@ class Report(msgspec.Struct, frozen=True):
     e2e: Spread
     output_tokens_per_s: float
     slo: float
+    judged: int
+    """All, but those that came while the run settled or shortly before its end; of a run that was left before its end,
+    those that have ended or are late."""
     attained: float
-    """Share of all requests that were answered within the SLO."""
+    """Share of the judged requests that were answered within the SLO."""
     goodput_per_s: float
     use: tuple[RoleUse, ...]
     items_encoded: int
@@ -71,15 +76,26 @@ class Report(msgspec.Struct, frozen=True):
     events: int
 
 
-def report(cluster: Cluster, *, seed: int, slo: float = 5.0) -> Report:
-    """Of a cluster that has run."""
+def steady(workload: Sequence[WorkloadRequest], settle_s: float) -> range:
+    """Numbers of the requests that are judged: they came at least ``settle_s`` after the first and before the last;
+    all, if there is none."""
+    arrivals = [request.arrival_s for request in workload] or [0.0]
+    middle = range(bisect_left(arrivals, arrivals[0] + settle_s), bisect_right(arrivals, arrivals[-1] - settle_s))
+    return middle or range(len(workload))
+
+
+def report(cluster: Cluster, *, seed: int, slo: float = 5.0, settle_s: float = 0.0) -> Report:
+    """Of a cluster that has run. ``settle_s``: see :func:`steady`."""
     requests = cluster.requests
-    ok = [request for request in requests if request.outcome == "ok"]
+    middle = steady([request.source for request in requests], settle_s)
+    known = requests[middle.start : middle.stop]
+    judged = [request for request in known if request.outcome or late(request, slo, cluster.clock.now)]
+    ok = [request for request in judged if request.outcome == "ok"]
     arrivals = [request.source.arrival_s for request in requests]
     span = arrivals[-1] - arrivals[0] if arrivals else 0.0
     makespan = max((request.end_s for request in requests), default=0.0)
     good = sum(meets(request, slo) for request in ok)
-    tokens = sum(request.generated for request in ok)
+    tokens = sum(request.generated for request in requests if request.outcome == "ok")
     towers = [peer.tower for peer in cluster.peers if peer.tower is not None]
     engines = [peer.engine for peer in cluster.peers if peer.engine is not None]
     return Report(
@@ -88,7 +104,7 @@ def report(cluster: Cluster, *, seed: int, slo: float = 5.0) -> Report:
         seed=seed,
         rate_per_s=len(requests) / span if span else 0.0,
         requests=len(requests),
-        ok=len(ok),
+        ok=sum(request.outcome == "ok" for request in requests),
         shed=sum(request.outcome == "shed" for request in requests),
         refused=sum(request.outcome == "refused" for request in requests),
         span_s=span,
@@ -100,8 +116,9 @@ def report(cluster: Cluster, *, seed: int, slo: float = 5.0) -> Report:
         e2e=spread(request.end_s - request.source.arrival_s for request in ok),
         output_tokens_per_s=tokens / max(makespan, 1e-9),
         slo=slo,
-        attained=good / max(len(requests), 1),
-        goodput_per_s=good / span if span else 0.0,
+        judged=len(judged),
+        attained=good / max(len(judged), 1),
+        goodput_per_s=good / (span - 2 * settle_s) if span > 2 * settle_s else 0.0,
         use=tuple(_uses(cluster, makespan)),
         items_encoded=sum(tower.encoded for tower in towers),
         items_held=sum(tower.hits for tower in towers),
@@ -116,9 +133,15 @@ def tpot_s(request: SimRequest) -> float:
     return (request.end_s - request.first_s) / (request.output - 1)
 
 
+def late(request: SimRequest, slo: float, now: float) -> bool:
+    """Whether its first token came after ``slo`` times its unloaded latency, or has not come by then."""
+    first_s = request.first_s if request.first_s >= 0 else now
+    return first_s - request.source.arrival_s > slo * request.unloaded_s
+
+
 def meets(request: SimRequest, slo: float) -> bool:
     """Whether an answered request was so within ``slo`` times its unloaded latency."""
-    if request.first_s - request.source.arrival_s > slo * request.unloaded_s:
+    if late(request, slo, request.end_s):
         return False
     return request.output == 1 or tpot_s(request) <= slo * request.unloaded_tpot_s
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from aiodisagg.bench.serve_metrics import percentile
 from aiodisagg.bench.workload import Gamma, Mix, WorkloadRequest, generate
 from aiodisagg.simulate.cluster import Cluster, System
-from aiodisagg.simulate.record import Report, report
+from aiodisagg.simulate.record import Report, late, meets, report, steady
+from aiodisagg.simulate.request import SimRequest
 from aiodisagg.simulate.times import PATCHES_PER_TOKEN, Costs, ServiceTimes
 
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t at 95 %, two sides, for one degree of freedom and more."""
 CAPACITY_BATCH = 16
 """Streams that decode together where nothing else says how many: for capacities only."""
+
+
+LEAST_S = 60.0
+"""Of a run that says what a load comes to, from the first arrival to the last."""
+SPANS = 4
+"""The same in times of long answers."""
 
 
 class Offered(msgspec.Struct, frozen=True):
@@ -29,6 +38,11 @@ class Offered(msgspec.Struct, frozen=True):
     def at(self, rate_per_s: float, seed: int) -> tuple[WorkloadRequest, ...]:
         """The requests of a seed; at another rate they are the same ones, closer together."""
         return generate(self.mix, Gamma(rate_per_s, self.cv), self.requests, seed)
+
+    def lasting(self, rate_per_s: float, answers_s: float) -> Offered:
+        """With more requests where these would all have come before a minute and a few answers are over."""
+        wanted = math.ceil(rate_per_s * max(LEAST_S, SPANS * answers_s))
+        return msgspec.structs.replace(self, requests=max(self.requests, wanted))
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -50,12 +64,42 @@ class Work(msgspec.Struct, frozen=True):
 
 def run(
     system: System, times: ServiceTimes, workload: Sequence[WorkloadRequest], *, seed: int = 0, slo: float = 5.0,
-    protocol: bool = False,
+    protocol: bool = False, settle_s: float = 0.0, goal: float = 0.0,
 ) -> Report:  # fmt: skip
-    """One run until all requests have ended."""
+    """One run until all requests have ended; with ``settle_s``, until the judged ones have, or until fewer than
+    ``goal`` of these can be within the SLO."""
     cluster = Cluster(system, times, seed=seed, protocol=protocol)
-    cluster.run(workload)
-    return report(cluster, seed=seed, slo=slo)
+    cluster.run(workload, _decided(cluster, steady(workload, settle_s), slo, goal) if settle_s else None)
+    return report(cluster, seed=seed, slo=slo, settle_s=settle_s)
+
+
+def _decided(cluster: Cluster, judged: range, slo: float, goal: float) -> Callable[[SimRequest], bool]:
+    left, may_miss = len(judged), (1 - goal) * len(judged) + 1e-9
+    missed, awaited = set[int](), deque(judged)
+
+    def look(request: SimRequest) -> bool:
+        nonlocal left
+        if request.number in judged:
+            left -= 1
+            if request.outcome != "ok" or not meets(request, slo):
+                missed.add(request.number)
+        while awaited:  # who waits for ever does not end either
+            first = cluster.requests[awaited[0]]
+            if late(first, slo, cluster.clock.now):
+                missed.add(first.number)
+            elif first.first_s < 0 and not first.outcome:
+                break
+            awaited.popleft()
+        return not left or len(missed) > may_miss
+
+    return look
+
+
+def longest_s(times: ServiceTimes, workload: Sequence[WorkloadRequest], slo: float) -> float:
+    """Seconds within which 99 % of the answers must be over to meet the SLO: as long as a load needs to build up."""
+    requests = Cluster(System("", replicas=1), times).requests_of(workload)
+    wanted = [one.unloaded_s + (one.output - 1) * one.unloaded_tpot_s for one in requests]
+    return slo * percentile(sorted(wanted), 99)
 
 
 def first_tokens(
@@ -99,6 +143,20 @@ def mean_of(values: Iterable[float]) -> Mean:
         t = T95[min(len(found) - 1, len(T95)) - 1]
         half = t * statistics.stdev(found) / math.sqrt(len(found))
     return Mean(statistics.fmean(found), half, min(found), max(found), len(found))
+
+
+def burst(times: ServiceTimes, workload: Sequence[WorkloadRequest], reports: Sequence[Report]) -> str:
+    """What to say of runs of one workload that were too short for the load to build up; empty if they were not."""
+    one = reports[0]
+    taken_s = min((one.e2e.p99 / 1e3 for one in reports if one.e2e.count), default=0.0)
+    answers_s = min(taken_s, longest_s(times, workload, one.slo))  # an overload makes them as long as the run
+    if one.span_s >= answers_s * (SPANS - 1):
+        return ""
+    enough = math.ceil(one.rate_per_s * max(LEAST_S, SPANS * answers_s))
+    return (
+        f"{one.rate_per_s:.4g} requests/s: {one.requests} come within {one.span_s:.1f} s, and long answers take "
+        f"{answers_s:.1f} s. That is a burst; --requests {enough} would say what the load comes to"
+    )
 
 
 def most(works: Callable[[float], bool], low: float, high: float, *, precision: float = 0.03) -> float:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from aiodisagg.simulate.compare import Compared
 from aiodisagg.simulate.plan import Answer, Plan
-from aiodisagg.simulate.record import Report
+from aiodisagg.simulate.record import Report, Spread
 from aiodisagg.simulate.studies import Rung
 
 Row = tuple[str, ...]
@@ -30,22 +30,27 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
 
 RUN_COLUMNS = (
     "system", "req/s", "TTFT mean", "p50", "p90", "p99", "text p99", "ITL p99", "TPOT mean", "within SLO", "goodput",
-    "shed", "busy",
+    "shed", "refused", "busy",
 )  # fmt: skip
 
 
 def run_rows(reports: Sequence[Report]) -> list[Row]:
-    """Milliseconds."""
+    """Milliseconds. Refused are those that fit into no device."""
     return [
         (
             one.system, _rate(one.rate_per_s, one),
-            f"{one.ttft.mean:.0f}", f"{one.ttft.p50:.0f}", f"{one.ttft.p90:.0f}", f"{one.ttft.p99:.0f}",
-            f"{one.ttft_text.p99:.0f}" if one.ttft_text.count else "-", f"{one.itl.p99:.1f}",
-            f"{one.tpot.mean:.1f}", f"{one.attained:.1%}", _rate(one.goodput_per_s, one), str(one.shed),
+            *(_ms(one.ttft, value) for value in (one.ttft.mean, one.ttft.p50, one.ttft.p90, one.ttft.p99)),
+            _ms(one.ttft_text, one.ttft_text.p99), _ms(one.itl, one.itl.p99, 1), _ms(one.tpot, one.tpot.mean, 1),
+            f"{one.attained:.1%}", _rate(one.goodput_per_s, one), str(one.shed), str(one.refused),
             ", ".join(f"{use.role} {use.busy:.0%}" for use in one.use),
         )
         for one in reports
     ]  # fmt: skip
+
+
+def _ms(spread: Spread, value: float, digits: int = 0) -> str:
+    """Nothing has no time, rather than 0."""
+    return f"{value:.{digits}f}" if spread.count else "-"
 
 
 def _rate(per_s: float, one: Report) -> str:

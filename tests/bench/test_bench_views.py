@@ -72,6 +72,29 @@ def test_tables_of_serve(tmp_path: Path) -> None:
         assert said in text, said
 
 
+def test_errors_are_said_to_be_in_no_latency(tmp_path: Path) -> None:
+    lines = text_of(serve_tables(REPORT), tmp_path / "out").splitlines()
+    title = next(i for i, line in enumerate(lines) if "errors and timeouts are in none" in line)
+    assert sum("1 of 2" in line for line in lines[title:]) == 1, "of the second run"
+
+
+def test_what_goodput_could_not_look_at_is_said(tmp_path: Path) -> None:
+    def said(unloaded: dict[str, Unloaded], *outcomes: Outcome) -> str:
+        groups = {name: summarize(own, unloaded, (2.0,)) for name, own in by_group(outcomes).items()}
+        whole = summarize(outcomes, unloaded, (2.0,))
+        run = msgspec.structs.replace(REPORT.runs[0], all=whole, groups=groups)
+        report = msgspec.structs.replace(REPORT, unloaded=unloaded, runs=[run])
+        return text_of(serve_tables(report), tmp_path / "out")
+
+    assert "oodput of" not in said(UNLOADED, OUTCOME) and "No goodput" not in said(UNLOADED, OUTCOME)
+    nothing = said({}, OUTCOME)
+    assert "No goodput: no request was answered alone" in nothing and "goodput 2x" not in nothing
+    one_token = {"text": Unloaded(1000.0, 0.0, 1250.0)}
+    assert "Goodput of text is by TTFT only" in said(one_token, OUTCOME)
+    assert "by TTFT only" not in said(one_token, replace(OUTCOME, output_tokens=1)), "there is nothing to limit"
+    assert "No goodput of 1 image: no such request was answered alone" in said(UNLOADED, OUTCOME, FAILED)
+
+
 def test_tables_of_system(tmp_path: Path) -> None:
     text = text_of(compare_table(COMPARED), tmp_path / "out")
     for said in ("load 1.0 is servegen 2.00 requests/s", "1+1", "3000", "x2.00", "10.0-3000", "good 2x"):

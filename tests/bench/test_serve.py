@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -72,12 +73,34 @@ async def test_runs_differ_in_their_pictures_and_pools_are_shared() -> None:
     options = {"mix": mix, "concurrencies": (1, 2), "seeds": (0, 1), "probes": 0, "warmup": 0}
     report, server, _ = await measure(options, lambda body: answer_of([0.1]))
     assert [(run.concurrency, run.seed) for run in report.runs] == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    assert report.unloaded == {} and report.runs[0].all.goodput[0].share == 0.0
+    assert report.unloaded == {} and report.runs[0].all.goodput == []
     sent = [pictures(body) for body in server.bodies[2:]]
     runs = [[url for urls in sent[start : start + 6] for url in urls] for start in range(0, 24, 6)]
     for run in runs:
         assert 12 > len(set(run)) >= 6, "some pictures came from the pool"
     assert sum(len(set(run)) for run in runs) == len({url for run in runs for url in run}), "none in two runs"
+
+
+async def test_loads_that_look_alike_send_other_pictures_and_have_other_names() -> None:
+    """The second of them was answered from caches."""
+    mix = Mix(exactly(1), ((32, 32),), exactly(5), exactly(1))
+    options = {"mix": mix, "rates": (1.234, 1.231, 1.234), "concurrencies": (2, 2), "probes": 0, "warmup": 0}
+    report, server, _ = await measure(options, lambda body: answer_of([0.1]))
+    assert [run.load for run in report.runs] == [
+        "1.234/s", "1.231/s", "1.234/s (2)", "2 at a time", "2 at a time (2)"
+    ]  # fmt: skip
+    sent = [url for body in server.bodies[2:] for url in pictures(body)]
+    assert len(sent) == len(set(sent)) == 30
+
+
+async def test_another_seed_sends_other_pictures_also_alone() -> None:
+    mix = Mix(exactly(1), ((32, 32),), exactly(5), exactly(1))
+    sent = []
+    for seed in (0, 1):
+        options = {"mix": mix, "concurrencies": (1,), "seeds": (seed,)}
+        _, server, _ = await measure(options, lambda body: answer_of([0.1]))
+        sent.append({url for body in server.bodies for url in pictures(body)})
+    assert [len(urls) for urls in sent] == [9, 9] and not sent[0] & sent[1], "one to warm up, two alone, six"
 
 
 async def test_an_open_loop_and_its_errors() -> None:
@@ -136,15 +159,21 @@ async def test_a_server_that_cannot_be_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "key"),
     [
-        {"mix": MIX},
-        {"concurrencies": (1,)},
-        {"mix": MIX, "trace": (WorkloadRequest(0.0, (), 1, 1),)},
-        {"trace": (WorkloadRequest(0.0, (), 1, 1),), "rates": (1.0,)},
-        {"mix": MIX, "rates": (1.0,), "requests": 0},
+        ({"mix": MIX}, "rates"),
+        ({"concurrencies": (1,)}, "trace"),
+        ({"mix": MIX, "trace": (WorkloadRequest(0.0, (), 1, 1),)}, "trace"),
+        ({"trace": (WorkloadRequest(0.0, (), 1, 1),), "rates": (1.0,)}, "trace"),
+        ({"mix": MIX, "rates": (1.0,), "seeds": (0, 1, 0)}, "seeds"),
+        ({"mix": MIX, "concurrencies": (1, 0)}, "concurrency"),
+        ({"mix": MIX, "rates": (math.nan,)}, "rates"),
+        ({"mix": MIX, "rates": (math.inf,)}, "rates"),
+        ({"mix": MIX, "rates": (1.0,), "cv": -1.0}, "cv"),
+        ({"mix": MIX, "rates": (1.0,), "timeout_s": 0.0}, "timeout-s"),
     ],
 )
-async def test_options_that_are_none(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+async def test_options_that_are_none(options: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as error:
         ServeOptions(urls=("http://x",), **options)
+    assert error.value.key == key

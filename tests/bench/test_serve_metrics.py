@@ -93,7 +93,8 @@ def test_goodput_counts_requests_within_a_multiple_of_their_group_s_unloaded_lat
         Goodput(2.0, 0.1, pytest.approx(1 / 3)),
         Goodput(5.0, 0.2, pytest.approx(2 / 3)),
     ]
-    assert summarize([FOUR], {}, (99.0,)).goodput == [Goodput(99.0, 0.0, 0.0)], "nothing to compare with"
+    assert summarize([ONE], {"text": unloaded["text"]}, (99.0,)).goodput == [Goodput(99.0, 0.0, 0.0)]
+    assert summarize([FOUR], {}, (99.0,)).goodput == [], "nothing to compare with is no goodput of 0"
 
 
 def test_unloaded_latencies_are_medians_of_what_was_answered() -> None:

@@ -199,7 +199,7 @@ def test_shedding_keeps_goodput_where_without_it_falls() -> None:
     spent = work(TIMES, requests(FIRST_TOKEN, 1.0, 200)).ttft_s
     workload = requests(FIRST_TOKEN, 2 * 1.6 / spent, 500)
     system = flexible(2)
-    shedding = msgspec.structs.replace(system, doors=Doors(shed_at=5.0))
+    shedding = msgspec.structs.replace(system, doors=Doors(line=Line.ADMISSION, shed_at=5.0))
     without, with_it = run(system, TIMES, workload), run(shedding, TIMES, workload)
     assert without.shed == 0 and with_it.shed > 50
     assert with_it.ok + with_it.shed == 500
@@ -233,6 +233,7 @@ def test_each_rung_of_the_ladder_serves() -> None:
         (System("none", encode=2), "nobody computes"),
         (System("none", language=2), "nobody encodes"),
         (System("none", both=1, tower_share=1.0), "tower_share"),
+        (System("none", both=1, doors=Doors(shed_at=5.0)), "shed_at needs the admission queue"),
     ],
 )
 def test_clusters_that_cannot_serve_are_refused(system: System, what: str) -> None:
