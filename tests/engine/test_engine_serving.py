@@ -310,7 +310,7 @@ async def test_a_request_tells_what_was_left_of_its_prompt_when_all_rows_were_he
     plan = make_plan([20, (1, 4, 4), 2, (1, 3, 4), 5])
     rows = make_rows(plan, 2)
     async with make_engine(tiny_model("moe"), token_budget=512) as engine:
-        at_once, text = submit(engine, plan, max_tokens=2), submit(engine, make_plan([30]), max_tokens=2)
+        at_once, text = submit(engine, plan, max_tokens=2), submit(engine, make_plan([30], seed=5), max_tokens=2)
         deliver_all(engine, at_once, rows)
         await asyncio.gather(read(at_once), read(text))
         assert text.prefill is not None and text.prefill[0] == 30

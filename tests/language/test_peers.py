@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -129,6 +130,7 @@ async def test_two_addresses_dialled_at_once_give_one_link_that_is_not_cut(tmp_p
 
 
 async def test_an_address_where_nobody_listens_is_said_once_and_to_whom_waits(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "aiodisagg.language.peers")
     async with dialling() as (peers, _):
         peers.add("unix:@nobody-listens-here")
         with pytest.raises(NoEncodePeer, match=r"encode peer at unix:@nobody-listens-here: .*refused"):
