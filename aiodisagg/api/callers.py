@@ -6,9 +6,9 @@ import hashlib
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -25,9 +25,8 @@ class Caller:
     tenant: Tenant
     is_operator: bool
     """The operator may look into the server and ask in the name of a tenant; so may anybody if there are no keys."""
-
-
-_OPERATOR = Caller(Tenant(), is_operator=True)
+    tenants: Mapping[str, Tenant] = field(default_factory=dict)
+    """The configured ones, in whose name it may ask; others have a weight of 1."""
 
 
 class Callers:
@@ -37,11 +36,14 @@ class Callers:
         # By a keyed hash: how long a look-up takes says nothing about a key.
         self._salt = secrets.token_bytes(16)
         self._by_key = {self._hash(own.key.encode()): Caller(own.tenant, False) for own in config.api_keys}
+        tenants = {own.tenant.name: own.tenant for own in config.api_keys}
+        default = Tenant()
+        self._operator = Caller(tenants.get(default.name, default), True, tenants)
         if config.api_key is not None:
-            self._by_key[self._hash(config.api_key.encode())] = _OPERATOR
-        tenants = {own.tenant.name for own in config.api_keys}
-        self._kept = config.max_requests // (2 * (len(tenants) + 1)) if tenants else 0
-        self._shared = config.max_requests - self._kept * (len(tenants) + 1)
+            self._by_key[self._hash(config.api_key.encode())] = self._operator
+        parties = len(tenants) + (config.api_key is not None)
+        self._kept = config.max_requests // (2 * parties) if tenants else 0
+        self._shared = config.max_requests - self._kept * parties
         self._chats: Counter[str] = Counter()
 
     @property
@@ -54,7 +56,7 @@ class Callers:
     def recognize(self, request: web.Request) -> Caller:
         """Raises Refused (401)."""
         if not self._by_key:
-            return _OPERATOR
+            return self._operator
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         caller = self._by_key.get(self._hash(given.strip().encode(errors="surrogateescape")))
         if scheme.lower() != "bearer" or caller is None:
@@ -82,7 +84,7 @@ def tenant_of(request: web.Request, caller: Caller) -> Tenant:
         return caller.tenant
     if not TENANT_NAME.fullmatch(name):
         raise InvalidRequest("X-Tenant", f"must be {NAME_RULE}")
-    return Tenant(name)
+    return caller.tenants.get(name) or Tenant(name)
 
 
 def timeout_of(request: web.Request, most_s: float) -> float:

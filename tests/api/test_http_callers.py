@@ -45,6 +45,15 @@ async def test_who_may_ask_for_anybody_says_for_whom(key: str | None) -> None:
         assert len(backend.calls) == 2
 
 
+async def test_a_gateway_does_not_change_the_weight_of_a_tenant() -> None:
+    backend, default = ScriptedBackend(), Tenant("default", 3.0)
+    async with serving(backend, api_key="gateway", api_keys=(*KEYS, ApiKey("key-d", default))) as served:
+        for name in ("alice", "bob", "nobody", None):
+            sent = {} if name is None else {"x_tenant": name}
+            assert (await served.post(BODY, authorization="Bearer gateway", **sent))[0] == 200
+        assert [call.tenant for call in backend.calls] == [ALICE, BOB, Tenant("nobody"), default]
+
+
 async def test_tenants_do_not_look_into_the_server() -> None:
     config = HttpConfig(api_key="operator", api_keys=KEYS)
     async with (
@@ -118,6 +127,19 @@ async def test_one_tenant_cannot_take_the_places_of_another() -> None:
             gate.set()
         assert [task.result() for task in taken] == [200] * 12
         assert await ask(served, "key-a") == 200
+
+
+async def test_without_an_operators_key_no_places_are_kept_for_it() -> None:
+    """Of twelve places, three are kept for each of two tenants: one of them gets nine."""
+    gate = asyncio.Event()
+    backend = ScriptedBackend([gate, *answer("done")])
+    async with serving(backend, api_keys=KEYS, max_requests=12) as served, asyncio.TaskGroup() as group:
+        for key, count in (("key-a", 9), ("key-b", 3)):
+            for _ in range(count):
+                group.create_task(served.post(BODY, authorization=f"Bearer {key}"))
+                await asyncio.wait_for(backend.started.get(), 10)
+            assert (await served.post(BODY, authorization=f"Bearer {key}"))[0] == 429
+        gate.set()
 
 
 def test_a_keys_file() -> None:
