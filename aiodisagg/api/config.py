@@ -62,7 +62,8 @@ class HttpConfig:
     """Keys of tenants. A tenant may have several."""
     max_requests: int = 256
     """Chat requests at once, reading the body included; one more gets a 429. If there are ``api_keys``, half of it is
-    divided evenly among their tenants and the operator and kept for them; the other half is for whoever comes first."""
+    divided evenly among their tenants, and the operator if it has a key, and kept for them; the other half is for
+    whoever comes first."""
     max_body_bytes: int = 64 * MiB
     """Largest request body; more is a 413."""
     max_held_bytes: int = 4096 * MiB

@@ -191,7 +191,7 @@ class Admission:
     # -- what it shows ----------------------------------------------------------------------------------------------
 
     def metrics(self) -> Iterable[Metric]:
-        """Lengths, refusals, waits, errors of prediction, prices, and what each tenant was charged."""
+        """Lengths, refusals, waits, errors of prediction, prices, limits, and what each tenant was charged."""
         waiting = GaugeMetricFamily("aiodisagg_admission_waiting", "Requests in line.", labels=("priority",))
         lengths = Tally({0: 0})
         lengths.update(entry.priority for entry in self._queue.waiting)
@@ -208,10 +208,14 @@ class Admission:
         prices = GaugeMetricFamily(
             "aiodisagg_admission_price_seconds", "Learned cost of a request, a token, a patch.", labels=("lane", "of")
         )
+        limits = GaugeMetricFamily(
+            "aiodisagg_admission_let_through", "Requests that may be on their way to a first token.", labels=("lane",)
+        )
         for lane in self._queue.lanes:
             name = "media" if lane.has_media else "text"
+            limits.add_metric((name,), lane.breadth.limit)
             if lane.prices.known:
                 prices.add_metric((name, "request"), lane.prices.request_s)
                 prices.add_metric((name, "token"), lane.prices.token_s)
                 prices.add_metric((name, "patch"), lane.prices.patch_s)
-        return [waiting, refused, charged, prices, *self._registry.collect()]
+        return [waiting, refused, charged, prices, limits, *self._registry.collect()]

@@ -298,7 +298,9 @@ class LanguageService:
             finally:
                 fetching.cancel()
         except AiodisaggError as error:
-            logger.warning("request %s failed: %s", request_id, error)
+            # Refusals are many under overload, and the API logs each of them.
+            level = logging.DEBUG if isinstance(error, Overloaded) else logging.WARNING
+            logger.log(level, "request %s failed: %s", request_id, error)
             self._end(trace, request, "failed", str(error))
             raise
         except BaseException as error:

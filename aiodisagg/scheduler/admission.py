@@ -6,8 +6,8 @@ refused, or given up at no cost. What decides:
 * **Lanes.** Requests with media and requests without wait for different things first, the tower and the engine. Each
   lane lets a little through ahead (:mod:`~aiodisagg.scheduler.lanes`). A full lane does not hold up the other.
   ``max_running`` bounds both together. First come, first served knows one lane only.
-* **Tenants** share a lane as :mod:`~aiodisagg.scheduler.shares` says: by weights, whoever floods the queue. When the
-  queue is full, the tenant with most in it for its weight makes room.
+* **Tenants** share the lanes, and the places behind them, as :mod:`~aiodisagg.scheduler.shares` says: by weights,
+  whoever floods the queue. When the queue is full, the tenant with most in it for its weight makes room.
 * **Within a tenant** it is :mod:`~aiodisagg.scheduler.order`, the rule of the engine as well. A newcomer passes those
   that it goes before, from the end of the line until it meets one that goes before it.
 
@@ -43,7 +43,7 @@ from aiodisagg.errors import ConfigError, InvalidTransition
 from aiodisagg.scheduler.lanes import Lane
 from aiodisagg.scheduler.order import Claim, Order
 from aiodisagg.scheduler.prices import Work
-from aiodisagg.scheduler.shares import Entry, Flow, Shares, Tenant
+from aiodisagg.scheduler.shares import PLACES, Entry, Shares, Tenant
 
 _OUTPUT_TOKENS = 2
 """Prompt tokens that a generated token is charged as, as in Sheng et al. 2024, "Fairness in serving large language
@@ -66,7 +66,8 @@ class AdmissionConfig:
     window_s: float = 1.0
     """Predicted work in a lane that is let through ahead. More than the latency of an idle service keeps it busy."""
     min_in_flight: int = 8
-    """Requests in a lane that are let through whatever they cost; at least two for each encode peer."""
+    """Requests in a lane that are let through whatever they cost, to begin with. What is learned raises it, at most to
+    half of what the engine runs; a limit on first tokens may lower it."""
 
     def __post_init__(self) -> None:
         for key in ("max_queue", "max_ttft_s", "max_wait_s", "window_s", "min_in_flight"):
@@ -186,7 +187,7 @@ class AdmissionQueue:
 
     def _lane(self, has_media: bool) -> Lane:
         config = self.config
-        return Lane(has_media, config.window_s, config.min_in_flight, config.max_ttft_s)
+        return Lane(has_media, config.window_s, config.min_in_flight, self.max_running // 2, config.max_ttft_s)
 
     def __repr__(self) -> str:
         return f"<AdmissionQueue {len(self._waiting)} waiting, {len(self._running)} running>"
@@ -222,7 +223,7 @@ class AdmissionQueue:
         if not self._waiting:
             self._earliest = math.inf
         for lane in self.lanes:
-            lane.somebody_waits = bool(self._shares.waiting(lane.has_media))
+            lane.line(bool(self._shares.waiting(lane.has_media)), now)
         return decisions
 
     # -- events -----------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ class AdmissionQueue:
                 lane.abandon(entry, now)
             if event.output_tokens > 0:
                 cost_s = lane.prices.of(Work(_OUTPUT_TOKENS * event.output_tokens, requests=0))
-                entry.flow.finish += cost_s / entry.flow.weight
+                self._shares.charge(entry, cost_s, entry.has_media)
                 decisions.append(Charged(entry.flow.name, cost_s))
         self._shares.leave(entry.flow)
         return decisions
@@ -296,14 +297,13 @@ class AdmissionQueue:
             ahead_s -= last_s
             at -= 1
         start_s = in_flight_s + ahead_s + self._shares.others(flow, entry.has_media, ahead_s, price)
-        own_s = cost_s + max(0.0, lane.latency_s)
-        latest = entry.limit - own_s
+        latest = entry.limit - lane.predicted_s(0.0, entry.work)
         entry.release_by, entry.service_s = min(now + self.config.max_wait_s, latest), cost_s
         if lane.prices.known:
-            entry.predicted_s = start_s + own_s
+            entry.predicted_s = lane.predicted_s(start_s, entry.work)
             is_idle = not len(lane) and not lane.somebody_waits
-            if now + start_s > latest and not is_idle:
-                return Shed(entry.request_id, "predicted", self._retry_after(now + start_s - latest))
+            if (late_s := now + entry.predicted_s - entry.limit) > 0 and not is_idle:
+                return Shed(entry.request_id, "predicted", self._retry_after(late_s))
         self._shares.line_up(entry, at)
         return None
 
@@ -362,32 +362,36 @@ class AdmissionQueue:
 
     def _release(self, now: float, decisions: list[Decision]) -> None:
         while self._waiting and len(self._running) < self.max_running:
-            entry = self._next(now)
-            if entry is None:
+            found = self._next(now)
+            if found is None:
                 return
-            self._unqueue(entry)
+            entry, queue = found
             lane = self.lanes[entry.has_media]
-            has_waited = now > entry.arrived
-            if has_waited and lane.prices.known and now + lane.prices.of(entry.work) > entry.limit:
+            if now > entry.arrived and now + self._predicted_s(lane, entry, now) > entry.limit:
+                self._unqueue(entry)
                 self._shares.leave(entry.flow)
                 decisions.append(self._too_late(entry, now))
                 continue
-            self._running[entry.request_id] = entry
             lane.enter(entry, now)
-            self._shares.charge(entry.flow, entry.cost_s)
+            self._shares.serve(entry, queue)
+            self._unqueue(entry)
+            self._running[entry.request_id] = entry
             decisions.append(Release(entry.request_id, now - entry.arrived))
             decisions.append(Charged(entry.flow.name, entry.cost_s))
 
-    def _next(self, now: float) -> Entry | None:
-        """The first of the tenant whose turn it is, of the lanes with room."""
-        best: tuple[float, str, Flow] | None = None
-        heads: dict[str, list[Entry]] = {}
-        for lane in self.lanes:
-            if lane.has_room(now):
-                for flow in self._shares.waiting(lane.has_media):
-                    heads.setdefault(flow.name, []).append(flow.lines[lane.has_media].entries[0])
-                    found = (self._shares.start(flow), flow.name, flow)
-                    best = found if best is None or found[:2] < best[:2] else best
-        if best is None:
+    @staticmethod
+    def _predicted_s(lane: Lane, entry: Entry, now: float) -> float:
+        """To its first token, if it is released now; nothing as long as nothing is known."""
+        return lane.predicted_s(lane.in_flight_s(now), entry.work) if lane.prices.known else 0.0
+
+    def _next(self, now: float) -> tuple[Entry, int] | None:
+        """The first of the tenant whose turn it is, and in which queue it is: that of a lane with room, or, if there is
+        room in both but only one place behind them, in that for the places."""
+        lanes = [lane for lane in self.lanes if self._shares.waiting(lane.has_media) and lane.has_room(now)]
+        if not lanes:
             return None
-        return min(heads[best[1]], key=lambda entry: self.config.order.rank(entry.claim, now))
+        queue = PLACES if len(lanes) == 2 and len(self._running) + 1 == self.max_running else lanes[0].has_media
+        flow = self._shares.queues[queue].first()
+        lines = flow.lines if queue == PLACES else (flow.lines[queue],)
+        heads = [line.entries[0] for line in lines if line.entries]
+        return min(heads, key=lambda entry: self.config.order.rank(entry.claim, now)), queue

@@ -7,12 +7,18 @@ Prices are marginal: the time by which a request delays those behind it while th
 consists of (several encode peers, batches, a full engine). So they are learned from intervals between two first tokens
 with somebody waiting all the time: the service has then done the work of the requests in between, in that time. The
 latency of a request in an idle service is another matter, and no price; but as no service does more in a time than a
-saturated one, what is done in any interval is reason to lower a price. Without that, a service that sheds because it
-once was slow would never wait for anybody, and so never learn that it is fast again.
+saturated one, what is done in any interval is reason to lower a price, if it is more than chance. Without that, a
+service that sheds because it once was slow would never wait for anybody, and so never learn that it is fast again; and
+were chance a reason, each lucky interval of an idle service would lower prices that no unlucky one can raise.
+
+A lesson is a *round* of such intervals, long enough to have seen its requests through: no shorter than their mean time
+from release to first token. One step of an engine may bring many first tokens within a millisecond: a lesson of these
+alone would say that they cost nothing, one of a whole step and few of its tokens that they cost much, and no average of
+such lessons is right.
 
 Learning is multiplicative: the logarithm of *taken / predicted* is shared among the three prices by their parts in the
-prediction. Prices stay positive, one odd interval moves them by a bounded factor, and where the mix never changes their
-ratios stay as they began. The first interval sets the scale at once: a slow machine may be a thousand times slower.
+prediction. Prices stay positive, one odd lesson moves them by a bounded factor, and where the mix never changes their
+ratios stay as they began. The first lesson sets the scale at once: a slow machine may be a thousand times slower.
 """
 
 from __future__ import annotations
@@ -21,8 +27,12 @@ import math
 from dataclasses import dataclass
 
 _BATCH = 8
-"""Requests of one lesson; a single one says more about its neighbours than about itself."""
+"""The fewest requests of a round; a single one says more about its neighbours than about itself."""
 _GAIN = 0.3
+_CHANCE = 2.0
+"""What the logarithm of the cost of one request may be off by chance; that of n, by the square root of n less."""
+_MEMORY = 1024
+"""Requests that are looked at together for that, at most."""
 _FIRST = (2e-3, 2e-5, 5e-6)
 """Seconds of a request, a token and a patch to begin with: their ratios are those of a 30B-A3B model."""
 
@@ -45,14 +55,41 @@ class Work:
 NOTHING = Work(0, 0, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What was done in some time; ``latency_s``: from release to first token, of all its requests together."""
+
+    took_s: float = 0.0
+    done: Work = NOTHING
+    latency_s: float = 0.0
+
+    def __add__(self, other: Round) -> Round:
+        return Round(self.took_s + other.took_s, self.done + other.done, self.latency_s + other.latency_s)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has enough requests, and has seen them through."""
+        count = self.done.requests
+        return count >= _BATCH and self.took_s > 0 and self.latency_s <= self.took_s * count
+
+    @property
+    def number(self) -> float:
+        """Requests in flight on the average, by Little's law."""
+        return self.latency_s / self.took_s
+
+    @property
+    def mean_latency_s(self) -> float:
+        return self.latency_s / self.done.requests
+
+
 class Prices:
     """Seconds a request, a token, a patch. ``known``: learned from something, so that they are seconds indeed."""
 
     def __init__(self) -> None:
         self.known = False
         self.request_s, self.token_s, self.patch_s = _FIRST
-        self._lessons = {True: (0.0, NOTHING), False: (0.0, NOTHING)}
-        """What is not learned yet, by whether somebody waited all the time."""
+        self._idle = Round()
+        """What was done since with nobody waiting; so that a price that is little too high is found out, as well."""
 
     def __repr__(self) -> str:
         known = "" if self.known else " unknown"
@@ -62,23 +99,26 @@ class Prices:
         """Seconds of service that ``work`` takes."""
         return work.requests * self.request_s + work.tokens * self.token_s + work.patches * self.patch_s
 
-    def observe(self, took_s: float, done: Work, *, saturated: bool) -> None:
-        """``done`` was done in ``took_s``; ``saturated``: with somebody waiting all the time."""
-        took_s, done = took_s + self._lessons[saturated][0], done + self._lessons[saturated][1]
-        if done.requests < _BATCH or took_s <= 0:
-            self._lessons[saturated] = took_s, done
+    def observe(self, latest: Round, *, saturated: bool) -> None:
+        """A whole round is over. ``saturated``: with somebody waiting all the time."""
+        if saturated:
+            self._idle = Round()
+            self._learn(latest.took_s, latest.done, _GAIN)
             return
-        self._lessons[saturated] = 0.0, NOTHING
-        if saturated or (self.known and took_s < self.of(done)):
-            self._learn(took_s, done)
+        if latest.took_s > self.of(latest.done) * _luck(latest.done):
+            return  # too little came, and what that took says nothing
+        self._idle = latest if self._idle.done.requests >= _MEMORY else self._idle + latest
+        most_s = self._idle.took_s * _luck(self._idle.done)
+        if most_s < self.of(self._idle.done) and self.known:
+            self._learn(most_s, self._idle.done, 1.0)
 
-    def _learn(self, took_s: float, done: Work) -> None:
+    def _learn(self, took_s: float, done: Work, gain: float) -> None:
         predicted = self.of(done)
         wrong = math.log(took_s / predicted)
         parts = (done.requests * self.request_s, done.tokens * self.token_s, done.patches * self.patch_s)
         if self.known:
             squares = sum((part / predicted) ** 2 for part in parts)
-            step = _GAIN * max(-1.0, min(1.0, wrong)) / squares
+            step = gain * max(-1.0, min(1.0, wrong)) / squares
             factors = [math.exp(step * part / predicted) for part in parts]
         else:
             factors = [math.exp(wrong)] * 3
@@ -86,3 +126,8 @@ class Prices:
         self.request_s *= factors[0]
         self.token_s *= factors[1]
         self.patch_s *= factors[2]
+
+
+def _luck(done: Work) -> float:
+    """By which factor chance may change what it takes."""
+    return math.exp(_CHANCE / math.sqrt(done.requests))

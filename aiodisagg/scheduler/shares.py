@@ -1,12 +1,21 @@
-"""Whose turn it is: start-time fair queueing among tenants.
+"""Whose turn it is: start-time fair queueing among tenants, for each thing that they wait for.
 
-Theory. A tenant's *finish* is the service it has had, in seconds over its weight, on an axis that all share. Its
-*start* is the later of that and the virtual time, which is the greatest start of anybody served; so whoever was away
-comes back with the others and not with savings. The tenant of the smallest start is served, and its finish becomes its
-start plus the cost over its weight. Between any two moments at which two tenants wait for the same thing all the time,
-their services over their weights differ by at most one largest request of each (Goyal, Vin, Cheng 1996). The start does
-not depend on which of its requests a tenant sends next, so that order is free: it is the one of
-:mod:`~aiodisagg.scheduler.order`, which each line keeps.
+Theory. A tenant has an account for each *queue* in which it waits: service in seconds over its weight, on an axis that
+all who wait there share. Whoever joins begins at the queue's virtual time, or where it was, if that is later; so who
+was away comes back with the others and not with savings. From then on its account grows by what it gets, and by nothing
+else: whatever others get, nobody who waits loses credit. Whose account is least is served. The virtual time is what was
+the least account when somebody was served last, and never goes back; so nobody who waits is before it.
+
+While two tenants wait in one queue all the time, neither is served there while its account is above the other's. So
+their services over their weights differ by what they differed when the later one came, and by one largest request of
+the one that is ahead (Goyal, Vin, Cheng 1996). An account does not depend on which of its requests a tenant sends next,
+so that order is free: it is the one of :mod:`~aiodisagg.scheduler.order`, which each line keeps.
+
+There are three queues. A lane is one, and who waits there waits for the tower or for the engine. When there is room in
+both lanes and one place left behind them, all wait for that, and so the *places* are the third. What a tenant gets is
+charged in every queue that it waits in: one that has the engine to itself leaves the tower to others until they have as
+much. But nobody gives way for ever for what no other wanted. What was not decided in a queue puts nobody further than
+``DEBT_S`` beyond the last of the others there; and who does not wait in a lane owes it nothing for the other one.
 """
 
 from __future__ import annotations
@@ -21,6 +30,10 @@ from aiodisagg.scheduler.prices import NOTHING, Work
 
 MAX_TENANTS = 1024
 """Tenants that are remembered while they have nothing here. Beyond, the one that had least is forgotten."""
+DEBT_S = 10.0
+"""Of service, over the weight."""
+PLACES = 2
+"""The queue behind both lanes; that of a lane has the number ``has_media``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +103,63 @@ class Line:
 class Flow:
     """A tenant's requests and the service it has had."""
 
-    __slots__ = ("finish", "lines", "name", "open", "weight")
+    __slots__ = ("accounts", "lines", "name", "open", "weight")
 
     def __init__(self, tenant: Tenant) -> None:
         self.name, self.weight = tenant.name, tenant.weight
-        self.finish = 0.0
+        self.accounts = [0.0, 0.0, 0.0]
+        """By queue."""
         self.open = 0
         """Requests that have not ended."""
         self.lines = (Line(), Line())
         """By ``has_media``."""
 
     def __repr__(self) -> str:
-        return f"<Flow {self.name} {self.waiting} waiting, {self.open} open, finish {self.finish:.3f}>"
+        accounts = ", ".join(f"{account:.3f}" for account in self.accounts)
+        return f"<Flow {self.name} {self.waiting} waiting, {self.open} open, had {accounts}>"
 
     @property
     def waiting(self) -> int:
         return self.lines[0].work.requests + self.lines[1].work.requests
+
+
+class Queue:
+    """Those that wait for one thing, and what they have had since they do."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.flows: dict[str, Flow] = {}
+        self.virtual = 0.0
+
+    def start(self, flow: Flow) -> float:
+        """Where its next request begins on the axis."""
+        return max(self.virtual, flow.accounts[self.number])
+
+    def join(self, flow: Flow) -> None:
+        """It waits from now on. No effect on one that does."""
+        if flow.name not in self.flows:
+            flow.accounts[self.number] = self.start(flow)
+            self.flows[flow.name] = flow
+
+    def leave(self, flow: Flow) -> None:
+        del self.flows[flow.name]
+
+    def first(self) -> Flow:
+        """Whose turn it is. Somebody must wait."""
+        return min(self.flows.values(), key=lambda flow: (flow.accounts[self.number], flow.name))
+
+    def advance(self) -> None:
+        """Somebody who waits is about to be served."""
+        self.virtual = max(self.virtual, min(flow.accounts[self.number] for flow in self.flows.values()))
+
+    def charge(self, flow: Flow, cost: float, *, decided: bool) -> None:
+        """It has been given ``cost``; ``decided``: because of its account here."""
+        before = self.start(flow)
+        after = before + cost
+        if not decided:
+            others = [other.accounts[self.number] for other in self.flows.values() if other is not flow]
+            after = min(after, max(before, DEBT_S + max(others, default=self.virtual)))
+        flow.accounts[self.number] = after
 
 
 class Shares:
@@ -113,12 +167,10 @@ class Shares:
 
     def __init__(self) -> None:
         self._flows: dict[str, Flow] = {}
-        self._lined: tuple[dict[str, Flow], dict[str, Flow]] = ({}, {})
-        """Those with somebody in line, by ``has_media``."""
+        self.queues = (Queue(False), Queue(True), Queue(PLACES))
         self._idle: list[tuple[float, str]] = []
-        """Notes, least finish first. One is true as long as its flow is idle and has that finish."""
+        """Notes, least account first. One is true as long as its flow is idle and has that account."""
         self._open = 0
-        self.virtual = 0.0
 
     def enter(self, tenant: Tenant) -> Flow:
         """The tenant's flow, with one more request open; the weight is the one given last."""
@@ -135,55 +187,65 @@ class Shares:
         flow.open -= 1
         self._open -= 1
         if not self._open:
-            self.virtual = max(self.virtual, *(known.finish for known in self._flows.values()))
+            for queue in self.queues:
+                queue.virtual = max(queue.virtual, *(known.accounts[queue.number] for known in self._flows.values()))
             self._flows.clear()
             self._idle.clear()
         elif not flow.open:
             self._remember(flow)
 
     def _remember(self, flow: Flow) -> None:
-        bisect.insort(self._idle, (flow.finish, flow.name))
+        bisect.insort(self._idle, (flow.accounts[PLACES], flow.name))
         if len(self._idle) > MAX_TENANTS:
             self._forget(len(self._idle) // 2)
 
     def _forget(self, count: int) -> None:
         """Those of ``count`` oldest notes that are still true."""
-        for finish, name in self._idle[:count]:
+        for account, name in self._idle[:count]:
             flow = self._flows.get(name)
-            if flow is not None and not flow.open and flow.finish == finish:
+            if flow is not None and not flow.open and flow.accounts[PLACES] == account:
                 del self._flows[name]
         del self._idle[:count]
 
     def line_up(self, entry: Entry, at: int) -> None:
         """The entry waits from now on, behind ``at`` others of its tenant and lane."""
         entry.flow.lines[entry.has_media].insert(at, entry)
-        self._lined[entry.has_media][entry.flow.name] = entry.flow
+        for queue in (self.queues[entry.has_media], self.queues[PLACES]):
+            queue.join(entry.flow)
 
     def step_out(self, entry: Entry) -> None:
         """It does not wait any more."""
-        line = entry.flow.lines[entry.has_media]
-        line.remove(entry)
-        if not line.entries:
-            del self._lined[entry.has_media][entry.flow.name]
+        flow = entry.flow
+        flow.lines[entry.has_media].remove(entry)
+        if not flow.lines[entry.has_media].entries:
+            self.queues[entry.has_media].leave(flow)
+        if not flow.waiting:
+            self.queues[PLACES].leave(flow)
 
     def waiting(self, has_media: bool) -> Collection[Flow]:
         """Flows with somebody in line for this lane."""
-        return self._lined[has_media].values()
+        return self.queues[has_media].flows.values()
 
-    def start(self, flow: Flow) -> float:
-        return max(self.virtual, flow.finish)
+    def serve(self, entry: Entry, decided: int) -> None:
+        """The entry, which waits, is given what it costs, because it was its turn in this queue."""
+        for queue in (self.queues[entry.has_media], self.queues[PLACES]):
+            queue.advance()
+        self.charge(entry, entry.cost_s, decided)
 
-    def charge(self, flow: Flow, cost_s: float) -> None:
-        """The flow is served now, for ``cost_s``."""
-        self.virtual = start = self.start(flow)
-        flow.finish = start + cost_s / flow.weight
+    def charge(self, entry: Entry, cost_s: float, decided: int) -> None:
+        """The entry costs so much more than was charged for it."""
+        flow = entry.flow
+        for queue in self.queues:
+            if queue.number in (entry.has_media, PLACES) or flow.name in queue.flows:
+                queue.charge(flow, cost_s / flow.weight, decided=queue.number == decided)
 
     def others(self, flow: Flow, has_media: bool, ahead_s: float, price: Callable[[Work], float]) -> float:
         """Seconds of others' requests that go before what ``flow`` sends after ``ahead_s`` of its own."""
-        mine = self.start(flow) + ahead_s / flow.weight
+        queue = self.queues[has_media]
+        mine = queue.start(flow) + ahead_s / flow.weight
         found = 0.0
-        for other in self.waiting(has_media):
+        for other in queue.flows.values():
             if other is not flow:
-                theirs = max(0.0, (mine - self.start(other)) * other.weight)
+                theirs = max(0.0, (mine - queue.start(other)) * other.weight)
                 found += min(price(other.lines[has_media].work), theirs)
         return found

@@ -23,7 +23,7 @@ from aiodisagg.scheduler.admission import (
 )
 from aiodisagg.scheduler.lanes import Lane
 from aiodisagg.scheduler.order import Order
-from aiodisagg.scheduler.prices import Work
+from aiodisagg.scheduler.prices import Round, Work
 from aiodisagg.scheduler.shares import Entry, Tenant
 
 TEXT, PICTURE, BIG = Work(100), Work(1_000, 4_000), Work(8_000, 32_000)
@@ -33,7 +33,7 @@ ALICE, BOB = Tenant("alice"), Tenant("bob")
 def knows(lane: Lane) -> None:
     """Has the lane's prices count as learned; they stay as they are."""
     work = Work(800, 800 if lane.has_media else 0, requests=8)
-    lane.prices.observe(lane.prices.of(work), work, saturated=True)
+    lane.prices.observe(Round(lane.prices.of(work), work), saturated=True)
     assert lane.prices.known
 
 

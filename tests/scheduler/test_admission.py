@@ -271,6 +271,27 @@ def test_who_can_no_longer_be_in_time_is_not_released() -> None:
     assert release == Release("next", pytest.approx(0.7))
 
 
+def test_who_would_be_late_behind_what_is_in_flight_is_not_released() -> None:
+    front = Front.of(known=True, min_in_flight=2, window_s=1e-9)
+    front.arrive("a", BIG)
+    front.arrive("b", BIG)
+    assert front.arrive("late", PICTURE, within=0.75) == []  # 0.644 s are in flight
+    (shed,) = front.do(FirstToken("a"), after=0.5)  # and 0.322 s are, still
+    assert isinstance(shed, Shed) and (shed.request_id, shed.reason) == ("late", "late")
+
+
+def test_first_tokens_that_come_before_their_time_are_predicted_so() -> None:
+    """Those of a batch come together, and the last of them earlier than the work before it says."""
+    front = Front.of(known=True, min_in_flight=2, window_s=1e-9)
+    front.arrive("a", BIG)
+    front.arrive("b", BIG)
+    front.queue.lanes[True].latency_s = -0.1
+    assert front.arrive("in time", PICTURE, within=0.6) == []
+    front.queue.lanes[True].latency_s = -10.0
+    (shed,) = front.arrive("never", PICTURE, within=0.04)
+    assert shed == Shed("never", "predicted", 1.0)
+
+
 def test_the_limit_of_the_service_passes_in_line() -> None:
     front = Front.of(min_in_flight=1, max_ttft_s=3.0)
     front.arrive("a")

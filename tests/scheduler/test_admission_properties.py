@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiodisagg.scheduler.admission import Charged
 from aiodisagg.scheduler.prices import Work
-from aiodisagg.scheduler.shares import Tenant
+from aiodisagg.scheduler.shares import DEBT_S, Tenant
 from tests.scheduler.lines import Asked, Front, Run
 
 EPSILON = 1e-6
@@ -119,6 +120,42 @@ def test_shares_differ_by_at_most_a_largest_request_of_each(asked: list[tuple[in
             both = [had for had, waiting in history if {one.name, other.name} <= waiting]
             gaps = [had.get(one.name, 0.0) - had.get(other.name, 0.0) for had in both]
             assert max(gaps, default=0.0) - min(gaps, default=0.0) <= largest[i] + largest[j] + EPSILON
+
+
+@pytest.mark.parametrize("scale", [1, 400])
+@settings(max_examples=150, deadline=None)
+@given(
+    asked=st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.integers(1, 3)), min_size=4, max_size=30),
+    min_in_flight=st.integers(1, 4),
+    data=st.data(),
+)
+def test_in_no_lane_is_one_served_that_is_ahead_of_another(
+    scale: int, asked: list[tuple[int, bool, int]], min_in_flight: int, data: st.DataObject
+) -> None:
+    """All begin to wait at once. Whatever they get of two lanes, and in whatever order: who is served in a lane has not
+    had more, over its weight and of both lanes, than anybody else who waits there; so nobody gets further ahead than
+    by one request. Beyond all debts, that holds for what it has had of this lane."""
+    front = Front.of(min_in_flight=min_in_flight)
+    for n in range(min_in_flight):  # both lanes are full when they come
+        front.arrive(f"text {n}", Work(100), Tenant("z"))
+        front.arrive(f"media {n}", Work(100, 100), Tenant("z"))
+    for n, (tenant, has_media, size) in enumerate(asked):
+        front.arrive(str(n), Work(1_000 * size * scale, 4_000 * size * scale * has_media), TENANTS[tenant])
+    had: dict[str, float] = defaultdict(float)
+    of_lane: dict[tuple[str, bool], float] = defaultdict(float)
+    running = list(front.queue._running)
+    while running:
+        name = running.pop(data.draw(st.integers(0, len(running) - 1)))
+        waiting = {entry.request_id: entry for entry in front.queue.waiting}
+        for released in front.token(name):
+            entry = waiting.pop(released)
+            flow, lane = entry.flow, entry.has_media
+            for other in {one.flow for one in waiting.values() if one.has_media is lane} - {flow}:
+                assert of_lane[flow.name, lane] <= had[other.name] + EPSILON
+                assert had[flow.name] <= had[other.name] + EPSILON or had[flow.name] > DEBT_S
+            had[flow.name] += front.price(entry.work) / flow.weight
+            of_lane[flow.name, lane] += front.price(entry.work) / flow.weight
+            running.append(released)
 
 
 @settings(max_examples=50, deadline=None)

@@ -217,6 +217,7 @@ async def test_keys_classes_and_metrics_reach_the_line(moe: Path, vision: Qwen3V
             metrics = made.language.metrics().splitlines()
             assert 'aiodisagg_admission_waiting{priority="-1"} 1.0' in metrics
             assert 'aiodisagg_admission_waiting{priority="0"} 4.0' in metrics
+            assert 'aiodisagg_admission_let_through{lane="media"} 1.0' in metrics
             held.gate.set()
         # Alice's first turn, then bob's two, which weigh as much as one of hers.
         assert order == ["a3", "b1", "b2", "a1", "a2"]
