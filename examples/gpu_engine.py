@@ -8,11 +8,11 @@ Phases (``--phases``, all but the last two unless named): limits, check, decode,
 inside, times, load. One that fails, or has no time left (``--budget-s``), does not take the others with it; results so
 far are in the file after each. The table comes last. ``encode`` and ``warm`` are how the script starts itself.
 
-``load`` are closed and open loops; two replicas are two processes with one GPU each (CUDA_VISIBLE_DEVICES), with
-``--share`` two peers that encode for each other::
+``load`` are closed and open loops; two replicas are two processes with a GPU each (``--gpu``; each must see both, or
+rows go by the host), with ``--share`` two peers that encode for each other::
 
-    for i in 0 1; do name=$(echo ab | cut -c$((i + 1))); CUDA_VISIBLE_DEVICES=$i python examples/gpu_engine.py \\
-        --phases load --closed 1,4,16 --open images-1-8:1.5,3.5 --open servegen:4,9 --meet /tmp/meet --name $name \\
+    for i in 0 1; do name=$(echo ab | cut -c$((i + 1))); python examples/gpu_engine.py --gpu $i --phases load \\
+        --closed 1,4,16 --open images-1-8:1.5,3.5 --open servegen:4,9 --meet /tmp/meet --name $name \\
         --json $name.json & done; wait
 """
 
@@ -63,7 +63,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.began = options, time.monotonic()
-        self.device = "cpu" if options.tiny else "cuda:0"
+        self.device = "cpu" if options.tiny else f"cuda:{options.gpu}"
         self.gpu = not options.tiny
         self.model = Random.write(folder, tiny=options.tiny)
         self.results: dict[str, Any] = {"torch": torch.__version__, "argv": sys.argv[1:]}
@@ -72,8 +72,8 @@ class Bench:
         self.meeting: Callable[[str], Awaitable[str]] | None = None
         """Waits until the other replica says the same word."""
         if self.gpu:
-            torch.cuda.set_device(0)
-            self.results["device"] = torch.cuda.get_device_name(0)
+            torch.cuda.set_device(options.gpu)
+            self.results["device"] = torch.cuda.get_device_name(options.gpu)
 
     def sync(self) -> None:
         if self.gpu:
@@ -250,6 +250,7 @@ def main(arguments: Sequence[str]) -> int:
         "--open", action="append", default=[], metavar="MIX:RATES",
         help=f"Of the phase load: open loops of so many requests a second each; mixes are {', '.join(MIX_NAMES)}.",
     )  # fmt: skip
+    parser.add_argument("--gpu", type=int, default=0, help="The device of the language model.")
     parser.add_argument("--loop-s", type=float, default=20.0, help="How long an open loop is, on average.")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -281,8 +282,10 @@ def main(arguments: Sequence[str]) -> int:
         warming = []
         if bench.gpu:
             plans = [f"{name}/{index}" for name in ("triton", "triton, wide") for index in range(4)]
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+            its = {**os.environ, "CUDA_VISIBLE_DEVICES": seen.split(",")[options.gpu]}
             for part in ("kernels", "tower", "decode", *plans):
-                warming.append(subprocess.Popen([sys.executable, __file__, "warm", part, folder]))
+                warming.append(subprocess.Popen([sys.executable, __file__, "warm", part, folder], env=its))
         if set(wanted) - {"limits", "tower"}:
             with bench.phase("open"):
                 until = time.monotonic() + 90

@@ -21,6 +21,9 @@ from aiodisagg import LanguageService
 from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.workload import Gamma, generate
 
+WARMING, WARMING_RATE = 24, 4.0
+"""Requests before those that are measured, and how many of them a second."""
+
 
 def load(bench: Any, found: dict[str, Any]) -> None:
     """This process is a replica, or the language half."""
@@ -105,13 +108,12 @@ async def open_loops(bench: Any, found: dict[str, Any], service: LanguageService
     """Poisson arrivals of one sequence that both replicas know, of which each answers every other request; or all."""
     tiny, options = bench.options.tiny, bench.options
     replicas, own = 2 if options.meet is not None else 1, ord(options.name[0]) - ord("a")
-    text = text_of(planner, 16)
-    warm = [picture(1 << 20 | own << 10 | i, *((64, 96) if tiny else (720, 1280))) for i in range(4)]
-    await asyncio.gather(*(ask(service, f"{i} {text}", warm[i : i + 1], 8) for i in range(4)))
-    loop = asyncio.get_running_loop()
-    for turn, (name, seed, rate) in enumerate(planned(options)):
+    loop, loops = asyncio.get_running_loop(), list(planned(options))
+    warming = (loops[0][0], -1, WARMING_RATE)  # what peers learn of themselves and of each other is not measured
+    for turn, (name, seed, rate) in enumerate([warming, *loops]):
         mix = named_mix(name).scaled(visual=1 / 150, text=1 / 8, output=1 / 16) if tiny else named_mix(name)
-        requests = generate(mix, Gamma(rate), max(8, round(rate * options.loop_s)), seed)
+        count = WARMING if seed < 0 else max(8, round(rate * options.loop_s))
+        requests = generate(mix, Gamma(rate), count, seed & 0xFFFF)
         ours = [i for i in range(len(requests)) if replicas == 1 or i % replicas == own]
         texts = {i: f"{turn} {i} {text_of(planner, requests[i].text_tokens)}" for i in ours}
         with ThreadPoolExecutor(8) as pool:
@@ -129,6 +131,8 @@ async def open_loops(bench: Any, found: dict[str, Any], service: LanguageService
             return await ask(service, texts[i], made[i], requests[i].output_tokens)  # noqa: B023
 
         answers = await asyncio.gather(*map(one, ours))
+        if seed < 0:
+            continue
         gaps = sorted(g * 1e3 for a in answers for g in a.gaps_s)
         found.setdefault(name, {})[f"{rate} {seed}"] = {
             "rate": rate,

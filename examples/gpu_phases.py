@@ -11,6 +11,7 @@ import torch
 from gpu_serve import picture
 
 from aiodisagg.device.graphs import Captures
+from aiodisagg.device.streams import Priority
 from aiodisagg.engine.batch import EngineSequence, Work
 from aiodisagg.engine.graphs import StepGraphs, decode_sizes
 from aiodisagg.engine.kernels import distance
@@ -125,7 +126,8 @@ def decode(bench: Bench, found: dict[str, Any]) -> None:
         if name == "loop":
             continue
         bench.stepper.decoder.experts = chosen.only(name)
-        own = StepGraphs(graphs.inputs, graphs._compute, decode_sizes(batches), Captures(torch.device(bench.device)))
+        capture = Captures(torch.device(bench.device), Priority.DECODES)
+        own = StepGraphs(graphs.inputs, graphs._compute, decode_sizes(batches), capture)
         own.capture()
         for batch in batches:
             step = bench.decoding(batch, 64, 256)

@@ -156,7 +156,8 @@ async def _serve(bench: Any, found: dict[str, Any], shape: str) -> None:
 async def start(bench: Any, stack: AsyncExitStack, shape: str, planner: Any) -> tuple[LanguageService, str]:
     """The services of a shape until ``stack`` ends: who answers, and the address of its own tower or nothing."""
     tiny, model, address = bench.options.tiny, bench.model, ""
-    there = "cpu" if tiny else f"cuda:{bench.options.devices - 1}"
+    apart = shape not in ("both", "inside") and not tiny
+    there = f"cuda:{bench.options.devices - 1}" if apart else bench.device
     config = LanguageConfig(
         model=model.folder,
         device=bench.device,
@@ -171,7 +172,7 @@ async def start(bench: Any, stack: AsyncExitStack, shape: str, planner: Any) -> 
     )
     loaded = planner, bench.half, model.fingerprint
     if shape in ("both", "inside"):
-        encoder = await asyncio.to_thread(model.encoder, bench.device)
+        encoder = await asyncio.to_thread(model.encoder, there)
         threads = 8 if shape == "both" or bench.options.closed or bench.options.open else 1
         settings = encode_config(model, encoder, there, prepare_threads=threads)
         peer = BothService(config, settings, inline=shape == "inside", encoder=encoder, loaded=loaded)

@@ -75,9 +75,11 @@ class Cudart:
     # -- copies --------------------------------------------------------------------------------------------------
 
     def create_stream(self) -> int:
-        """On the current device; never waits for the default stream, nor the other way round."""
-        stream = ctypes.c_void_p()
-        self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), ctypes.c_uint(_STREAM_NON_BLOCKING))
+        """On the current device; never waits for the default stream, nor the other way round. It goes before all that
+        is computed: a copy inside of a device is a kernel, takes microseconds, and somebody waits for it."""
+        stream, least, first = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        self._call("cudaDeviceGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(first))
+        self._call("cudaStreamCreateWithPriority", ctypes.byref(stream), ctypes.c_uint(_STREAM_NON_BLOCKING), first)
         return stream.value or 0
 
     def destroy_stream(self, stream: int) -> None:

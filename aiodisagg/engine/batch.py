@@ -61,8 +61,6 @@ class EngineSequence:
         """None: its pages are not shared."""
         self.due, self.priority = due, priority
         """See :class:`~aiodisagg.scheduler.order.Claim`; on the clock ``time.monotonic``."""
-        self.complete: tuple[int, float] | None = None
-        """Once all rows are here: how many tokens were left to be computed then, and when that was."""
 
     def append(self, token: int) -> None:
         """The answer's next token."""

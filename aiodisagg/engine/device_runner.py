@@ -9,7 +9,6 @@ up to some four thousand tokens. Larger ones are launched: they work for longer 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,8 +23,8 @@ from aiodisagg.engine.attention import KvPool
 from aiodisagg.engine.decoder import FusedDecoder, shapes_of, unsupported
 from aiodisagg.engine.experts import BUCKETS, Experts, choose_experts
 from aiodisagg.engine.flash import FlashPrefill
-from aiodisagg.engine.graphs import DECODES, PROMPT_TOKENS, PROMPTS, StepGraphs, decode_sizes, prompt_sizes
-from aiodisagg.engine.inputs import Piece, StepInputs
+from aiodisagg.engine.graphs import DECODES, KEYS, PROMPT_TOKENS, PROMPTS, StepGraphs, decode_sizes, prompt_sizes
+from aiodisagg.engine.inputs import Piece, StepInputs, listed
 from aiodisagg.engine.kernels import Kernels, choose_kernels, new_inputs
 from aiodisagg.engine.pace import Reads
 
@@ -33,6 +32,9 @@ if TYPE_CHECKING:
     from aiodisagg.engine.batch import Work
 
 logger = logging.getLogger(__name__)
+
+LISTED = 1 << 18
+"""Keys of a step that is launched that can be listed."""
 
 Part = tuple[np.ndarray, torch.Tensor]
 """Ascending token indices of a step, and the rows that stand for their embeddings."""
@@ -75,7 +77,8 @@ class DeviceRunner:
                 experts = experts or choose_experts(self.shapes, layer.gate_up, layer.down, buckets=buckets)
                 self.decoder.experts = experts
         self._context_pages = min(pool.keys.shape[1] // pool.page_size, -(-max_context // pool.page_size))
-        self._inputs = self._new_inputs(token_budget, max_running)
+        self._flash = kernels.attend if isinstance(kernels.attend, FlashPrefill) else None
+        self._inputs = self._new_inputs(token_budget, max_running, LISTED)
         self._rows: torch.Tensor | None = None
         self._row_width = row_width
         self.reads = Reads()
@@ -84,8 +87,6 @@ class DeviceRunner:
         """Of decodes."""
         self.prompt_graphs: StepGraphs | None = None
         self._graph_rows: torch.Tensor | None = None
-        attend = kernels.attend
-        self._most_pairs = attend.min_pairs if isinstance(attend, FlashPrefill) else math.inf
         if captures is None and self.shapes.device.type == "cuda":
             captures = partial(Captures, self.shapes.device)
         if captures is not None and kernels.padded and (layer is None or self.decoder.experts.captured):
@@ -110,9 +111,10 @@ class DeviceRunner:
         sizes, capture = decode_sizes(ladder), captures(Priority.DECODES)
         most = max(size.tokens for size in sizes)
         self.graphs = StepGraphs(
-            self._new_inputs(most, most), lambda step: self.decoder(step, self._pool, every=True), sizes, capture
+            self._new_inputs(most, most, 0), lambda step: self.decoder(step, self._pool, every=True), sizes, capture
         )
-        sizes, capture = prompt_sizes(self._inputs.tile_tokens, prompts), captures(Priority.PROMPTS)
+        sizes = prompt_sizes(self._inputs.tile_tokens, prompts, listed=self._flash is not None)
+        capture = captures(Priority.PROMPTS)
         tokens = min(max(size.tokens for size in sizes), self._inputs.capacity)
         segments = max(size.decodes for size in sizes) + PROMPTS
         if self._row_width is not None:
@@ -121,11 +123,13 @@ class DeviceRunner:
         def compute(step: StepInputs) -> torch.Tensor:
             return self.decoder(step, self._pool, None if self._graph_rows is None else self._graph_rows[: step.tokens])
 
-        inputs = self._new_inputs(tokens, segments)
+        inputs = self._new_inputs(tokens, segments, max(KEYS))
         self.prompt_graphs = StepGraphs(inputs, compute, sizes, capture, logits=segments)
 
-    def _new_inputs(self, tokens: int, segments: int) -> StepInputs:
-        return new_inputs(self.shapes, tokens=tokens, segments=segments, pages=segments * self._context_pages)
+    def _new_inputs(self, tokens: int, segments: int, keys: int) -> StepInputs:
+        """``keys``: can be listed, if the kernels want that."""
+        pages, keys = segments * self._context_pages, keys if self._flash is not None else 0
+        return new_inputs(self.shapes, tokens=tokens, segments=segments, pages=pages, keys=keys)
 
     def _here(self) -> AbstractContextManager[object]:
         """Makes this thread's current device the model's: kernels are launched on the current one."""
@@ -188,12 +192,21 @@ class DeviceRunner:
         if logits is not None:
             return logits, used
         if not self._inputs.fits(pieces):  # the scheduler's budget is the usual bound; others may call as well
-            self._inputs = self._new_inputs(max(at, self._inputs.capacity), max(len(batch), self._inputs.segments))
+            segments = max(len(batch), self._inputs.segments)
+            self._inputs = self._new_inputs(max(at, self._inputs.capacity), segments, LISTED)
         rows = self._room(parts, at)
         if rows is not None:
             _place(parts, rows)
-        self._inputs.fill(pieces, ids, positions, visual=visual, sampled=sampled)
+        keys = self._worth_listing(pieces)
+        self._inputs.fill(pieces, ids, positions, visual=visual, sampled=sampled, keys=keys)
         return self.decoder(self._inputs, self._pool, rows), used
+
+    def _worth_listing(self, pieces: Sequence[Piece]) -> int:
+        """How many keys of a step that is launched should be listed."""
+        pairs = sum(piece.new * piece.total for piece in pieces if piece.new > 1)
+        if self._flash is None or pairs < self._flash.min_pairs or (keys := listed(pieces)) > self._inputs.keys:
+            return 0
+        return keys
 
     def _replayed(
         self, pieces: Sequence[Piece], ids: np.ndarray, positions: np.ndarray, parts: Sequence[Part],
@@ -213,8 +226,8 @@ class DeviceRunner:
             return None
         longer = [piece for piece in pieces if piece.new > 1]
         tiles = sum(-(-piece.new // graphs.inputs.tile_tokens) for piece in longer)
-        size = graphs.size_for(tokens, decodes, tiles)
-        if size is None or sum(piece.new * piece.total for piece in longer) >= self._most_pairs:
+        size = graphs.size_for(tokens, decodes, tiles, listed(pieces))
+        if size is None:
             return None
         if rows is not None:
             _place(parts, rows)

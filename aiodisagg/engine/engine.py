@@ -89,7 +89,7 @@ class Engine:
         if layout is not None and (layout.hidden_size, layout.dtype) != ours:
             self._runner.release()
             raise ConfigError("layout", f"{layout} does not fit a model of hidden size {ours[0]} in {ours[1]}")
-        self._pace = Pace(self.config.itl_budget_ms / 1e3) if self.config.itl_budget_ms else None
+        self._pace = Pace(self.config.itl_budget_ms / 1e3)
         self._scheduler = Scheduler(
             num_pages=self._runner.num_pages,
             page_size=self.config.page_size,
@@ -97,7 +97,7 @@ class Engine:
             max_running=self.config.max_running,
             overlap=self.config.overlap,
             coalesce_tokens=self.config.coalesce_tokens,
-            pace=self._pace,
+            pace=self._pace if self.config.itl_budget_ms else None,
             order=self.config.order,
         )
         self._limit = min(self._scheduler.largest(), self._runner.max_context)
@@ -114,8 +114,7 @@ class Engine:
             raise RuntimeError("an engine is entered once")
         if self._runner.device_runner is not None:
             await asyncio.to_thread(self._runner.warm_up)
-            if self._pace is not None:
-                self._pace.reads = self._runner.device_runner.reads
+            self._pace.reads = self._runner.device_runner.reads
         self._loop = asyncio.get_running_loop()
         self._steps = StepThread(
             self._runner,
@@ -123,9 +122,9 @@ class Engine:
             self._eos_ids,
             Outbox(self._loop),
             vitals=self._vitals,
+            pace=self._pace,
             ended=self._forget,
             stopped=lambda: self._loop.call_soon_threadsafe(self._stopped.set),
-            pace=self._pace,
             watcher=self._watcher,
         )
         self._steps.start()

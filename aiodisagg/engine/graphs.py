@@ -22,11 +22,15 @@ logger = logging.getLogger(__name__)
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Batches of decodes."""
-PROMPT_TOKENS = (64, 128, 256, 512, 1024, 1536, 2048, 2304, 3072, 4096)
-"""Tokens of a step with prompts. With experts its time is that of reading them all up to about a thousand tokens; a
-picture of 1080p and a question are 2,100 to 2,300."""
-BESIDE = (0, 4, 16, 64)
+PROMPT_TOKENS = (64, 128, 256, 512, 768, *range(1024, 4097, 256))
+"""Tokens of a step with prompts. Up to about a thousand its time is that of reading all experts; beyond, padding costs
+as much as what is none, but for attention and experts."""
+BESIDE = (0, 8, 24, 64)
 """Decodes of such a step."""
+LISTED_TOKENS = 1024
+"""From so many tokens on the keys of a step's prompts are listed, if the kernels want that."""
+KEYS = (8192, 32768)
+"""That can be."""
 PROMPTS = 16
 """Prompts, or parts of some, in such a step."""
 
@@ -37,14 +41,25 @@ class Size(NamedTuple):
     tokens: int
     decodes: int
     tiles: int
+    keys: int = 0
+    """Listed ones; with 0, kernels read pages."""
 
 
 def decode_sizes(ladder: Sequence[int] = DECODES) -> list[Size]:
     return [Size(batch, batch, 0) for batch in ladder]
 
 
-def prompt_sizes(tile_tokens: int, tokens: Sequence[int] = PROMPT_TOKENS, beside: Sequence[int] = BESIDE) -> list[Size]:
-    return [Size(t, d, -(-t // tile_tokens) + PROMPTS) for t in tokens for d in beside if d < t]
+def prompt_sizes(
+    tile_tokens: int, tokens: Sequence[int] = PROMPT_TOKENS, beside: Sequence[int] = BESIDE, *, listed: bool = False
+) -> list[Size]:
+    """``listed``: the kernels want keys listed."""
+    return [
+        Size(t, d, -(-t // tile_tokens) + PROMPTS, keys)
+        for t in tokens
+        for d in beside
+        for keys in (KEYS if listed and t >= LISTED_TOKENS else (0,))
+        if d < t
+    ]
 
 
 class StepGraphs:
@@ -63,17 +78,23 @@ class StepGraphs:
         capture: Capture, *, logits: int | None = None,
     ) -> None:  # fmt: skip
         self.inputs, self._compute, self._capture, self._wanted = inputs, compute, capture, logits
-        self.sizes = tuple(sorted({s for s in sizes if s.tokens <= inputs.capacity and s.decodes <= inputs.segments}))
+        self.sizes = tuple(
+            sorted(
+                s for s in set(sizes)
+                if s.tokens <= inputs.capacity and s.decodes <= inputs.segments and s.keys <= inputs.keys
+            )
+        )  # fmt: skip
         self._replay: dict[Size, Callable[[], None]] = {}
         self._logits: torch.Tensor | None = None
 
-    def size_for(self, tokens: int, decodes: int, tiles: int) -> Size | None:
+    def size_for(self, tokens: int, decodes: int, tiles: int, keys: int = 0) -> Size | None:
         """The smallest captured size that such a batch fits in; None: there is none."""
-        return next(
-            (s for s in self.sizes
-             if s.tokens >= tokens and s.decodes >= decodes and s.tiles >= tiles and s in self._replay),
-            None,
-        )  # fmt: skip
+
+        def fits(size: Size) -> bool:
+            room = size.tokens >= tokens and size.decodes >= decodes and size.tiles >= tiles
+            return room and (not size.keys or size.keys >= keys) and size in self._replay
+
+        return next(filter(fits, self.sizes), None)
 
     def capture(self) -> None:
         """Runs and captures every size, the largest first, whose memory the others reuse."""
@@ -113,4 +134,4 @@ class StepGraphs:
     ) -> None:  # fmt: skip
         if self._wanted is not None:
             sampled = [*sampled, *[0] * (self._wanted - len(sampled))]
-        self.inputs.fill(pieces, ids, positions, visual=visual, sampled=sampled, pad_to=size)
+        self.inputs.fill(pieces, ids, positions, visual=visual, sampled=sampled, pad_to=size[:3], keys=size.keys)

@@ -4,7 +4,7 @@ A CUDA graph replays launches with the pointers and grids they were captured wit
 to step lies in one int32 tensor, filled by one copy from pinned memory: token ids, positions, slots, the segments and
 the tiles they are cut into. Two kinds of segments: those of one token (**decodes**, whatever they are to the scheduler)
 and longer ones, cut into **tiles**. Padding is a decode entry without a context, or a tile of no segment; a token of
-padding has no slot.
+padding has no slot. For kernels that want a segment's keys one after another, the slots of all of them are listed.
 """
 
 # torch declares no types for streams and events.
@@ -34,19 +34,24 @@ class Piece:
 
 
 class StepInputs:
-    """Device tensors for at most ``tokens`` tokens in at most ``segments`` segments with ``pages`` pages together.
+    """Device tensors for at most ``tokens`` tokens in at most ``segments`` segments with ``pages`` pages together, and
+    for a list of at most ``keys`` keys.
 
     Attributes, all int32 on the device (views, cut to what ``fill`` was told):
         count [1]: tokens that are not padding. ids [T], slots [T] (-1: none), visual [T] (1: the row stands for the
         embedding), positions [3, T]. pages [P]: page numbers, segment after segment.
         dec_token, dec_total, dec_pages [D]: token index (-1: none), length with the new token, first index in pages.
         seg_start, seg_new, seg_total, seg_pages [S], tile_segment (-1: none), tile_at [N]: the longer segments.
+        key_slots [K]: if not empty, of all keys of the segments from the first longer one on, one after another, and
+        slot 0 as padding; query_at, key_at [S + 1]: where each of these segments begins among the tokens and the keys,
+        and where the last one ends, which is said again for segments that there are not.
         sampled [n]: tokens whose logits are wanted.
     """
 
     def __init__(
-        self, *, tokens: int, segments: int, pages: int, page_size: int, tile_tokens: int, device: torch.device
-    ) -> None:
+        self, *, tokens: int, segments: int, pages: int, page_size: int, tile_tokens: int, device: torch.device,
+        keys: int = 0,
+    ) -> None:  # fmt: skip
         self.capacity, self.segments, self.page_size, self.tile_tokens = tokens, segments, page_size, tile_tokens
         tiles = -(-tokens // tile_tokens) + segments
         sizes = {"count": 1, "ids": tokens, "slots": tokens, "visual": tokens}
@@ -54,12 +59,17 @@ class StepInputs:
         sizes |= dict.fromkeys(("dec_token", "dec_total", "dec_pages"), segments)
         sizes |= dict.fromkeys(("seg_start", "seg_new", "seg_total", "seg_pages"), segments)
         sizes |= {**dict.fromkeys(("tile_segment", "tile_at"), tiles), "sampled": segments}
+        sizes |= {"query_at": segments + 1, "key_at": segments + 1}
         pinned = device.type == "cuda"
         with torch.inference_mode(False):  # written by whichever thread steps, in whatever mode
             self._staged = torch.zeros(sum(map(_aligned, sizes.values())), dtype=torch.int32, pin_memory=pinned)
-            self._staged_pages = torch.zeros(pages, dtype=torch.int32, pin_memory=pinned)
+            self._staged_pages, self._staged_keys = (
+                torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for size in (pages, keys)
+            )
             self._all = torch.zeros(self._staged.shape, dtype=torch.int32, device=device)
-            self.pages = torch.zeros(pages, dtype=torch.int32, device=device)
+            self.pages, self._key_slots = (
+                torch.zeros(size, dtype=torch.int32, device=device) for size in (pages, keys)
+            )
         self._host: dict[str, np.ndarray] = {}
         self._device: dict[str, torch.Tensor] = {}
         at = 0
@@ -72,12 +82,15 @@ class StepInputs:
         self._copied = torch.cuda.Event() if pinned else None
         self.pieces: tuple[Piece, ...] = ()
         """The segments as the host knows them, padding left out."""
-        self.derived: dict[str, object] = {}
-        """What kernels have made of this step, to use it again in the next layer."""
         self.tokens = self.decodes = self.tiles = 0
         self.cut(tokens, segments, tiles)
 
-    def cut(self, tokens: int, decodes: int, tiles: int) -> None:
+    @property
+    def keys(self) -> int:
+        """Keys that can be listed."""
+        return self._key_slots.shape[0]
+
+    def cut(self, tokens: int, decodes: int, tiles: int, keys: int = 0) -> None:
         """Sets the sizes of what kernels see: the views, and so their grids."""
         self.tokens, self.decodes, self.tiles = tokens, decodes, tiles
         d = self._device
@@ -90,7 +103,8 @@ class StepInputs:
             d[name] for name in ("seg_start", "seg_new", "seg_total", "seg_pages")
         )
         self.tile_segment, self.tile_at = d["tile_segment"][:tiles], d["tile_at"][:tiles]
-        self.sampled = d["sampled"]
+        self.sampled, self.query_at, self.key_at = d["sampled"], d["query_at"], d["key_at"]
+        self.key_slots = self._key_slots[:keys]
 
     def fits(self, pieces: Sequence[Piece]) -> bool:
         return (
@@ -108,6 +122,7 @@ class StepInputs:
         visual: np.ndarray | None = None,
         sampled: Sequence[int] = (),
         pad_to: tuple[int, int, int] | None = None,
+        keys: int = 0,
     ) -> None:
         """Stages a step and starts its copy, once the copy of the step before has ended.
 
@@ -115,6 +130,7 @@ class StepInputs:
             ids [T], positions [3, T]: of the pieces' tokens, one piece after another.
             visual: token indices that a row stands for. sampled: token indices whose logits are wanted.
             pad_to: (tokens, decodes, tiles) that the kernels shall see; None: no padding.
+            keys: as many are listed, padding included; 0: none are. See :func:`listed`.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -161,10 +177,38 @@ class StepInputs:
         host["dec_pages"][decodes : wanted[1]] = 0
         host["tile_segment"][tiles : wanted[2]] = -1
         host["sampled"][: len(sampled)] = sampled
-        self.pieces, self.derived = tuple(pieces), {}
-        self.cut(*wanted)
+        self.pieces = tuple(pieces)
+        if keys:
+            self._list_keys(keys)
+        self.cut(*wanted, keys)
         self.sampled = self.sampled[: len(sampled)]
         self._all.copy_(self._staged, non_blocking=True)
         self.pages[:used].copy_(self._staged_pages[:used], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+
+    def _list_keys(self, room: int) -> None:
+        """Stages and copies ``key_slots``, and stages the rest."""
+        slots, page = self._staged_keys.numpy(), self.page_size
+        query_at, key_at = self._host["query_at"], self._host["key_at"]
+        first = _first_longer(self.pieces)
+        query, key = sum(piece.new for piece in self.pieces[:first]), 0
+        query_at[0], key_at[0], count = query, 0, 0
+        for piece in self.pieces[first:]:
+            pages = np.asarray(piece.pages[: -(-piece.total // page)], dtype=np.int32)
+            its = (pages[:, None] * page + np.arange(page, dtype=np.int32)).reshape(-1)[: piece.total]
+            slots[key : key + piece.total] = its
+            query, key, count = query + piece.new, key + piece.total, count + 1
+            query_at[count], key_at[count] = query, key
+        query_at[count + 1 :], key_at[count + 1 :] = query, key
+        slots[key:room] = 0
+        self._key_slots[:room].copy_(self._staged_keys[:room], non_blocking=True)
+
+
+def _first_longer(pieces: Sequence[Piece]) -> int:
+    return next((i for i, piece in enumerate(pieces) if piece.new > 1), len(pieces))
+
+
+def listed(pieces: Sequence[Piece]) -> int:
+    """Keys of the segments from the first longer one on."""
+    return sum(piece.total for piece in pieces[_first_longer(pieces) :])

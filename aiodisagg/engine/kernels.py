@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from aiodisagg.engine.inputs import Piece, StepInputs
+from aiodisagg.engine.inputs import Piece, StepInputs, listed
 
 logger = logging.getLogger(__name__)
 
@@ -197,13 +197,13 @@ def _with_flash(kernel: Any, shapes: Shapes, limit: float) -> Any:
     try:
         from flash_attn.cute import flash_attn_varlen_func
 
-        found = _check_attend(FlashPrefill(kernel, flash_attn_varlen_func, min_pairs=1), shapes)
+        found = _check_attend(FlashPrefill(kernel, flash_attn_varlen_func), shapes, lists=True)
         if found > limit:
             raise ValueError(f"it is off by {found:.1e}")
     except Exception as error:  # not installed, or not for this device
         logger.info("prefill by flash-attn-4 is not used: %s", error)
         return kernel
-    logger.info("prefill by flash-attn-4 where contexts are long")
+    logger.info("prefill by flash-attn-4 where there is much of it")
     return FlashPrefill(kernel, flash_attn_varlen_func)
 
 
@@ -252,22 +252,27 @@ def _check_route(kernel: Any, shapes: Shapes) -> float:
     return distance(found[1][:-2], wanted[1][:-2])
 
 
-def _check_attend(kernel: Any, shapes: Shapes) -> float:
-    """Decodes, prompts, and prompts with a past in one batch, on pages in no order."""
+def _check_attend(kernel: Any, shapes: Shapes, *, lists: bool = False) -> float:
+    """Decodes, prompts, and prompts with a past in one batch, on pages in no order. ``lists``: it wants keys listed,
+    and has to put up with padding of all kinds."""
     page = shapes.page_size
     lengths = [(1, 5 * page + 3), (1, 1), (3 * page + 1, 3 * page + 1), (page + 2, 9 * page), (150, 170)]
     order = iter(torch.randperm(sum(-(-total // page) for _, total in lengths)).tolist())
     pieces = [Piece(new, total, [next(order) for _ in range(-(-total // page))]) for new, total in lengths]
     tokens, pages = sum(p.new for p in pieces), sum(len(p.pages) for p in pieces)
-    step = new_inputs(shapes, tokens=tokens, segments=len(pieces), pages=pages)
-    step.fill(pieces, torch.zeros(tokens).numpy(), torch.zeros(3, tokens).numpy())
-    query = _draw(shapes, tokens, shapes.heads, shapes.head_dim)
-    keys, values = _draw(shapes, 2, pages * page, shapes.kv_heads, shapes.head_dim)
+    spare = 9 if lists else 0
+    keys = listed(pieces) + spare if lists else 0
+    step = new_inputs(shapes, tokens=tokens + spare, segments=len(pieces) + spare, pages=pages, keys=keys)
+    pad_to = (tokens + spare, len(pieces), step.tiles) if lists else None
+    step.fill(pieces, torch.zeros(tokens).numpy(), torch.zeros(3, tokens).numpy(), pad_to=pad_to, keys=keys)
+    query = _draw(shapes, tokens + spare, shapes.heads, shapes.head_dim)
+    pool = _draw(shapes, 2, pages * page, shapes.kv_heads, shapes.head_dim)
     scaling = shapes.head_dim**-0.5
-    return distance(kernel(query, keys, values, step, scaling), attend(query, keys, values, step, scaling))
+    found, wanted = (run(query, pool[0], pool[1], step, scaling)[:tokens] for run in (kernel, attend))
+    return distance(found, wanted)
 
 
-def new_inputs(shapes: Shapes, *, tokens: int, segments: int, pages: int) -> StepInputs:
+def new_inputs(shapes: Shapes, *, tokens: int, segments: int, pages: int, keys: int = 0) -> StepInputs:
     """Inputs whose tiles suit the attention kernel of these shapes."""
     return StepInputs(
         tokens=tokens,
@@ -276,6 +281,7 @@ def new_inputs(shapes: Shapes, *, tokens: int, segments: int, pages: int) -> Ste
         page_size=shapes.page_size,
         tile_tokens=tile_tokens(shapes.heads // shapes.kv_heads),
         device=shapes.device,
+        keys=keys,
     )
 
 

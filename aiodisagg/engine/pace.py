@@ -1,14 +1,16 @@
 """How long a step takes, learned from steps, and how much prefill one can hold for streams to keep their pace. Pure.
 
-A step's time is modelled as ``c0 + c1 * decodes + c2 * context + c3 * prefill + c4 * attention``: reading the weights,
-each decode and the keys and values it reads, each prompt token, and the query-key pairs of the prompt's attention.
-The five are fitted to the steps seen, by least squares of relative errors with no coefficient below zero (a step does
-not get faster by doing more). Steps with and without prefill are remembered apart, so a long stretch of decodes does
-not make the cost of a prompt forgotten. Old steps fade: what the machine does besides may change.
+A step's time is modelled as ``c0 + c1 * decodes + c2 * context + c3 * prefill + c4 * attention + c5 * reads``: reading
+the weights, each decode and the keys and values it reads, each prompt token, the query-key pairs of the prompt's
+attention, and what is read of a mixture's experts. The six are fitted to the steps seen, by least squares of relative
+errors with no coefficient below zero (a step does not get faster by doing more). Steps with and without prefill are
+remembered apart, so a long stretch of decodes does not make the cost of a prompt forgotten. Old steps fade: what the
+machine does besides may change.
 
-A mixture of experts costs what it reads of them besides, which no line describes: a few decodes read a few experts,
-and some dozen tokens of a prompt nearly all. That is not fitted: reading all of them is measured at the start, and the
-share that is read follows from the number of tokens (:class:`Reads`).
+What is read of experts no line describes: a few decodes read a few, and some dozen tokens of a prompt nearly all. It
+follows from the number of tokens (:class:`Reads`), and how long reading all takes is measured at the start. ``c5``, at
+most 1, is what it costs on top of the rest: it is read while others are computed with, and the tokens of one prompt may
+choose less differently than by chance.
 
 The budget is kept as far as decodes leave it: **a step may take the budget, or one and a half times what it takes
 before its first prompt token if that is more**, so prompt tokens always get at least a third of the time, and a budget
@@ -18,10 +20,13 @@ twice the prefill that has been tried before: what has never been measured is ap
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
 from typing import TYPE_CHECKING
+
+from aiodisagg.scheduler import pieces
+from aiodisagg.scheduler.cost import PrefillCosts
 
 if TYPE_CHECKING:
     from aiodisagg.engine.schedule import Segment
@@ -38,6 +43,9 @@ _SETTLED = 8
 """Steps of a kind before outliers can be told."""
 _REFIT = 16
 """Steps between fits while there is nothing to decide: a fit takes as long as a few hundred additions in Python."""
+_LEARNING = 0.1
+"""Weight of the newest relative error in its mean."""
+_ORDER = (4, 3, 2, 1, 5, 0)
 _SWEEPS = 100
 _SETTLES = 1e-3
 """Fitting ends when no cost changes what it explains by more than about this part of it."""
@@ -85,18 +93,14 @@ class StepShape:
                 attention += segment.tokens * (segment.start + segment.stop) / 2
         return cls(decodes, context, prefill, attention)
 
-    @property
-    def _terms(self) -> tuple[float, ...]:
-        return 1.0, float(self.decodes), self.context / 1e3, float(self.prefill), self.attention / 1e6
-
 
 class _Memory:
     """The sums that least squares needs, of steps of one kind."""
 
     def __init__(self) -> None:
         self.steps = 0
-        self.products = [[0.0] * 5 for _ in range(5)]
-        self.targets = [0.0] * 5
+        self.products = [[0.0] * 6 for _ in range(6)]
+        self.targets = [0.0] * 6
 
     def add(self, terms: tuple[float, ...], seconds: float, scale: float) -> None:
         """Counts the error relative to ``scale``."""
@@ -118,47 +122,79 @@ class Pace:
     def __init__(self, budget_s: float, reads: Reads = NO_READS) -> None:
         self.budget_s, self.reads = budget_s, reads
         self._memories = {False: _Memory(), True: _Memory()}
-        self._costs = [0.0] * 5
+        self._costs = [*[0.0] * 5, 1.0]
         self._unfitted = 0  # steps since the last fit
-        self._tried = 0.0
+        self._tried = self._error = 0.0
 
     def __repr__(self) -> str:
         costs = ", ".join(f"{cost:.2e}" for cost in self._fitted())
-        return f"<Pace {self.budget_s * 1e3:g} ms; s per step, decode, 1k context, token, 1M pairs: {costs}>"
+        return f"<Pace {self.budget_s * 1e3:g} ms; s per step, decode, 1k context, token, 1M pairs; of reads: {costs}>"
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of this shape took so long."""
         memory = self._memories[shape.prefill > 0]
-        seconds = max(seconds - self.reads.seconds(shape.decodes + shape.prefill), 0.1 * seconds)
+        if shape.prefill and memory.steps:
+            expected = self.expect(shape)
+            error = abs(expected - seconds) / max(expected, seconds, 1e-9)
+            self._error += (error - self._error) * max(_LEARNING, 1 / memory.steps)
         scale = seconds
         if memory.steps >= _SETTLED:
             # Relative to what was expected: else a machine that got slower would long be judged by its fast steps.
             scale = max(self._sum(shape, self._fitted(min(_REFIT, memory.steps - _SETTLED))), 1e-6)
             seconds = min(seconds, _OUTLIER * scale)
-        memory.add(shape._terms, seconds, scale)
+        memory.add(self._terms(shape), seconds, scale)
         self._tried = max(float(shape.prefill), _FADE * self._tried if shape.prefill else self._tried)
         self._unfitted += 1
 
     def expect(self, shape: StepShape) -> float:
         """Seconds that a step of this shape should take."""
-        return self._sum(shape, self._fitted()) + self.reads.seconds(shape.decodes + shape.prefill)
+        return self._sum(shape, self._fitted())
+
+    def _terms(self, shape: StepShape) -> tuple[float, ...]:
+        reads_s = self.reads.seconds(shape.decodes + shape.prefill)
+        decodes, context = float(shape.decodes), shape.context / 1e3
+        return 1.0, decodes, context, float(shape.prefill), shape.attention / 1e6, reads_s
 
     def _sum(self, shape: StepShape, costs: list[float]) -> float:
-        return sum(cost * term for cost, term in zip(costs, shape._terms, strict=True))
+        return sum(cost * term for cost, term in zip(costs, self._terms(shape), strict=True))
 
-    def worth(self, start: int, stop: int, wait_s: float) -> bool:
-        """Whether a step for these tokens of a prompt alone should begin, of which more can be computed in about
-        ``wait_s``: not if being a step costs more than its tokens and more than waiting."""
-        fixed, _, _, token, pair = self._fitted()
-        tokens_s = (stop - start) * (token + pair * (start + stop) / 2e6)
-        return max(tokens_s, wait_s) >= fixed + self.reads.all_s
+    def prefill_costs(self, tokens: int) -> PrefillCosts | None:
+        """Of prompts of about so many tokens; None after too few steps to tell."""
+        if (observed := self._memories[True].steps) < _SETTLED:
+            return None
+        step_s, token, pair = self._prefill()
+        return PrefillCosts(step_s, token + pair * tokens / 2e6, self._error, observed)
+
+    def _prefill(self) -> tuple[float, float, float]:
+        """Seconds of a step besides its prompt tokens, of a token, and of a million pairs."""
+        fixed, _, _, token, pair, read = self._fitted()
+        return fixed + read * self.reads.all_s, token, pair
+
+    def begins(self, start: int, ready: int, later: Sequence[tuple[float, int]]) -> bool:
+        """Whether a step for the tokens ``[start, ready)`` of a prompt alone should begin at once, of which more come.
+
+        ``later``: (seconds from now, tokens that can be computed by then) until all can; empty: nobody knows, then a
+        step must cost less than its tokens.
+        """
+        step_s, token, pair = self._prefill()
+        bounds = [start, ready, *(stop for _, stop in later)]
+
+        def cost_s(i: int, k: int) -> float:
+            tokens, middle = bounds[k] - bounds[i], (bounds[i] + bounds[k]) / 2e6
+            return step_s + tokens * (token + pair * middle)
+
+        if not later:
+            return cost_s(0, 1) >= 2 * step_s
+        return pieces.plan([0.0, *(seconds for seconds, _ in later)], cost_s)[0] <= 0.0
 
     def prefill_beside(self, decodes: StepShape, start: int, most: int) -> int:
         """Prompt tokens, at least 1 and at most ``most``, for a step with these decodes.
 
         ``start``: tokens before the first of them, of the request that has most.
         """
-        before = self._sum(decodes, self._fitted()) + self.reads.all_s
+        before = self._sum(decodes, self._fitted())
+        if self.reads.all_s:  # with prompt tokens it reads all of them
+            before += self._costs[5] * (self.reads.all_s - self.reads.seconds(decodes.decodes))
         return self._fit_into(max(self.budget_s - before, _LEAST * before), start, most)
 
     def prefill_after(self, step: StepShape, start: int, most: int) -> int:
@@ -166,7 +202,7 @@ class Pace:
         return min(most, self._fit_into(self.expect(step), start, most))
 
     def _fit_into(self, room: float, start: int, most: int) -> int:
-        _, _, _, token, pair = self._fitted()
+        _, token, pair = self._prefill()
         linear, square = token + pair * start / 1e6, pair / 2e6
         # The positive root of square * n**2 + linear * n = room, in the form that does not divide by a small square.
         below = linear + sqrt(linear * linear + 4 * square * room)
@@ -182,8 +218,8 @@ class Pace:
     def _fit(self) -> None:
         """Coordinate descent from the last fit: each cost in turn takes its best value that is not negative.
 
-        Attention and tokens come first and the step's own cost last: as long as a few steps leave it open what took
-        the time, more prefill is thought to take more of it.
+        Attention and tokens come first and what a step costs besides last: as long as a few steps leave it open what
+        took the time, more prefill is thought to take more of it.
         """
         a, b = self._memories.values()
         products = [[x + y for x, y in zip(p, q, strict=True)] for p, q in zip(a.products, b.products, strict=True)]
@@ -191,10 +227,13 @@ class Pace:
         costs = self._costs
         for _ in range(_SWEEPS):
             moved = 0.0
-            for i, row in reversed(list(enumerate(products))):
+            for i in _ORDER:
+                row = products[i]
                 if row[i] > 0:
                     error = targets[i] - sum(c * p for c, p in zip(costs, row, strict=True))
                     before, costs[i] = costs[i], max(0.0, costs[i] + error / row[i])
+                    if i == 5:
+                        costs[i] = min(costs[i], 1.0)
                     moved = max(moved, abs(costs[i] - before) * sqrt(row[i]))
             if moved < _SETTLES:
                 return

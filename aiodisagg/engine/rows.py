@@ -91,6 +91,11 @@ class RequestRows:
             return self._tokens
         return int(self._starts[np.searchsorted(self._starts, self.visual[complete], side="right") - 1])
 
+    @property
+    def stops(self) -> list[int]:
+        """Where :attr:`front` can stand before all rows are here, ascending."""
+        return [int(start) for start in self._starts]
+
     def reuse(self, tokens: int) -> None:
         """Rows of the first ``tokens`` prompt tokens are not needed; replaces what was said before."""
         with self._lock:

@@ -31,10 +31,10 @@ the step that reaches it samples the next token. A decode is the case in which o
 * Beside decodes the budget is what :class:`~aiodisagg.engine.pace.Pace` allows, so a burst of prompts does not stop
   running streams; without decodes nobody waits for a token and a step is as large as it may be.
 * A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has
-  other work: a chunk costs a read of its whole past. A step without other work computes what is there unless being a
-  step at all costs more (reading the weights of a large model) than its tokens, and more than the time in which the
-  rest should be here if it comes as what came until now. Nobody starves and no timer is needed: what is ready only
-  grows, and the last rows of a prompt are never left.
+  other work: a chunk costs a read of its whole past. A step without other work is begun if the prompt is computed
+  sooner by it (:mod:`~aiodisagg.scheduler.pieces`), should the rest come as what came until now. As long as none has,
+  it is begun if being a step at all (reading the weights of a large model) costs less than its tokens. Nobody starves
+  and no timer is needed: what is ready only grows, and the last rows of a prompt are never left.
 """
 
 from __future__ import annotations
@@ -75,6 +75,32 @@ class Step:
     """There are others than decodes among the segments."""
 
 
+class _Arrivals:
+    """How a front has moved: (when, where to), to begin with and since then."""
+
+    def __init__(self, now: float, front: int) -> None:
+        self._begin = self._first = self._last = now, front
+
+    def moved(self, front: int, now: float) -> None:
+        if front > self._last[1]:
+            self._last = now, front
+            if self._first is self._begin or self._first[0] == now:
+                self._first = self._last
+
+    def expected(self, stops: Sequence[int], end: int, now: float) -> list[tuple[float, int]]:
+        """(Seconds from now, front) of the moves to come if they are as fast, in tokens, as those until now: what lies
+        between them says more than the first one, before which everything began. What is late takes as long again."""
+        (since, start), (last_at, last) = self._begin if self._first is self._last else self._first, self._last
+        if last <= start:
+            return []
+        token_s = (last_at - since) / (last - start)
+        left = [(last_at - now + token_s * (stop - last), stop) for stop in (*stops, end)]
+        late_s = -left[0][0]
+        if late_s > 0:
+            left = [(seconds + late_s + (now - last_at), stop) for seconds, stop in left]
+        return left
+
+
 @dataclass(slots=True, eq=False)
 class _Request:
     request_id: str
@@ -88,10 +114,10 @@ class _Request:
     computed: int = 0
     reused: int = 0
     pages: list[int] = field(default_factory=list)
-    admitted: float = 0.0
-    """When it got its pages."""
-    first_front: int = 0
-    """What could be computed then, or was in pages, before any row had been asked for."""
+    stops: Sequence[int] = ()
+    """Where the front can stand before the prompt's end, ascending; more is not known to be wrong."""
+    arrivals: _Arrivals | None = None
+    """Of rows, since it got its pages."""
 
     @property
     def total(self) -> int:
@@ -122,10 +148,12 @@ class _Request:
         """Tokens that could be computed now."""
         return max((self.total if self.complete else self.front) - self.computed, 0)
 
-    def wait_s(self, now: float) -> float:
-        """Until all rows are here, if they come as they did since the request was let in; 0 if none has come."""
-        come = self.front - self.first_front
-        return (now - self.admitted) * (self.prompt - self.front) / come if come > 0 else 0.0
+    def expected(self, now: float) -> list[tuple[float, int]]:
+        """(Seconds from now, front) until all rows are here; empty: nothing says when."""
+        if self.arrivals is None:
+            return []
+        stops = [stop for stop in self.stops if self.front < stop < self.prompt]
+        return self.arrivals.expected(stops, self.prompt, now)
 
 
 class Scheduler:
@@ -181,19 +209,17 @@ class Scheduler:
         """Tokens at the beginning of a running request that it found in pages when it was last admitted."""
         return self._requests[request_id].reused
 
-    def missing(self, request_id: str) -> int:
-        """Tokens to be computed until its next one."""
-        return self._requests[request_id].missing
-
     def largest(self) -> int:
         """Tokens of the longest request that can ever run. The last token of an answer needs no page."""
         return self.pages.count * self.page_size + 1
 
     def add(
         self, request_id: str, prompt: int, max_tokens: int, front: int, keys: Sequence[bytes] = (), *,
-        due: float = -math.inf, priority: int = 0,
+        due: float = -math.inf, priority: int = 0, stops: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """A new request, the newest of all. ValueError if it is known, empty, or longer than :meth:`largest`.
+
+        ``stops``: where the front can stand as rows arrive, ascending.
 
         ``keys``: of its full pages, in order; the caller lets them grow as tokens are sampled. Pages without a key are
         neither found nor shared. ``due``, on the clock of :meth:`plan_step`, and ``priority``: see
@@ -203,16 +229,21 @@ class Scheduler:
             raise ValueError(f"request {request_id} is known already")
         if prompt < 1 or max_tokens < 1 or prompt + max_tokens > self.largest():
             raise ValueError(f"request {request_id}: {prompt} + {max_tokens} tokens, {self.largest()} are the most")
-        request = _Request(request_id, self._arrivals, prompt, front, keys, due, priority)
+        request = _Request(request_id, self._arrivals, prompt, front, keys, due, priority, stops=stops)
         self._arrivals += 1
         self._requests[request_id] = request
         self._waiting.add(request, request.claim)
 
-    def set_front(self, request_id: str, front: int) -> None:
-        """The first ``front`` prompt tokens can be computed or are in pages. It moves back by a preemption only."""
+    def set_front(self, request_id: str, front: int, now: float | None = None) -> None:
+        """The first ``front`` prompt tokens can be computed or are in pages. It moves back by a preemption only.
+
+        ``now``: since when, on the clock of :meth:`plan_step`; None: not known.
+        """
         request = self._requests[request_id]
         if front > request.front:
             request.front = front
+            if now is not None and request.arrivals is not None:
+                request.arrivals.moved(front, now)
             if not request.pages:
                 self._waiting.remove(request)
                 self._waiting.add(request, request.claim)
@@ -285,6 +316,7 @@ class Scheduler:
         if victim.reused:
             victim.front = 0
         victim.computed = victim.reused = 0
+        victim.arrivals = None
         self._waiting.add(victim, victim.claim)
         return victim.request_id
 
@@ -307,7 +339,7 @@ class Scheduler:
             self.pages.share(found)
             request.pages = found + self.pages.take(self._pages_for(request.total) - len(found))
             request.computed = request.reused = len(found) * self.page_size
-            request.admitted, request.first_front = now, max(request.front, request.reused)
+            request.arrivals = _Arrivals(now, max(request.front, request.reused))
             self.hits += bool(found)
             self.tokens_reused += request.reused
             self._waiting.remove(request)
@@ -349,4 +381,4 @@ class Scheduler:
             return large
         if self._pace is None:
             return large or able
-        return [r for r in able if self._pace.worth(r.computed, r.computed + r.ready, r.wait_s(now))]
+        return [r for r in able if self._pace.begins(r.computed, r.computed + r.ready, r.expected(now))]

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
 from aiodisagg.engine.types import Delta
 from aiodisagg.errors import AiodisaggError, EngineError
+from aiodisagg.scheduler.cost import PrefillCosts
 
 
 def merge(first: Delta | None, second: Delta) -> Delta:
@@ -35,8 +36,8 @@ class RequestHandle:
         self.request_id = request_id
         self.tokens = 0
         """Of the answer so far, whether they were read or not."""
-        self.prefill: tuple[int, float] | None = None
-        """Known with the first token: prompt tokens that were left when all rows were here, and seconds since then."""
+        self.prefill: PrefillCosts | None = None
+        """What the engine has learned of prompts as long as this one by its first token; None: nothing yet."""
         self._cancel = cancel
         self._lock = threading.Lock()
         self._pending: Delta | None = None

@@ -169,17 +169,18 @@ def splits(entries: int, kv_heads: int, multiprocessors: int = 132) -> int:
 
 
 def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Any, scaling: float, *, longer: bool = True
-) -> torch.Tensor:
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Any, scaling: float, *, longer: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention outputs [T, heads, d] of queries [T, heads, d] over one layer of the pool [slots, kv_heads, d].
 
     ``step``: the :class:`~aiodisagg.engine.inputs.StepInputs`. Rows of padding are zero or undefined, never read by
-    others; so are those of longer segments unless ``longer``.
+    others; those of longer segments stay what they are in ``out`` unless ``longer``.
     """
     heads, d = query.shape[1], query.shape[2]
     kv_heads = keys.shape[1]
     group, d_pad = heads // kv_heads, max(16, triton.next_power_of_2(d))
-    out = torch.empty_like(query)
+    out = torch.empty_like(query) if out is None else out
     scale = scaling * LOG2E
     if longer and step.tiles:
         _prefill[(step.tiles, kv_heads)](

@@ -57,7 +57,7 @@ class StepThread:
 
     Args:
         vitals: are told of requests that got a token, and of those for which a step of their own raised.
-        pace: is told how long steps take.
+        pace: is told how long steps take, whether or not it bounds them.
         ended: called on the step thread with the id of each request that is over, before its reader is woken.
         stopped: called on the step thread as the last thing it does.
         watcher: told around every step, and with 0 decodes when there is nothing to do or never will be.
@@ -71,9 +71,9 @@ class StepThread:
         outbox: Outbox,
         *,
         vitals: Vitals,
+        pace: Pace,
         ended: Callable[[str], None],
         stopped: Callable[[], object],
-        pace: Pace | None = None,
         watcher: StepWatcher | None = None,
     ) -> None:
         self._watcher = watcher or StepWatcher()
@@ -184,6 +184,7 @@ class StepThread:
             keys,
             due=sequence.due,
             priority=sequence.priority,
+            stops=sequence.rows.stops,
         )
 
     def _end(self, command: End) -> None:
@@ -203,7 +204,6 @@ class StepThread:
         for request_id in step.preempted:
             sequence = self._sequences[request_id]
             sequence.rows.reuse(0)
-            sequence.complete = None
             self._set_front(request_id)
         for request_id in step.admitted:
             sequence = self._sequences[request_id]
@@ -225,16 +225,14 @@ class StepThread:
     def _set_front(self, request_id: str) -> None:
         sequence = self._sequences[request_id]
         front = sequence.rows.front
-        self._scheduler.set_front(request_id, front)
-        if sequence.complete is None and front >= sequence.plan.tokens and self._scheduler.pages_of(request_id):
-            sequence.complete = self._scheduler.missing(request_id), monotonic()
+        self._scheduler.set_front(request_id, front, monotonic())
 
     def _compute(self, step: Step) -> None:
         batch = [Work(s, self._sequences[s.request_id], self._scheduler.pages_of(s.request_id)) for s in step.segments]
         began = perf_counter()
         try:
             self._forward(batch)
-            if self._pace is not None and not self._watcher.slowed():
+            if not self._watcher.slowed():
                 self._pace.observe(StepShape.of(step.segments), perf_counter() - began)
         except Exception as error:
             if len(batch) == 1:
@@ -280,9 +278,8 @@ class StepThread:
             return
         self._counts["tokens_decoded"] += 1
         self._vitals.worked()
-        if not sequence.generated and sequence.complete is not None:
-            left, at = sequence.complete
-            sequence.handle.prefill = left, monotonic() - at
+        if not sequence.generated:
+            sequence.handle.prefill = self._pace.prefill_costs(sequence.plan.tokens)
         sequence.append(token)
         self._scheduler.advance(segment, sampled=True)
         try:

@@ -15,12 +15,12 @@ from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import ItemSpec
 from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress, Refuse
 from aiodisagg.scheduler.advertise import advertised
-from aiodisagg.scheduler.cost import Size, StageModel
+from aiodisagg.scheduler.cost import PrefillCosts, Size
 from aiodisagg.scheduler.health import NO_FAULT, HealthConfig, Hedges, Poison, Standings
 from aiodisagg.scheduler.placement import PeerView, Placement, Standing, Wanted, place_together
 
-PREFILL = (5e-3, 2e-5)
-"""Modelled H200 times of Qwen3-VL-30B-A3B: of a step, and of a prompt token."""
+PREFILL = PrefillCosts(step_s=5e-3, token_s=2e-5)
+"""To begin with: modelled for Qwen3-VL-30B-A3B on an H200."""
 
 COMPARED = 16
 """Peers that are compared for an item where there are more, at least; twice as many as a request has items."""
@@ -80,12 +80,8 @@ class Placing:
         self._loads: dict[str, tuple[Load, float]] = {}
         """By incarnation, linked or not: what membership said last, and when. What is as before is not said again."""
         self._turn = 0
-        self.prefill = StageModel(PREFILL)
-        """Seconds from when the last row is here to the first token, by the tokens that were missing; calibrated."""
-
-    def computed(self, tokens: int, seconds: float) -> None:
-        """The first token came this long after the last row, with which this many tokens could be computed."""
-        self.prefill.observe((1.0, tokens), seconds)
+        self.prefill = PREFILL
+        """What the engine has learned, set by who owns it."""
 
     def errand(self, key: ItemKey, spec: ItemSpec, avoid: frozenset[str] = frozenset()) -> None:
         """The item is going to be placed."""
@@ -100,12 +96,11 @@ class Placing:
         """Chooses peers for a request's items together; ``choose`` keeps to it while those peers are there."""
         errands = [self.errands[key] for key in keys]
         free = [errand for errand in errands if not self.poison.suspect(errand.spec.digest, now)]
-        step_s, token_s = self.prefill.coefficients
         placed = place_together(
-            [Wanted(errand.spec.digest, errand.size, token_s * errand.spec.rows) for errand in free],
+            [Wanted(errand.spec.digest, errand.size, self.prefill.token_s * errand.spec.rows) for errand in free],
             self._candidates([errand.spec.digest for errand in free], now),
             own=self.own,
-            step_s=step_s,
+            step_s=self.prefill.step_s,
         )
         for errand, placement in zip(free, placed, strict=False):
             errand.planned = placement

@@ -287,7 +287,7 @@ class LanguageService:
                             trace.first_token_s, trace.state = trace.since(), "decoding"
                             self.admission.first_token(request_id)
                             if handle.prefill is not None:
-                                self.rows.placing.computed(*handle.prefill)
+                                self.rows.placing.prefill = handle.prefill
                         trace.output_tokens += len(delta.token_ids)
                         # Before the last delta is out: its reader rarely comes back, but closes the generator.
                         if delta.finish_reason is FinishReason.CANCELLED:

@@ -10,7 +10,8 @@ The costs are calibrated here, from what an encode peer says of each item (stage
 | all rows exist ... all rows are here | the transfer of the rows that were still missing |
 | asked ... all rows are here | the predicted finish: nothing is learned, its error is counted |
 
-An item whose link was cut, or that left the peer, teaches nothing.
+An item whose link was cut, or that left the peer, teaches nothing; the first ones teach nothing of the way, which opens
+with them: memory is mapped, device pools are opened.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class _Open:
     """Of what was missing when all rows existed."""
     clean: bool = True
     """Nothing happened to it that makes its times strange."""
+    connects: bool = False
+    """It was asked for before anything had come from the peer: the way here may have been made for it."""
 
 
 class PeerBook(Generic[K]):
@@ -80,10 +83,12 @@ class PeerBook(Generic[K]):
         self._leaving: list[Size] = []
         self._began = self._longest_s = 0.0
         self._left_tower = -1e9
+        self._came = False
+        """Rows have come from the peer."""
 
     def asked(self, key: K, digest: str, size: Size, placed: Placement, now: float) -> None:
         """The peer was asked for an item, as placement predicted it."""
-        self.open[key] = _Open(digest, size, placed, now, size.size_bytes)
+        self.open[key] = _Open(digest, size, placed, now, size.size_bytes, connects=not self._came)
         self._latest[digest] = key
         self.size_bytes += size.size_bytes
         self._transfer_s += placed.service.transfer_s
@@ -159,7 +164,10 @@ class PeerBook(Generic[K]):
         if item is None:
             return
         item.missing_bytes -= size_bytes
-        if item.missing_bytes > 0 or not item.clean:
+        if item.missing_bytes > 0:
+            return
+        self._came = True
+        if not item.clean or item.connects:
             return
         if item.ready is not None and item.ready_bytes > 0:
             self.costs.transferred(item.ready_bytes, now - item.ready)

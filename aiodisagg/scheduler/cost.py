@@ -96,6 +96,18 @@ class Rates:
     transfer_byte_s: float = 5e-10
 
 
+class PrefillCosts(NamedTuple):
+    """What prefill takes, as the engine has learned it: seconds of a step besides its tokens, and of a prompt token.
+
+    ``error``: mean relative error of predicted steps with prompts, recent ones first, of ``observed`` ones.
+    """
+
+    step_s: float
+    token_s: float
+    error: float = 0.0
+    observed: int = 0
+
+
 class Service(NamedTuple):
     """Predicted seconds of an item's stages on a peer that does nothing else.
 

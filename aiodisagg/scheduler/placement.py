@@ -6,7 +6,7 @@ item should avoid come last, then those that drain, then suspects; and among equ
 encoding it, wins: nothing is encoded twice while anybody has it.
 
 A request's items are placed together. Prompt order is tried, and the largest first, which balances better; what counts
-is when the last of the prompt can be computed if each item is computed as soon as it and all before it are there. The
+is when the last of the prompt can be computed, in the steps that suit it (:mod:`~aiodisagg.scheduler.pieces`). The
 device that computes the prompt cannot encode meanwhile, so less than its share is tried for its own tower: what others
 encode can arrive while it computes. Ties go by name, so that equal inputs give equal answers.
 """
@@ -16,9 +16,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+from aiodisagg.scheduler import pieces
 from aiodisagg.scheduler.cost import Service, Size
 
 
@@ -147,16 +149,10 @@ def computed_s(wanted: Sequence[Wanted], placed: Sequence[Placement], *, own: st
     ``step_s``: what each of its steps takes besides. ``own``: the peer whose device computes the prompt, once it has
     encoded what it shall of it.
     """
-    done = max((one.ready_s for one in placed if one.peer == own), default=0.0)
-    at = 0
-    while at < len(placed):
-        done = max(done, placed[at].finish_s)
-        tokens_s = step_s
-        while at < len(placed) and placed[at].finish_s <= done:
-            tokens_s += wanted[at].prefill_s
-            at += 1
-        done += tokens_s
-    return done
+    busy_s = max((one.ready_s for one in placed if one.peer == own), default=0.0)
+    needed = list(accumulate((item.prefill_s for item in wanted), initial=0.0))
+    there = list(accumulate((one.finish_s for one in placed), max))
+    return pieces.plan(there, lambda i, k: step_s + needed[k] - needed[i], busy_s)[1] if placed else busy_s
 
 
 def _best(peers: Sequence[PeerView], avoid: frozenset[str]) -> list[PeerView]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.schedule import Segment
@@ -96,6 +97,7 @@ class Engine:
             request.front,
             due=request.due_s,
             priority=request.source.priority,
+            stops=tuple(accumulate(item.rows for item in request.items)),
         )
         self.wake()
 
@@ -107,7 +109,7 @@ class Engine:
             return
         if front > request.front:
             request.front = front
-            self.scheduler.set_front(request.name, front)
+            self.scheduler.set_front(request.name, front, self.device.clock.now)
             self.wake()
 
     def release(self) -> None:
@@ -232,7 +234,7 @@ class Engine:
             item.arrived = item.rows
         for request in dict.fromkeys(item.request for item in batch):
             request.front = request.reach()
-            self.scheduler.set_front(request.name, request.front)
+            self.scheduler.set_front(request.name, request.front, self.device.clock.now)
 
     def _rows_come(self, batch: Sequence[Item]) -> None:
         self._rows_here(batch)

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from aiodisagg.device import pool as device_pool
 from aiodisagg.device.copies import Accelerator, SideStream, open_accelerator
 from aiodisagg.device.pool import DevicePool, RemotePool
 from aiodisagg.errors import DeviceError
@@ -52,9 +53,12 @@ def test_memory_is_let_go_once(accelerator: Accelerator, cuda: FakeCuda) -> None
     assert cuda.names() == ["register", "unregister"]
 
 
-def test_a_pool_is_opened_on_the_device_that_writes_with_peer_access(cuda: FakeCuda) -> None:
+def test_a_pool_is_opened_on_the_device_that_writes_with_peer_access(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner, writer = Accelerator(cuda, 1), Accelerator(cuda, 0)
     pool = DevicePool(owner, 64)
+    monkeypatch.setattr(device_pool, "_ours", {})  # seen from another process
     opened = RemotePool(writer, pool.description, 64)
     assert cuda.names() == ["enable_peer", "open"]
     assert cuda.log[0] == ("enable_peer", "0", "1")
@@ -63,6 +67,25 @@ def test_a_pool_is_opened_on_the_device_that_writes_with_peer_access(cuda: FakeC
     opened.close()
     pool.close()
     pool.close()
+
+
+def test_a_pool_of_the_same_process_is_not_opened_and_lives_as_long_as_somebody_writes_to_it(cuda: FakeCuda) -> None:
+    """CUDA refuses to open it: a peer that is both would send its own rows by way of the host."""
+    owner, writer = Accelerator(cuda, 1), Accelerator(cuda, 0)
+    pool = DevicePool(owner, 64)
+    own, again = (RemotePool(writer, pool.description, 64) for _ in range(2))
+    assert cuda.names() == ["enable_peer", "enable_peer"]
+    assert own.address == again.address == pool.at(0, 1).address
+    own.close()
+    own.close()
+    pool.close()
+    pool.close()
+    assert cuda.allocated, "the other one writes to it still"
+    with pytest.raises(DeviceError):
+        cuda.can_open = False
+        RemotePool(writer, pool.description, 64)
+    again.close()
+    assert not cuda.allocated and not cuda.wrong
 
 
 def test_words_that_are_no_pool_are_refused(accelerator: Accelerator) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import xxhash
 
+from aiodisagg.device import pool as device_pool
 from aiodisagg.device.copies import Accelerator, DeviceBytes
 from aiodisagg.device.pool import NAME, DevicePool
 from aiodisagg.encode.handoff import HandOff
@@ -137,8 +138,13 @@ async def test_a_failed_copy_is_an_error_and_holds_no_lease(accelerator: Acceler
     cuda.free(rows.address)
 
 
-async def test_with_a_device_pool_no_byte_passes_the_host(accelerator: Accelerator, cuda: FakeCuda) -> None:
+@pytest.mark.parametrize("who", ["another process", "this process"])
+async def test_with_a_device_pool_no_byte_passes_the_host(
+    accelerator: Accelerator, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
     rows, pool = on_device(cuda), DevicePool(accelerator, 1 << 16)
+    if who == "another process":
+        monkeypatch.setattr(device_pool, "_ours", {})
     async with way(accelerator, words={NAME: pool.description}) as one:
         lease = one.receiver.lender.lend(1024, rows.size_bytes)
         cuda.gate.clear()
@@ -155,16 +161,17 @@ async def test_with_a_device_pool_no_byte_passes_the_host(accelerator: Accelerat
         assert cuda.allocated[pool.at(0, 0).address].raw[landed : landed + len(ROWS)] == ROWS
         assert set(one.receiver.arena.view[:4096]) == {GUARD}
         assert ("copy", "device", "device") in cuda.log
-    assert "register" not in cuda.names() and cuda.names()[-1] == "close"
+    assert "register" not in cuda.names() and (cuda.names()[-1] == "close") is (who == "another process")
     pool.close()
     cuda.free(rows.address)
 
 
 @pytest.mark.parametrize("fault", ["cannot open", "another size", "nonsense"])
 async def test_without_its_device_pool_a_receiver_gets_rows_by_the_host(
-    accelerator: Accelerator, cuda: FakeCuda, fault: str
+    accelerator: Accelerator, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     rows, pool = on_device(cuda), DevicePool(accelerator, 1 << 15 if fault == "another size" else 1 << 16)
+    monkeypatch.setattr(device_pool, "_ours", {})  # seen from another process
     cuda.can_open = fault != "cannot open"
     async with way(accelerator, words={NAME: b"?" if fault == "nonsense" else pool.description}) as one:
         lease = one.receiver.lender.lend(0, rows.size_bytes)

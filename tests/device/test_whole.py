@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 
 from aiodisagg.device.copies import Accelerator
+from aiodisagg.errors import DeviceError
 from tests.device.fake_cuda import FakeCuda
 from tests.models.halves import PROMPTS
 from tests.services.system import system
 from tests.services.test_services_exact import TOKENS, truths
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+
+def _refused(*_: object) -> None:
+    raise DeviceError("invalid device ordinal")
+
 
 WAYS = {"device": ("ipc", True), "pinned": ("ipc", False), "staged": ("zmq", True)}
 
@@ -23,6 +29,8 @@ async def test_answers_are_the_same_by_every_way(
     moe: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     transport, cuda.can_open = WAYS[way]
+    if way == "pinned":  # as if they were two processes, one of which cannot open the other's pool
+        monkeypatch.setattr("aiodisagg.encode.handoff.RemotePool", _refused)
     for service in ("encode", "language"):
         monkeypatch.setattr(f"aiodisagg.{service}.service.open_accelerator", lambda device: Accelerator(cuda, 0))
     names = ["image", *list(PROMPTS)[:2]] if "image" in PROMPTS else list(PROMPTS)[:3]

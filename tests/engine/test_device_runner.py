@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reference_flash import Flash
 from test_engine_exact import NEW, cases
 from tiny_engine import HIDDEN, ask, make_engine, make_plan, make_rows, tiny_model
 
 from aiodisagg.device.graphs import TRIES, Capture, Captures
 from aiodisagg.device.streams import Priority
+from aiodisagg.engine import device_runner, kernels, triton_attention, triton_layers
 from aiodisagg.engine import experts as experts_module
-from aiodisagg.engine import kernels, triton_attention, triton_layers
+from aiodisagg.engine import graphs as graphs_module
 from aiodisagg.engine.batch import EngineSequence, Work
 from aiodisagg.engine.decoder import unsupported
 from aiodisagg.engine.device_runner import DeviceRunner
 from aiodisagg.engine.engine import Engine
 from aiodisagg.engine.experts import Experts, choose_experts, run_grouped, run_loop
-from aiodisagg.engine.graphs import PROMPTS, StepGraphs, decode_sizes, prompt_sizes
+from aiodisagg.engine.flash import FlashPrefill
+from aiodisagg.engine.graphs import PROMPTS, Size, StepGraphs, decode_sizes, prompt_sizes
 from aiodisagg.engine.inputs import Piece, StepInputs
 from aiodisagg.engine.kernels import Kernels, Shapes, choose_kernels, new_inputs
 from aiodisagg.engine.rows import RequestRows
@@ -31,6 +35,8 @@ from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import SamplingParams
 
 pytestmark = pytest.mark.anyio
+
+CPU = torch.device("cpu")
 
 LOOP = Experts({"loop": run_loop}, ((0, "loop"),))
 GROUPED = Experts({"grouped": run_grouped}, ((0, "grouped"),))
@@ -83,10 +89,10 @@ TRITON = Kernels(
 )
 
 
-def interpreted(model: Any, **settings: Any) -> Engine:
+def interpreted(model: Any, *, kernels: Kernels = TRITON, **settings: Any) -> Engine:
     """As :func:`on_device`, by Triton's kernels."""
     experts = Experts(experts_module._candidates(), ((0, "triton"),))
-    engine = on_device(model, experts, kernels=TRITON, settings=settings)
+    engine = on_device(model, experts, kernels=kernels, settings=settings)
     runner = engine._runner.device_runner
     assert runner is not None
     runner.decoder.layers = runner.decoder.layers[:2]  # interpreting a launch costs a tenth of a second
@@ -100,7 +106,7 @@ def test_a_mixed_step_by_triton_is_the_references(monkeypatch: pytest.MonkeyPatc
     runner, pool = engine._runner.device_runner, engine._runner.pool
     assert runner is not None
     fast, pieces = runner.decoder.kernels, [Piece(1, 18, [3, 1]), Piece(4, 7, [0]), Piece(3, 3, [5])]
-    step = runner._new_inputs(8, 3)
+    step = runner._new_inputs(8, 3, 0)
     ids, positions = np.arange(8), np.arange(24).reshape(3, 8)
     rows = torch.randn(8, 4 * HIDDEN)
     logits = []
@@ -132,7 +138,7 @@ def test_a_padded_step_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -
             for piece in pieces:
                 slots = [piece.pages[i // 16] * 16 + i % 16 for i in range(piece.total - 1)]
                 cache[:, slots] = torch.randn(4, piece.total - 1, 2, 16, generator=draw.manual_seed(len(slots)))
-        step = runner._new_inputs(4, 4)
+        step = runner._new_inputs(4, 4, 0)
         step.fill(pieces, ids, positions, pad_to=pad_to)
         with torch.inference_mode():
             logits.append(runner.decoder(step, pool, every=True)[:2].clone())
@@ -201,18 +207,30 @@ def test_a_batch_takes_the_smallest_size_that_has_room_for_it() -> None:
     assert [size.tokens for size in graphs.sizes] == [1, 2, 4, 8]  # no size that the inputs have no room for
     assert graphs.size_for(1, 1, 0) is None  # nothing is captured yet
     graphs.capture()
-    assert [graphs.size_for(n, n, 0) for n in (1, 3, 9)] == [(1, 1, 0), (4, 4, 0), None]
+    assert [graphs.size_for(n, n, 0) for n in (1, 3, 9)] == [Size(1, 1, 0), Size(4, 4, 0), None]
 
     sizes = prompt_sizes(16, (64, 256), (0, 4, 64))
     graphs = StepGraphs(inputs(256, 80), lambda step: step.ids[:3], sizes, again, logits=3)
     graphs.capture()
-    assert graphs.size_for(60, 0, 4) == (64, 0, 4 + PROMPTS)
-    assert graphs.size_for(60, 5, 4) == (256, 64, 16 + PROMPTS), "64 decodes leave no room for a prompt in 64 tokens"
-    assert graphs.size_for(64, 3, 4 + PROMPTS) == (64, 4, 4 + PROMPTS)
+    assert graphs.size_for(60, 0, 4) == Size(64, 0, 4 + PROMPTS)
+    assert graphs.size_for(60, 5, 4) == Size(256, 64, 16 + PROMPTS), (
+        "64 decodes leave no room for a prompt in 64 tokens"
+    )
+    assert graphs.size_for(64, 3, 4 + PROMPTS) == Size(64, 4, 4 + PROMPTS)
     assert graphs.size_for(65, 65, 0) is None and graphs.size_for(257, 0, 17) is None
     ids = graphs.run(graphs.sizes[0], [Piece(3, 3, [0])], np.arange(1, 4), np.zeros((3, 3)), sampled=[2])
     assert ids.tolist() == [1, 2, 3] and graphs.inputs.sampled.tolist() == [2, 0, 0]
     assert graphs.inputs.ids.tolist() == [1, 2, 3, *[0] * 61]
+
+
+def test_where_kernels_want_keys_listed_a_large_step_needs_room_for_them() -> None:
+    listed = new_inputs(Shapes(8, 2, 1, 8, 0, 0, 16, torch.float32, CPU), tokens=1024, segments=80, pages=80, keys=8192)
+    sizes = prompt_sizes(16, (64, 1024), (0, 8), listed=True)
+    graphs = StepGraphs(listed, lambda step: step.ids[:3], sizes, again, logits=3)
+    graphs.capture()
+    assert graphs.size_for(64, 0, 4, 100_000) == Size(64, 0, 4 + PROMPTS), "pages are read, of any number of keys"
+    assert graphs.size_for(65, 0, 5, 8192) == Size(1024, 0, 64 + PROMPTS, 8192)
+    assert graphs.size_for(65, 0, 5, 8193) is None, "these inputs have no room for more"
 
 
 def test_prompts_that_cannot_be_captured_leave_decodes_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,18 +296,27 @@ def test_a_spoilt_capture_is_tried_again(monkeypatch: pytest.MonkeyPatch, spoilt
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what a token of padding computes means nothing
-def test_replayed_steps_give_what_launched_ones_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decodes, a chunk with rows of an item, and prompts, in batches smaller than the sizes they are padded to."""
+@pytest.mark.parametrize("listed", [False, True])
+def test_replayed_steps_give_what_launched_ones_give(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
+    """Decodes, a chunk with rows of an item, and prompts, in batches smaller than the sizes they are padded to; prompts
+    with pages, or with listed keys."""
     monkeypatch.setattr(triton_attention, "splits", lambda entries, kv_heads: 2)
+    flash = Flash()
+    chosen = replace(TRITON, attend=FlashPrefill(triton_attention.attend, flash)) if listed else TRITON
+    for module in (graphs_module, device_runner):
+        monkeypatch.setattr(module, "KEYS", (8, 64))
+    monkeypatch.setattr(graphs_module, "LISTED_TOKENS", 16)
     model = tiny_model("moe")
     plan = make_plan([2, (1, 2, 3), 3])
     rows = make_rows(plan, 3)
     width = rows[0].shape[1]
-    engine = interpreted(model, captures=lambda priority: again, ladder=(2,), prompts=(16,), row_width=width)
+    engine = interpreted(
+        model, kernels=chosen, captures=lambda priority: again, ladder=(2,), prompts=(16,), row_width=width
+    )
     runner = engine._runner.device_runner
     assert runner is not None and runner.graphs is not None and runner.prompt_graphs is not None
     runner.graphs.capture()
-    monkeypatch.setattr(runner.prompt_graphs, "sizes", [s for s in runner.prompt_graphs.sizes if s.decodes in (0, 4)])
+    monkeypatch.setattr(runner.prompt_graphs, "sizes", [s for s in runner.prompt_graphs.sizes if s.decodes in (0, 8)])
     runner.prompt_graphs.capture()
 
     def sequence(name: str) -> EngineSequence:
@@ -319,13 +346,13 @@ def test_replayed_steps_give_what_launched_ones_give(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(StepGraphs, "run", counted)
     with torch.inference_mode():
-        for graphs in (True, False):
-            if not graphs:
+        for by_graph in (True, False):
+            if not by_graph:
                 runner.graphs = runner.prompt_graphs = None
             for cache in (engine._runner.pool.keys, engine._runner.pool.values):
                 cache.fill_(float("nan"))
             found.append([runner.forward(step)[0].clone() for step in steps])
-    assert replayed == len(steps)
+    assert replayed == len(steps) and (flash.calls > 0) is listed
     for ours, wanted in zip(*found, strict=True):
         assert ours.shape == wanted.shape and torch.isfinite(wanted).all()
         torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -297,49 +297,73 @@ def test_an_idle_engine_leaves_what_costs_less_than_a_step() -> None:
     s = Scheduler(num_pages=1000, page_size=16, token_budget=2048, max_running=8, pace=pace)
     s.add("images", 2000, 2, front=100)
     assert ranges(s) == [], "its next image may come while these would be computed"
-    s.set_front("images", 700)
-    assert ranges(s) == [("images", 0, 700)]
-    s.set_front("images", 800)
+    s.set_front("images", 900)
+    assert ranges(s) == [("images", 0, 900)]
+    s.set_front("images", 1000)
     assert ranges(s) == []
     s.add("text", 10, 2, front=10)
-    assert ranges(s) == [("images", 700, 800), ("text", 0, 10)], "somebody else's step takes it along"
+    assert ranges(s) == [("images", 900, 1000), ("text", 0, 10)], "somebody else's step takes it along"
     s.remove("text")
     s.set_front("images", 2000)
-    assert ranges(s) == [("images", 800, 2000)], "the last rows are never left"
+    assert ranges(s) == [("images", 1000, 2000)], "the last rows are never left"
 
 
-def test_an_idle_engine_computes_what_is_here_if_the_rest_takes_longer_than_a_step() -> None:
+def idle(stops: Sequence[int], *, prompt: int = 1000) -> Scheduler:
+    """An idle engine that knows its GPU. A request has just got its pages, at 10 s; its first 10 tokens are text."""
     pace = Pace(BUDGET_S)
     for prefill in (256, 1024, 512, 2048, 64, 1500):
         shape = StepShape(prefill=prefill)
         pace.observe(shape, GPU.seconds(shape))
     s = Scheduler(num_pages=1000, page_size=16, token_budget=2048, max_running=8, pace=pace)
-    s.add("images", 450, 2, front=50)
-    assert ranges(s, 10.0) == []
-    s.set_front("images", 150)
-    assert ranges(s, 10.0 + 0.2 * GPU.step) == [], "three times as much will be here in less than a step"
-    assert ranges(s, 10.0 + 3 * GPU.step) == [("images", 0, 150)], "it took long, so will the others"
-    s.set_front("images", 330)
-    assert ranges(s, 10.0 + 1.5 * GPU.step) == [], "the rest comes in less than a step"
-    s.set_front("images", 450)
-    assert ranges(s, 10.0 + 2 * GPU.step) == [("images", 150, 450)]
+    s.add("images", prompt, 2, front=10, stops=stops)
+    assert ranges(s, 10.0) == [] or prompt == 10
+    return s
+
+
+def test_an_idle_engine_begins_if_the_rest_takes_longer_than_a_step_costs() -> None:
+    s = idle([510])
+    s.set_front("images", 510, 10.0 + 2 * GPU.step)
+    assert ranges(s, 10.0 + 2 * GPU.step) == [("images", 0, 510)], "the other half is expected at four times a step"
+    s = idle([510])
+    s.set_front("images", 510, 10.0 + 0.5 * GPU.step)
+    assert ranges(s, 10.0 + 0.5 * GPU.step) == [], "the other half will be here in less than a step costs"
+    s.set_front("images", 1000, 10.0 + GPU.step)
+    assert ranges(s, 10.0 + GPU.step) == [("images", 0, 1000)]
+
+
+def test_an_idle_engine_waits_for_the_last_of_many_that_is_about_to_come() -> None:
+    """What lies between arrivals counts, and not how long the first one took: 2 s, then four tenths of a step each."""
+    s = idle([210, 410, 610, 810])
+    every = 0.4 * GPU.step
+    for i, front in enumerate((210, 410, 610, 810)):
+        s.set_front("images", front, 12.0 + i * every)
+    assert ranges(s, 12.0 + 3 * every) == [], "the fifth is a little away"
+    late = 12.0 + 3 * every + 2.5 * GPU.step
+    assert ranges(s, late) == [("images", 0, 810)], "it should have been here long ago"
+
+
+def test_the_step_before_the_last_takes_as_much_as_it_can_without_delaying_the_last() -> None:
+    """Four small images at a distance of most of a step: two and two are sooner than one and three, or all at once."""
+    s = idle([60, 110, 160], prompt=210)
+    every = 0.8 * GPU.step
+    s.set_front("images", 60, 10.0 + every)
+    assert ranges(s, 10.0 + every) == []
+    s.set_front("images", 110, 10.0 + 2 * every)
+    assert ranges(s, 10.0 + 2 * every) == [("images", 0, 110)]
 
 
 def test_what_pages_held_does_not_count_as_rows_that_came() -> None:
-    pace = Pace(BUDGET_S)
-    for prefill in (256, 1024, 512, 2048, 64, 1500):
-        shape = StepShape(prefill=prefill)
-        pace.observe(shape, GPU.seconds(shape))
-    s = Scheduler(num_pages=1000, page_size=16, token_budget=2048, max_running=8, pace=pace)
+    s = idle([], prompt=10)
+    s.remove("images")
     keys = [bytes([i]) for i in range(20)]
     s.add("first", 320, 1, front=320, keys=keys)
-    ranges(s)
+    ranges(s, 11.0)
     s.remove("first")
-    s.add("again", 1520, 2, front=0, keys=keys)
-    assert ranges(s, 1.0) == [] and s.reused("again") == 320
-    s.set_front("again", 320)
-    s.set_front("again", 420)
-    assert ranges(s, 1.002) == [("again", 320, 420)], "a hundred in 2 ms, and not 420: the rest takes 22"
+    s.add("again", 1520, 2, front=0, keys=keys, stops=[320, 420])
+    assert ranges(s, 12.0) == [] and s.reused("again") == 320
+    s.set_front("again", 320, 12.0)
+    s.set_front("again", 420, 12.002)
+    assert ranges(s, 12.002) == [("again", 320, 420)], "a hundred in 2 ms, and not 420: the rest takes 22"
 
 
 def test_attention_counts_among_what_tokens_cost() -> None:
@@ -347,4 +371,4 @@ def test_attention_counts_among_what_tokens_cost() -> None:
     pace = Pace(BUDGET_S)
     for prefill in (4000, 1000, 8000, 2000, 6000, 3000, 7000, 5000):
         pace.observe(StepShape(prefill=prefill, attention=prefill**2 / 2), 1e-9 * prefill**2 / 2 + 0.005)
-    assert not pace.worth(0, 2000, 0.0) and pace.worth(0, 4000, 0.0) and pace.worth(8000, 9000, 0.0)
+    assert not pace.begins(0, 2000, ()) and pace.begins(0, 4000, ()) and pace.begins(8000, 9000, ())

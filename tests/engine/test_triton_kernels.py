@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from reference_flash import Flash
 
 from aiodisagg.engine import triton_attention, triton_experts, triton_layers
 from aiodisagg.engine.experts import draw, run_loop
@@ -34,20 +33,21 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def filled(
-    of: Shapes, lengths: Sequence[tuple[int, int]], pad_to: tuple[int, int, int] | None = None
+    of: Shapes, lengths: Sequence[tuple[int, int]], pad_to: tuple[int, int, int] | None = None, keys: int = 0
 ) -> tuple[StepInputs, torch.Tensor, torch.Tensor]:
     """Inputs of segments (new, total) on pages in no order, queries, and a pool that is NaN wherever nothing lies."""
     order = torch.randperm(sum(-(-total // PAGE) for _, total in lengths), generator=torch.Generator().manual_seed(1))
     numbers = iter((order + 1).tolist())
     pieces = [Piece(new, total, [next(numbers) for _ in range(-(-total // PAGE))]) for new, total in lengths]
     tokens = sum(new for new, _ in lengths)
-    step = new_inputs(of, tokens=max(tokens, pad_to[0] if pad_to else 0), segments=8, pages=len(order) + 8)
+    room = max(tokens, pad_to[0] if pad_to else 0)
+    step = new_inputs(of, tokens=room, segments=8, pages=len(order) + 8, keys=keys)
     pool = torch.full((2, (len(order) + 1) * PAGE, of.kv_heads, of.head_dim), float("nan"))
     for piece in pieces:
         pages = torch.tensor(piece.pages)
         slots = (pages[:, None] * PAGE + torch.arange(PAGE)).view(-1)[: piece.total]
         pool[:, slots] = torch.randn(2, piece.total, of.kv_heads, of.head_dim)
-    step.fill(pieces, torch.zeros(tokens).numpy(), torch.zeros(3, tokens).numpy(), pad_to=pad_to)
+    step.fill(pieces, torch.zeros(tokens).numpy(), torch.zeros(3, tokens).numpy(), pad_to=pad_to, keys=keys)
     return step, torch.randn(step.tokens, of.heads, of.head_dim), pool
 
 
@@ -180,55 +180,42 @@ def test_plans_by_rows_per_expert() -> None:
         assert [plan.gate_up.m == plan.down.m for plan in plans] == [True] * 4  # they share the order of pairs
 
 
-class Flash:
-    """What ``flash_attn_varlen_func`` computes, and how often it was asked."""
-
-    calls = 0
-
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool,
-    ) -> tuple[torch.Tensor, Any]:  # fmt: skip
-        self.calls += 1
-        assert causal and k.shape == v.shape and k.is_contiguous()
-        queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-        assert (max(queries), max(keys)) == (max_seqlen_q, max_seqlen_k)
-        parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
-        out = []
-        for mine, its_keys, its_values in parts:
-            mask = torch.ones(len(mine), len(its_keys), dtype=torch.bool).tril_(len(its_keys) - len(mine))
-            heads = [one.transpose(0, 1)[None] for one in (mine, its_keys, its_values)]
-            done = scaled_dot_product_attention(*heads, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
-            out.append(done[0].transpose(0, 1))
-        return torch.cat(out), None
+LISTED = {
+    "a prompt": [(37, 37)],
+    "everything": [(1, 40), (1, 3), (19, 19), (30, 100), (2, 17)],
+    "one token between longer ones": [(1, 5), (19, 19), (1, 40), (30, 100)],
+}
 
 
-@pytest.mark.parametrize(
-    ("batch", "calls"),
-    [
-        ([(1, 1), (1, 40)], 0),  # decodes only
-        ([(37, 37)], 1),
-        ([(1, 40), (1, 3), (19, 19), (30, 100), (2, 17)], 1),
-        ([(19, 19), (1, 40), (30, 100)], 0),  # the longer ones do not lie together
-        ([(1, 40), (5, 6)], 0),  # not worth it
-    ],
-)
-def test_long_prefill_gathers_its_keys(batch: list[tuple[int, int]], calls: int) -> None:
-    of, flash = shapes(), Flash()
-    step, query, pool = filled(of, batch)
-    run = FlashPrefill(triton_attention.attend, flash, min_pairs=100)
-    wanted = attend(query, *pool, step, 0.25)
-    close(run(query, *pool, step, 0.25), wanted)
-    close(run(query, *pool, step, 0.25), wanted)  # of the next layer
-    assert flash.calls == 2 * calls
+@pytest.mark.parametrize("spare", [0, 70])
+@pytest.mark.parametrize("batch", LISTED)
+def test_prefill_by_listed_keys(batch: str, spare: int) -> None:
+    """Exactly listed, and with padding of tokens, decodes, tiles and keys."""
+    of, flash, lengths = shapes(), Flash(), LISTED[batch]
+    first = next(i for i, (new, _) in enumerate(lengths) if new > 1)
+    keys, tokens = sum(total for _, total in lengths[first:]), sum(new for new, _ in lengths)
+    step, query, pool = filled(of, lengths, (tokens + 5, 5, 20) if spare else None, keys + spare)
+    assert step.key_slots.shape[0] == keys + spare
+    run = FlashPrefill(triton_attention.attend, flash)
+    close(run(query, *pool, step, 0.25)[:tokens], attend(query, *pool, step, 0.25)[:tokens])
+    assert flash.calls == 1
 
 
-def test_inputs_forget_what_was_gathered_for_an_earlier_step() -> None:
+def test_without_a_list_pages_are_read() -> None:
     of, flash = shapes(), Flash()
     step, query, pool = filled(of, [(1, 40), (30, 100)])
-    run = FlashPrefill(triton_attention.attend, flash, min_pairs=100)
-    run(query, *pool, step, 0.25)
-    other = [Piece(piece.new, piece.total, piece.pages[::-1]) for piece in step.pieces]
+    run = FlashPrefill(triton_attention.attend, flash)
+    close(run(query, *pool, step, 0.25), attend(query, *pool, step, 0.25))
+    assert flash.calls == 0
+
+
+def test_a_list_is_of_its_step_only() -> None:
+    of, flash = shapes(), Flash()
+    step, query, pool = filled(of, [(1, 40), (30, 100), (3, 9)], keys=120)
+    run, whole = FlashPrefill(triton_attention.attend, flash), pool.nan_to_num()
+    other = [Piece(piece.new, piece.total, piece.pages[::-1]) for piece in step.pieces[:2]]
+    step.fill(other, torch.zeros(31).numpy(), torch.zeros(3, 31).numpy(), keys=100)
+    close(run(query[:31], *whole, step, 0.25), attend(query[:31], *whole, step, 0.25))
     step.fill(other, torch.zeros(31).numpy(), torch.zeros(3, 31).numpy())
-    whole = pool.nan_to_num()
-    close(run(query, *whole, step, 0.25), attend(query, *whole, step, 0.25))
+    close(run(query[:31], *whole, step, 0.25), attend(query[:31], *whole, step, 0.25))
+    assert flash.calls == 1

@@ -16,7 +16,7 @@ from aiodisagg.peer import metrics
 from aiodisagg.protocol.events import ItemSpec
 from aiodisagg.protocol.messages import ItemKey, Progress, Refuse
 from aiodisagg.scheduler.book import PeerBook
-from aiodisagg.scheduler.cost import PeerCosts, Rates
+from aiodisagg.scheduler.cost import PeerCosts, PrefillCosts, Rates
 from aiodisagg.scheduler.health import HealthConfig
 from aiodisagg.scheduler.placement import Standing
 
@@ -119,8 +119,7 @@ def test_the_own_tower_gets_less_than_its_share_where_prefill_takes_long() -> No
     for own in ("", "00"):
         placing = Placing(cast(EncodePeers, _Many(2)), 4, HealthConfig())
         placing.own = own
-        for _ in range(20):
-            placing.computed(1024, 1.0)
+        placing.prefill = PrefillCosts(step_s=1e-3, token_s=1.0)
         keys = [ItemKey(1, index) for index in range(4)]
         for key in keys:
             placing.errand(key, _item(key.index)[1])
