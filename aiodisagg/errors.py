@@ -93,7 +93,7 @@ class EncodeFailed(AiodisaggError):
 
 
 class NoEncodePeer(AiodisaggError):
-    """No compatible encode peer is known, and the language peer holds no vision tower of its own."""
+    """No compatible encode peer is known, or none can bring rows here, and the language peer has no own tower."""
 
 
 class EngineError(AiodisaggError):

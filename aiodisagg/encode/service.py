@@ -26,6 +26,7 @@ from aiodisagg.peer import metrics
 from aiodisagg.peer.config import EncodeConfig
 from aiodisagg.peer.driver import Driver
 from aiodisagg.peer.planes import Planes
+from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import (
     CancelEncode,
     DrainBegan,
@@ -83,6 +84,7 @@ class EncodeService:
         self._gate = gate
         self.name = config.name or f"encode-{config.incarnation[:6]}"
         self._encoder = encoder
+        self._labels = PeerLabels()
         self._sessions: dict[str, Session] = {}
         self._waiting: list[Session] = []
         """Of peers that have a session: further links through which nothing was said yet."""
@@ -111,6 +113,7 @@ class EncodeService:
             self.times = await asyncio.to_thread(self_test, encoder, config.self_test_s, prepare_threads=threads)
         sender_config = SenderConfig(retain_s=config.retain_s, capacity_bytes=config.source_bytes)
         self.sender = Sender(encoder.fingerprint, sender_config)
+        self.sender.counters.labels = self._labels
         self.driver: Driver[SenderEvent, SenderAction] = Driver(self.sender, self._act, TimerFired)
         self._stack.callback(self.driver.close)
         accelerator = await asyncio.to_thread(open_accelerator, config.device)
@@ -279,6 +282,7 @@ class EncodeService:
         if before is not None:
             before.link.abort()  # not closed: a goodbye into a dead network takes a second
             self._feed(LinkLost(peer))
+        self._labels.linked(peer, session.link.remote.name)
         logger.info("%s: %s linked", self.name, session.link.remote.name)
         self._feed(LinkUp(peer))
 
@@ -287,6 +291,7 @@ class EncodeService:
             self._waiting.remove(session)
         elif self._sessions.get(session.peer) is session:
             del self._sessions[session.peer]
+            self._labels.lost(session.peer, gone=False)
             self._feed(LinkLost(session.peer))
             waiting = [other for other in self._waiting if other.peer == session.peer and not other.link.closed]
             if waiting:

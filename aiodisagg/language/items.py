@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aiodisagg.device.copies import DeviceBytes
 from aiodisagg.engine.engine import Engine
 from aiodisagg.engine.stream import RequestHandle
-from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, MediaError, PoisonItem
+from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, MediaError, NoEncodePeer, PoisonItem
 from aiodisagg.protocol.events import Fail
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import RowLayout
@@ -61,6 +61,8 @@ class Items:
                 error = MediaError(item.param or f"media[{item.index}]", failed.message)
             case "poison":
                 error = PoisonItem(item.param or f"media[{item.index}]", failed.message)
+            case "unreachable":
+                error = NoEncodePeer(f"item {key}: {failed.message}")
             case _:
                 error = EncodeFailed(str(key), f"{failed.code}: {failed.message}", failed.story)
         self._engine.fail(item.handle, error)

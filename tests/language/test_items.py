@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 
 from aiodisagg.engine.stream import RequestHandle
-from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, MediaError, PoisonItem
+from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, MediaError, NoEncodePeer, PoisonItem
 from aiodisagg.language.items import Item, Items
 from aiodisagg.protocol.events import Fail
 from aiodisagg.protocol.messages import ItemKey
@@ -24,6 +24,7 @@ KEY = ItemKey(1, 0)
         ("too_large", MediaError, "messages[0]: why"),
         ("poison", PoisonItem, "messages[0]: why"),
         ("encode_failed", EncodeFailed, "encode_failed: why"),
+        ("unreachable", NoEncodePeer, "why"),
     ],
 )
 def test_a_request_fails_with_what_went_wrong(code: str, kind: type[AiodisaggError], said: str) -> None:

@@ -71,6 +71,8 @@ async def test_a_request_costs_the_bytes_of_its_visual_rows_and_less_than_a_hund
         (peer,) = [linked.name for linked in made.language.peers.linked]
         labels = f'{{outcome="received",peer="{peer}",region="deepstack"}}'
         assert float(counted[f"aiodisagg_row_bytes_total{labels}"]) == 2 * rows * 3 * 1024 * 2
+        sent = f'outcome="sent",peer="{made.language.name}",region="deepstack"'
+        assert sent in made.encoders[0].metrics(), "by name, which outlives a restart"
 
 
 async def test_every_prompt_costs_its_visual_rows_and_text_costs_nothing(moe: Path) -> None:
