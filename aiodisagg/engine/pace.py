@@ -158,12 +158,12 @@ class Pace:
     def _sum(self, shape: StepShape, costs: list[float]) -> float:
         return sum(cost * term for cost, term in zip(costs, self._terms(shape), strict=True))
 
-    def prefill_costs(self, tokens: int) -> PrefillCosts | None:
-        """Of prompts of about so many tokens; None after too few steps to tell."""
+    def prefill_costs(self) -> PrefillCosts | None:
+        """None after too few steps to tell."""
         if (observed := self._memories[True].steps) < _SETTLED:
             return None
         step_s, token, pair = self._prefill()
-        return PrefillCosts(step_s, token + pair * tokens / 2e6, self._error, observed)
+        return PrefillCosts(step_s, token, pair / 1e6, self._error, observed)
 
     def _prefill(self) -> tuple[float, float, float]:
         """Seconds of a step besides its prompt tokens, of a token, and of a million pairs."""
@@ -171,7 +171,7 @@ class Pace:
         return fixed + read * self.reads.all_s, token, pair
 
     def begins(self, start: int, ready: int, later: Sequence[tuple[float, int]]) -> bool:
-        """Whether a step for the tokens ``[start, ready)`` of a prompt alone should begin at once, of which more come.
+        """Whether a step for the tokens ``[start, ready)`` of a prompt alone, of which more come, should begin at once.
 
         ``later``: (seconds from now, tokens that can be computed by then) until all can; empty: nobody knows, then a
         step must cost less than its tokens.

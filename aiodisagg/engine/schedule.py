@@ -32,9 +32,9 @@ the step that reaches it samples the next token. A decode is the case in which o
   running streams; without decodes nobody waits for a token and a step is as large as it may be.
 * A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has
   other work: a chunk costs a read of its whole past. A step without other work is begun if the prompt is computed
-  sooner by it (:mod:`~aiodisagg.scheduler.pieces`), should the rest come as what came until now. As long as none has,
-  it is begun if being a step at all (reading the weights of a large model) costs less than its tokens. Nobody starves
-  and no timer is needed: what is ready only grows, and the last rows of a prompt are never left.
+  sooner by it (:mod:`~aiodisagg.scheduler.pieces`), should the rest come as what came until now; what is late then is
+  looked at again. As long as none has come, it is begun if being a step at all (reading the weights of a large model)
+  costs less than its tokens. Nobody starves: what is ready only grows, and the last rows of a prompt are never left.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Step:
     preempted: tuple[str, ...]
     prefills: bool = False
     """There are others than decodes among the segments."""
+    again_s: float = math.inf
+    """Without segments: when to plan again if nothing arrives, since what is waited for is late then."""
 
 
 class _Arrivals:
@@ -81,24 +83,35 @@ class _Arrivals:
     def __init__(self, now: float, front: int) -> None:
         self._begin = self._first = self._last = now, front
 
+    def begins_at(self, front: int) -> None:
+        """This much needs no rows; before anything has moved."""
+        self._begin = self._first = self._last = self._begin[0], front
+
     def moved(self, front: int, now: float) -> None:
         if front > self._last[1]:
             self._last = now, front
             if self._first is self._begin or self._first[0] == now:
                 self._first = self._last
 
-    def expected(self, stops: Sequence[int], end: int, now: float) -> list[tuple[float, int]]:
-        """(Seconds from now, front) of the moves to come if they are as fast, in tokens, as those until now: what lies
-        between them says more than the first one, before which everything began. What is late takes as long again."""
+    def expected(self, stops: Sequence[int], end: int, now: float) -> tuple[list[tuple[float, int]], float]:
+        """The moves to come, (seconds from now, front), if they are as fast, in tokens, as those until now, and in how
+        many seconds the next one will be late; nothing and infinity if nothing has moved yet, or all at once.
+
+        What lies between moves says more than the first one, before which everything began. What comes may take half as
+        long again before it is late; what is late takes as long again as since the last move.
+        """
         (since, start), (last_at, last) = self._begin if self._first is self._last else self._first, self._last
-        if last <= start:
-            return []
+        if last <= start or last_at <= since:
+            return [], math.inf
         token_s = (last_at - since) / (last - start)
         left = [(last_at - now + token_s * (stop - last), stop) for stop in (*stops, end)]
-        late_s = -left[0][0]
-        if late_s > 0:
-            left = [(seconds + late_s + (now - last_at), stop) for seconds, stop in left]
-        return left
+        late_at = last_at + 1.5 * token_s * (left[0][1] - last)
+        if now >= late_at:
+            late_at = now + (now - last_at)
+        if left[0][0] <= 0:
+            later_s = late_at - now - left[0][0]
+            left = [(seconds + later_s, stop) for seconds, stop in left]
+        return left, late_at - now
 
 
 @dataclass(slots=True, eq=False)
@@ -148,10 +161,10 @@ class _Request:
         """Tokens that could be computed now."""
         return max((self.total if self.complete else self.front) - self.computed, 0)
 
-    def expected(self, now: float) -> list[tuple[float, int]]:
-        """(Seconds from now, front) until all rows are here; empty: nothing says when."""
+    def expected(self, now: float) -> tuple[list[tuple[float, int]], float]:
+        """As :meth:`_Arrivals.expected`, until all rows are here."""
         if self.arrivals is None:
-            return []
+            return [], math.inf
         stops = [stop for stop in self.stops if self.front < stop < self.prompt]
         return self.arrivals.expected(stops, self.prompt, now)
 
@@ -237,13 +250,13 @@ class Scheduler:
     def set_front(self, request_id: str, front: int, now: float | None = None) -> None:
         """The first ``front`` prompt tokens can be computed or are in pages. It moves back by a preemption only.
 
-        ``now``: since when, on the clock of :meth:`plan_step`; None: not known.
+        ``now``: since when, on the clock of :meth:`plan_step`; None: no rows had to come for it.
         """
         request = self._requests[request_id]
         if front > request.front:
             request.front = front
-            if now is not None and request.arrivals is not None:
-                request.arrivals.moved(front, now)
+            if request.arrivals is not None:
+                request.arrivals.begins_at(front) if now is None else request.arrivals.moved(front, now)
             if not request.pages:
                 self._waiting.remove(request)
                 self._waiting.add(request, request.claim)
@@ -282,11 +295,10 @@ class Scheduler:
         decodes = self._plan_decodes(now, preempted)
         # A victim does not come back in the same step: somebody has taken one of its pages.
         admitted = self._admit(now)
-        able = [
-            r for r in self._worthwhile(bool(decodes), {s.request_id for s in decodes}, now) if r.complete or not whole
-        ]
+        worth, again_s = self._worthwhile(bool(decodes), {s.request_id for s in decodes}, now)
+        able = [r for r in worth if r.complete or not whole]
         prefills = self._plan_prefills(now, decodes, able) if able else []
-        return Step((*decodes, *prefills), tuple(admitted), tuple(preempted), bool(prefills))
+        return Step((*decodes, *prefills), tuple(admitted), tuple(preempted), bool(prefills), again_s)
 
     def _rank(self, request: _Request, now: float) -> Rank:
         return self._order.rank(request.claim, now)
@@ -370,15 +382,23 @@ class Scheduler:
             return min(most, step.prefill + step.decodes)
         return self._pace.prefill_after(step, 0, most)
 
-    def _worthwhile(self, busy: bool, planned: Collection[str], now: float) -> list[_Request]:
+    def _worthwhile(self, busy: bool, planned: Collection[str], now: float) -> tuple[list[_Request], float]:
         """Running requests with prefill to do now, by arrival; ``busy``: the step has decodes, those of ``planned``.
+        And in how many seconds to look again at those that were left.
 
         Who was just let in again and found all but its last token in pages is one of them: its decode was not planned.
         """
         able = [r for r in self._running if r.ready and r.request_id not in planned and (r.complete or self._overlap)]
         large = [r for r in able if r.complete or r.ready >= self._coalesce]
         if busy or any(r.complete for r in able):
-            return large
+            return large, math.inf
         if self._pace is None:
-            return large or able
-        return [r for r in able if self._pace.begins(r.computed, r.computed + r.ready, r.expected(now))]
+            return large or able, math.inf
+        begins, again_s = [], math.inf
+        for request in able:
+            later, late_s = request.expected(now)
+            if self._pace.begins(request.computed, request.computed + request.ready, later):
+                begins.append(request)
+            else:
+                again_s = min(again_s, late_s)
+        return begins, again_s

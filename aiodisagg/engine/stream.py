@@ -37,7 +37,7 @@ class RequestHandle:
         self.tokens = 0
         """Of the answer so far, whether they were read or not."""
         self.prefill: PrefillCosts | None = None
-        """What the engine has learned of prompts as long as this one by its first token; None: nothing yet."""
+        """What the engine had learned by the first token; None: nothing yet."""
         self._cancel = cancel
         self._lock = threading.Lock()
         self._pending: Delta | None = None

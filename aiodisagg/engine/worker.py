@@ -15,6 +15,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from time import monotonic, perf_counter
 
 import torch
@@ -81,6 +82,8 @@ class StepThread:
         self._vitals, self._ended, self._stopped, self._pace = vitals, ended, stopped, pace
         self._sequences: dict[str, EngineSequence] = {}
         self._wake = threading.Condition()
+        self._again_s = inf
+        """Of a step without segments: when to plan again if nothing comes."""
         self._inbox: deque[EngineSequence | End] = deque()
         self._arrived: set[str] = set()
         self._closing = False
@@ -154,10 +157,11 @@ class StepThread:
         self._watcher.step_ended(0)
 
     def _take_commands(self, *, wait: bool) -> bool:
-        """Applies what has come; ``wait`` until something has. False: closing."""
+        """Applies what has come; ``wait`` until something has, or should have. False: closing."""
         with self._wake:
             if wait:
-                self._wake.wait_for(lambda: self._inbox or self._arrived or self._closing)
+                timeout_s = None if self._again_s == inf else self._again_s
+                self._wake.wait_for(lambda: self._inbox or self._arrived or self._closing, timeout_s)
             commands, self._inbox = self._inbox, deque()
             arrived, self._arrived = self._arrived, set()
             if self._closing:
@@ -200,6 +204,7 @@ class StepThread:
     def _step(self) -> bool:
         """Plans and runs one step. False: nothing to do until a command comes."""
         step = self._scheduler.plan_step(monotonic(), whole=self._watcher.whole_prompts())
+        self._again_s = step.again_s
         self._watcher.prefill_waits(step.prefills)
         for request_id in step.preempted:
             sequence = self._sequences[request_id]
@@ -208,7 +213,7 @@ class StepThread:
         for request_id in step.admitted:
             sequence = self._sequences[request_id]
             sequence.rows.reuse(self._scheduler.reused(request_id))
-            self._set_front(request_id)
+            self._scheduler.set_front(request_id, sequence.rows.front)  # no rows had to come for that
             self._news.append(_News(sequence.handle, needed=sequence.rows.ask()))
         self._counts["preemptions"] += len(step.preempted)
         if step.preempted:
@@ -279,7 +284,7 @@ class StepThread:
         self._counts["tokens_decoded"] += 1
         self._vitals.worked()
         if not sequence.generated:
-            sequence.handle.prefill = self._pace.prefill_costs(sequence.plan.tokens)
+            sequence.handle.prefill = self._pace.prefill_costs()
         sequence.append(token)
         self._scheduler.advance(segment, sampled=True)
         try:

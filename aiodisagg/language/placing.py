@@ -96,8 +96,10 @@ class Placing:
         """Chooses peers for a request's items together; ``choose`` keeps to it while those peers are there."""
         errands = [self.errands[key] for key in keys]
         free = [errand for errand in errands if not self.poison.suspect(errand.spec.digest, now)]
+        half = sum(errand.spec.rows for errand in errands) / 2
+        token_s = self.prefill.token_s + self.prefill.pair_s * half
         placed = place_together(
-            [Wanted(errand.spec.digest, errand.size, self.prefill.token_s * errand.spec.rows) for errand in free],
+            [Wanted(errand.spec.digest, errand.size, token_s * errand.spec.rows) for errand in free],
             self._candidates([errand.spec.digest for errand in free], now),
             own=self.own,
             step_s=self.prefill.step_s,

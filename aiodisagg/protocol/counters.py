@@ -15,7 +15,8 @@ MOST_PEERS = 4096
 class PeerLabels:
     """What exporters call peers: by name, and by name and incarnation where a linked one has that name already.
 
-    Whoever is not known, or not any more, is ``""``: what was counted of it goes on being counted there.
+    Whoever is not known, or not any more, is ``""``: what was counted of it goes on being counted there. Above
+    ``MOST_PEERS`` the oldest without a link is forgotten.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,10 @@ class PeerLabels:
             del self._labels[holder]
             holder = None
         self._labels[peer] = name if holder is None else f"{name}/{peer}"
+        if len(self._labels) > MOST_PEERS:
+            past = next((other for other in self._labels if other not in self._linked), None)
+            if past is not None:
+                del self._labels[past]
 
     def lost(self, peer: str, *, gone: bool) -> None:
         """Its link was lost. ``gone``: it will not come back."""

@@ -381,8 +381,11 @@ class AdmissionQueue:
 
     @staticmethod
     def _predicted_s(lane: Lane, entry: Entry, now: float) -> float:
-        """To its first token, if it is released now; nothing as long as nothing is known."""
-        return lane.predicted_s(lane.in_flight_s(now), entry.work) if lane.prices.known else 0.0
+        """To its first token, if it is released now; nothing as long as nothing is known. In an empty lane only the
+        price counts: what was learned of the latency is corrected by first tokens alone, and this one's may be."""
+        if not lane.prices.known:
+            return 0.0
+        return lane.predicted_s(lane.in_flight_s(now), entry.work) if len(lane) else lane.prices.of(entry.work)
 
     def _next(self, now: float) -> tuple[Entry, int] | None:
         """The first of the tenant whose turn it is, and in which queue it is: that of a lane with room, or, if there is

@@ -97,13 +97,15 @@ class Rates:
 
 
 class PrefillCosts(NamedTuple):
-    """What prefill takes, as the engine has learned it: seconds of a step besides its tokens, and of a prompt token.
+    """What prefill takes, as the engine has learned it: seconds of a step besides its tokens, of a prompt token, and of
+    a query-key pair.
 
     ``error``: mean relative error of predicted steps with prompts, recent ones first, of ``observed`` ones.
     """
 
     step_s: float
     token_s: float
+    pair_s: float = 0.0
     error: float = 0.0
     observed: int = 0
 

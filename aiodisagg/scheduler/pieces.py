@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 MOST = 24
-"""Parts that are looked at one by one; of more, neighbours count as one."""
+"""Parts that are looked at one by one; of more, neighbours count as one, but for the first, which may be there."""
 
 
 def plan(at: Sequence[float], cost_s: Callable[[int, int], float], since: float = 0.0) -> tuple[float, float]:
@@ -28,7 +28,7 @@ def plan(at: Sequence[float], cost_s: Callable[[int, int], float], since: float 
     """
     count = len(at)
     groups = min(count, MOST)
-    edges = [j * count // groups for j in range(groups + 1)]
+    edges = [0, *(1 + j * (count - 1) // max(1, groups - 1) for j in range(groups))]
     there = [at[edge - 1] for edge in edges[1:]]
     done, first = [since, *[math.inf] * groups], [math.inf] * (groups + 1)
     for i in range(groups):

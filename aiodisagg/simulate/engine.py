@@ -174,6 +174,8 @@ class Engine:
         if not step.segments and not encoding:
             if self.beside is not None:
                 self.beside.stepped(0.0, 0, 1)
+            if step.again_s < math.inf:
+                self.device.clock.at(self.device.clock.now + step.again_s, self._wake)
             return
         decodes = context = 0
         prefills: list[tuple[int, int]] = []

@@ -338,8 +338,14 @@ def test_an_idle_engine_waits_for_the_last_of_many_that_is_about_to_come() -> No
     for i, front in enumerate((210, 410, 610, 810)):
         s.set_front("images", front, 12.0 + i * every)
     assert ranges(s, 12.0 + 3 * every) == [], "the fifth is a little away"
-    late = 12.0 + 3 * every + 2.5 * GPU.step
-    assert ranges(s, late) == [("images", 0, 810)], "it should have been here long ago"
+    again_s = s.plan_step(12.0 + 3 * every).again_s
+    assert again_s == pytest.approx(1.5 * every * 190 / 200)
+    late = 12.0 + 3 * every + again_s
+    assert ranges(s, late - 1e-6) == [] and s.plan_step(late - 1e-6).again_s == pytest.approx(1e-6)
+    assert ranges(s, late) == [], "it may take as long again, which is less than a step costs"
+    again_s = s.plan_step(late).again_s
+    assert again_s == pytest.approx(late - 12.0 - 3 * every)
+    assert ranges(s, late + 2 * again_s) == [("images", 0, 810)], "it should have been here long ago"
 
 
 def test_the_step_before_the_last_takes_as_much_as_it_can_without_delaying_the_last() -> None:
@@ -361,9 +367,23 @@ def test_what_pages_held_does_not_count_as_rows_that_came() -> None:
     s.remove("first")
     s.add("again", 1520, 2, front=0, keys=keys, stops=[320, 420])
     assert ranges(s, 12.0) == [] and s.reused("again") == 320
-    s.set_front("again", 320, 12.0)
+    s.set_front("again", 320)
     s.set_front("again", 420, 12.002)
     assert ranges(s, 12.002) == [("again", 320, 420)], "a hundred in 2 ms, and not 420: the rest takes 22"
+
+
+def test_text_behind_what_pages_held_does_not_count_as_rows_that_came() -> None:
+    """A conversation goes on: its history is in pages, then comes a question, and then a new image."""
+    s = idle([], prompt=10)
+    s.remove("images")
+    keys = [bytes([i]) for i in range(20)]
+    s.add("first", 320, 1, front=320, keys=keys)
+    ranges(s, 11.0)
+    s.remove("first")
+    s.add("again", 3000, 2, front=0, keys=keys, stops=[1520, 2500])
+    assert ranges(s, 12.0) == [] and s.reused("again") == 320
+    s.set_front("again", 1520)
+    assert ranges(s, 12.00005) == [("again", 320, 1520)], "nothing says that the image will be here at once"
 
 
 def test_attention_counts_among_what_tokens_cost() -> None:

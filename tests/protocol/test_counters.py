@@ -55,3 +55,13 @@ def test_lives_of_one_peer_are_one_series_and_nothing_is_lost() -> None:
     assert len(found) == 4 and {peer for _, peer, _ in found} == {"", "encode"}
     assert sum(size for _, peer, size in found if not peer) == 200 * truth.ROW_BYTES
     assert counters.total("received", peer="last") == truth.ROW_BYTES
+
+
+def test_names_of_peers_of_long_ago_are_forgotten_and_linked_ones_kept() -> None:
+    labels = PeerLabels()
+    labels.linked("stays", "first")
+    for life in range(2 * MOST_PEERS):
+        labels.linked(str(life), f"name-{life}")
+        labels.lost(str(life), gone=False)
+    assert labels.of("stays") == "first" and labels.of(str(2 * MOST_PEERS - 1)) == f"name-{2 * MOST_PEERS - 1}"
+    assert labels.of("0") == "" and sum(labels.of(str(life)) != "" for life in range(2 * MOST_PEERS)) < MOST_PEERS

@@ -280,6 +280,16 @@ def test_who_would_be_late_behind_what_is_in_flight_is_not_released() -> None:
     assert isinstance(shed, Shed) and (shed.request_id, shed.reason) == ("late", "late")
 
 
+def test_a_latency_of_bad_times_does_not_shed_who_only_waited_for_a_place() -> None:
+    """Encoders hung for a while. Only a first token shows that they do not any more, and the engine is full of text."""
+    front = Front.of(known=True, max_running=1, max_ttft_s=2.0)
+    front.queue.lanes[True].latency_s = 10.0
+    front.arrive("text", TEXT)
+    assert front.arrive("picture", PICTURE) == []
+    front.token("text", after=0.1)
+    assert front.end("text") == ["picture"]
+
+
 def test_first_tokens_that_come_before_their_time_are_predicted_so() -> None:
     """Those of a batch come together, and the last of them earlier than the work before it says."""
     front = Front.of(known=True, min_in_flight=2, window_s=1e-9)
