@@ -72,7 +72,7 @@ class Taker:
                     logger.error("item %s: wrong checksum of rows %d-%d", key, chunk.start, chunk.stop)
                     return RowsRefused(key, chunk)
                 self._deliver(action, data)
-        except Exception:
+        except Exception as error:
             logger.exception("item %s: rows could not be delivered", key)
-            return RowsRefused(key, chunk)
+            return RowsRefused(key, chunk, repr(error))
         return RowsTaken(key, chunk)

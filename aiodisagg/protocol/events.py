@@ -109,10 +109,12 @@ class RowsTaken:
 
 @dataclass(frozen=True, slots=True)
 class RowsRefused:
-    """Answer to Take: the checksum is wrong; the rows are as if they had never come."""
+    """Answer to Take: the rows are as if they had never come. ``why``: they could not be delivered; empty: the checksum
+    is wrong."""
 
     key: ItemKey
     chunk: Chunk
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +183,8 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The item failed and is forgotten. ``code``: ``deadline``, ``cancelled``, ``corrupt``, ``unreachable`` (no peer
-    can write here; ``message`` says why) or that of a refusal."""
+    """The item failed and is forgotten. ``code``: ``deadline``, ``cancelled``, ``corrupt``, ``undelivered`` (rows came
+    and could not be taken), ``unreachable`` (no peer can write here; ``message`` says why) or that of a refusal."""
 
     key: ItemKey
     code: str

@@ -333,10 +333,13 @@ class IncomingItem:
         chunk = event.chunk
         self.pending.remove(chunk.start, chunk.stop)
         self.claimed.remove(chunk.start, chunk.stop)
-        self._story.tell(now, f"checksum of rows {chunk.start}-{chunk.stop} is wrong")
-        if self._patience.spoiled():
-            return self.fail(now, "corrupt", "rows arrived with wrong checksums again and again")
-        return []
+        rows = f"rows {chunk.start}-{chunk.stop}"
+        self._story.tell(now, f"{rows} undelivered" if event.why else f"checksum of {rows} is wrong")
+        if not self._patience.spoiled():
+            return []
+        if event.why:
+            return self.fail(now, "undelivered", f"rows could not be delivered: {event.why}")
+        return self.fail(now, "corrupt", "rows arrived with wrong checksums again and again")
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
