@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 async def test_bytes_by_outcome_region_and_peer(tmp_path: Path, no_leaks: None) -> None:
     async with pair(tmp_path, "memory") as made:
-        service, receiver = made.encoders[0], made.receiver.config.incarnation
+        service = made.encoders[0]
         async with (
             MetricsServer(service.metrics, service.ready, "127.0.0.1", 0) as server,
             aiohttp.ClientSession() as session,
@@ -36,7 +36,7 @@ async def test_bytes_by_outcome_region_and_peer(tmp_path: Path, no_leaks: None) 
         found = dict(re.findall(r"^aiodisagg_(\S+) (\S+)$", text, re.M))
         rows = 22
         for region, part in (("input", 1), ("deepstack", 3)):
-            key = f'row_bytes_total{{outcome="sent",peer="{receiver}",region="{region}"}}'
+            key = f'row_bytes_total{{outcome="sent",peer="language",region="{region}"}}'
             assert float(found[key]) == rows * ROW_BYTES * part / 4
         assert (float(found["sources_started_total"]), float(found["source_hits_total"])) == (2, 1)
         assert (float(found["items_encoded_total"]), float(found["links"])) == (2, 1)
