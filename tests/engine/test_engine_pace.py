@@ -358,13 +358,18 @@ def test_the_step_before_the_last_takes_as_much_as_it_can_without_delaying_the_l
     assert ranges(s, 10.0 + 2 * every) == [("images", 0, 110)]
 
 
-def test_what_pages_held_does_not_count_as_rows_that_came() -> None:
-    s = idle([], prompt=10)
+def with_pages() -> tuple[Scheduler, list[bytes]]:
+    """An idle engine whose pages hold 320 tokens, and their keys."""
+    s, keys = idle([], prompt=10), [bytes([i]) for i in range(20)]
     s.remove("images")
-    keys = [bytes([i]) for i in range(20)]
     s.add("first", 320, 1, front=320, keys=keys)
     ranges(s, 11.0)
     s.remove("first")
+    return s, keys
+
+
+def test_what_pages_held_does_not_count_as_rows_that_came() -> None:
+    s, keys = with_pages()
     s.add("again", 1520, 2, front=0, keys=keys, stops=[320, 420])
     assert ranges(s, 12.0) == [] and s.reused("again") == 320
     s.set_front("again", 320)
@@ -374,12 +379,7 @@ def test_what_pages_held_does_not_count_as_rows_that_came() -> None:
 
 def test_text_behind_what_pages_held_does_not_count_as_rows_that_came() -> None:
     """A conversation goes on: its history is in pages, then comes a question, and then a new image."""
-    s = idle([], prompt=10)
-    s.remove("images")
-    keys = [bytes([i]) for i in range(20)]
-    s.add("first", 320, 1, front=320, keys=keys)
-    ranges(s, 11.0)
-    s.remove("first")
+    s, keys = with_pages()
     s.add("again", 3000, 2, front=0, keys=keys, stops=[1520, 2500])
     assert ranges(s, 12.0) == [] and s.reused("again") == 320
     s.set_front("again", 1520)
@@ -392,3 +392,23 @@ def test_attention_counts_among_what_tokens_cost() -> None:
     for prefill in (4000, 1000, 8000, 2000, 6000, 3000, 7000, 5000):
         pace.observe(StepShape(prefill=prefill, attention=prefill**2 / 2), 1e-9 * prefill**2 / 2 + 0.005)
     assert not pace.begins(0, 2000, ()) and pace.begins(0, 4000, ()) and pace.begins(8000, 9000, ())
+
+
+@pytest.mark.parametrize("part", [0.0, 0.2, 1.0])
+def test_what_reading_experts_costs_on_top_is_learned(part: float) -> None:
+    """It is measured alone; beside other work it may hide, and tokens of one prompt may choose few experts."""
+    reads = Reads(0.014, 1 / 16)
+    pace, chance = Pace(BUDGET_S, reads), random.Random(1)
+
+    def takes(prefill: int, decodes: int) -> float:
+        return 0.004 + 0.0003 * decodes + 1.4e-5 * prefill + part * reads.seconds(prefill + decodes)
+
+    for _ in range(150):
+        prefill, decodes = chance.choice([0, 0, 130, 900, 1800, 2700]), chance.randrange(1, 8)
+        pace.observe(StepShape(decodes, 400 * decodes, prefill, prefill**2 / 2), takes(prefill, decodes))
+    for prefill in (600, 900, 4000):
+        assert pace.expect(StepShape(prefill=prefill, attention=prefill**2 / 2)) == pytest.approx(
+            takes(prefill, 0), rel=0.06
+        )
+    costs = pace.prefill_costs()
+    assert costs is not None and costs.step_s == pytest.approx(0.004 + part * 0.014, rel=0.25) and costs.error < 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -304,49 +304,6 @@ async def test_on_an_accelerator_a_step_that_reads_no_token_back_is_waited_for(m
         for samples, times in ((True, 0), (False, 1)):
             runner.forward([Work(Segment("a", 0, 4, samples), None, [])])  # type: ignore[arg-type]
             assert len(waited) == times
-
-
-@pytest.mark.parametrize("budget_ms", [0.0, 50.0])
-async def test_a_first_token_tells_what_prefill_takes(budget_ms: float) -> None:
-    """It is learned whether or not anything is bounded by it; placement wants to know."""
-    async with make_engine(tiny_model("moe"), token_budget=64, itl_budget_ms=budget_ms) as engine:
-        handles = [submit(engine, make_plan([50 * n], seed=n), max_tokens=2) for n in range(1, 6)]
-        await asyncio.gather(*map(read, handles))
-        last = submit(engine, make_plan([150], seed=9), max_tokens=2)
-        assert last.prefill is None
-        await read(last)
-    found = last.prefill
-    assert found is not None and found.observed >= 12 and 0 <= found.error < 1
-    assert found.step_s + 150 * found.token_s > 0
-
-
-async def test_rows_that_are_late_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody says anything any more: the step thread looks again by itself."""
-    plan = make_plan([20, (1, 4, 4), 2, (1, 4, 4), 2, (1, 3, 4), 5])
-    rows = make_rows(plan, 2)
-    async with make_engine(tiny_model("moe"), token_budget=512, itl_budget_ms=50.0) as engine:
-        asked: list[float] = []
-
-        def begins(start: int, ready: int, later: list[tuple[float, int]]) -> bool:
-            asked.append(later[0][0] if later else 0.0)
-            return asked[-1] > 0.1
-
-        monkeypatch.setattr(engine._pace, "begins", begins)
-        handle = submit(engine, plan, max_tokens=2)
-        await handle.admitted
-        for item in (0, 1):
-            engine.deliver(handle, item, 0, rows[item])
-        async with asyncio.timeout(30):
-            await eventually(lambda: engine.stats().tokens_prefilled > 0)
-        assert engine.stats().tokens_prefilled == plan.tokens - 5 - 12, "up to the image that is late"
-        assert len(asked) < 40, "each time twice as long"
-        engine.deliver(handle, 2, 0, rows[2])
-        await read(handle)
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - the step thread announces nothing
-        await asyncio.sleep(0.001)
 
 
 def make_plan_empty() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -189,3 +189,8 @@ async def ask(engine: Engine, plan: PromptPlan, rows: Sequence[torch.Tensor] = (
     handle = submit(engine, plan, **sampling)
     deliver_all(engine, handle, rows)
     return await asyncio.wait_for(read(handle), 30)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - the step thread announces nothing
+        await asyncio.sleep(0.001)
