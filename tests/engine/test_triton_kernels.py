@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -196,7 +197,15 @@ def test_prefill_by_listed_keys(batch: str, spare: int) -> None:
     keys, tokens = sum(total for _, total in lengths[first:]), sum(new for new, _ in lengths)
     step, query, pool = filled(of, lengths, (tokens + 5, 5, 20) if spare else None, keys + spare)
     assert step.key_slots.shape[0] == keys + spare
-    run = FlashPrefill(triton_attention.attend, flash)
+    queries, ends = step.query_at.tolist(), step.key_at.tolist()
+    assert (queries[0], ends[0]) == (first, 0)
+    assert set(queries[len(lengths) - first :]) == {tokens} and set(ends[len(lengths) - first :]) == {keys}
+
+    def pages(*args: Any, longer: bool = True, **named: Any) -> torch.Tensor:
+        assert not longer, "what is listed is computed once"
+        return triton_attention.attend(*args, longer=longer, **named)
+
+    run = FlashPrefill(pages, flash)
     close(run(query, *pool, step, 0.25)[:tokens], attend(query, *pool, step, 0.25)[:tokens])
     assert flash.calls == 1
 
