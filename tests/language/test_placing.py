@@ -113,20 +113,23 @@ def test_the_own_tower_is_compared_for_every_item() -> None:
         placing.over(key)
 
 
-def test_the_own_tower_gets_less_than_its_share_where_prefill_takes_long() -> None:
+@pytest.mark.parametrize(("step_s", "token_s", "own"), [(1e-3, 1.0, 1), (1.0, 1e-3, 2)])
+def test_the_own_tower_gets_less_than_its_share_where_prefill_takes_long(
+    step_s: float, token_s: float, own: int
+) -> None:
     """Its device has the prompt to compute as well. How long that takes is learned."""
     given = []
-    for own in ("", "00"):
+    for name in ("", "00"):
         placing = Placing(cast(EncodePeers, _Many(2)), 4, HealthConfig())
-        placing.own = own
-        placing.prefill = PrefillCosts(step_s=1e-3, token_s=1.0)
+        placing.own = name
+        placing.prefill = PrefillCosts(step_s, token_s)
         keys = [ItemKey(1, index) for index in range(4)]
         for key in keys:
             placing.errand(key, _item(key.index)[1])
         placing.plan(keys, 0.0)
         places = [placing.choose(key, frozenset(), 0.0) for key in keys]
         given.append(Counter(place.peer for place in places if place is not None)["00"])
-    assert given == [2, 1]
+    assert given == [2, own], "one step for all is computed when the last is there, wherever it was encoded"
 
 
 def test_peers_that_drain_are_asked_only_if_all_do() -> None:
