@@ -30,6 +30,8 @@ from aiodisagg.bench.workload import Closed, Gamma, Mix
 from aiodisagg.errors import ConfigError
 
 SLO = (5.0, 10.0)
+_ROUNDS = 4
+"""Requests of the loop that measures capacity, relative to how many it sends at a time."""
 
 
 def small_mixes() -> dict[str, Mix]:
@@ -144,14 +146,18 @@ class _Comparison:
     async def measure_replicas(self) -> None:
         options = self._options
         shape = options.shapes[0]
+        at_once = options.concurrency
         async with started(shape, self._setting) as urls, open_session(None) as session:
+            client = ChatClient(session, Clock())
             for mix in options.mixes:
-                bench = self._bench(f"{shape}, {mix}", mix, urls, ChatClient(session, Clock()))
+                bench = self._bench(f"{shape}, {mix}", mix, urls, client)
                 await bench.meet()
                 await bench.warm()
                 self.unloaded[mix] = await bench.alone()
                 if mix not in self.capacity:
-                    _, outcomes = await bench.measure(Closed(options.concurrency), options.seeds[0], {})
+                    loop = self._bench(f"{shape}, {mix}", mix, urls, client, max(options.requests, _ROUNDS * at_once))
+                    await loop.meet()
+                    _, outcomes = await loop.measure(Closed(at_once), options.seeds[0], {})
                     self.capacity[mix] = steady_rate(outcomes)
 
     async def measure(self, shape: str, seed: int) -> None:
@@ -166,11 +172,12 @@ class _Comparison:
                     found = await bench.measure(arrivals, seed, self.unloaded[mix])
                     self._runs.setdefault((shape, mix, load), []).append(found)
 
-    def _bench(self, what: str, mix: str, urls: tuple[str, ...], client: ChatClient) -> Bench:
+    def _bench(self, what: str, mix: str, urls: tuple[str, ...], client: ChatClient, requests: int = 0) -> Bench:
         options = self._options
         serve = ServeOptions(
-            urls=urls, mix=options.mix(mix), concurrencies=(options.concurrency,), requests=options.requests,
-            seeds=options.seeds, warmup=options.warmup, probes=options.probes, slo=SLO,
+            urls=urls, mix=options.mix(mix), concurrencies=(options.concurrency,),
+            requests=requests or options.requests, seeds=options.seeds, warmup=options.warmup,
+            probes=options.probes, slo=SLO,
         )  # fmt: skip
         return Bench(serve, client, Clock(), lambda step, done, total: self._say(f"{what}, {step}", done, total))
 
@@ -194,16 +201,16 @@ class _Comparison:
 
 
 def steady_rate(outcomes: Sequence[Outcome]) -> float:
-    """Requests per second of a closed loop while it was full: from the first end to the last start.
+    """Requests per second of a closed loop while it was full: from its beginning to the last start.
 
-    A loop so short that nothing ended by then is taken as a whole. Raises ConfigError if nothing was answered.
+    From the beginning, since requests of equal answers come together, end together, and so end in waves: from the first
+    end on, a wave would be counted that was computed before. A loop so short that nothing ended by the last start is
+    taken as a whole. Raises ConfigError if nothing was answered.
     """
     ends = sorted(one.ended_s for one in outcomes if not one.error)
     if not ends:
         errors = ", ".join(sorted({one.error for one in outcomes}))
         raise ConfigError("capacity", f"no request was answered: {errors}")
-    last = max(one.sent_s for one in outcomes)
-    full = [end for end in ends if end <= last]
-    if len(full) < 2:
-        return len(ends) / ends[-1]
-    return (len(full) - 1) / (full[-1] - full[0])
+    began, last = min(one.sent_s for one in outcomes), max(one.sent_s for one in outcomes)
+    full = [end for end in ends if end <= last] or ends
+    return len(full) / (full[-1] - began)

@@ -90,11 +90,20 @@ def outcome(sent_s: float, ended_s: float, error: str = "") -> Outcome:
 def test_capacity_is_the_rate_of_a_loop_that_is_full() -> None:
     """Two at a time, each 1 s: two a second, although the last one ran alone and long."""
     full = [outcome(0.0, 1.0), outcome(0.0, 1.5), outcome(1.0, 2.0), outcome(1.5, 2.5), outcome(2.0, 3.0)]
-    assert steady_rate([*full, outcome(3.0, 90.0)]) == 4 / 2
+    assert steady_rate([*full, outcome(3.0, 90.0)]) == pytest.approx(5 / 3)
     assert steady_rate([outcome(0.0, 4.0)]) == 0.25
-    assert steady_rate([*full, outcome(2.5, 2.7, "HTTP 429"), outcome(3.0, 90.0)]) == 4 / 2, "errors are no capacity"
+    failed = outcome(2.5, 2.7, "HTTP 429")
+    assert steady_rate([*full, failed, outcome(3.0, 90.0)]) == pytest.approx(5 / 3), "errors are no capacity"
     with pytest.raises(ConfigError, match="HTTP 503"):
         steady_rate([outcome(0.0, 1.0, "HTTP 503")])
+
+
+def test_requests_that_end_in_waves_are_no_more_than_they_are() -> None:
+    """Sixteen that come together and end within a tenth of a second, after four, three times: four a second."""
+    waves = [outcome(4.0 * wave, 4.0 * (wave + 1) - 0.1 + 0.00625 * i) for wave in range(3) for i in range(16)]
+    assert steady_rate([*waves, outcome(12.0, 16.0)]) == pytest.approx(4.0, rel=0.01)
+    once = [outcome(0.0, 3.9 + 0.00625 * i) for i in range(16)]
+    assert steady_rate([*once, *(outcome(4.0, 7.9) for _ in range(8))]) == pytest.approx(4.0, rel=0.01)
 
 
 async def test_all_shapes_get_the_same_requests(monkeypatch: pytest.MonkeyPatch) -> None:
