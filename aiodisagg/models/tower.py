@@ -5,7 +5,8 @@ What differs from transformers' forward, and why (1080p, 27 blocks, an H200):
 * lengths of segments come from the grids, which the host knows; transformers asks the device, once a block;
 * positions (resampled embeddings, rope) of a grid are kept for the next picture of that size;
 * the patch embedding is a product, not a three-dimensional convolution with one step;
-* rope is one kernel in place, where casting, turning and casting back was ten;
+* rope is one kernel in place, where casting, turning and casting back was ten; so are a residual and the norm behind
+  it, and GELU is in the product before it;
 * attention runs by whichever kernel is fastest here for this head size (:func:`choose_kernels`), all equal segments
   that follow each other in one call;
 * where it can, all of it is replayed from a graph (:mod:`~aiodisagg.models.tower_graphs`).
@@ -24,7 +25,7 @@ import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,6 +50,10 @@ Attend = Callable[[torch.Tensor, int, int, torch.Tensor, float], None]
 """(qkv [n*size, 3, heads, d], n, size, out [n*size, heads, d], scaling): each of n segments attends to itself."""
 Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(qkv [N, 3, heads, d], cos [N, d], sin [N, d]) with rope in queries and keys."""
+AddNorm = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
+"""(x [N, hidden], delta [N, hidden], a LayerNorm): ``x + delta``, maybe in the memory of ``x``, and its norm."""
+Grow = Callable[[Any, torch.Tensor], torch.Tensor]
+"""(a block's mlp, x [N, hidden]): its first product and activation, [N, intermediate]."""
 
 
 def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -58,6 +63,21 @@ def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     turned = wide * cos[:, None, None] + torch.cat((-second, first), dim=-1) * sin[:, None, None]
     qkv[:, :2] = turned.to(qkv.dtype)
     return qkv
+
+
+def add_norm(x: torch.Tensor, delta: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x + delta
+    return x, norm(x)
+
+
+def grow(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, mlp.act_fn(mlp.linear_fc1(x)))
+
+
+def grow_at_once(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """The same with the activation in the product, if it is GELU by tanh."""
+    first = mlp.linear_fc1
+    return torch._addmm_activation(first.bias, x, first.weight.t(), use_gelu=True)
 
 
 def sdpa(backend: SDPBackend | None, pad_to: int | None = None) -> Attend:
@@ -138,7 +158,7 @@ class Positions:
 class FusedTower:
     """Packed rows of patches by transformers' Qwen3-VL(-MoE) vision tower. One call at a time.
 
-    ``turn`` and ``attend`` may be replaced by what :func:`choose_kernels` finds.
+    ``turn``, ``add_norm``, ``grow`` and ``attend`` may be replaced by what :func:`choose_kernels` finds.
     """
 
     def __init__(self, tower: Any) -> None:
@@ -151,9 +171,16 @@ class FusedTower:
         self._patch, self._patch_bias = embed.weight.view(embed.weight.shape[0], -1), embed.bias
         self._positions: OrderedDict[Grid, Positions] = OrderedDict()
         self.turn: Turn = turn
+        self.add_norm: AddNorm = add_norm
+        self.grow: Grow = grow
         self.attend: Attend = sdpa(None)
         self.graphs: TowerGraphs | None = None
         """Asked first."""
+
+    @property
+    def block(self) -> Any:
+        """The first one."""
+        return self._tower.blocks[0]
 
     def use_graphs(self, attend: AttendRanges, capture: Capture, **sizes: Any) -> None:
         """Computes from graphs what they have room for, attending by ``attend``; see TowerGraphs for ``sizes``."""
@@ -183,10 +210,13 @@ class FusedTower:
         tower, heads, d = self._tower, self.heads, self.head_dim
         x = functional.linear(patches, self._patch, self._patch_bias) + positions.embeddings
         deep: dict[int, torch.Tensor] = {}
-        for i, block in enumerate(tower.blocks):
-            qkv = block.attn.qkv(block.norm1(x)).view(-1, 3, heads, d)
-            x = x + block.attn.proj(attend(self.turn(qkv, positions.cos, positions.sin)))
-            x = x + block.mlp(block.norm2(x))
+        normed = tower.blocks[0].norm1(x)
+        for i, (block, after) in enumerate(itertools.zip_longest(tower.blocks, tower.blocks[1:])):
+            qkv = block.attn.qkv(normed).view(-1, 3, heads, d)
+            seen = block.attn.proj(attend(self.turn(qkv, positions.cos, positions.sin)))
+            x, normed = self.add_norm(x, seen, block.norm2)
+            made = block.mlp.linear_fc2(self.grow(block.mlp, normed))
+            x, normed = (x + made, normed) if after is None else self.add_norm(x, made, after.norm1)
             if i in self._levels:
                 deep[self._levels[i]] = tower.deepstack_merger_list[self._levels[i]](x)
         return torch.cat([tower.merger(x), *(deep[level] for level in sorted(deep))], dim=-1, out=out)
@@ -259,16 +289,7 @@ def choose_kernels(tower: FusedTower, dtype: torch.dtype, device: torch.device) 
     draw = torch.Generator(device).manual_seed(1)
     small = torch.randn(2 * 200, 3, tower.heads, tower.head_dim, generator=draw, device=device).to(dtype)
     limit = 1e-4 if dtype is torch.float32 else 2e-2
-    try:
-        from aiodisagg.models.triton_vision import turn as fast_turn
-
-        cos, sin = torch.randn(2, 400, tower.head_dim, generator=draw, device=device)
-        if _distance(fast_turn(small.clone(), cos, sin), turn(small.clone(), cos, sin)) <= limit:
-            tower.turn = fast_turn
-        else:
-            logger.warning("the rope kernel is not used: it disagrees")
-    except Exception as error:  # what a compiler or a driver raises
-        logger.warning("the rope kernel is not used: %r", error)
+    _use_small_kernels(tower, small, limit)
     wanted = torch.empty(400, tower.heads, tower.head_dim, dtype=torch.float32, device=device)
     sdpa(SDPBackend.MATH)(small.float(), 2, 200, wanted, tower.head_dim**-0.5)
     ways = candidates(tower.head_dim, device)
@@ -297,6 +318,39 @@ def choose_kernels(tower: FusedTower, dtype: torch.dtype, device: torch.device) 
     if device.type == "cuda":
         _use_graphs(tower, small, limit)
     return times
+
+
+def _use_small_kernels(tower: FusedTower, qkv: torch.Tensor, limit: float) -> None:
+    """Those that agree here with what they stand for."""
+    size, block, device = qkv.shape[0], tower.block, qkv.device
+    draw = torch.Generator(device).manual_seed(2)
+    cos, sin = torch.randn(2, size, tower.head_dim, generator=draw, device=device)
+    x, delta = torch.randn(2, size, block.norm1.weight.shape[0], generator=draw, device=device).to(qkv.dtype)
+
+    def rope() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        from aiodisagg.models.triton_vision import turn as fast
+
+        yield fast(qkv.clone(), cos, sin), turn(qkv.clone(), cos, sin)
+        tower.turn = fast
+
+    def norms() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        from aiodisagg.models.triton_vision import add_norm as fast
+
+        yield from zip(fast(x.clone(), delta, block.norm1), add_norm(x, delta, block.norm1), strict=True)
+        tower.add_norm = fast
+
+    def activation() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield grow_at_once(block.mlp, x), grow(block.mlp, x)
+        tower.grow = grow_at_once
+
+    for name, pairs in (("rope", rope()), ("norm", norms()), ("activation", activation())):
+        try:
+            for found, reference in pairs:  # past the last one it is used
+                if (off := _distance(found, reference)) > limit:
+                    logger.warning("the tower's %s kernel is not used: it is off by %.1e", name, off)
+                    break
+        except Exception as error:  # what a compiler or a driver raises
+            logger.warning("the tower's %s kernel is not used: %r", name, error)
 
 
 def _use_graphs(tower: FusedTower, qkv: torch.Tensor, limit: float) -> None:

@@ -1,4 +1,5 @@
-"""Two kernels for the vision tower: rope in place, and attention for head sizes that are no power of two.
+"""Kernels for the vision tower: rope in place, a residual with its norm, and attention for head sizes that are no power
+of two.
 
 Qwen3-VL's heads have 72 elements. Attention kernels for 64, 96 and 128 pad that by a third and more, in both products.
 Here a head is 64 + 16: two products of each kind, 80 columns of work for 72 of use. A segment (an image, or a frame
@@ -8,6 +9,7 @@ pair) attends to itself only; equal segments that follow each other go in one la
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -34,6 +36,26 @@ def _turn(qkv_ptr, cos_ptr, sin_ptr, HEADS: tl.constexpr, HEADS_PAD: tl.constexp
     x2 = tl.load(at + HALF, mask=there, other=0.0).to(tl.float32)
     tl.store(at, (x1 * c1 - x2 * s1).to(qkv_ptr.dtype.element_ty), mask=there)
     tl.store(at + HALF, (x2 * c2 + x1 * s2).to(qkv_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _add_norm(
+    x_ptr, delta_ptr, weight_ptr, bias_ptr, out_ptr, eps, H: tl.constexpr, H_PAD: tl.constexpr,
+):  # fmt: skip
+    """x += delta; out = LayerNorm(x). A row each, sums in float32, rounded where torch rounds."""
+    row = tl.program_id(0).to(tl.int64) * H
+    n = tl.arange(0, H_PAD)
+    there = n < H
+    kind = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row + n, mask=there, other=0.0).to(tl.float32)
+    x = (x + tl.load(delta_ptr + row + n, mask=there, other=0.0).to(tl.float32)).to(kind)
+    tl.store(x_ptr + row + n, x, mask=there)
+    wide = x.to(tl.float32)
+    away = tl.where(there, wide - tl.sum(wide, 0) / H, 0.0)
+    y = away * tl.rsqrt(tl.sum(away * away, 0) / H + eps)
+    y = y * tl.load(weight_ptr + n, mask=there, other=0.0).to(tl.float32)
+    y = y + tl.load(bias_ptr + n, mask=there, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row + n, y.to(kind), mask=there)
 
 
 @triton.jit
@@ -117,6 +139,16 @@ def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         HALF_PAD=triton.next_power_of_2(half), num_warps=4,
     )  # fmt: skip
     return qkv
+
+
+def add_norm(x: torch.Tensor, delta: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x + delta`` of [N, hidden], in the memory of ``x``, and its ``norm``, a LayerNorm."""
+    rows, size = x.shape
+    out = torch.empty_like(x)
+    _add_norm[(rows,)](
+        x, delta, norm.weight, norm.bias, out, norm.eps, H=size, H_PAD=triton.next_power_of_2(size), num_warps=2
+    )
+    return x, out
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,18 @@ from PIL import Image
 from aiodisagg.models import triton_vision
 from aiodisagg.models.base import ItemKind
 from aiodisagg.models.device_pixels import resize
-from aiodisagg.models.tower import GRIDS_KEPT, SIZES, Attend, BySize, FusedTower, sdpa, turn
+from aiodisagg.models.tower import (
+    GRIDS_KEPT,
+    SIZES,
+    Attend,
+    BySize,
+    FusedTower,
+    add_norm,
+    grow,
+    grow_at_once,
+    sdpa,
+    turn,
+)
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from tests.models.halves import noise, png
 
@@ -71,6 +82,49 @@ def test_rope_in_place(head_dim: int) -> None:
     wanted = turn(qkv.clone(), cos, sin)
     assert triton_vision.turn(qkv, cos, sin) is qkv
     torch.testing.assert_close(qkv, wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [32, 72])
+def test_a_residual_and_its_norm(size: int) -> None:
+    norm = torch.nn.LayerNorm(size, eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x, delta = 3 + torch.randn(5, size), torch.randn(5, size)
+    wanted, normed = add_norm(x, delta, norm)
+    with torch.inference_mode():
+        found, out = triton_vision.add_norm(x, delta, norm)
+    assert found is x, "it takes no other memory"
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(out, normed, atol=1e-5, rtol=1e-4)
+
+
+def test_an_activation_inside_of_its_product(tiny: Tiny) -> None:
+    mlp = FusedTower(Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)._tower).block.mlp
+    x = 3 * torch.randn(7, mlp.linear_fc1.in_features)
+    # On a CPU torch's product has GELU by erf in it, on an accelerator by tanh; they differ in the fourth digit.
+    torch.testing.assert_close(grow_at_once(mlp, x), grow(mlp, x), atol=1e-3, rtol=1e-3)
+
+
+def test_kernels_that_disagree_are_not_used(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)
+    patches = [encoder.prepare(kind, media, grid, 2.0) for kind, media, grid in ITEMS]
+    wanted = encoder.encode(patches)
+    encoder._tower.blocks[0].mlp.act_fn = torch.nn.ReLU()  # not what is in the product
+    right = triton_vision.add_norm
+    monkeypatch.setattr(triton_vision, "add_norm", lambda x, delta, norm: (right(x, delta, norm)[0], 2 * x))
+    monkeypatch.setattr(triton_vision, "turn", lambda qkv, cos, sin: 1 / 0)
+    encoder.use_fused()
+    for what in (
+        "rope kernel is not used: ZeroDivisionError",
+        "norm kernel is not used: it is off",
+        "activation kernel",
+    ):
+        assert what in caplog.text
+    encoder._tower.blocks[0].mlp.act_fn = encoder._tower.blocks[1].mlp.act_fn
+    for found, expected in zip(encoder.encode(patches), wanted, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (70, 96), (64, 90), (160, 224), (33, 20)])
