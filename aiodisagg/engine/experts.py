@@ -4,8 +4,8 @@ All take x [T, h], ids int32 [T, k] (E: padding), weights [T, k], gate_up [E, 2I
 holds them, and give the weighted outputs [T*k, h] of each (token, expert) pair; the rows of padding are undefined. None
 but the last waits for the device, so all others may be captured by a CUDA graph.
 
-* ``triton`` (in two tastes): :mod:`aiodisagg.engine.triton_experts`, which reads only the chosen experts and pads small
-  groups to 16.
+* ``triton`` (in three tastes): :mod:`aiodisagg.engine.triton_experts`, which reads only the chosen experts and pads
+  small groups to 16.
 * ``grouped``: torch's grouped matrix product over pairs sorted by expert.
 * ``loop``: one expert after another; the reference.
 
@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 
 RunExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-BUCKETS = (4, 16, 64, 256, 1024, 4096)
-"""Token counts at which implementations are compared; one serves up to the next."""
+BUCKETS = (4, 16, 64, 256, 1024, 1152, 2048, 4096)
+"""Token counts at which implementations are compared; one serves up to the next. Other shapes of blocks begin right
+behind 1,024 (128 experts, eight a token)."""
 
 
 def run_loop(
@@ -119,9 +120,10 @@ def choose_experts(
     if gate_up.shape != (shapes.experts, 2 * down.shape[2], shapes.hidden) or down.shape[1] != shapes.hidden:
         raise ValueError(f"experts of shapes {tuple(gate_up.shape)}, {tuple(down.shape)} are not [E, 2I, h], [E, h, I]")
     ways: dict[str, RunExperts] = {}
+    checked = (3, 40, 8 * shapes.experts, 72 * shapes.experts // shapes.top_k)  # alone, few, some and many an expert
     for name, way in _candidates().items():
         try:
-            worst = max(_error(way, shapes, gate_up, down, tokens) for tokens in (3, 40, 8 * shapes.experts))
+            worst = max(_error(way, shapes, gate_up, down, tokens) for tokens in checked)
         except Exception as error:  # what a compiler or a driver raises
             logger.warning("experts by %s are not used: %r", name, error)
             continue

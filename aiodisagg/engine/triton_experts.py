@@ -155,8 +155,16 @@ SETS: dict[str, tuple[Plan, Plan, Plan, Plan]] = {
         Plan(Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3)),
     ),
 }
-"""Shapes for a pair alone, and for few, some and many rows an expert; two tastes, of which a chip prefers one or the
-other for each."""
+"""Shapes for a pair alone, and for few, some and many rows an expert; tastes, of which a chip prefers one or the other
+for each."""
+SETS["triton, deep"] = (
+    *SETS["triton"][:3],
+    Plan(Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 4)),  # 192 KiB of shared memory: Hopper and later
+)
+
+
+SOME = 64
+"""Rows an expert gets on average up to which they are some and not many."""
 
 
 def plan_of(tokens: int, top_k: int, experts: int, plans: tuple[Plan, Plan, Plan, Plan]) -> Plan:
@@ -166,7 +174,7 @@ def plan_of(tokens: int, top_k: int, experts: int, plans: tuple[Plan, Plan, Plan
     if pairs <= 64:
         return alone
     each = pairs / experts
-    return few if each <= 12 else some if each <= 64 else many
+    return few if each <= 12 else some if each <= SOME else many
 
 
 def run_experts(

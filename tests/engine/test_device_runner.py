@@ -160,7 +160,12 @@ def test_experts_that_fail_or_differ_are_not_chosen(monkeypatch: pytest.MonkeyPa
     def broken(*tensors: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no kernel image is available")
 
-    ways = {"wrong": wrong, "broken": broken, "grouped": run_grouped}
+    def too_large(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > 256:  # with more than 64 rows an expert other blocks are used
+            raise RuntimeError("out of resource: shared memory")
+        return run_loop(x, *others)
+
+    ways = {"wrong": wrong, "broken": broken, "too large": too_large, "grouped": run_grouped}
     monkeypatch.setattr(experts_module, "_candidates", lambda: ways)
     found = choose_experts(shapes, gate_up, down)
     assert (set(found.ways), found.name_for(1)) == ({"grouped", "loop"}, "grouped")
