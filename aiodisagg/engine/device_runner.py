@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from aiodisagg.device.alone import Alone, alone_on
 from aiodisagg.device.graphs import Capture, Captures
 from aiodisagg.device.streams import Priority
 from aiodisagg.engine.attention import KvPool
@@ -50,6 +51,7 @@ class DeviceRunner:
         row_width: elements of the rows of items; None: not known, and steps with rows are always launched.
         captures: how steps of a priority are captured, where the kernels allow it; None: as CUDA graphs, on a GPU.
         ladder, prompts: sizes that are, see :mod:`aiodisagg.engine.graphs`.
+        alone: taken by steps with prompts; None: the word of the device, if it has one.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class DeviceRunner:
         ladder: Sequence[int] = DECODES,
         prompts: Sequence[int] = PROMPT_TOKENS,
         buckets: Sequence[int] = BUCKETS,
+        alone: Alone | None = None,
     ) -> None:
         self._pool, self.shapes = pool, shapes_of(model, pool.page_size)
+        self._alone = alone or alone_on(self.shapes.device)
         with torch.inference_mode(), self._here():
             kernels = kernels or choose_kernels(self.shapes)
             self.decoder = FusedDecoder(model, kernels)
@@ -121,7 +125,9 @@ class DeviceRunner:
             self._graph_rows = self._new_rows(tokens, self._row_width)
 
         def compute(step: StepInputs) -> torch.Tensor:
-            return self.decoder(step, self._pool, None if self._graph_rows is None else self._graph_rows[: step.tokens])
+            rows = None if self._graph_rows is None else self._graph_rows[: step.tokens]
+            with self._taken():
+                return self.decoder(step, self._pool, rows)
 
         inputs = self._new_inputs(tokens, segments, max(KEYS))
         self.prompt_graphs = StepGraphs(inputs, compute, sizes, capture, logits=segments)
@@ -134,6 +140,9 @@ class DeviceRunner:
     def _here(self) -> AbstractContextManager[object]:
         """Makes this thread's current device the model's: kernels are launched on the current one."""
         return torch.cuda.device(self.shapes.device) if self.shapes.device.type == "cuda" else nullcontext()
+
+    def _taken(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._alone is None else self._alone.taken()
 
     def warm_up(self) -> None:
         """Compiles and captures. Takes seconds, and the whole device; without it the first steps are slow.
@@ -199,7 +208,8 @@ class DeviceRunner:
             _place(parts, rows)
         keys = self._worth_listing(pieces)
         self._inputs.fill(pieces, ids, positions, visual=visual, sampled=sampled, keys=keys)
-        return self.decoder(self._inputs, self._pool, rows), used
+        with self._taken() if any(piece.new > 1 for piece in pieces) else nullcontext():
+            return self.decoder(self._inputs, self._pool, rows), used
 
     def _worth_listing(self, pieces: Sequence[Piece]) -> int:
         """How many keys of a step that is launched should be listed."""

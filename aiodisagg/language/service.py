@@ -48,9 +48,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLANNERS = 4
+PLANNERS = 2
 """Prompts that are planned at once. Planning is mostly Python: with a thread for each of a burst's prompts all of them
-would be planned at its end, and none before; so the first is encoded while the last is planned."""
+would be planned at its end, and none before; so the first is encoded while the last is planned. Each more of them takes
+Python's lock from who prepares and launches the first pictures."""
 
 
 @dataclass(slots=True)

@@ -24,7 +24,8 @@ from aiodisagg.models.base import ItemKind, Patches
 from aiodisagg.models.device_pixels import can_resize, cut
 from aiodisagg.models.loading import fingerprint, load_vision
 from aiodisagg.models.preprocessing import PixelSettings, cut_patches, decode_rgb, fits, load_settings, resized
-from aiodisagg.models.tower import FusedTower, choose_kernels
+from aiodisagg.models.tower import FusedTower
+from aiodisagg.models.tower_kernels import choose_kernels
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 
 _SLACK = 4

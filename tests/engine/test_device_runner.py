@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from reference_flash import Flash
 from test_engine_exact import NEW, cases
 from tiny_engine import HIDDEN, ask, make_engine, make_plan, make_rows, tiny_model
 
+from aiodisagg.device.alone import Alone
 from aiodisagg.device.graphs import TRIES, Capture, Captures
 from aiodisagg.device.streams import Priority
 from aiodisagg.engine import device_runner, kernels, triton_attention, triton_layers
@@ -300,6 +302,19 @@ def test_a_spoilt_capture_is_tried_again(monkeypatch: pytest.MonkeyPatch, spoilt
     assert tries == TRIES
 
 
+class Counted(Alone):
+    """Counts who had the device alone."""
+
+    steps = 0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        with super().taken():
+            assert self._word[0] == 1
+            self.steps += 1
+            yield
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what a token of padding computes means nothing
 @pytest.mark.parametrize("listed", [False, True])
 def test_replayed_steps_give_what_launched_ones_give(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
@@ -315,8 +330,9 @@ def test_replayed_steps_give_what_launched_ones_give(monkeypatch: pytest.MonkeyP
     plan = make_plan([2, (1, 2, 3), 3])
     rows = make_rows(plan, 3)
     width = rows[0].shape[1]
+    alone = Counted(torch.zeros(2, dtype=torch.int32))
     engine = interpreted(
-        model, kernels=chosen, captures=lambda priority: again, ladder=(2,), prompts=(16,), row_width=width
+        model, kernels=chosen, captures=lambda priority: again, ladder=(2,), prompts=(16,), row_width=width, alone=alone
     )
     runner = engine._runner.device_runner
     assert runner is not None and runner.graphs is not None and runner.prompt_graphs is not None
@@ -356,7 +372,13 @@ def test_replayed_steps_give_what_launched_ones_give(monkeypatch: pytest.MonkeyP
                 runner.graphs = runner.prompt_graphs = None
             for cache in (engine._runner.pool.keys, engine._runner.pool.values):
                 cache.fill_(float("nan"))
-            found.append([runner.forward(step)[0].clone() for step in steps])
+            found.append([])
+            for step in steps:
+                before = alone.steps
+                found[-1].append(runner.forward(step)[0].clone())
+                prompts = any(work.segment.tokens > 1 for work in step)
+                assert alone.steps - before == prompts, "only steps with prompts have the device alone"
+    assert alone._word.tolist() == [0, 0]
     assert replayed == len(steps) and (flash.calls > 0) is listed
     for ours, wanted in zip(*found, strict=True):
         assert ours.shape == wanted.shape and torch.isfinite(wanted).all()

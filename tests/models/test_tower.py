@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from aiodisagg.device.alone import Alone
+from aiodisagg.models import tower as tower_module
 from aiodisagg.models import triton_vision
 from aiodisagg.models.base import ItemKind
 from aiodisagg.models.device_pixels import resize
 from aiodisagg.models.tower import (
     GRIDS_KEPT,
-    SIZES,
     Attend,
     BySize,
     FusedTower,
@@ -26,6 +27,7 @@ from aiodisagg.models.tower import (
     sdpa,
     turn,
 )
+from aiodisagg.models.tower_kernels import SIZES
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from tests.models.halves import noise, png
 
@@ -96,6 +98,34 @@ def test_a_residual_and_its_norm(size: int) -> None:
     assert found is x, "it takes no other memory"
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(out, normed, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("patches", "every"), [(24, 2), (12, 4), (600, 1)])
+def test_a_tower_looks_whether_a_step_wants_the_device(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, patches: int, every: int
+) -> None:
+    """The more often, the longer a block takes, and before the first one in any case."""
+    monkeypatch.setattr(tower_module, "WAIT_PATCHES", 48)
+    tower = FusedTower(Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)._tower)
+    done: list[str] = []
+
+    class Recorded(Alone):
+        def wait(self) -> None:
+            done.append("wait")
+
+    tower.alone = Recorded(torch.zeros(2, dtype=torch.int32))
+    grid = (1, 2, patches // 2)
+    hidden = tower.block.norm1.weight.shape[0]
+    values = tower._patch.shape[1]
+
+    def attend(qkv: torch.Tensor) -> torch.Tensor:
+        done.append("block")
+        return torch.zeros(patches, hidden)
+
+    tower.compute(torch.zeros(patches, values), tower.positions(grid), attend)
+    blocks = done.count("block")
+    assert blocks > 1
+    assert done == [what for i in range(blocks) for what in (["wait", "block"] if i % every == 0 else ["block"])]
 
 
 def test_an_activation_inside_of_its_product(tiny: Tiny) -> None:
