@@ -7,8 +7,10 @@ on an H200 instead of 33, and a picture 59 instead of 31. Both end late; one aft
 early and the second no later.
 
 So there is a word on the device, set by a step's first kernel and cleared by its last one, that a small kernel between
-two blocks of the tower reads until it is clear. Neither waits for the host. Nobody waits for ever: who has read it
-``MOST`` times goes on, and is counted.
+two blocks of the tower reads until it is clear. Neither waits for the host. **Only a step that is launched as a whole
+may take it, as a graph**: who launches kernel after kernel may have to wait until the device is idle (to load a kernel,
+or for memory), and so for the tower that waits for it. Nobody waits for ever: who has read it ``MOST`` times goes on,
+and is counted.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-MOST = 1_000_000
-"""Reads of the word; each takes half a microsecond or more."""
+MOST = 4_000_000
+"""Reads of the word: a third of a second of an H200."""
 
 
 class Alone:
@@ -40,7 +42,7 @@ class Alone:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """What is launched inside goes on while others wait."""
+        """What is captured inside goes on while others wait."""
         self._taken.fill_(1)
         try:
             yield

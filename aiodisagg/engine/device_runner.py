@@ -51,7 +51,7 @@ class DeviceRunner:
         row_width: elements of the rows of items; None: not known, and steps with rows are always launched.
         captures: how steps of a priority are captured, where the kernels allow it; None: as CUDA graphs, on a GPU.
         ladder, prompts: sizes that are, see :mod:`aiodisagg.engine.graphs`.
-        alone: taken by steps with prompts; None: the word of the device, if it has one.
+        alone: taken by graphs of steps with prompts; None: the word of the device, if it has one.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class DeviceRunner:
 
         def compute(step: StepInputs) -> torch.Tensor:
             rows = None if self._graph_rows is None else self._graph_rows[: step.tokens]
-            with self._taken():
+            with nullcontext() if self._alone is None else self._alone.taken():
                 return self.decoder(step, self._pool, rows)
 
         inputs = self._new_inputs(tokens, segments, max(KEYS))
@@ -140,9 +140,6 @@ class DeviceRunner:
     def _here(self) -> AbstractContextManager[object]:
         """Makes this thread's current device the model's: kernels are launched on the current one."""
         return torch.cuda.device(self.shapes.device) if self.shapes.device.type == "cuda" else nullcontext()
-
-    def _taken(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._alone is None else self._alone.taken()
 
     def warm_up(self) -> None:
         """Compiles and captures. Takes seconds, and the whole device; without it the first steps are slow.
@@ -208,8 +205,7 @@ class DeviceRunner:
             _place(parts, rows)
         keys = self._worth_listing(pieces)
         self._inputs.fill(pieces, ids, positions, visual=visual, sampled=sampled, keys=keys)
-        with self._taken() if any(piece.new > 1 for piece in pieces) else nullcontext():
-            return self.decoder(self._inputs, self._pool, rows), used
+        return self.decoder(self._inputs, self._pool, rows), used
 
     def _worth_listing(self, pieces: Sequence[Piece]) -> int:
         """How many keys of a step that is launched should be listed."""
