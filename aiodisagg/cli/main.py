@@ -271,7 +271,7 @@ def encode(
     type=click.IntRange(min=1),
     help="Memory of the paged KV pool; what a GPU has left, or 256, if not given.",
 )
-@click.option("--token-budget", default=2048, help="Tokens of one engine step.")
+@click.option("--token-budget", type=int, help="Tokens of one engine step; 8192 unless given, and 2048 on a CPU.")
 @click.option("--max-running", default=64, help="Requests that hold KV pages at once.")
 @click.option(
     "--itl-budget-ms", type=float, help="What prefill may cost a running answer between two tokens. [50; on a CPU 100]"

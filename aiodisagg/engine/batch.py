@@ -23,7 +23,7 @@ from aiodisagg.engine.detokenize import AnswerText
 from aiodisagg.engine.prefix import PageKeys
 from aiodisagg.engine.rows import RequestRows
 from aiodisagg.engine.sampling import Sampler
-from aiodisagg.engine.schedule import Segment
+from aiodisagg.engine.schedule import Segment, most_tokens
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.errors import ConfigError
@@ -165,7 +165,7 @@ class Runner:
         return DeviceRunner.of(
             self._model,
             self.pool,
-            token_budget=config.token_budget,
+            token_budget=most_tokens(config.token_budget),
             max_running=min(config.max_running, config.token_budget),
             max_context=self.max_context,
             row_width=row_width,

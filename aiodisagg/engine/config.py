@@ -24,7 +24,7 @@ class EngineConfig:
     page_size: int = 16
     """Tokens of a page."""
     token_budget: int = 512
-    """Tokens of a step, decodes included."""
+    """Tokens of a step, decodes included; see :func:`~aiodisagg.engine.schedule.most_tokens`."""
     itl_budget_ms: float = 0.0
     """What prefill may make a running stream wait between two of its tokens, or one and a half times what the decodes
     of the step take alone if that is more; 0: as long as ``token_budget`` tokens take."""

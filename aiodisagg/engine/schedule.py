@@ -27,7 +27,8 @@ the step that reaches it samples the next token. A decode is the case in which o
   is of use only if who goes first need not wait for the others all the same: those behind one that gets its first token
   in a step may make that step twice as long, and no longer.
   ``max_running <= token_budget`` leaves at least one token for prefill whenever there is one. A stream of short prompts
-  cannot starve a long one, as that one is due in the end.
+  cannot starve a long one, as that one is due in the end. A prompt that is over what a step has room for by less than
+  an eighth is computed to its end: a further step would cost more than that.
 * Beside decodes the budget is what :class:`~aiodisagg.engine.pace.Pace` allows, so a burst of prompts does not stop
   running streams; without decodes nobody waits for a token and a step is as large as it may be.
 * A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has
@@ -133,12 +134,17 @@ class _Request:
         return self.arrivals.expected(stops, self.prompt, now)
 
 
+def most_tokens(room: int) -> int:
+    """Of a step with room for so many, if a prompt ends by that."""
+    return room + room // 8
+
+
 class Scheduler:
     """The request table and the page accounts.
 
     Args:
         num_pages, page_size: the KV pool.
-        token_budget: most tokens of a step.
+        token_budget: most tokens of a step, but for the end of a prompt (:func:`most_tokens`).
         max_running: most requests with pages; capped by ``token_budget``.
         overlap: prefill what has arrived of a prompt; else a prefill begins when all of its rows are here.
         coalesce_tokens: fewer ready tokens than that, with more to follow, wait while a step has other work.
@@ -331,9 +337,12 @@ class Scheduler:
         segments: list[Segment] = []
         room = budget
         for request in sorted(prefills, key=lambda r: self._rank(r, now)):
-            stop = request.computed + min(request.ready, room)
-            if stop == request.computed:
+            if room < 1 or not request.ready:
                 break
+            tokens = min(request.ready, room)
+            if request.complete and request.missing <= most_tokens(room):
+                tokens = request.missing
+            stop = request.computed + tokens
             segments.append(Segment(request.request_id, request.computed, stop, samples=stop == request.total))
             budget, room = budget - segments[-1].tokens, room - segments[-1].tokens
             if segments[-1].samples and self._order is Order.SHORT_FIRST:

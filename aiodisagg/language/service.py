@@ -127,7 +127,7 @@ class LanguageService:
         engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
         engine_config = EngineConfig(
             pool_bytes=config.kv_bytes,
-            token_budget=config.token_budget,
+            token_budget=config.step_tokens,
             max_running=config.max_running,
             itl_budget_ms=config.pace_ms,
             overlap=config.overlap,

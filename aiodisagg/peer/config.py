@@ -129,8 +129,9 @@ class LanguageConfig(PeerConfig):
     """Blocks lent to one item at a time."""
     kv_bytes: int | None = None
     """Memory of the paged KV pool; None: what a GPU has left of 0.9 of its memory, 256 MiB on a CPU."""
-    token_budget: int = 2048
-    """Tokens of one engine step."""
+    token_budget: int | None = None
+    """Tokens of one engine step; a prompt that is over it by less than an eighth is computed to its end. None: 8192,
+    and 2048 on a CPU."""
     max_running: int = 64
     """Requests that hold KV pages at once; the items of others are not asked for yet."""
     itl_budget_ms: float | None = None
@@ -161,17 +162,23 @@ class LanguageConfig(PeerConfig):
         PeerConfig.__post_init__(self)
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}")
-        for key in ("pool_bytes", "block_rows", "kv_bytes"):
+        for key in ("pool_bytes", "block_rows", "kv_bytes", "token_budget"):
             if (value := getattr(self, key)) is not None:
                 check(key, value)
-        keys = ("window_blocks", "token_budget", "stall_s")
-        for key in (*keys, "max_running"):
+        for key in ("window_blocks", "stall_s", "max_running"):
             check(key, getattr(self, key))
         check("request_timeout_s", self.request_timeout_s, high=1e9)
         check("peer_wait_s", self.peer_wait_s, exclusive=False)
         for key in ("failover_s", "cache_bytes", "hedge_s"):
             check(key, getattr(self, key), exclusive=False)
         check("itl_budget_ms", self.pace_ms, exclusive=False)
+
+    @property
+    def step_tokens(self) -> int:
+        """``token_budget``, or what stands for it on this device."""
+        if self.token_budget is not None:
+            return self.token_budget
+        return 2048 if self.device == "cpu" else 8192
 
     @property
     def pace_ms(self) -> float:

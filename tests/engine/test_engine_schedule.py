@@ -41,6 +41,28 @@ def test_decodes_go_first_and_the_prompt_is_cut_to_the_budget() -> None:
     assert second.segments == (Segment("a", 5, 6, True), Segment("b", 15, 20, True))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "steps"), [(18, [18]), (19, [16, 3]), (34, [16, 18]), (35, [16, 16, 3])]
+)  # fmt: skip
+def test_the_end_of_a_prompt_is_no_step_of_its_own(prompt: int, steps: list[int]) -> None:
+    s = make(num_pages=64, token_budget=16)
+    s.add("a", prompt, 1, front=prompt)
+    found = []
+    while (step := run(s)).segments and len(found) < 9:
+        found.append(step.segments[0].tokens)
+    assert found[: len(steps)] == steps
+    s = make(num_pages=64, token_budget=16)
+    s.add("a", 18, 1, front=17)
+    assert ranges(run(s)) == [("a", 0, 16)], "what has not come yet is no end"
+
+
+def test_what_goes_along_ends_in_the_same_step_if_it_is_near() -> None:
+    s = make(num_pages=64, token_budget=32, order=Order.FIRST_COME)
+    for name, tokens in (("a", 16), ("b", 18), ("c", 9)):
+        s.add(name, tokens, 1, front=tokens)
+    assert ranges(s.plan_step(0.0)) == [("a", 0, 16), ("b", 0, 18)], "and nobody behind it"
+
+
 def test_prefill_stops_at_the_first_missing_row_and_goes_on_when_it_comes() -> None:
     s = make()
     s.add("a", 12, 1, front=5)
