@@ -2,15 +2,19 @@
 
 A device that is broken for good (a sticky CUDA error) fails whatever is tried, while the thread that tries goes on; and
 a thread that a bug has ended tries nothing. What is bad itself proves neither: it fails alone, once or again and again,
-and others work after it.
+and others work after it. Where many different ones have failed in a row, something that is known to be good is tried:
+who sends bad ones must not be able to end a peer.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
+logger = logging.getLogger(__name__)
+
 LIMIT = 8
-"""So many different ones that failed, and nothing that worked between them, are not their own fault."""
+"""So many different ones that failed, and nothing that worked between them, may not be their own fault."""
 
 
 class Vitals:
@@ -31,12 +35,22 @@ class Vitals:
             self._failed.clear()
             self.why = ""
 
-    def failed(self, name: str, error: Exception) -> None:
-        """``name``: of what was tried, and nothing else with it."""
-        if not self.why:
-            self._failed.add(name)
-            if len(self._failed) == LIMIT:
-                self._lose(f"the last {LIMIT} that it tried failed, this one with {type(error).__name__}")
+    def failed(self, name: str, error: Exception, probe: Callable[[], object]) -> None:
+        """``name``: of what was tried, and nothing else with it. ``probe``: tries something good, and raises if it
+        does not work either."""
+        if self.why:
+            return
+        self._failed.add(name)
+        if len(self._failed) < LIMIT:
+            return
+        try:
+            probe()
+        except Exception as ours:
+            logger.error("the last %d that were tried failed, and so does what is good: %r", LIMIT, ours)
+            self._lose(f"the last {LIMIT} that it tried failed, this one with {type(error).__name__}")
+        else:
+            logger.warning("the last %d that were tried failed, the last one with %r; what is good works", LIMIT, error)
+            self._failed.clear()
 
     def ended(self, error: BaseException) -> None:
         """The thread ends, and nobody asked it to."""

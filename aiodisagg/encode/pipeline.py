@@ -24,6 +24,7 @@ from aiodisagg.device.vitals import Vitals
 from aiodisagg.encode.gate import Gate, OpenGate
 from aiodisagg.encode.prepare import Preparer
 from aiodisagg.encode.queue import Piece
+from aiodisagg.encode.selftest import encode_one
 from aiodisagg.encode.tower import Made, Tower, WrongRows
 from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import ItemKind, Patches, VisionEncoder
@@ -108,6 +109,7 @@ class EncodePipeline:
             to_host=not keep_on_device,
             device=device,
             vitals=self._vitals,
+            probe=lambda: encode_one(encoder),
         )
 
     async def __aenter__(self) -> EncodePipeline:

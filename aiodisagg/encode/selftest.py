@@ -54,6 +54,11 @@ def self_test(
     return ServiceTimes(tuple(prepare), tuple(tower), prepare_threads)
 
 
+def encode_one(encoder: VisionEncoder) -> None:
+    """A small image from a file to rows. Raises what the encoder raises."""
+    _encode(encoder, encoder.prepare(ItemKind.IMAGE, (_picture(GRIDS[0]),), GRIDS[0], 0.0))
+
+
 def _picture(grid_thw: tuple[int, int, int]) -> bytes:
     """A JPEG with structure and noise, so that decoding it costs what photographs cost."""
     _, h, w = grid_thw

@@ -76,15 +76,17 @@ class Tower:
         gate: asked before each batch.
         to_host: bring the rows to the host at once; else they stay where the tower made them.
         device: as torch names it; on an accelerator the thread has a stream of its own.
-        vitals: are told of items that were computed, and of those that failed by themselves.
+        vitals: are told of items that were computed, and of those that failed by themselves. probe: encodes an item
+        that nothing is wrong with, on the tower's thread, and raises what the encoder raises.
     """
 
     def __init__(
         self, encoder: VisionEncoder, *, batch_patches: int, began: Callable[[list[Piece]], None],
         made: Callable[[Made], None], gate: Gate, to_host: bool, device: str, vitals: Vitals,
+        probe: Callable[[], object],
     ) -> None:  # fmt: skip
         self._encoder, self._began, self._made, self._gate, self._vitals = encoder, began, made, gate, vitals
-        self._to_host, self._device = to_host, device
+        self._to_host, self._device, self._probe = to_host, device, probe
         self._queue = TowerQueue(batch_patches)
         self._items: dict[str, _Item] = {}
         self._running: Counter[str] = Counter()
@@ -249,7 +251,7 @@ class Tower:
             if not isinstance(found, Exception):
                 self._vitals.worked()
             elif not isinstance(found, WrongRows):
-                self._vitals.failed(piece.digest, found)
+                self._vitals.failed(piece.digest, found, self._probe)
         self._made(Made(pieces, rows, seconds))
 
 

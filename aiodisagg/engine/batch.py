@@ -171,6 +171,16 @@ class Runner:
             row_width=row_width,
         )
 
+    def probe(self, pages: Sequence[int]) -> None:
+        """Computes a prompt of one token over a page that nobody uses. Raises what the model or the device raises."""
+        plan = PromptPlan(np.zeros(1, dtype=np.int64), np.zeros((3, 1), dtype=np.int64), 0, ())
+        rows = RequestRows(
+            "probe", plan, hidden_size=self.hidden_size, width=None, dtype=self.dtype, device=self.device
+        )  # fmt: skip
+        sequence = EngineSequence(RequestHandle("probe", lambda _: None), plan, SamplingParams(), rows, lambda _: "")
+        logits, _ = self.forward([Work(Segment("probe", 0, 1, True), sequence, pages)])
+        logits.sum().item()  # a device says only now what it thinks of it
+
     def warm_up(self) -> None:
         """Compiles kernels and captures graphs, on a GPU; takes seconds to a minute there, and no time elsewhere.
 

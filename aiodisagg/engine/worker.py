@@ -256,8 +256,19 @@ class StepThread:
         log.warning("request %s failed: %r", request_id, error)
         ours = error if isinstance(error, EngineError) else EngineError(request_id, f"the model raised {error!r}")
         ours.__cause__ = None if ours is error else error
-        self._vitals.failed(request_id, error)
         self._finish(request_id, error=ours, spoilt=True)
+        self._vitals.failed(request_id, error, self._probe)
+
+    def _probe(self) -> None:
+        """Raises what the model raises of a prompt that nothing is wrong with."""
+        pages = self._scheduler.pages
+        if not pages.free:  # then others hold them, who are next to fail or not
+            return
+        own = pages.take(1)
+        try:
+            self._runner.probe(own)
+        finally:
+            pages.give_back(own)
 
     def _forward(self, batch: list[Work]) -> None:
         """Raises what the model raises; after it every request of the batch has advanced or failed by itself."""

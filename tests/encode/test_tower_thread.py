@@ -71,7 +71,7 @@ def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tow
     encoder: Any = Zeros()
     tower = Tower(
         encoder, batch_patches=4, began=lambda pieces: None, made=made, gate=gate, to_host=False, device="cpu",
-        vitals=Vitals(brought.put),
+        vitals=Vitals(brought.put), probe=lambda: None,
     )  # fmt: skip
     for n, digest in enumerate(("first", "second")):
         tower.add(digest, n, Patches(torch.zeros(4, 8), (1, 2, 2)), 4)

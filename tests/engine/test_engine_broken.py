@@ -89,6 +89,29 @@ async def test_one_bad_request_again_and_again_among_good_ones_is_no_broken_devi
         assert not engine.broken and made.why.empty()
 
 
+async def test_bad_requests_alone_do_not_end_a_peer(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody asks anything good meanwhile; the engine tries something good by itself, on a page that is free again."""
+    made = Broken()
+    forward = made.engine._runner.forward
+
+    def poison(batch: Any) -> Any:
+        if any(work.sequence.plan.tokens == 13 for work in batch):
+            raise RuntimeError("poison")
+        return forward(batch)
+
+    made.engine._runner.forward = poison  # type: ignore[method-assign]
+    async with made.engine as engine:
+        for _ in range(2 * LIMIT + 1):
+            with pytest.raises(EngineError, match="poison"):
+                await ask(engine, make_plan([13]))
+        assert not engine.broken and made.why.empty()
+        assert caplog.text.count("what is good works") == 2
+        await made.refuse(LIMIT)
+        assert await made.why.get() == engine.broken != "", "and a device that breaks then is still found out"
+        stats = engine.stats()
+        assert (stats.pages_used, stats.running, stats.waiting) == (0, 0, 0)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("where", ["plan", "watcher"])
 async def test_a_step_thread_that_a_bug_has_ended(where: str) -> None:
@@ -164,10 +187,27 @@ async def test_rows_and_errors_of_a_request_that_is_over_do_not_reach_another_of
 
 def test_the_limit_is_of_different_ones() -> None:
     lost: list[str] = []
-    vitals = Vitals(lost.append)
+    vitals, tried = Vitals(lost.append), 0
+
+    def probe() -> None:
+        nonlocal tried
+        tried += 1
+        raise RuntimeError("broken")
+
     for _ in range(2 * LIMIT):
-        vitals.failed("the same", ValueError())
+        vitals.failed("the same", ValueError(), probe)
     for n in range(LIMIT - 1):
-        assert not vitals.why
-        vitals.failed(str(n), ValueError())
-    assert [vitals.why] == lost
+        assert not vitals.why and not tried
+        vitals.failed(str(n), ValueError(), probe)
+    assert [vitals.why] == lost and tried == 1
+    vitals.failed("one more", ValueError(), probe)
+    assert tried == 1, "it is known"
+
+
+def test_what_is_good_clears_what_is_bad() -> None:
+    lost: list[str] = []
+    vitals, tried = Vitals(lost.append), list[int]()
+    for n in range(3 * LIMIT):
+        vitals.failed(str(n), ValueError(), lambda n=n: tried.append(n))  # type: ignore[misc]
+    assert not lost and not vitals.why
+    assert tried == [LIMIT - 1, 2 * LIMIT - 1, 3 * LIMIT - 1]

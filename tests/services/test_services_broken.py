@@ -106,6 +106,27 @@ async def test_an_encode_peer_on_whose_device_nothing_works(moe: Path, vision: Q
 
 
 @pytest.mark.anyio
+async def test_pictures_that_no_tower_can_encode_do_not_end_it(
+    moe: Path, vision: Qwen3VLVisionEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody sends nothing else, and nobody sends anything good."""
+
+    class Picky(Held):
+        def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+            if any(patches.count == 16 for patches in batch):
+                raise RuntimeError("poison")
+            return self._encoder.encode(batch)
+
+    async with system(moe, encoder=Picky(vision)) as made:
+        (encode,) = made.encoders
+        for n in range(2 * LIMIT):
+            with pytest.raises(EncodeFailed):
+                await made.ask(picture(n), 2)
+        assert encode.ready() == (True, "ok")
+        assert caplog.text.count("what is good works") == 2
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("half", ["engine", "tower"])
 async def test_a_peer_that_is_both_ends_with_either_half(
     moe: Path, vision: Qwen3VLVisionEncoder, half: str, monkeypatch: pytest.MonkeyPatch
