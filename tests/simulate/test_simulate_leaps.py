@@ -9,14 +9,17 @@ import pytest
 
 from aiodisagg.bench.distributions import Ranges
 from aiodisagg.bench.mixes import named_mix
-from aiodisagg.bench.workload import Gamma, Mix, generate
+from aiodisagg.bench.workload import Gamma, ImageSpec, Mix, WorkloadRequest, generate
+from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.schedule import Scheduler, Segment
 from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.cluster import Cluster, System
 from aiodisagg.simulate.device import Device
+from aiodisagg.simulate.engine import Engine, TokenGaps
 from aiodisagg.simulate.leap import LeapingScheduler
+from aiodisagg.simulate.request import Item, SimRequest
 from aiodisagg.simulate.systems import flexible, replicas
-from aiodisagg.simulate.times import read_times
+from aiodisagg.simulate.times import Costs, read_times
 
 
 class Twin:
@@ -134,6 +137,33 @@ def test_with_priorities_who_goes_first_follows_from_the_step() -> None:
         both = min(engine_s, tower_s)
         assert (device.batch_waited_s, device.step_waited_s) == pytest.approx((both, 0) if prompts else (0, both))
         assert device.busy_s == pytest.approx(1.5), "nothing is lost"
+
+
+@pytest.mark.parametrize("third_s", [0.039, 5.0])
+def test_rows_that_do_not_come_are_not_waited_for(third_s: float) -> None:
+    """Two pictures came 13 ms apart, and a step is dear: it waits for the third, but not when that is late."""
+    clock, pace = Clock(), Pace(0.05)
+    for tokens in (300, 900, 1500, 2100) * 4:
+        pace.observe(StepShape(prefill=tokens), 0.04 + 16e-6 * tokens)
+    ended: list[SimRequest] = []
+    engine = Engine(
+        Device(clock, tower_share=0.5, shared_speed=1.0), Costs(read_times("h200")), TokenGaps(), inline=False,
+        ended=ended.append, first=lambda one: None, pace=pace, coalesce_tokens=64,
+    )  # fmt: skip
+    images = tuple(ImageSpec(n, 1280, 720) for n in range(3))
+    request = SimRequest(0, WorkloadRequest(0.0, images, 50, 1), 3 * 880 + 50, 1.0, 0.1)
+    request.items = [Item(request, n, n, 880) for n in range(3)]
+
+    def arrives(item: Item) -> None:
+        item.arrived = item.rows
+        engine.arrived(request)
+
+    engine.add(request)
+    for item, at in zip(request.items, (0.013, 0.026, third_s), strict=True):
+        clock.at(at, arrives, item)
+    clock.run()
+    assert ended == [request]
+    assert (third_s <= request.served_s) if third_s < 1 else (0.03 < request.served_s < 0.3)
 
 
 def test_priorities_make_first_tokens_sooner_than_equal_parts() -> None:
