@@ -146,6 +146,15 @@ class Engine:
             self._steps.join()
             self._runner.release()
 
+    def holds(self, plan: PromptPlan) -> bool:
+        """Whether all items of such a prompt lie in KV pages that it would share, so that none would be asked for. True
+        now; pages may be gone when it is admitted. May be called on any thread."""
+        if not self.config.prefix_cache:
+            return not plan.items
+        keys = PageKeys(plan, self.config.page_size).keys[: (plan.tokens - 1) // self.config.page_size]
+        held = len(self._scheduler.pages.find(keys)) * self.config.page_size
+        return all(stop <= held for item in plan.items for _, stop in item.spans)
+
     @property
     def broken(self) -> str:
         """Why no request is to be expected an answer any more, or empty. Any thread."""

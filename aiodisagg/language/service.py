@@ -271,7 +271,7 @@ class LanguageService:
             loop = asyncio.get_running_loop()
             plan = await loop.run_in_executor(self._plans, self._planner.plan, messages)
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if not all(self.rows.sharing.has(item.digest) for item in plan.items):
+            if not (self.peers.linked or self._needs_no_peer(plan)):
                 await self.peers.wait_any(self.config.peer_wait_s)
             if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
@@ -308,6 +308,9 @@ class LanguageService:
             stopped = isinstance(error, asyncio.CancelledError | GeneratorExit)
             self._end(trace, request, "cancelled" if stopped else "failed", "" if stopped else repr(error))
             raise
+
+    def _needs_no_peer(self, plan: PromptPlan) -> bool:
+        return all(self.rows.sharing.has(item.digest) for item in plan.items) or self.engine.holds(plan)
 
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from aiodisagg.errors import NoEncodePeer
 from aiodisagg.models.base import ChatMessage, ImagePart
 from tests.models.halves import chat, halves, png
 from tests.services.system import System, system
@@ -48,6 +50,26 @@ async def test_a_second_turn_costs_no_vision(moe: Path) -> None:
         found = dict(line.rsplit(" ", 1) for line in made.language.metrics().splitlines() if not line.startswith("#"))
     assert float(found["aiodisagg_prefix_hits_total"]) == 2
     assert float(found["aiodisagg_prefix_tokens_total"]) >= 2 * 16 and float(found["aiodisagg_kv_pages_idle"]) > 0
+
+
+async def test_a_chat_whose_pictures_are_in_pages_goes_on_without_encode_peers(moe: Path) -> None:
+    again, other = [*TURN, *chat("Which of them is the largest?")], chat(ImagePart(png(96, 128, 23)), "And here?")
+    async with system(moe, cache_bytes=0, peer_wait_s=0.05, failover_s=0.0) as made:
+        assert await made.ask(FIRST, TOKENS) == truth(moe, FIRST)
+        async with asyncio.timeout(30):
+            await made.encoders.pop().__aexit__(None, None, None)
+            await made.linked(0)
+            assert await made.ask(again, TOKENS) == truth(moe, again)
+            for asked in ([*again, *other], other):
+                with pytest.raises(NoEncodePeer):
+                    await made.ask(asked, TOKENS)
+    async with system(moe, cache_bytes=0, prefix_cache=False, peer_wait_s=0.05, failover_s=0.0) as made:
+        assert await made.ask(FIRST, TOKENS) == truth(moe, FIRST)
+        async with asyncio.timeout(30):
+            await made.encoders.pop().__aexit__(None, None, None)
+            await made.linked(0)
+            with pytest.raises(NoEncodePeer):
+                await made.ask(again, TOKENS)
 
 
 async def test_another_picture_of_the_same_size_is_another_prompt(moe: Path) -> None:
