@@ -61,11 +61,16 @@ class Alone:
         return int(self._word[1])
 
 
-@functools.cache
 def alone_on(device: torch.device) -> Alone | None:
     """This process's word of an accelerator; None on a CPU, and where the kernel that waits does not work."""
     if device.type != "cuda":
         return None
+    return _word_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _word_of(index: int) -> Alone | None:
+    device = torch.device("cuda", index)
     with torch.inference_mode(False), torch.cuda.device(device):
         alone = Alone(torch.zeros(2, dtype=torch.int32, device=device))
         try:

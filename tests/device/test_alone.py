@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from aiodisagg.device import alone as alone_module
 from aiodisagg.device import triton_alone
 from aiodisagg.device.alone import Alone, alone_on
 
@@ -46,3 +47,9 @@ def test_a_wait_ends_with_the_last_read_it_may_make() -> None:
 
 def test_on_a_cpu_nobody_is_alone() -> None:
     assert alone_on(torch.device("cpu")) is None
+
+
+def test_a_device_has_one_word_whatever_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(alone_module, "_word_of", lambda index: index)
+    assert [alone_on(torch.device(name)) for name in ("cuda", "cuda:1", "cuda:0")] == [1, 1, 0]
