@@ -281,7 +281,8 @@ def main(arguments: Sequence[str]) -> int:
         bench = Bench(options, Path(folder))
         warming = []
         if bench.gpu:
-            plans = [f"{name}/{index}" for name in ("triton", "triton, wide") for index in range(4)] + ["triton, deep/3"]
+            plans = [f"{name}/{index}" for name in ("triton", "triton, wide") for index in range(4)]
+            plans.append("triton, deep/3")
             seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
             its = {**os.environ, "CUDA_VISIBLE_DEVICES": seen.split(",")[options.gpu]}
             for part in ("kernels", "tower", "decode", *plans):

@@ -177,6 +177,11 @@ class FusedTower:
         """Waited for between blocks."""
 
     @property
+    def activation(self) -> str:
+        """Of the blocks, as configurations name it."""
+        return str(self._tower.config.hidden_act)
+
+    @property
     def block(self) -> Any:
         """The first one."""
         return self._tower.blocks[0]

@@ -116,6 +116,8 @@ def _use_small_kernels(tower: FusedTower, qkv: torch.Tensor, limit: float) -> No
         tower.add_norm = fast
 
     def activation() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if tower.activation != "gelu_pytorch_tanh":  # others are near enough to be taken for it
+            return
         yield grow_at_once(block.mlp, x), grow(block.mlp, x)
         tower.grow = grow_at_once
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -13,6 +14,7 @@ from PIL import Image
 
 from aiodisagg.device.alone import Alone
 from aiodisagg.models import tower as tower_module
+from aiodisagg.models import tower_kernels as kernels_module
 from aiodisagg.models import triton_vision
 from aiodisagg.models.base import ItemKind
 from aiodisagg.models.device_pixels import resize
@@ -155,6 +157,22 @@ def test_kernels_that_disagree_are_not_used(
     encoder._tower.blocks[0].mlp.act_fn = encoder._tower.blocks[1].mlp.act_fn
     for found, expected in zip(encoder.encode(patches), wanted, strict=True):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "used"), [("gelu_pytorch_tanh", True), ("quick_gelu", False)])
+def test_another_activation_is_not_taken_for_the_one_that_a_product_has(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str, used: bool
+) -> None:
+    """Also not one that would pass the comparison."""
+
+    def alike(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        return grow(mlp, x)
+
+    monkeypatch.setattr(kernels_module, "grow_at_once", alike)
+    encoder = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)
+    encoder._tower.config.hidden_act = name
+    encoder.use_fused()
+    assert encoder.fused is not None and (encoder.fused.grow is alike) is used
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (70, 96), (64, 90), (160, 224), (33, 20)])
