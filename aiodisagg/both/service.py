@@ -16,7 +16,8 @@ from aiodisagg.encode.service import EncodeService
 from aiodisagg.engine.types import Delta, SamplingParams
 from aiodisagg.errors import PeerBroken
 from aiodisagg.language.admission import DEFAULT_TENANT
-from aiodisagg.language.service import LanguageService, LocalEncoder
+from aiodisagg.language.membership import LocalEncoder
+from aiodisagg.language.service import LanguageService
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, Planner, VisionEncoder
 from aiodisagg.peer import metrics
@@ -78,7 +79,7 @@ class BothService:
             self.gate = CoreGate()
         else:
             pace_s = inter_token_s or language.pace_ms / 1e3 or _PACE_S
-            same_device = language.device == encode.device and encode.device != "cpu"
+            same_device = _number(language.device) == _number(encode.device) and encode.device != "cpu"
             of_one = Slack(pace_s, share=SHARE_OF_ONE_DEVICE)
             self.gate = DeviceGate(of_one) if same_device else SlackGate(Slack(pace_s))
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
@@ -157,6 +158,11 @@ class BothService:
                 group.create_task(self.encode.serve())
         except* PeerBroken as broken:
             raise broken.exceptions[0] from None
+
+
+def _number(device: str) -> str:
+    """``cuda`` is ``cuda:0``."""
+    return device if ":" in device else f"{device}:0"
 
 
 def _nearest(transports: tuple[str, ...], device: str) -> tuple[str, ...]:

@@ -11,12 +11,16 @@ two blocks of the tower reads until it is clear. Neither waits for the host. **O
 may take it, as a graph**: who launches kernel after kernel may have to wait until the device is idle (to load a kernel,
 or for memory), and so for the tower that waits for it. Nobody waits for ever: who has read it ``MOST`` times goes on,
 and is counted.
+
+The word holds any tower of the process. That prompts without end do not stop one for ever is for the gate of a peer
+that is both to see to (:mod:`aiodisagg.encode.device`).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -65,7 +69,11 @@ def alone_on(device: torch.device) -> Alone | None:
     """This process's word of an accelerator; None on a CPU, and where the kernel that waits does not work."""
     if device.type != "cuda":
         return None
-    return _word_of(torch.cuda.current_device() if device.index is None else device.index)
+    with _making:  # both halves of a peer ask
+        return _word_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+_making = threading.Lock()
 
 
 @functools.cache

@@ -3,10 +3,10 @@
 A device that has no room for two kernels starts the blocks of the stream with the higher priority first. What runs is
 not interrupted, and who comes after gets the gaps between two kernels of who goes first:
 
-* **Steps with prompt tokens** go first, and a tower of the same process waits for them between its own kernels
-  (:mod:`aiodisagg.device.alone`), as gaps were half of the device. Two kinds of work that share a device both end
-  late; one after the other, the first ends sooner and the second no later, and a prompt that can be computed is nearest
-  to its first token.
+* **Steps with prompt tokens** go first, and for those that are graphs (of up to 4,096 tokens) a tower of the same
+  process waits between its own kernels (:mod:`aiodisagg.device.alone`), as gaps were half of the device. Two kinds of
+  work that share a device both end late; one after the other, the first ends sooner and the second no later, and a
+  prompt that can be computed is nearest to its first token.
 * **The tower** is next: prompts wait for its rows.
 * **Steps that only decode** come last. They are many, and read memory more than they compute: in equal parts with a
   batch of images they would make it take twice as long, while they get on in its gaps. Those too large for a graph are

@@ -44,6 +44,8 @@ class Vitals:
         if len(self._failed) < LIMIT:
             return
         try:
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+                raise error  # what is small finds memory where nothing else does
             probe()
         except Exception as ours:
             logger.error("the last %d that were tried failed, and so does what is good: %r", LIMIT, ours)

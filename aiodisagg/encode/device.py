@@ -5,7 +5,8 @@ with prompt tokens, then the tower, then steps that only decode. What is left to
 
 * **Streams keep their pace.** Batches begin while the :class:`~aiodisagg.scheduler.slack.Slack` account has something.
   In it a step or a batch takes what it would take alone: of time in which both were at work, a step with prompts pays
-  for all, as the batch has got nothing then, and a step that only decodes for nothing, as it waited for the batch.
+  for all, as the batch has got nothing then (or half, beside one too large to be a graph), and a step that only decodes
+  for nothing, as it waited for the batch.
 * **While the tower has work, prompts are computed in one piece.** A chunk brings no first token nearer, delays the
   tower that the rest of the prompt may be waiting for, and reads all weights once more. Rows from elsewhere for a peer
   whose tower is idle are computed as they come.

@@ -172,13 +172,15 @@ class Runner:
         )
 
     def probe(self, pages: Sequence[int]) -> None:
-        """Computes a prompt of one token over a page that nobody uses. Raises what the model or the device raises."""
-        plan = PromptPlan(np.zeros(1, dtype=np.int64), np.zeros((3, 1), dtype=np.int64), 0, ())
+        """Computes a prompt over a page that nobody uses, the way of prompts. Raises what the model or the device
+        raises."""
+        tokens = self.pool.page_size  # one token alone would go the way of decodes
+        plan = PromptPlan(np.zeros(tokens, dtype=np.int64), np.tile(np.arange(tokens), (3, 1)), 0, ())
         rows = RequestRows(
             "probe", plan, hidden_size=self.hidden_size, width=None, dtype=self.dtype, device=self.device
         )  # fmt: skip
         sequence = EngineSequence(RequestHandle("probe", lambda _: None), plan, SamplingParams(), rows, lambda _: "")
-        logits, _ = self.forward([Work(Segment("probe", 0, 1, True), sequence, pages)])
+        logits, _ = self.forward([Work(Segment("probe", 0, tokens, True), sequence, pages)])
         logits.sum().item()  # a device says only now what it thinks of it
 
     def warm_up(self) -> None:

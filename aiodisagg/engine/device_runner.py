@@ -118,7 +118,7 @@ class DeviceRunner:
             self._new_inputs(most, most, 0), lambda step: self.decoder(step, self._pool, every=True), sizes, capture
         )
         sizes = prompt_sizes(self._inputs.tile_tokens, prompts, listed=self._flash is not None)
-        capture = captures(Priority.PROMPTS)
+        capture = self._alone_in(captures(Priority.PROMPTS))
         tokens = min(max(size.tokens for size in sizes), self._inputs.capacity)
         segments = max(size.decodes for size in sizes) + PROMPTS
         if self._row_width is not None:
@@ -126,11 +126,25 @@ class DeviceRunner:
 
         def compute(step: StepInputs) -> torch.Tensor:
             rows = None if self._graph_rows is None else self._graph_rows[: step.tokens]
-            with nullcontext() if self._alone is None else self._alone.taken():
-                return self.decoder(step, self._pool, rows)
+            return self.decoder(step, self._pool, rows)
 
         inputs = self._new_inputs(tokens, segments, max(KEYS))
         self.prompt_graphs = StepGraphs(inputs, compute, sizes, capture, logits=segments)
+
+    def _alone_in(self, capture: Capture) -> Capture:
+        """What is captured has the device alone when it is replayed; not so what runs before, to compile."""
+        alone = self._alone
+        if alone is None:
+            return capture
+
+        def inside(compute: Callable[[], None]) -> Callable[[], None]:
+            def taken() -> None:
+                with alone.taken():
+                    compute()
+
+            return capture(taken)
+
+        return inside
 
     def _new_inputs(self, tokens: int, segments: int, keys: int) -> StepInputs:
         """``keys``: can be listed, if the kernels want that."""

@@ -27,8 +27,8 @@ the step that reaches it samples the next token. A decode is the case in which o
   is of use only if who goes first need not wait for the others all the same: those behind one that gets its first token
   in a step may make that step twice as long, and no longer.
   ``max_running <= token_budget`` leaves at least one token for prefill whenever there is one. A stream of short prompts
-  cannot starve a long one, as that one is due in the end. A prompt that is over what a step has room for by less than
-  an eighth is computed to its end: a further step would cost more than that.
+  cannot starve a long one, as that one is due in the end. A prompt that is over what a step has room for, for
+  whatever reason, by an eighth of that at most is computed to its end: a further step would cost more than that.
 * Beside decodes the budget is what :class:`~aiodisagg.engine.pace.Pace` allows, so a burst of prompts does not stop
   running streams; without decodes nobody waits for a token and a step is as large as it may be.
 * A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has

@@ -260,7 +260,7 @@ class StepThread:
         self._vitals.failed(request_id, error, self._probe)
 
     def _probe(self) -> None:
-        """Raises what the model raises of a prompt that nothing is wrong with."""
+        """Raises what the model raises of a short prompt that nothing is wrong with."""
         pages = self._scheduler.pages
         if not pages.free:  # then others hold them, who are next to fail or not
             return

@@ -130,8 +130,8 @@ class LanguageConfig(PeerConfig):
     kv_bytes: int | None = None
     """Memory of the paged KV pool; None: what a GPU has left of 0.9 of its memory, 256 MiB on a CPU."""
     token_budget: int | None = None
-    """Tokens of one engine step; a prompt that is over it by less than an eighth is computed to its end. None: 8192,
-    and 2048 on a CPU."""
+    """Tokens of one engine step; a prompt that is over it by an eighth at most is computed to its end. None: 8192, and
+    2048 on a CPU."""
     max_running: int = 64
     """Requests that hold KV pages at once; the items of others are not asked for yet."""
     itl_budget_ms: float | None = None

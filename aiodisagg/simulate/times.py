@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from aiodisagg.engine.pace import Reads
+from aiodisagg.engine.schedule import most_tokens
 from aiodisagg.errors import ConfigError
 
 PATCHES_PER_TOKEN = 4
@@ -152,7 +153,8 @@ class Costs:
 
     def prefill_s(self, tokens: int) -> float:
         """One prompt alone, in steps of the token budget."""
-        steps = -(-tokens // self.times.token_budget)
+        budget = self.times.token_budget
+        steps = 1 + max(0, -(-(tokens - most_tokens(budget)) // budget))
         return self._prefill(tokens) / 1e3 + (steps - 1) * self._base_s
 
     def transfer_s(self, tokens: int) -> float:

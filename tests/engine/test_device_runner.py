@@ -339,6 +339,7 @@ def test_replayed_steps_give_what_launched_ones_give(monkeypatch: pytest.MonkeyP
     runner.graphs.capture()
     monkeypatch.setattr(runner.prompt_graphs, "sizes", [s for s in runner.prompt_graphs.sizes if s.decodes in (0, 8)])
     runner.prompt_graphs.capture()
+    assert alone.steps == 0, "what compiles is launched kernel by kernel"
 
     def sequence(name: str) -> EngineSequence:
         held = RequestRows(name, plan, hidden_size=HIDDEN, width=width, dtype=torch.float32, device=torch.device("cpu"))
