@@ -74,6 +74,13 @@ class Overloaded(AiodisaggError):
         super().__init__(message)
 
 
+class Draining(Overloaded):
+    """This peer is about to end and takes nothing new; another one will."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0, "this peer is about to end")
+
+
 class DeadlineExceeded(AiodisaggError):
     """A request or an item ran out of time. ``story`` is its short history, oldest first."""
 

@@ -201,6 +201,12 @@ class ChatHandler:
         return web.Response(body=_encode(completion), content_type="application/json")
 
 
+class EventStream(web.StreamResponse):
+    """``failed``: the status that the request would have had, had it failed before the stream began; 0: it did not."""
+
+    failed = 0
+
+
 class _Stream:
     """One answer as server-sent events. Each write waits until the client has taken enough of what went before."""
 
@@ -211,7 +217,7 @@ class _Stream:
         usage = None if with_usage else msgspec.UNSET
         self._chunk = ChatChunk(completion_id, int(time.time()), model, [], usage)
         self._with_usage = with_usage
-        self._response = web.StreamResponse(headers=_SSE_HEADERS)
+        self._response = EventStream(headers=_SSE_HEADERS)
 
     async def run(self, deltas: AsyncGenerator[Delta, None], request_id: str) -> web.StreamResponse:
         """Raises what ``deltas`` raises for its first delta; later errors go into the stream."""
@@ -226,7 +232,9 @@ class _Stream:
             try:
                 delta = await anext(deltas)
             except Exception as error:
-                await self._write(failure_of(error, request_id).as_json())
+                failure = failure_of(error, request_id)
+                self._response.failed = failure.status
+                await self._write(failure.as_json())
                 return await self._end()
         await self._send(DeltaBody(), delta.finish_reason)
         if self._with_usage and delta.usage is not None:

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 class HttpCounters:
     """Requests by route and status. Each server has its own, so two in one process do not clash.
 
-    Status 499 stands for clients that went away. A stream's time ends with its last byte.
+    Status 499 stands for clients that went away. A stream's time ends with its last byte; one that fails after it began
+    counts with the status that it would have had before.
     """
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from aiohttp import web
 from aiodisagg.errors import (
     AiodisaggError,
     DeadlineExceeded,
+    Draining,
     EncodeFailed,
     InvalidRequest,
     NoEncodePeer,
@@ -66,6 +67,8 @@ def failure_of(error: Exception, request_id: str) -> Failure:
         case Refused():
             kind = CLIENT if error.status < 500 else SERVER
             return Failure(error.status, str(error), kind, error.param, error.code, _retry_after(error.retry_after_s))
+        case Draining():
+            return Failure(503, "the server is stopping", SERVER, None, "stopping", _retry_after(error.retry_after_s))
         case Overloaded():
             headers = _retry_after(error.retry_after_s)
             return Failure(429, str(error), "rate_limit_error", None, "overloaded", headers)

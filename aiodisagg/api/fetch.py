@@ -27,6 +27,7 @@ from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.data_url import decode_data_url, text_of
 from aiodisagg.api.media_cache import MediaCache, referred, sha256_of
 from aiodisagg.api.parse import MediaUrl
+from aiodisagg.api.resolver import PoolResolver
 from aiodisagg.errors import MediaError
 from aiodisagg.scheduler.shares import Tenant
 
@@ -58,7 +59,11 @@ class MediaFetcher:
 
     async def __aenter__(self) -> MediaFetcher:
         # The limit is _slots: a wait inside the connector would count against the timeout of the one who waits.
-        connector = aiohttp.TCPConnector(limit=0, resolver=self._resolver, socket_factory=self._guard.open_socket)
+        own = None if self._resolver is not None else PoolResolver()
+        self._own_resolver = own
+        connector = aiohttp.TCPConnector(
+            limit=0, resolver=self._resolver or own, socket_factory=self._guard.open_socket
+        )  # fmt: skip
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -73,6 +78,8 @@ class MediaFetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.close()
+        if self._own_resolver is not None:
+            await self._own_resolver.close()
 
     async def load(self, urls: Sequence[MediaUrl], share: Share, tenant: Tenant) -> list[bytes]:
         """The files, in order, counted in ``share``. References mean files of ``tenant`` from earlier calls.

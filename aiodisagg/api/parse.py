@@ -21,6 +21,8 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _BAD_BYTE = re.compile(r"\(byte (\d+)\)")
 _NOT_JSON_NUMBER = re.compile(rb'"(\w+)"\s*:\s*(-?(?:NaN|Infinity))\b')
 _LONGEST_MESSAGE = 300
+MOST_COMMAS = 1 << 21
+"""Each may be a value, of some fifty bytes when it is decoded, which happens without a pause. Text has fewer."""
 _PART_TYPES = "text, image_url, video"
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """``developer`` is OpenAI's newer name of ``system``; chat templates know the older one."""
@@ -36,6 +38,8 @@ class MediaUrl:
 
 def parse_request(body: bytes | bytearray) -> ChatRequest:
     """Decodes a body. The URLs in the result are views into ``body``. Raises InvalidRequest."""
+    if body.count(b",") > MOST_COMMAS:
+        raise InvalidRequest("body", f"more than {MOST_COMMAS} values", code="too_many_values")
     try:
         return _decoder.decode(body)
     except msgspec.ValidationError as error:

@@ -20,14 +20,14 @@ from aiohttp.abc import AbstractResolver
 
 from aiodisagg.api.backend import ChatBackend
 from aiodisagg.api.callers import Caller, Callers
-from aiodisagg.api.chat import ChatHandler, model_not_found
+from aiodisagg.api.chat import ChatHandler, EventStream, model_not_found
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.counters import HttpCounters
 from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
 from aiodisagg.api.media_cache import MediaCache
 from aiodisagg.api.schema import ModelBody, ModelList
-from aiodisagg.errors import ConfigError
+from aiodisagg.errors import ConfigError, Draining
 from aiodisagg.peer.metrics import render
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class HttpServer:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         if self._stopping:
-            raise Refused(503, "the server is stopping", code="stopping", retry_after_s=1.0)
+            raise Draining
         running = self._running[id(request)]
         assert running.caller is not None
         with self._callers.chat(running.caller):
@@ -216,7 +216,7 @@ class HttpServer:
         self._idle.clear()
         try:
             response = await self._answered(request, handler, running)
-            status = response.status
+            status = (isinstance(response, EventStream) and response.failed) or response.status
             return response
         finally:
             del self._running[id(request)]
@@ -229,6 +229,7 @@ class HttpServer:
             logger.log(level, "%s %s %s: %d, %.1f ms", request_id, request.method, path, status, took_s * 1e3)
 
     async def _answered(self, request: web.Request, handler: _Handler, running: _Running) -> web.StreamResponse:
+        ends = False
         try:
             running.caller = self._authorize(request)
             response = await handler(request)
@@ -241,10 +242,10 @@ class HttpServer:
                 raise ConnectionResetError("a response that had begun failed") from error
             if failure.status < 500:
                 logger.info("%s refused: %s", running.request_id, ascii(failure.message))
-            response = failure.as_response()
+            response, ends = failure.as_response(), isinstance(error, Draining)
         if not running.has_begun:
             response.headers["X-Request-Id"] = running.request_id
-            if self._stopping:
+            if self._stopping or ends:
                 response.force_close()
         return response
 

@@ -28,7 +28,7 @@ from http_fakes import (
 
 from aiodisagg.api import HttpConfig, HttpServer
 from aiodisagg.engine.types import Delta
-from aiodisagg.errors import ConfigError
+from aiodisagg.errors import ConfigError, DeadlineExceeded, Draining, NoEncodePeer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -223,6 +223,31 @@ async def test_a_stopping_server_takes_nothing_new() -> None:
             assert response.status == 200
         await stop
     assert len(backend.calls) == 1
+
+
+async def test_a_backend_that_drains_is_a_server_that_stops() -> None:
+    """Its port may stay open for minutes: a client with a connection to it has to go elsewhere."""
+    async with (
+        serving(ScriptedBackend([Draining()])) as served,
+        aiohttp.ClientSession(served.server.url) as session,
+        session.post("/v1/chat/completions", json=BODY) as response,
+    ):
+        assert (response.status, (await response.json())["error"]["code"]) == (503, "stopping")
+        assert (response.headers["Retry-After"], response.headers["Connection"]) == ("1", "close")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(DeadlineExceeded("it", 1.0), 504), (NoEncodePeer("gone"), 503), (RuntimeError("bug"), 500)]
+)
+async def test_a_stream_that_fails_is_counted_as_failed(error: Exception, status: int) -> None:
+    backend = ScriptedBackend([Delta("Hello", (1,)), error])
+    async with serving(backend) as served, aiohttp.ClientSession(served.server.url) as session:
+        async with session.post("/v1/chat/completions", json={**BODY, "stream": True}) as response:
+            assert response.status == 200 and '"error"' in await response.text()
+        async with session.get("/metrics") as metrics:
+            text = await metrics.text()
+    assert f'aiodisagg_http_requests_total{{route="/v1/chat/completions",status="{status}"}} 1.0' in text
+    assert 'route="/v1/chat/completions",status="200"' not in text
 
 
 async def test_stopping_cuts_what_is_not_done_in_time() -> None:

@@ -44,6 +44,16 @@ async def test_too_many_parts_are_refused_before_anything_walks_over_them(monkey
     assert len(backend.calls) == 1
 
 
+def test_bodies_of_millions_of_values_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of which would be an object, made without a pause."""
+    monkeypatch.setattr(parse, "MOST_COMMAS", 1000)
+    few = request([{"role": "user", "content": "one, two"}], tools=[0] * 900)
+    assert few.tools is not None and len(few.tools) == 900
+    with pytest.raises(InvalidRequest, match="body: more than 1000 values") as caught:
+        request([EMPTY], tools=[0] * 1001)
+    assert caught.value.code == "too_many_values"
+
+
 def test_frames_beyond_the_limit_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
