@@ -8,6 +8,7 @@ runs over the part of the prompt whose rows are here while later rows are on the
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -164,6 +165,12 @@ class Engine:
     def limit(self) -> int:
         """Most tokens of prompt plus ``max_tokens`` of one request."""
         return self._limit
+
+    def name_for(self, request_id: str) -> str:
+        """A name that ``submit`` takes: the id, or one with a number while the step in progress still holds a request
+        of that id that is over for everybody else."""
+        names = itertools.chain([request_id], (f"{request_id}~{n}" for n in itertools.count(2)))
+        return next(name for name in names if name not in self._live)
 
     def submit(self, request: EngineRequest) -> RequestHandle:
         """Takes a request in, without its rows.

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from aiodisagg.bootstrap.client import BootstrapClient
+from aiodisagg.bootstrap.registry import Load, PeerRecord
 from aiodisagg.language.rows import RowReceiver
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalEncoder:
+    """The encode half of the same peer: linked first of all, and what the peer registers as.
+
+    ``record``: of that half; its incarnation and addresses are the peer's.
+    """
+
+    record: PeerRecord
+    load: Callable[[], Load]
 
 
 async def follow(client: BootstrapClient, rows: RowReceiver) -> None:

@@ -22,7 +22,7 @@ from aiodisagg.link.hello import Hello
 from aiodisagg.link.link import Link, dial
 from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
-from aiodisagg.protocol.messages import ItemKey, Message, Refuse, Want
+from aiodisagg.protocol.messages import Cancel, ItemKey, Message, Refuse, Want
 from aiodisagg.protocol.rows import ModelFingerprint
 from aiodisagg.scheduler.book import PeerBook
 from aiodisagg.scheduler.cost import PeerCosts, Rates
@@ -37,6 +37,10 @@ SAME_HOST = Rates(transfer_s=1e-4, transfer_byte_s=2e-10)
 """Before anything is known of a peer: shared memory is faster than most networks."""
 
 LinkEvent = LinkUp | LinkLost | MessageReceived
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 @dataclass(slots=True)
@@ -86,10 +90,12 @@ class EncodePeers:
         self._changed = asyncio.Condition()
         self._ended_bytes = [0, 0]
         self._closed = False
+        self._hoped = _now()
+        """When there was a peer last, or somebody named one."""
 
     def add(self, address: str) -> None:
         """Keeps a link to whoever encodes at ``address``. Idempotent; wakes a dialler that is backing off."""
-        known = self._by_address.get(address)
+        known, self._hoped = self._by_address.get(address), _now()
         if known is None:
             peer = self._by_address[address] = EncodePeer(address)
             self._tasks.start(self._keep(peer), f"keep {address}")
@@ -104,6 +110,11 @@ class EncodePeers:
         if peer is not None:
             peer.wanted = False
             peer.moved.set()
+
+    @property
+    def absent_s(self) -> float:
+        """For how long there has been no peer, nor a new address of one."""
+        return 0.0 if self._linked else _now() - self._hoped
 
     @property
     def linked(self) -> list[EncodePeer]:
@@ -133,9 +144,10 @@ class EncodePeers:
         return sent + sum(link.bytes_sent for link in links), received + sum(link.bytes_received for link in links)
 
     async def wait_any(self, timeout_s: float) -> None:
-        """Returns when at least one encode peer is linked. Raises NoEncodePeer after ``timeout_s``, or at the end."""
+        """Returns when at least one encode peer is linked. Raises NoEncodePeer when there has been none for
+        ``timeout_s``, or at the end."""
         try:
-            async with asyncio.timeout(timeout_s), self._changed:
+            async with asyncio.timeout(max(0.0, timeout_s - self.absent_s)), self._changed:
                 await self._changed.wait_for(lambda: self._linked or self._closed)
         except TimeoutError:
             known = ", ".join(self._by_address) or "none known"
@@ -154,6 +166,10 @@ class EncodePeers:
         peer = self._linked.get(incarnation)
         if peer is None or peer.link is None:
             return
+        if isinstance(message, Cancel):  # media that nobody wants any more need not go; the first are under way
+            for at in reversed(range(1, len(peer.outbox))):
+                if isinstance(waits := peer.outbox[at], Want) and waits.key == message.key:
+                    del peer.outbox[at]
         if peer.outbox or (isinstance(message, Want) and message.media is not None):
             peer.outbox.append(message)
             peer.filled.set()
@@ -274,6 +290,7 @@ class EncodePeers:
             logger.exception("closing the link to %s", peer.name)
         finally:
             del self._linked[remote.incarnation]
+            self._hoped = _now()
             sending.cancel()
             peer.link, peer.parted = None, link.parted
             for other in self._by_address.values():

@@ -295,9 +295,12 @@ class RowReceiver:
         unsure_s = poison.unsure_s(digest, now)
         placement = None if unsure_s else self.placing.choose(key, action.avoid, now)
         if placement is None:
+            if (patience_s := self.config.peer_wait_s - self.peers.absent_s) <= 0:
+                self._fail(key, "unreachable", "no encode peer is linked")
+                return
             self.unplaced[key] = action.avoid
-            if unsure_s:
-                self._place_again(now + unsure_s)
+            if unsure_s or not self.peers.linked:
+                self._place_again(now + (unsure_s or patience_s))
             return
         self.unplaced.pop(key, None)
         peer = self.placing.asked(key, placement, now)
@@ -309,8 +312,11 @@ class RowReceiver:
     def _refuse(self, key: ItemKey, errand: Errand) -> None:
         """The item is poison: nobody is asked for it any more."""
         logger.error("item %s: %s is poison: encoders died of it", key, errand.spec.digest)
+        self._fail(key, "poison", "encoders died while they encoded it")
+
+    def _fail(self, key: ItemKey, code: str, why: str) -> None:
         self._drop(key)
-        self.sharing.failed(Fail(key, "poison", "encoders died while they encoded it", ()))
+        self.sharing.failed(Fail(key, code, why, ()))
 
     def _forget(self, key: ItemKey, *, complete: bool = False) -> None:
         self.placing.over(key, complete=complete)

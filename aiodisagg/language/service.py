@@ -6,8 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -24,17 +23,27 @@ from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
-from aiodisagg.errors import AiodisaggError, EngineError, InvalidRequest, Overloaded, PeerBroken, PromptTooLong
+from aiodisagg.errors import (
+    AiodisaggError,
+    Draining,
+    EngineError,
+    InvalidRequest,
+    NoEncodePeer,
+    Overloaded,
+    PeerBroken,
+    PromptTooLong,
+)
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.counters import engine_metrics
 from aiodisagg.language.items import Item, Items
 from aiodisagg.language.loading import load_language_half
-from aiodisagg.language.membership import follow
+from aiodisagg.language.membership import LocalEncoder, follow
+from aiodisagg.language.planning import Planning
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
 from aiodisagg.link.address import parse
 from aiodisagg.link.hello import PeerRole
-from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
+from aiodisagg.models.base import ChatMessage, PlannedItem, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
@@ -48,11 +57,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLANNERS = 2
-"""Prompts that are planned at once. Planning is mostly Python: with a thread for each of a burst's prompts all of them
-would be planned at its end, and none before; so the first is encoded while the last is planned. Each more of them takes
-Python's lock from who prepares and launches the first pictures."""
-
 
 @dataclass(slots=True)
 class _Request:
@@ -61,17 +65,6 @@ class _Request:
     handle: RequestHandle | None = None
     room: int = field(default_factory=lambda: secrets.randbits(62))
     keys: list[ItemKey] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class LocalEncoder:
-    """The encode half of the same peer: linked first of all, and what the peer registers as.
-
-    ``record``: of that half; its incarnation and addresses are the peer's.
-    """
-
-    record: PeerRecord
-    load: Callable[[], Load]
 
 
 class LanguageService:
@@ -169,8 +162,8 @@ class LanguageService:
         self._stack.push_async_callback(self.admission.aclose)
         self._tasks = Tasks(self.name)
         self._stack.push_async_callback(self._tasks.aclose)
-        self._plans = ThreadPoolExecutor(PLANNERS, "aiodisagg-plan")
-        self._stack.push_async_callback(asyncio.to_thread, self._plans.shutdown)
+        self._planning = Planning(planner)
+        self._stack.push_async_callback(asyncio.to_thread, self._planning.close)
         if self.local is not None:
             self.add_tower(self.local.record.addresses[0], self.local.record.incarnation)
         if config.bootstrap:
@@ -253,7 +246,7 @@ class LanguageService:
 
         Raises:
             InvalidRequest: also MediaError and PromptTooLong: the request cannot be served as written.
-            Overloaded: too much is waiting, or the first token could not be here in time.
+            Overloaded: too much is waiting, or the first token could not be here in time; Draining: this peer ends.
             NoEncodePeer: no encode peer could be linked in time.
             DeadlineExceeded, EncodeFailed: an item did not arrive. EngineError: the engine failed this request.
         """
@@ -261,24 +254,25 @@ class LanguageService:
         if request_id in self.traces.open:
             raise InvalidRequest("request_id", f"{request_id!r} is in use")
         if self._draining:
-            raise Overloaded(1.0, "this peer is about to end")
+            raise Draining
         if self._stopped.is_set():
             raise EngineError(request_id, "the service is closed")
         trace = self.traces.begin(request_id)
         self._idle.clear()
         request = _Request()
         try:
-            loop = asyncio.get_running_loop()
-            plan = await loop.run_in_executor(self._plans, self._planner.plan, messages)
+            plan = await self._planning.plan(messages, tenant.name)
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if not (self.peers.linked or self._needs_no_peer(plan)):
+            if not (self.peers.linked or self._cached(plan.items) or self.engine.holds(plan)):
                 await self.peers.wait_any(self.config.peer_wait_s)
             if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
             spent_s = trace.since()
             await self.admission.take(Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=spent_s))
             handle = request.handle = self.engine.submit(
-                EngineRequest(request_id, plan, sampling, priority, waited_s=trace.since() - spent_s)
+                EngineRequest(
+                    self.engine.name_for(request_id), plan, sampling, priority, waited_s=trace.since() - spent_s
+                )
             )
             fetching = self._tasks.start(self._fetch(handle, plan, request, trace, timeout_s), f"fetch {request_id}")
             try:
@@ -309,8 +303,8 @@ class LanguageService:
             self._end(trace, request, "cancelled" if stopped else "failed", "" if stopped else repr(error))
             raise
 
-    def _needs_no_peer(self, plan: PromptPlan) -> bool:
-        return all(self.rows.sharing.has(item.digest) for item in plan.items) or self.engine.holds(plan)
+    def _cached(self, items: Iterable[PlannedItem]) -> bool:
+        return all(self.rows.sharing.has(item.digest) for item in items)
 
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None
@@ -319,7 +313,11 @@ class LanguageService:
         with the request, others get their turn: its reader may be slow to take the rest of the answer."""
         async for needed in handle.needs():
             try:
+                if not (self.peers.linked or self._cached(plan.items[index] for index in needed)):
+                    await self.peers.wait_any(self.config.peer_wait_s)  # it was let in without one
                 self._ask(handle, plan, request, trace, timeout_s, needed)
+            except NoEncodePeer as error:
+                self.engine.fail(handle, error)
             except Exception as error:  # a bug; but nobody may wait for ever for rows that were never asked for
                 logger.exception("request %s: its items could not be asked for", trace.request_id)
                 self.engine.fail(handle, EngineError(trace.request_id, f"its items were not asked for: {error!r}"))
@@ -381,7 +379,8 @@ class LanguageService:
 
     def families(self) -> list[Metric]:
         """The same, before it is text."""
-        return [*self.rows.metrics(), *self.admission.metrics(), *engine_metrics(self.engine.stats())]
+        planning = metrics.gauge("planning_waiting", "Requests that wait to be planned.", self._planning.waiting)
+        return [planning, *self.rows.metrics(), *self.admission.metrics(), *engine_metrics(self.engine.stats())]
 
     def debug(self) -> dict[str, Callable[[], object]]:
         """What a person looks at: recent requests with the stages of their items, and the peers."""

@@ -185,6 +185,19 @@ async def test_rows_and_errors_of_a_request_that_is_over_do_not_reach_another_of
         assert (await read(second)).tokens == alone.tokens
 
 
+async def test_an_id_may_be_used_again_while_a_step_still_holds_it() -> None:
+    """As a client does that tries again after its own timeout."""
+    async with Broken().engine as engine:
+        first = submit(engine, make_plan([3]))
+        held = first.request_id
+        assert engine.name_for(held) == f"{held}~2" and engine.name_for("new") == "new"
+        again = engine.submit(EngineRequest(engine.name_for(held), make_plan([3]), SamplingParams(max_tokens=2)))
+        assert engine.name_for(held) == f"{held}~3"
+        for handle in (first, again):
+            await read(handle)
+        assert engine.name_for(held) == held
+
+
 def test_the_limit_is_of_different_ones() -> None:
     lost: list[str] = []
     vitals, tried = Vitals(lost.append), 0

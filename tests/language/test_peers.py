@@ -18,7 +18,7 @@ from aiodisagg.link import Hello, Link, LinkServer, PeerRole
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.peer.config import EncodeConfig
 from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
-from aiodisagg.protocol.messages import ItemKey, Offer, Want
+from aiodisagg.protocol.messages import Cancel, ItemKey, Offer, Want
 from tests.conftest import LOOPS
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -137,6 +137,44 @@ async def test_an_address_where_nobody_listens_is_said_once_and_to_whom_waits(ca
             await peers.wait_any(0.3)  # of several attempts
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 1 and "unix:@nobody-listens-here" in warned[0]
+
+
+async def test_media_that_nobody_wants_any_more_are_not_sent() -> None:
+    """They wait for a link that has no room; what is being sent goes on."""
+    wants = [
+        Want(ItemKey(1, n), 1, f"{n}" * 32, "image", (1, 2, 2), 1, 0.0, (), (), MODEL, 9.0, (b"x",)) for n in range(3)
+    ]
+    async with dialling() as (peers, events), Listener("one") as listener:
+        peers.add(listener.address)
+        assert await events.get() == LinkUp("one")
+        there = await listener.accepted.get()
+        for message in (*wants, Cancel(wants[0].key, 1), Cancel(wants[1].key, 1), Cancel(wants[1].key, 1)):
+            peers.send("one", message)
+        found = [await there.recv() for _ in range(5)]
+        keys = [(type(message).__name__, message.key.index) for message in found]
+        assert keys == [("Want", 0), ("Want", 2), ("Cancel", 0), ("Cancel", 1), ("Cancel", 1)]
+
+
+async def test_who_is_absent_for_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("aiodisagg.language.peers._now", lambda: now)
+    async with dialling() as (peers, events):
+        assert peers.absent_s == 0
+        now = 5.0
+        assert peers.absent_s == 5
+        with pytest.raises(NoEncodePeer):
+            await peers.wait_any(5.0)
+        async with Listener("one") as listener:
+            peers.add(listener.address)
+            assert peers.absent_s == 0, "somebody named one"
+            assert await events.get() == LinkUp("one")
+            now = 50.0
+            assert peers.absent_s == 0
+            await peers.wait_any(5.0)
+        await events.get()
+        assert peers.absent_s == 0
+        now = 51.0
+        assert peers.absent_s == 1
 
 
 async def test_nobody_waits_for_a_peer_when_the_links_are_closed() -> None:

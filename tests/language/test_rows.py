@@ -201,6 +201,26 @@ async def test_what_membership_knows_of_the_dead_ends_an_item_that_waits_for_it(
         assert failed is not None and failed.code == "poison"
 
 
+async def test_items_fail_when_there_has_been_no_encode_peer_for_as_long_as_one_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They held KV pages and places until their deadline, ten minutes for a client of the API."""
+    encoders = [Gated(), Gated()]
+    async with made(tmp_path, monkeypatch, *encoders) as one:
+        one.receiver.request([(A, item_of(1, 64)), (B, item_of(2, 64))], 600.0)
+        await eventually(lambda: one.at(A) is not None)
+        for encoder in one.encoders:
+            one.cut_off(encoder)
+        await eventually(lambda: not one.receiver.peers.linked and len(one.receiver.unplaced) == 2)
+        assert not one.ends, "one may be back"
+        object.__setattr__(one.receiver.config, "peer_wait_s", one.receiver.peers.absent_s + 0.1)
+        one.receiver._place_waiting()
+        await eventually(lambda: len(one.ends) == 2)
+        for failed in one.ends.values():
+            assert failed is not None and (failed.code, failed.message) == ("unreachable", "no encode peer is linked")
+        assert not one.receiver.unplaced
+
+
 async def test_no_item_fails_while_a_peer_is_linked_that_encodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

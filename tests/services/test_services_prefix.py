@@ -72,6 +72,18 @@ async def test_a_chat_whose_pictures_are_in_pages_goes_on_without_encode_peers(m
                 await made.ask(again, TOKENS)
 
 
+async def test_pages_that_are_gone_when_their_prompt_is_let_in(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for an encode peer then as any other, and no longer."""
+    async with system(moe, cache_bytes=0, peer_wait_s=0.05, failover_s=0.0) as made:
+        async with asyncio.timeout(30):
+            await made.encoders.pop().__aexit__(None, None, None)
+            await made.linked(0)
+            monkeypatch.setattr(made.language.engine, "holds", lambda plan: True)
+            with pytest.raises(NoEncodePeer):
+                await made.ask(FIRST, TOKENS)
+        assert made.language.engine.stats().running == 0
+
+
 async def test_another_picture_of_the_same_size_is_another_prompt(moe: Path) -> None:
     other = chat(ImagePart(png(96, 128, 23)), "A harbour, early in the day. What do you see in it?")
     async with system(moe) as made:
