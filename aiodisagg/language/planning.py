@@ -26,7 +26,7 @@ class Planning:
     """Methods belong to the loop's thread, but for ``close``, which waits for the threads."""
 
     def __init__(self, planner: Planner, threads: int = PLANNERS) -> None:
-        self._planner, self._free = planner, threads
+        self.planner, self._free = planner, threads
         self._pool = ThreadPoolExecutor(threads, "aiodisagg-plan")
         self._lines: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         """Who waits, by tenant; the tenant whose turn is next is the first."""
@@ -43,7 +43,7 @@ class Planning:
         loop = asyncio.get_running_loop()
         await self._turn(tenant, loop)
         try:
-            work = self._pool.submit(self._planner.plan, messages)
+            work = self._pool.submit(self.planner.plan, messages)
         except BaseException:
             self._next()
             raise

@@ -62,7 +62,7 @@ async def test_the_frame_groups_of_a_video_are_encoded_by_several_peers_at_once(
 ) -> None:
     held, messages = Held(vision), chat(video(8), "What happens?")
     async with system(moe, encoders=2, encoder=held) as made:
-        made.language._planner = Qwen3VLPlanner(moe, group_patches=1)
+        made.language._planning.planner = Qwen3VLPlanner(moe, group_patches=1)
         asked = asyncio.ensure_future(made.ask(messages, 6))
         await eventually(lambda: held.entered["encode"] == 2, "both towers are at it")
         held.gate.set()
@@ -75,7 +75,7 @@ async def test_of_a_video_only_the_groups_of_a_peer_that_dies_are_encoded_again(
 ) -> None:
     held, messages = Held(vision), chat(video(8), "What happens?")
     async with system(moe, failover_s=0.0) as made, AsyncExitStack() as stack:
-        made.language._planner = Qwen3VLPlanner(moe, group_patches=1)
+        made.language._planning.planner = Qwen3VLPlanner(moe, group_patches=1)
         stack.callback(held.gate.set)
         dying = await stack.enter_async_context(EncodeService(encode_config(moe), encoder=held))
         made.language.add_peer(dying.address)
