@@ -26,7 +26,8 @@ class Vitals:
 
     def __init__(self, lost: Callable[[str], object]) -> None:
         self._lost = lost
-        self._failed: set[str] = set()
+        self._failed: dict[str, bool] = {}
+        """Whether it was for want of memory, by name."""
         self.why = ""
         """Why nothing is to be expected, by kind of error only: anybody may see it. Empty while it is of use."""
 
@@ -40,11 +41,11 @@ class Vitals:
         does not work either."""
         if self.why:
             return
-        self._failed.add(name)
+        self._failed[name] = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if len(self._failed) < LIMIT:
             return
         try:
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            if all(self._failed.values()):
                 raise error  # what is small finds memory where nothing else does
             probe()
         except Exception as ours:

@@ -31,8 +31,9 @@ async def follow(client: BootstrapClient, rows: RowReceiver) -> None:
     async for change in client.watch():
         for record in change.present:
             if record.role.encodes and record.model == rows.model:
+                news = homes.get(record.incarnation) != record.addresses[0]  # and not its load
                 homes[record.incarnation] = record.addresses[0]
-                rows.peers.add(record.addresses[0])
+                rows.peers.add(record.addresses[0], news=news)
             elif record.role.encodes and record.incarnation not in strangers:
                 strangers.add(record.incarnation)
                 logger.error("encode peer %s is not usable: it runs %s, not %s", record.name, record.model, rows.model)

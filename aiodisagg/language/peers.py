@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl as tls
 from collections import deque
@@ -93,9 +94,12 @@ class EncodePeers:
         self._hoped = _now()
         """When there was a peer last, or somebody named one."""
 
-    def add(self, address: str) -> None:
-        """Keeps a link to whoever encodes at ``address``. Idempotent; wakes a dialler that is backing off."""
-        known, self._hoped = self._by_address.get(address), _now()
+    def add(self, address: str, *, news: bool = True) -> None:
+        """Keeps a link to whoever encodes at ``address``. Idempotent; wakes a dialler that is backing off. ``news``: it
+        is not only said again, so there is hope."""
+        known = self._by_address.get(address)
+        if news:
+            self._hoped = _now()
         if known is None:
             peer = self._by_address[address] = EncodePeer(address)
             self._tasks.start(self._keep(peer), f"keep {address}")
@@ -146,15 +150,15 @@ class EncodePeers:
     async def wait_any(self, timeout_s: float) -> None:
         """Returns when at least one encode peer is linked. Raises NoEncodePeer when there has been none for
         ``timeout_s``, or at the end."""
-        try:
-            async with asyncio.timeout(max(0.0, timeout_s - self.absent_s)), self._changed:
-                await self._changed.wait_for(lambda: self._linked or self._closed)
-        except TimeoutError:
-            known = ", ".join(self._by_address) or "none known"
-            why = "".join(f"; {peer.refused}" for peer in self._by_address.values() if peer.refused)
-            raise NoEncodePeer(
-                f"no encode peer could be linked within {timeout_s:g} s (addresses: {known}){why}"
-            ) from None
+        while not (self._linked or self._closed):
+            left_s = timeout_s - self.absent_s  # more again when somebody names one meanwhile
+            if left_s <= 0:
+                known = ", ".join(self._by_address) or "none known"
+                why = "".join(f"; {peer.refused}" for peer in self._by_address.values() if peer.refused)
+                raise NoEncodePeer(f"no encode peer could be linked within {timeout_s:g} s (addresses: {known}){why}")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s), self._changed:
+                    await self._changed.wait_for(lambda: self._linked or self._closed)
         if self._closed:
             raise NoEncodePeer("the links to encode peers are closed")
 

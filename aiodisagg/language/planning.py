@@ -22,6 +22,10 @@ would be planned at its end, and none before; so the first is encoded while the 
 Python's lock from who prepares and launches the first pictures."""
 
 
+class Closed(Exception):
+    """Nothing is planned any more."""
+
+
 class Planning:
     """Methods belong to the loop's thread, but for ``close``, which waits for the threads."""
 
@@ -39,14 +43,14 @@ class Planning:
         return sum(len(line) for line in self._lines.values())
 
     async def plan(self, messages: Sequence[ChatMessage], tenant: str) -> PromptPlan:
-        """As :meth:`Planner.plan`, which it raises the errors of."""
+        """As :meth:`Planner.plan`, which it raises the errors of. Raises Closed."""
         loop = asyncio.get_running_loop()
         await self._turn(tenant, loop)
         try:
             work = self._pool.submit(self.planner.plan, messages)
-        except BaseException:
+        except RuntimeError:  # as the pool has it
             self._next()
-            raise
+            raise Closed from None
         work.add_done_callback(lambda _: self._ended(loop))
         return await asyncio.wrap_future(work)
 

@@ -295,7 +295,8 @@ class RowReceiver:
         unsure_s = poison.unsure_s(digest, now)
         placement = None if unsure_s else self.placing.choose(key, action.avoid, now)
         if placement is None:
-            if (patience_s := self.config.peer_wait_s - self.peers.absent_s) <= 0:
+            patience_s = self.config.peer_wait_s - self.peers.absent_s
+            if patience_s <= 0 and not self.peers.linked:
                 self._fail(key, "unreachable", "no encode peer is linked")
                 return
             self.unplaced[key] = action.avoid

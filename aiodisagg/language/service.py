@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -28,7 +28,6 @@ from aiodisagg.errors import (
     Draining,
     EngineError,
     InvalidRequest,
-    NoEncodePeer,
     Overloaded,
     PeerBroken,
     PromptTooLong,
@@ -38,12 +37,12 @@ from aiodisagg.language.counters import engine_metrics
 from aiodisagg.language.items import Item, Items
 from aiodisagg.language.loading import load_language_half
 from aiodisagg.language.membership import LocalEncoder, follow
-from aiodisagg.language.planning import Planning
+from aiodisagg.language.planning import Closed, Planning
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
 from aiodisagg.link.address import parse
 from aiodisagg.link.hello import PeerRole
-from aiodisagg.models.base import ChatMessage, PlannedItem, Planner, PromptPlan
+from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
@@ -261,9 +260,12 @@ class LanguageService:
         self._idle.clear()
         request = _Request()
         try:
-            plan = await self._planning.plan(messages, tenant.name)
+            try:
+                plan = await self._planning.plan(messages, tenant.name)
+            except Closed:
+                raise EngineError(request_id, "the service is closed") from None
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if not (self.peers.linked or self._cached(plan.items) or self.engine.holds(plan)):
+            if not (self.peers.linked or self._needs_no_peer(plan)):
                 await self.peers.wait_any(self.config.peer_wait_s)
             if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
@@ -303,8 +305,8 @@ class LanguageService:
             self._end(trace, request, "cancelled" if stopped else "failed", "" if stopped else repr(error))
             raise
 
-    def _cached(self, items: Iterable[PlannedItem]) -> bool:
-        return all(self.rows.sharing.has(item.digest) for item in items)
+    def _needs_no_peer(self, plan: PromptPlan) -> bool:
+        return all(self.rows.sharing.has(item.digest) for item in plan.items) or self.engine.holds(plan)
 
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None
@@ -313,11 +315,7 @@ class LanguageService:
         with the request, others get their turn: its reader may be slow to take the rest of the answer."""
         async for needed in handle.needs():
             try:
-                if not (self.peers.linked or self._cached(plan.items[index] for index in needed)):
-                    await self.peers.wait_any(self.config.peer_wait_s)  # it was let in without one
                 self._ask(handle, plan, request, trace, timeout_s, needed)
-            except NoEncodePeer as error:
-                self.engine.fail(handle, error)
             except Exception as error:  # a bug; but nobody may wait for ever for rows that were never asked for
                 logger.exception("request %s: its items could not be asked for", trace.request_id)
                 self.engine.fail(handle, EngineError(trace.request_id, f"its items were not asked for: {error!r}"))

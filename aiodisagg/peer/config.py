@@ -149,7 +149,8 @@ class LanguageConfig(PeerConfig):
     request_timeout_s: float = 300.0
     """Deadline of a request's items, at most 1e9."""
     peer_wait_s: float = 10.0
-    """How long a request waits for a first encode peer before it fails with NoEncodePeer."""
+    """For how long there may be no encode peer before requests that need one fail with NoEncodePeer, those that wait
+    for one and those whose items are under way."""
     failover_s: float = 1.0
     stall_s: float = 5.0
     cache_bytes: int = 256 * MiB

@@ -37,7 +37,7 @@ async def test_name_servers_that_do_not_answer_hold_nobody_else_up(monkeypatch: 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     resolver = PoolResolver(threads=2)
     try:
-        lame = [asyncio.ensure_future(resolver.resolve("lame.test")) for _ in range(8)]
+        lame = [asyncio.ensure_future(resolver.resolve("lame.test")) for _ in range(64)]  # the loop has fewer threads
         await asyncio.sleep(0)
         async with asyncio.timeout(30):
             assert await asyncio.get_running_loop().getaddrinfo("localhost", 80)

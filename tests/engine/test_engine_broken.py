@@ -217,6 +217,16 @@ def test_the_limit_is_of_different_ones() -> None:
     assert tried == 1, "it is known"
 
 
+def test_where_all_want_for_memory_a_small_one_says_nothing() -> None:
+    for others, tried in ((MemoryError(), 0), (ValueError(), 1)):
+        lost: list[str] = []
+        vitals, probed = Vitals(lost.append), list[int]()
+        vitals.failed("first", others, lambda: None)
+        for n in range(LIMIT - 1):
+            vitals.failed(str(n), torch.OutOfMemoryError(), lambda probed=probed: probed.append(1))  # type: ignore[misc]
+        assert (len(lost), len(probed)) == (1 - tried, tried)
+
+
 def test_what_is_good_clears_what_is_bad() -> None:
     lost: list[str] = []
     vitals, tried = Vitals(lost.append), list[int]()

@@ -167,6 +167,9 @@ async def test_who_is_absent_for_long_is_not_waited_for(monkeypatch: pytest.Monk
         async with Listener("one") as listener:
             peers.add(listener.address)
             assert peers.absent_s == 0, "somebody named one"
+            now = 7.0
+            peers.add(listener.address, news=False)
+            assert peers.absent_s == 2, "its heartbeat is no news"
             assert await events.get() == LinkUp("one")
             now = 50.0
             assert peers.absent_s == 0
@@ -175,6 +178,19 @@ async def test_who_is_absent_for_long_is_not_waited_for(monkeypatch: pytest.Monk
         assert peers.absent_s == 0
         now = 51.0
         assert peers.absent_s == 1
+
+
+async def test_who_is_named_while_somebody_waits_is_waited_for() -> None:
+    async with dialling() as (peers, events):
+        waiting = asyncio.ensure_future(peers.wait_any(0.2))
+        await asyncio.sleep(0.1)
+        peers._hoped += 60  # somebody was named, and takes a minute to start
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        async with Listener("one") as listener:
+            peers.add(listener.address)
+            await waiting
+        await events.get()
 
 
 async def test_nobody_waits_for_a_peer_when_the_links_are_closed() -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from aiodisagg.language.planning import Planning
+from aiodisagg.language.planning import Closed, Planning
 from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -68,6 +68,19 @@ async def test_who_leaves_the_line_is_not_planned_and_who_leaves_a_thread_keeps_
         assert await third == "b1" and slow.begun == ["a1", "b1"]
         slow.let.release()
         assert await started(planning, "a3") == "a3"
+
+
+async def test_who_waits_when_it_is_closed_is_told() -> None:
+    slow = Slow()
+    planning = Planning(cast(Planner, slow), threads=1)
+    tasks = [started(planning, what) for what in ("a1", "a2", "b1")]
+    await until(lambda: planning.waiting == 2)
+    closed = asyncio.ensure_future(asyncio.to_thread(planning.close))
+    await until(lambda: planning._pool._shutdown)
+    slow.let.release()
+    await closed
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert found[0] == "a1" and [type(one) for one in found[1:]] == [Closed, Closed]
 
 
 async def test_a_plan_that_fails_leaves_its_place_to_the_next() -> None:
