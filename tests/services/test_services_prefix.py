@@ -60,6 +60,8 @@ async def test_a_chat_whose_pictures_are_in_pages_goes_on_without_encode_peers(m
             await made.encoders.pop().__aexit__(None, None, None)
             await made.linked(0)
             assert await made.ask(again, TOKENS) == truth(moe, again)
+            held = [made.language.engine.holds(made.language._planner.plan(one)) for one in (again, other, chat("Hi"))]
+            assert held == [True, False, True]
             for asked in ([*again, *other], other):
                 with pytest.raises(NoEncodePeer):
                     await made.ask(asked, TOKENS)
@@ -68,6 +70,7 @@ async def test_a_chat_whose_pictures_are_in_pages_goes_on_without_encode_peers(m
         async with asyncio.timeout(30):
             await made.encoders.pop().__aexit__(None, None, None)
             await made.linked(0)
+            assert not made.language.engine.holds(made.language._planner.plan(again))
             with pytest.raises(NoEncodePeer):
                 await made.ask(again, TOKENS)
 
