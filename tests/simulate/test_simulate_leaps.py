@@ -166,6 +166,14 @@ def test_rows_that_do_not_come_are_not_waited_for(third_s: float) -> None:
     assert (third_s <= request.served_s) if third_s < 1 else (0.03 < request.served_s < 0.3)
 
 
+def test_a_prompt_alone_costs_as_many_steps_as_the_engine_makes_of_it() -> None:
+    """Its end is no step of its own."""
+    times = msgspec.structs.replace(read_times("h200-modelled"), token_budget=1000, prefill_base_ms=50.0)
+    costs = Costs(times)
+    steps = [costs.prefill_s(n + 1) - costs.prefill_s(n) > 0.01 for n in (1000, 1124, 1125, 2000, 2124, 2125)]
+    assert steps == [False, False, True, False, False, True]
+
+
 def test_priorities_make_first_tokens_sooner_than_equal_parts() -> None:
     workload = generate(named_mix("images-1-8"), Gamma(5.0), 60, 5)
     system = System("equal", both=2, turns=False)
