@@ -163,10 +163,6 @@ SETS["triton, deep"] = (
 )
 
 
-SOME = 64
-"""Rows an expert gets on average up to which they are some and not many."""
-
-
 def plan_of(tokens: int, top_k: int, experts: int, plans: tuple[Plan, Plan, Plan, Plan]) -> Plan:
     """By how many rows an expert gets on average."""
     alone, few, some, many = plans
@@ -174,7 +170,7 @@ def plan_of(tokens: int, top_k: int, experts: int, plans: tuple[Plan, Plan, Plan
     if pairs <= 64:
         return alone
     each = pairs / experts
-    return few if each <= 12 else some if each <= SOME else many
+    return few if each <= 12 else some if each <= 64 else many
 
 
 def run_experts(

@@ -19,6 +19,10 @@ from aiodisagg.errors import EngineError
 pytestmark = pytest.mark.anyio
 
 
+POISON = 13
+"""Tokens of a prompt that no device computes."""
+
+
 class Broken:
     """Why, as it was told; an engine to tell it; and a device that fails when it is told to."""
 
@@ -34,6 +38,8 @@ class Broken:
         def may_fail(batch: Any) -> Any:
             if self.fails:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            if any(work.sequence.plan.tokens == POISON for work in batch):
+                raise RuntimeError("poison")
             return forward(batch)
 
         self.engine._runner.forward = may_fail  # type: ignore[method-assign]
@@ -72,18 +78,10 @@ async def test_all_requests_of_a_step_on_a_broken_device() -> None:
 
 async def test_one_bad_request_again_and_again_among_good_ones_is_no_broken_device() -> None:
     made = Broken()
-    forward = made.engine._runner.forward
-
-    def poison(batch: Any) -> Any:
-        if any(work.sequence.plan.tokens == 13 for work in batch):
-            raise RuntimeError("poison")
-        return forward(batch)
-
-    made.engine._runner.forward = poison  # type: ignore[method-assign]
     async with made.engine as engine:
         for _ in range(2 * LIMIT):
             bad, good = await asyncio.gather(
-                ask(engine, make_plan([13])), ask(engine, make_plan([3])), return_exceptions=True
+                ask(engine, make_plan([POISON])), ask(engine, make_plan([3])), return_exceptions=True
             )
             assert isinstance(bad, EngineError) and not isinstance(good, BaseException)
         assert not engine.broken and made.why.empty()
@@ -92,18 +90,10 @@ async def test_one_bad_request_again_and_again_among_good_ones_is_no_broken_devi
 async def test_bad_requests_alone_do_not_end_a_peer(caplog: pytest.LogCaptureFixture) -> None:
     """Nobody asks anything good meanwhile; the engine tries something good by itself, on a page that is free again."""
     made = Broken()
-    forward = made.engine._runner.forward
-
-    def poison(batch: Any) -> Any:
-        if any(work.sequence.plan.tokens == 13 for work in batch):
-            raise RuntimeError("poison")
-        return forward(batch)
-
-    made.engine._runner.forward = poison  # type: ignore[method-assign]
     async with made.engine as engine:
         for _ in range(2 * LIMIT + 1):
             with pytest.raises(EngineError, match="poison"):
-                await ask(engine, make_plan([13]))
+                await ask(engine, make_plan([POISON]))
         assert not engine.broken and made.why.empty()
         assert caplog.text.count("what is good works") == 2
         await made.refuse(LIMIT)

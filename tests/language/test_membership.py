@@ -78,3 +78,20 @@ async def test_the_end_of_an_earlier_life_does_not_take_the_address_from_the_nex
             await peers.wait_any(0.0)
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_hope_is_renewed_by_a_new_life_or_address_and_not_by_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers that membership hears of, and nobody here can reach, are absent all the same."""
+    now = 0.0
+    monkeypatch.setattr("aiodisagg.language.peers._now", lambda: now)
+    async with dialling() as (peers, _):
+        membership = Following(peers)
+        following = asyncio.create_task(membership.run())
+        seen = []
+        for incarnation, address in (("one", "a"), ("one", "a"), ("two", "a"), ("two", "b"), ("two", "b")):
+            now += 10.0
+            await membership.say(came=[life(incarnation, f"unix:/nowhere/{address}")])
+            seen.append(peers.absent_s)
+        assert seen == [0, 10, 0, 0, 10]
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)

@@ -20,6 +20,7 @@ from aiodisagg.peer.config import EncodeConfig
 from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
 from aiodisagg.protocol.messages import Cancel, ItemKey, Offer, Want
 from tests.conftest import LOOPS
+from tests.services.system import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 MODEL = synthetic_model(hidden_size=16, levels=3)
@@ -180,16 +181,26 @@ async def test_who_is_absent_for_long_is_not_waited_for(monkeypatch: pytest.Monk
         assert peers.absent_s == 1
 
 
-async def test_who_is_named_while_somebody_waits_is_waited_for() -> None:
-    async with dialling() as (peers, events):
-        waiting = asyncio.ensure_future(peers.wait_any(0.2))
-        await asyncio.sleep(0.1)
-        peers._hoped += 60  # somebody was named, and takes a minute to start
-        await asyncio.sleep(0.2)
+async def test_who_is_named_while_somebody_waits_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its patience was nearly at an end, and begins anew."""
+    now, looks = 0.0, 0
+
+    def clock() -> float:
+        nonlocal looks
+        looks += 1
+        return now
+
+    monkeypatch.setattr("aiodisagg.language.peers._now", clock)
+    async with dialling() as (peers, events), Listener("one") as listener:
+        now = 9.99
+        waiting = asyncio.ensure_future(peers.wait_any(10.0))
+        await asyncio.sleep(0)
+        peers._hoped = now  # somebody was named, who takes a while to start
+        before = looks
+        await eventually(lambda: waiting.done() or looks > before)
         assert not waiting.done()
-        async with Listener("one") as listener:
-            peers.add(listener.address)
-            await waiting
+        peers.add(listener.address)
+        await waiting
         await events.get()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from aiodisagg.language.planning import Closed, Planning
 from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
+from tests.services.system import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -34,17 +35,11 @@ def started(planning: Planning, what: str) -> asyncio.Task[PromptPlan]:
     return asyncio.ensure_future(planning.plan(cast(Any, what), what[0]))
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - threads announce nothing
-            await asyncio.sleep(0.001)
-
-
 async def test_tenants_take_turns() -> None:
     slow = Slow()
     with closing(Planning(cast(Planner, slow), threads=1)) as planning:
         tasks = [started(planning, what) for what in ("a1", "a2", "a3", "a4", "b1", "c1", "b2")]
-        await until(lambda: planning.waiting == 6)
+        await eventually(lambda: planning.waiting == 6)
         slow.let.release(7)
         assert await asyncio.gather(*tasks) == ["a1", "a2", "a3", "a4", "b1", "c1", "b2"]
         assert slow.begun == ["a1", "a2", "b1", "c1", "a3", "b2", "a4"]
@@ -55,7 +50,7 @@ async def test_who_leaves_the_line_is_not_planned_and_who_leaves_a_thread_keeps_
     slow = Slow()
     with closing(Planning(cast(Planner, slow), threads=1)) as planning:
         first, second, third = (started(planning, what) for what in ("a1", "a2", "b1"))
-        await until(lambda: slow.begun == ["a1"] and planning.waiting == 2)
+        await eventually(lambda: slow.begun == ["a1"] and planning.waiting == 2)
         for task in (second, first):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -74,9 +69,9 @@ async def test_who_waits_when_it_is_closed_is_told() -> None:
     slow = Slow()
     planning = Planning(cast(Planner, slow), threads=1)
     tasks = [started(planning, what) for what in ("a1", "a2", "b1")]
-    await until(lambda: planning.waiting == 2)
+    await eventually(lambda: planning.waiting == 2)
     closed = asyncio.ensure_future(asyncio.to_thread(planning.close))
-    await until(lambda: planning._pool._shutdown)
+    await eventually(lambda: planning._pool._shutdown)
     slow.let.release()
     await closed
     found = await asyncio.gather(*tasks, return_exceptions=True)
@@ -97,7 +92,7 @@ async def test_who_leaves_in_the_moment_of_its_turn_gives_it_on() -> None:
     slow = Slow()
     with closing(Planning(cast(Planner, slow), threads=1)) as planning:
         first, second, third = (started(planning, what) for what in ("a1", "a2", "b1"))
-        await until(lambda: slow.begun == ["a1"] and planning.waiting == 2)
+        await eventually(lambda: slow.begun == ["a1"] and planning.waiting == 2)
         planning._next()  # the second has its turn, and has not run yet
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
