@@ -29,6 +29,7 @@ from aiodisagg.encode.tower import Made, Tower, WrongRows
 from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import ItemKind, Patches, VisionEncoder
 from aiodisagg.protocol.events import EncodeStopped, RowsReady, StageEntered, StartEncode
+from aiodisagg.scheduler.order import Claim
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ PipelineEvent = StageEntered | RowsReady | EncodeStopped
 @dataclass(slots=True)
 class _Job:
     start: StartEncode
-    order: int
+    claim: Claim
     since: float
     """When its stage began."""
     stage: str = "queued"
@@ -142,8 +143,10 @@ class EncodePipeline:
 
     def start(self, job: StartEncode) -> None:
         self._started += 1
-        self._jobs[job.digest] = _Job(job, self._started, time.monotonic())
-        self._preparer.add(job)
+        now, urgency = time.monotonic(), job.urgency
+        claim = Claim(self._started, now + urgency.due_s, urgency.priority, urgency.work)
+        self._jobs[job.digest] = _Job(job, claim, now)
+        self._preparer.add(job, claim)
 
     def cancel(self, digest: str) -> None:
         """Stops a job at once while it waits; one that is on a thread when that is done with it, unless the rows are
@@ -181,7 +184,7 @@ class EncodePipeline:
         if isinstance(outcome, Patches):
             entry.prepared = outcome.count
             if entry.end is None:  # cancelled in this very moment, it is taken out again
-                self._tower.add(job.digest, entry.order, outcome, job.rows)
+                self._tower.add(job.digest, entry.claim, outcome, job.rows)
             self._on_loop(self._prepared, entry)
         else:
             self._on_loop(self._not_prepared, entry, outcome)

@@ -1,4 +1,4 @@
-"""Threads that prepare items: decode, resize and cut them. First come, first served, as far as there is room behind.
+"""Threads that prepare items: decode, resize and cut them, in the tower's order, as far as there is room behind.
 
 What is prepared and not yet encoded takes memory: at the bound the threads wait until ``free`` is told. An item is
 taken off the line and begun by whoever is free, with no word to the loop in between, so many tiny items cost no turn of
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 from aiodisagg.models.base import Patches
 from aiodisagg.protocol.events import StartEncode
+from aiodisagg.scheduler.order import Claim, Order, Queue
 
 Prepare = Callable[[StartEncode], Patches]
 
@@ -33,7 +33,8 @@ class Preparer:
         done: Callable[[StartEncode, Patches | Exception, float], None], threads: int, room_patches: int,
     ) -> None:  # fmt: skip
         self._prepare, self._began, self._done, self._room_patches = prepare, began, done, room_patches
-        self._line: deque[StartEncode] = deque()
+        self._line: Queue[str] = Queue(Order.SHORT_FIRST)
+        self._waiting: dict[str, StartEncode] = {}
         self._prepared_patches = 0
         self._wake = threading.Condition()
         self._closing = False
@@ -51,18 +52,20 @@ class Preparer:
         for thread in self._threads:
             thread.start()
 
-    def add(self, job: StartEncode) -> None:
+    def add(self, job: StartEncode, claim: Claim) -> None:
+        """``claim``: on ``time.monotonic``."""
         with self._wake:
-            self._line.append(job)
+            self._waiting[job.digest] = job
+            self._line.add(job.digest, claim)
             self._wake.notify()
 
     def cancel(self, job: StartEncode) -> bool:
         """Takes a job off the line; False: it has begun."""
         with self._wake:
-            if job in self._line:
-                self._line.remove(job)
-                return True
-            return False
+            if self._waiting.pop(job.digest, None) is None:
+                return False
+            self._line.remove(job.digest)
+            return True
 
     def free(self, patches: int) -> None:
         """So many prepared patches are not needed any more."""
@@ -99,5 +102,13 @@ class Preparer:
 
     def _next(self) -> StartEncode | None:
         with self._wake:
-            self._wake.wait_for(lambda: self._closing or (self._line and self._prepared_patches < self._room_patches))
-            return None if self._closing else self._line.popleft()
+            self._wake.wait_for(lambda: self._closing or (self._waiting and self._has_room))
+            first = None if self._closing else self._line.first(time.monotonic())
+            if first is None:
+                return None
+            self._line.remove(first)
+            return self._waiting.pop(first)
+
+    @property
+    def _has_room(self) -> bool:
+        return self._prepared_patches < self._room_patches

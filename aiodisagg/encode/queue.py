@@ -1,15 +1,16 @@
 """Which patches the tower takes next: items in the order they are needed, cut where they may be cut. Pure.
 
-Items are asked for in prompt order inside a request and first come, first served across requests; ``order`` keeps
-that, whichever is prepared first. A batch is filled from the front and never with what does not fit, so nothing is
-overtaken for ever. A video is cut between frame pairs, which do not see each other; one image is never cut, and one
-with more patches than the budget goes alone.
+Across requests the order is the one of :mod:`aiodisagg.scheduler.order`: one picture need not wait for all of another
+prompt's. Inside a request items are asked for in prompt order, and go in it, whichever is prepared first. A batch is
+filled from the front and never with what does not fit, so nothing is overtaken for ever. A video is cut between frame
+pairs, which do not see each other; one image is never cut, and one with more patches than the budget goes alone.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from dataclasses import dataclass
+
+from aiodisagg.scheduler.order import Claim, Order, Queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,28 +36,32 @@ class TowerQueue:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._order: list[tuple[int, str]] = []
+        self._line: Queue[str] = Queue(Order.SHORT_FIRST)
         self._entries: dict[str, _Entry] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._order)
+        return bool(self._entries)
 
-    def add(self, digest: str, order: int, frames: int, frame_patches: int) -> None:
-        """``order``: what is lower goes first; unique."""
+    def add(self, digest: str, claim: Claim, frames: int, frame_patches: int) -> None:
+        """``claim``: its request's, but ``arrived``, which is the item's own."""
         self._entries[digest] = _Entry(frames, frame_patches)
-        insort(self._order, (order, digest))
+        self._line.add(digest, claim)
 
     def cancel(self, digest: str) -> None:
         """Takes the rest of an item out, if there is one."""
         if self._entries.pop(digest, None) is not None:
-            self._order = [(order, name) for order, name in self._order if name != digest]
+            self._line.remove(digest)
 
-    def take(self) -> list[Piece]:
+    def first(self, now: float) -> str | None:
+        """What the next batch begins with; None if nothing waits. ``now``: on the clock of the claims, as in ``take``;
+        it does not go back."""
+        return self._line.first(now)
+
+    def take(self, now: float) -> list[Piece]:
         """The next batch; empty if nothing waits."""
         batch: list[Piece] = []
         room = self.budget
-        while self._order:
-            digest = self._order[0][1]
+        while (digest := self.first(now)) is not None:
             entry = self._entries[digest]
             fits = room // entry.frame_patches
             if fits < 1 and batch:
@@ -67,7 +72,7 @@ class TowerQueue:
             batch.append(Piece(digest, start, entry.begun, patches, last))
             if last:
                 del self._entries[digest]
-                self._order.pop(0)
+                self._line.remove(digest)
             room -= patches
             if room <= 0 or not last:
                 break

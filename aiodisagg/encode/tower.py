@@ -23,6 +23,7 @@ from aiodisagg.encode.gate import Gate
 from aiodisagg.encode.queue import Piece, TowerQueue
 from aiodisagg.errors import AiodisaggError
 from aiodisagg.models.base import Patches, VisionEncoder
+from aiodisagg.scheduler.order import Claim
 
 if TYPE_CHECKING:
     import torch
@@ -98,13 +99,14 @@ class Tower:
     def start(self) -> None:
         self._thread.start()
 
-    def add(self, digest: str, order: int, patches: Patches, rows: int) -> None:
-        """Queues an item of ``rows``; it is cut between frame pairs if they have equally many."""
+    def add(self, digest: str, claim: Claim, patches: Patches, rows: int) -> None:
+        """Queues an item of ``rows``; it is cut between frame pairs if they have equally many. ``claim``: on
+        ``time.monotonic``."""
         t = patches.grid_thw[0]
         frames = t if rows % t == 0 else 1
         with self._wake:
             self._items[digest] = _Item(patches, frames, rows)
-            self._queue.add(digest, order, frames, patches.count // frames)
+            self._queue.add(digest, claim, frames, patches.count // frames)
             self._wake.notify()
 
     def cancel(self, digest: str) -> bool:
@@ -169,7 +171,7 @@ class Tower:
         with self._wake:
             if self._closing:
                 return None
-            pieces = self._queue.take()
+            pieces = self._queue.take(time.monotonic())
             items = [self._items[piece.digest] for piece in pieces]
             for piece in pieces:
                 self._running[piece.digest] += 1

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from aiodisagg.errors import DeadlineExceeded, EngineError, InvalidRequest, Overloaded
-from aiodisagg.models.base import PromptPlan
+from aiodisagg.models.base import PlannedItem, PromptPlan
+from aiodisagg.protocol.messages import Urgency
 from aiodisagg.scheduler.admission import (
     AdmissionConfig,
     AdmissionQueue,
@@ -29,6 +30,7 @@ from aiodisagg.scheduler.admission import (
     Shed,
     TimerFired,
 )
+from aiodisagg.scheduler.order import Order
 from aiodisagg.scheduler.prices import Work
 from aiodisagg.scheduler.shares import Tenant
 
@@ -51,7 +53,11 @@ _ERRORS_S = (-30, -10, -3, -1, -0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3, 10, 3
 
 def work_of(plan: PromptPlan) -> Work:
     """What a prompt asks for, as far as its plan says."""
-    return Work(plan.tokens, sum(t * h * w for t, h, w in (item.grid_thw for item in plan.items)))
+    return Work(plan.tokens, _patches(plan.items))
+
+
+def _patches(items: Iterable[PlannedItem]) -> int:
+    return sum(math.prod(item.grid_thw) for item in items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class Admission:
     """
 
     def __init__(self, config: AdmissionConfig, max_running: int) -> None:
+        self._config = config
         self._queue = AdmissionQueue(config, max_running)
         self._waiting: dict[str, asyncio.Future[Decision | None]] = {}
         self._known: set[str] = set()
@@ -95,6 +102,11 @@ class Admission:
         self._unpredicted = Counter(
             "aiodisagg_admission_unpredicted", "First tokens that nothing was known of.", registry=self._registry
         )
+
+    def urgency(self, items: Iterable[PlannedItem], priority: int, waited_s: float) -> Urgency:
+        """What towers are told of a request that needs these ``items``: its place there is the one that it has here."""
+        work = _patches(items) if self._config.order is Order.SHORT_FIRST else 0
+        return Urgency(max(0.0, self._config.max_wait_s - waited_s), priority, work)
 
     async def take(self, turn: Turn) -> None:
         """Returns when it is the request's turn; then :meth:`end` must be called, once it is over.

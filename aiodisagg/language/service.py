@@ -61,6 +61,7 @@ logger = logging.getLogger(__name__)
 class _Request:
     """What it holds in the engine, and the items that were asked for."""
 
+    priority: int = 0
     handle: RequestHandle | None = None
     room: int = field(default_factory=lambda: secrets.randbits(62))
     keys: list[ItemKey] = field(default_factory=list)
@@ -258,7 +259,7 @@ class LanguageService:
             raise EngineError(request_id, "the service is closed")
         trace = self.traces.begin(request_id)
         self._idle.clear()
-        request = _Request()
+        request = _Request(priority)
         try:
             try:
                 plan = await self._planning.plan(messages, tenant.name)
@@ -330,11 +331,15 @@ class LanguageService:
             trace.admitted_s = trace.since()
         # ``timeout_s`` is the whole request's.
         left_s = self.config.request_timeout_s if timeout_s is None else max(0.001, timeout_s - trace.since())
-        asked = []
+        asked, urgency = [], self.admission.urgency(
+            [plan.items[index] for index in needed], request.priority, trace.since()
+        )  # fmt: skip
         for index, item in enumerate(plan.items):
             if index in needed:
                 key = ItemKey(request.room, index)
-                spec = ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media)
+                spec = ItemSpec(
+                    item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media, urgency=urgency
+                )  # fmt: skip
                 asked.append((key, spec))
                 request.keys.append(key)
                 self._items.add(key, Item(handle, index, left_s, item.param))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from aiodisagg.protocol.messages import Chunk, ItemKey, Message, Meta
+from aiodisagg.protocol.messages import ARRIVAL, Chunk, ItemKey, Message, Meta, Urgency
 from aiodisagg.protocol.rows import Region
 
 
@@ -43,6 +43,8 @@ class ItemSpec:
     media: tuple[bytes, ...] = field(repr=False)
     meta: frozenset[Region] = frozenset()
     """Small regions to be sent along; empty when the receiver's own plan holds them."""
+    urgency: Urgency = ARRIVAL
+    """As it is when the item is requested."""
 
 
 # -- events both sides know -------------------------------------------------------------------------------------
@@ -284,6 +286,8 @@ class StartEncode:
     rows: int
     fps: float
     media: tuple[bytes, ...] = field(repr=False)
+    urgency: Urgency = ARRIVAL
+    """Of the first that wanted it."""
 
 
 @dataclass(frozen=True, slots=True)

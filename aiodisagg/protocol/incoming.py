@@ -144,6 +144,7 @@ class IncomingItem:
         want = Want(
             self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.spans(),
             self.meta.lacking, self.model, max(0.0, self.deadline - now), media,
+            spec.urgency.later(self.timeout_s - (self.deadline - now)),
         )  # fmt: skip
         return [*actions, Send(self.peer, want)]
 

@@ -65,6 +65,28 @@ class Meta(msgspec.Struct, frozen=True, array_like=True):
     aux: bytes | None
 
 
+class Urgency(msgspec.Struct, frozen=True, array_like=True):
+    """What an item's request can say for its place before a tower, by the rule of :mod:`aiodisagg.scheduler.order`.
+
+    Who says nothing is due at once, and goes by arrival.
+    """
+
+    due_s: Seconds = 0.0
+    """From now until it goes before all that are not due."""
+    priority: int = 0
+    """Lower goes first."""
+    work: Count = 0
+    """Patches that the request needs from towers, this item's included."""
+
+    def later(self, seconds: float) -> Urgency:
+        """The same, after so many seconds."""
+        return Urgency(max(0.0, self.due_s - seconds), self.priority, self.work)
+
+
+ARRIVAL = Urgency()
+"""First come, first served."""
+
+
 class Want(msgspec.Struct, frozen=True, tag="want", array_like=True):
     """Receiver: I need this item; I hold these rows; this is epoch ``epoch``. Also how every resume begins."""
 
@@ -84,6 +106,8 @@ class Want(msgspec.Struct, frozen=True, tag="want", array_like=True):
     """Time left to the item's deadline when this was sent."""
     media: tuple[bytes, ...] | None
     """The encoded file(s); None if the sender should still have them or the rows."""
+    urgency: Urgency = ARRIVAL
+    """Older peers neither say nor read it."""
 
 
 class Grant(msgspec.Struct, frozen=True, tag="grant", array_like=True):

@@ -11,6 +11,7 @@ import msgspec
 from aiodisagg.bench.workload import WorkloadRequest
 from aiodisagg.engine.pace import Pace
 from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.scheduler.order import Order
 from aiodisagg.scheduler.slack import SHARE, SHARE_OF_ONE_DEVICE, Slack
 from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.device import Device
@@ -229,6 +230,8 @@ class Cluster:
             Item(request, i, image.identity, rows)
             for i, (image, rows) in enumerate(zip(source.images, images, strict=True))
         ]
+        if self.system.doors.order is Order.SHORT_FIRST:
+            request.work = sum(item.patches for item in request.items)
         return request
 
     def _arrive(self, request: SimRequest) -> None:

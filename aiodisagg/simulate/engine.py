@@ -212,7 +212,8 @@ class Engine:
         """Seconds of the tower for the next images of requests that hold pages."""
         batch: list[Item] = []
         patches = 0
-        for item in list(self._to_encode):
+        now = self.device.clock.now
+        for item in sorted(self._to_encode, key=lambda one: Order.SHORT_FIRST.rank(one.claim, now)):
             if not self.scheduler.pages_of(item.request.name):
                 continue
             if batch and patches + item.patches > self.costs.times.inline_patches:

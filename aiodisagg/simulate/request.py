@@ -21,10 +21,18 @@ class Item:
     arrived: int = 0
     prepared: bool = False
     encoder: str = ""
+    asked: int = 0
+    """How many items its tower was asked for before it."""
 
     @property
     def patches(self) -> int:
         return self.rows * PATCHES_PER_TOKEN
+
+    @property
+    def claim(self) -> Claim:
+        """As its tower counts it."""
+        request = self.request
+        return Claim(self.asked, request.due_s, request.source.priority, request.work)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +50,8 @@ class SimRequest:
     front: int = 0
     due_s: float = math.inf
     """When it has waited for its aging bound."""
+    work: int = 0
+    """Patches that towers are told of."""
     begun_s: float = -1.0
     """When it was let in."""
     served_s: float = -1.0

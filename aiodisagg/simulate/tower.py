@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiodisagg.encode.queue import TowerQueue
+from aiodisagg.scheduler.order import Order, Queue
 from aiodisagg.scheduler.slack import Slack
 from aiodisagg.scheduler.turns import tower_may_begin
 from aiodisagg.simulate.clock import Clock
@@ -25,24 +26,27 @@ STEPS_TO_FILL = 4
 
 
 class Preparing:
-    """``threads`` CPU threads, first come first served; ``room`` says whether more may be prepared now."""
+    """``threads`` CPU threads, by the items' claims; ``room`` says whether more may be prepared now."""
 
     def __init__(self, clock: Clock, costs: Costs, done: Rows, room: Callable[[], bool]) -> None:
         self.clock, self.costs = clock, costs
         self._done, self._room = done, room
         self._free = costs.times.prepare_threads
-        self._queue: deque[Item] = deque()
+        self._queue: Queue[Item] = Queue(Order.SHORT_FIRST)
+        self._asked = 0
         self.waiting_s = 0.0
         """CPU seconds of what waits or is at work."""
 
     def add(self, item: Item) -> None:
-        self._queue.append(item)
+        self._asked += 1
+        item.asked = self._asked
+        self._queue.add(item, item.claim)
         self.waiting_s += self.costs.prepare_s(item.patches)
         self.feed()
 
     def feed(self) -> None:
-        while self._queue and self._free and self._room():
-            item = self._queue.popleft()
+        while self._free and self._room() and (item := self._queue.first(self.clock.now)) is not None:
+            self._queue.remove(item)
             spent = self.costs.prepare_s(item.patches)
             if not spent:
                 self._done(item)
@@ -71,7 +75,6 @@ class Tower:
         self._room = 2 * max(costs.times.batch_patches, PREPARED_PATCHES)
         self._preparing = Preparing(clock, costs, self._prepared, lambda: self._patches < self._room)
         self._patches = 0
-        self._orders = 0
         self._waiting: dict[int, list[tuple[Item, Rows]]] = {}
         self._kept: OrderedDict[int, int] = OrderedDict()
         self._free_rows = kept_rows
@@ -128,18 +131,18 @@ class Tower:
         self._next()
 
     def _prepared(self, item: Item) -> None:
-        self._orders += 1
         self._patches += item.patches
         self._ready[item.identity] = item
-        self._queue.add(str(item.identity), self._orders, 1, item.patches)
+        self._queue.add(str(item.identity), item.claim, 1, item.patches)
         if not self._lane.busy:
             # In the same moment others may become ready: the batch is taken when all have been heard.
             self._clock.at(self._clock.now, self._next)
 
     def _next(self) -> None:
-        if self._lane.busy or not self._queue:
+        first = None if self._lane.busy else self._queue.first(self._clock.now)
+        if first is None:
             return
-        head = next(iter(self._ready.values()))
+        head = self._ready[int(first)]
         if self.beside is not None and (
             not tower_may_begin(head.request.begun_s, self.beside.oldest_prefill_s())
             or self.beside.has_before(head.request)
@@ -148,7 +151,7 @@ class Tower:
         if self.slack is not None and not self.slack.free:
             self._lane.device.before_sharing()  # a leap of the engine would earn nothing before its end
             return
-        pieces = self._queue.take()
+        pieces = self._queue.take(self._clock.now)
         patches = [piece.patches for piece in pieces]
         self._patches -= sum(patches)
         self.batches += 1

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiodisagg.encode.queue import Piece, TowerQueue
+from aiodisagg.scheduler.order import Claim
 
 
 def names(batch: list[Piece]) -> list[tuple[str, int, int]]:
@@ -15,51 +16,77 @@ def names(batch: list[Piece]) -> list[tuple[str, int, int]]:
 def test_what_was_asked_for_first_goes_first_whenever_it_was_prepared() -> None:
     queue = TowerQueue(budget=10)
     for digest, order in (("c", 3), ("a", 1), ("b", 2)):
-        queue.add(digest, order, 1, 10)
-    assert [queue.take()[0].digest for _ in range(3)] == ["a", "b", "c"]
-    assert not queue and queue.take() == []
+        queue.add(digest, Claim(order), 1, 10)
+    assert [queue.take(0.0)[0].digest for _ in range(3)] == ["a", "b", "c"]
+    assert not queue and queue.take(0.0) == []
 
 
 def test_a_batch_is_filled_from_the_front_and_never_with_what_does_not_fit() -> None:
     queue = TowerQueue(budget=10)
     for order, (digest, patches) in enumerate((("a", 4), ("b", 4), ("large", 5), ("small", 1))):
-        queue.add(digest, order, 1, patches)
-    assert names(queue.take()) == [("a", 0, 1), ("b", 0, 1)]  # "small" would fit, but must not overtake "large"
-    assert names(queue.take()) == [("large", 0, 1), ("small", 0, 1)]
+        queue.add(digest, Claim(order), 1, patches)
+    assert names(queue.take(0.0)) == [("a", 0, 1), ("b", 0, 1)]  # "small" would fit, but must not overtake "large"
+    assert names(queue.take(0.0)) == [("large", 0, 1), ("small", 0, 1)]
 
 
 def test_an_image_larger_than_the_budget_goes_alone() -> None:
     queue = TowerQueue(budget=10)
     for order, (digest, patches) in enumerate((("a", 1), ("huge", 99), ("b", 1))):
-        queue.add(digest, order, 1, patches)
-    assert [names(queue.take()) for _ in range(3)] == [[("a", 0, 1)], [("huge", 0, 1)], [("b", 0, 1)]]
+        queue.add(digest, Claim(order), 1, patches)
+    assert [names(queue.take(0.0)) for _ in range(3)] == [[("a", 0, 1)], [("huge", 0, 1)], [("b", 0, 1)]]
 
 
 def test_a_video_is_cut_between_frame_pairs_and_fills_batches() -> None:
     queue = TowerQueue(budget=10)
-    queue.add("image", 0, 1, 4)
-    queue.add("video", 1, 5, 3)
-    queue.add("next", 2, 1, 3)
-    taken = [names(queue.take()) for _ in range(3)]
+    queue.add("image", Claim(0), 1, 4)
+    queue.add("video", Claim(1), 5, 3)
+    queue.add("next", Claim(2), 1, 3)
+    taken = [names(queue.take(0.0)) for _ in range(3)]
     assert taken == [[("image", 0, 1), ("video", 0, 2)], [("video", 2, 5)], [("next", 0, 1)]]
 
 
 def test_frame_pairs_larger_than_the_budget_go_one_by_one() -> None:
     queue = TowerQueue(budget=10)
-    queue.add("video", 0, 3, 50)
-    batches = [queue.take() for _ in range(3)]
+    queue.add("video", Claim(0), 3, 50)
+    batches = [queue.take(0.0) for _ in range(3)]
     assert [names(batch) for batch in batches] == [[("video", i, i + 1)] for i in range(3)]
     assert [batch[0].last for batch in batches] == [False, False, True]
 
 
 def test_cancelling_takes_out_what_has_not_begun() -> None:
     queue = TowerQueue(budget=10)
-    queue.add("video", 0, 4, 5)
-    queue.add("image", 1, 1, 5)
-    assert names(queue.take()) == [("video", 0, 2)]
+    queue.add("video", Claim(0), 4, 5)
+    queue.add("image", Claim(1), 1, 5)
+    assert names(queue.take(0.0)) == [("video", 0, 2)]
     for digest in ("video", "video", "unknown"):
         queue.cancel(digest)
-    assert names(queue.take()) == [("image", 0, 1)]
+    assert names(queue.take(0.0)) == [("image", 0, 1)]
+
+
+def test_one_picture_does_not_wait_for_all_of_another_prompts() -> None:
+    queue = TowerQueue(budget=10)
+    for order in range(8):
+        queue.add(f"of eight, {order}", Claim(order, due=100.0, service=80), 1, 10)
+    assert queue.take(0.0)[0].digest == "of eight, 0"
+    queue.add("alone", Claim(8, due=110.0, service=10), 1, 10)
+    assert queue.first(0.0) == "alone"
+    assert [queue.take(0.0)[0].digest for _ in range(3)] == ["alone", "of eight, 1", "of eight, 2"]
+
+
+def test_nobody_is_overtaken_once_it_is_due() -> None:
+    queue = TowerQueue(budget=10)
+    queue.add("large", Claim(0, due=5.0, service=80), 1, 10)
+    for order in range(1, 6):
+        queue.add(f"small {order}", Claim(order, due=5.0 + order, service=10), 1, 10)
+    assert [queue.take(now)[0].digest for now in (4.0, 4.9, 5.0, 5.0)] == ["small 1", "small 2", "large", "small 3"]
+
+
+def test_a_video_lets_others_go_before_its_next_frame_pairs() -> None:
+    queue = TowerQueue(budget=10)
+    queue.add("video", Claim(0, due=100.0, service=40), 4, 10)
+    assert names(queue.take(0.0)) == [("video", 0, 1)]
+    queue.add("image", Claim(1, due=100.0, service=8), 1, 8)
+    assert [names(queue.take(0.0)) for _ in range(2)] == [[("image", 0, 1)], [("video", 1, 2)]]
 
 
 @given(
@@ -74,9 +101,9 @@ def test_every_frame_pair_is_taken_once_in_order_and_within_the_budget(
     orders = list(range(len(items)))
     draw.shuffle(orders)  # type: ignore[attr-defined]
     for order in orders:
-        queue.add(f"{order:02d}", order, *items[order])
+        queue.add(f"{order:02d}", Claim(order), *items[order])
     taken: list[tuple[str, int]] = []
-    while batch := queue.take():
+    while batch := queue.take(0.0):
         patches = sum(piece.patches for piece in batch)
         assert patches <= budget or (len(batch) == 1 and batch[0].stop - batch[0].start == 1)
         for piece in batch:

@@ -16,6 +16,7 @@ from aiodisagg.encode import tower as tower_module
 from aiodisagg.encode.tower import Made, Tower
 from aiodisagg.models.base import Patches
 from aiodisagg.protocol.rows import RowLayout
+from aiodisagg.scheduler.order import Claim
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 PATIENCE_S = 60.0
@@ -74,7 +75,7 @@ def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tow
         vitals=Vitals(brought.put), probe=lambda: None,
     )  # fmt: skip
     for n, digest in enumerate(("first", "second")):
-        tower.add(digest, n, Patches(torch.zeros(4, 8), (1, 2, 2)), 4)
+        tower.add(digest, Claim(n), Patches(torch.zeros(4, 8), (1, 2, 2)), 4)
     try:
         yield tower, brought
     finally:
@@ -112,7 +113,7 @@ def test_a_tower_that_computes_what_nobody_planned_is_of_use(monkeypatch: pytest
     with running(Script(permits=3 * LIMIT), monkeypatch) as (tower, brought):
         wrong = {str(n) for n in range(2, 2 * LIMIT)}
         for digest in wrong:
-            tower.add(digest, int(digest), Patches(torch.zeros(4, 8), (1, 2, 2)), 5)
+            tower.add(digest, Claim(int(digest)), Patches(torch.zeros(4, 8), (1, 2, 2)), 5)
         tower.start()
         expected = {"first", "second", *wrong}
         assert {brought.get(timeout=PATIENCE_S) for _ in expected} == expected

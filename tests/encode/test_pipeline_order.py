@@ -1,0 +1,57 @@
+"""Whose items are prepared and encoded first."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from stepped import PATIENCE_S, Stepped, bench
+
+from aiodisagg.protocol.events import RowsReady
+from aiodisagg.protocol.messages import Urgency
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+
+async def test_a_picture_alone_goes_before_what_waits_of_a_request_with_many() -> None:
+    """Before the tower, and before the threads that prepare."""
+    encoder = Stepped()
+    encoder.slow[3] = threading.Event()
+    many, one = Urgency(PATIENCE_S, 0, 6 * 16), Urgency(PATIENCE_S, 0, 16)
+    async with bench(encoder, batch_patches=16, prepare_threads=1) as made:
+        for number in (1, 2, 3, 4):
+            made.start(number, urgency=many)
+        assert await made.call() == [(1, 16)]
+        await made.prepared("2")
+        made.start(5, urgency=one)  # the thread is at 3
+        encoder.slow[3].set()
+        await made.prepared("5")
+        encoder.permits.release(5)
+        assert [(await made.call())[0][0] for _ in range(4)] == [5, 2, 3, 4]
+
+
+async def test_who_is_due_waits_for_nobody_that_came_later() -> None:
+    encoder = Stepped()
+    async with bench(encoder, batch_patches=16, prepare_threads=1) as made:
+        await made.in_order(1)
+        assert await made.call() == [(1, 16)]
+        made.start(2, urgency=Urgency(0.0, 0, 6 * 16))
+        made.start(3, urgency=Urgency(PATIENCE_S, -8, 16))
+        await made.prepared("2", "3")
+        encoder.permits.release(3)
+        assert [(await made.call())[0][0] for _ in range(2)] == [2, 3]
+
+
+async def test_what_is_needed_first_is_encoded_first_whatever_is_prepared_first() -> None:
+    encoder = Stepped()
+    encoder.slow[1] = threading.Event()
+    async with bench(encoder, batch_patches=16) as made:
+        held = made.start(0)
+        await made.call()
+        slow, quick, last = made.start(1), made.start(2), made.start(3)
+        await made.prepared(quick, last)
+        encoder.slow[1].set()
+        await made.prepared(slow)
+        encoder.permits.release(4)
+        assert [(await made.call())[0][0] for _ in range(3)] == [1, 2, 3]
+        await made.until(RowsReady(held, 4))
