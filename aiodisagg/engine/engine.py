@@ -48,6 +48,8 @@ class EngineRequest:
     """Its class: lower goes first."""
     waited_s: float = 0.0
     """How long it has waited already; counts for ``max_wait_s``."""
+    keys: PageKeys | None = None
+    """Of this plan, from :meth:`Engine.keys`, for one request; None: computed by ``submit``."""
 
 
 class Engine:
@@ -147,13 +149,20 @@ class Engine:
             self._steps.join()
             self._runner.release()
 
-    def holds(self, plan: PromptPlan) -> bool:
+    def keys(self, plan: PromptPlan) -> PageKeys | None:
+        """What its pages are known by: milliseconds of work for a long prompt, on any thread. None: pages are not
+        shared, or the prompt is too long for them."""
+        if not self.config.prefix_cache or plan.tokens >= self._limit:
+            return None
+        return PageKeys(plan, self.config.page_size)
+
+    def holds(self, plan: PromptPlan, keys: PageKeys | None) -> bool:
         """Whether all items of such a prompt lie in KV pages that it would share, so that none would be asked for. True
-        now; pages may be gone when it is admitted. May be called on any thread."""
-        if not self.config.prefix_cache:
+        now; pages may be gone when it is admitted. May be called on any thread. ``keys``: of the plan."""
+        if keys is None:
             return not plan.items
-        keys = PageKeys(plan, self.config.page_size).keys[: (plan.tokens - 1) // self.config.page_size]
-        held = len(self._scheduler.pages.find(keys)) * self.config.page_size
+        known = keys.keys[: (plan.tokens - 1) // self.config.page_size]
+        held = len(self._scheduler.pages.find(known)) * self.config.page_size
         return all(stop <= held for item in plan.items for _, stop in item.spans)
 
     @property
@@ -199,14 +208,13 @@ class Engine:
             device=self._runner.device,
             stream=self._stream,
         )
-        keys = PageKeys(plan, self.config.page_size) if self.config.prefix_cache else None
         sequence = EngineSequence(
             RequestHandle(request_id, self._end),
             plan,
             sampling,
             rows,
             self._decode,
-            keys,
+            request.keys or self.keys(plan),
             due=monotonic() + self.config.max_wait_s - request.waited_s,
             priority=request.priority,
         )

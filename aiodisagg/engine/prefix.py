@@ -33,8 +33,10 @@ class PageKeys:
         said = _items_of_pages(plan, page_size)
         # [pages, ids and three rows of positions, tokens of a page]
         numbers = np.concatenate([plan.input_ids[None], plan.positions])[:, :full].reshape(4, pages, page_size)
-        for i, page in enumerate(np.ascontiguousarray(numbers.transpose(1, 0, 2), dtype="<i8")):
-            self._append(page, said.get(i, b""))
+        told = numbers.transpose(1, 0, 2).astype("<i8").tobytes()
+        size = len(told) // max(1, pages)
+        for i in range(pages):
+            self._append(told[i * size : (i + 1) * size], said.get(i, b""))
         # What the next page begins with.
         self._tail: list[list[int]] = [plan.input_ids[full:].tolist(), *plan.positions[:, full:].tolist()]
         self._said = said.get(pages, b"")
@@ -47,30 +49,28 @@ class PageKeys:
         for row, number in zip(self._tail, (token, position, position, position), strict=True):
             row.append(number)
         if len(self._tail[0]) == self._page_size:
-            self._append(np.array(self._tail, dtype="<i8"), self._said)
+            self._append(np.array(self._tail, dtype="<i8").tobytes(), self._said)
             self._tail, self._said = [[], [], [], []], b""
 
-    def _append(self, numbers: np.ndarray, items: bytes) -> None:
-        # ``numbers`` has a fixed length, so no two inputs are one string of bytes.
-        key = blake2b(self.keys[-1] if self.keys else bytes(_KEY_BYTES), digest_size=_KEY_BYTES)
-        key.update(numbers.data)
-        key.update(items)
-        self.keys.append(key.digest())
+    def _append(self, numbers: bytes, items: bytes) -> None:
+        # All but ``items`` has a fixed length, so no two inputs are one string of bytes.
+        before = self.keys[-1] if self.keys else bytes(_KEY_BYTES)
+        self.keys.append(blake2b(before + numbers + items, digest_size=_KEY_BYTES).digest())
 
 
 def _items_of_pages(plan: PromptPlan, page_size: int) -> dict[int, bytes]:
     """For each page that visual tokens lie in, which rows of which items they are."""
     said: dict[int, bytes] = {}
     for item in plan.items:
-        what = f"{item.digest} {item.kind} {item.grid_thw} {item.fps!r}"
+        what = f") is {item.digest} {item.kind} {item.grid_thw} {item.fps!r} from "
         row = 0
         for start, stop in item.spans:
             at = start
             while at < stop:
                 page, offset = divmod(at, page_size)
                 end = min(stop, (page + 1) * page_size)
-                piece = f"[{offset}, {offset + end - at}) is {what} from {row + at - start};"
-                said[page] = said.get(page, b"") + piece.encode()
+                piece = f"[{offset}, {offset + end - at}{what}{row + at - start};".encode()
+                said[page] = said[page] + piece if page in said else piece
                 at = end
             row += stop - start
     return said

@@ -11,10 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
 
-from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
+from aiodisagg.models.base import ChatMessage
+
+T = TypeVar("T")
 
 PLANNERS = 2
 """Prompts that are planned at once. Planning is mostly Python: with a thread for each of a burst's prompts all of them
@@ -26,11 +29,15 @@ class Closed(Exception):
     """Nothing is planned any more."""
 
 
-class Planning:
-    """Methods belong to the loop's thread, but for ``close``, which waits for the threads."""
+class Planning(Generic[T]):
+    """Methods belong to the loop's thread, but for ``close``, which waits for the threads.
 
-    def __init__(self, planner: Planner, threads: int = PLANNERS) -> None:
-        self.planner, self._free = planner, threads
+    Args:
+        plan: called on the threads.
+    """
+
+    def __init__(self, plan: Callable[[Sequence[ChatMessage]], T], threads: int = PLANNERS) -> None:
+        self._plan, self._free = plan, threads
         self._pool = ThreadPoolExecutor(threads, "aiodisagg-plan")
         self._lines: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         """Who waits, by tenant; the tenant whose turn is next is the first."""
@@ -42,12 +49,12 @@ class Planning:
     def waiting(self) -> int:
         return sum(len(line) for line in self._lines.values())
 
-    async def plan(self, messages: Sequence[ChatMessage], tenant: str) -> PromptPlan:
-        """As :meth:`Planner.plan`, which it raises the errors of. Raises Closed."""
+    async def plan(self, messages: Sequence[ChatMessage], tenant: str) -> T:
+        """What ``plan`` returns or raises. Raises Closed."""
         loop = asyncio.get_running_loop()
         await self._turn(tenant, loop)
         try:
-            work = self._pool.submit(self.planner.plan, messages)
+            work = self._pool.submit(self._plan, messages)
         except RuntimeError:  # as the pool has it
             self._next()
             raise Closed from None

@@ -20,6 +20,7 @@ from aiodisagg.bootstrap.registry import Load, PeerRecord, PeerState
 from aiodisagg.device.copies import open_accelerator
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
+from aiodisagg.engine.prefix import PageKeys
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
@@ -162,7 +163,7 @@ class LanguageService:
         self._stack.push_async_callback(self.admission.aclose)
         self._tasks = Tasks(self.name)
         self._stack.push_async_callback(self._tasks.aclose)
-        self._planning = Planning(planner)
+        self._planning = Planning(self._plan)
         self._stack.push_async_callback(asyncio.to_thread, self._planning.close)
         if self.local is not None:
             self.add_tower(self.local.record.addresses[0], self.local.record.incarnation)
@@ -262,11 +263,11 @@ class LanguageService:
         request = _Request(priority)
         try:
             try:
-                plan = await self._planning.plan(messages, tenant.name)
+                plan, page_keys = await self._planning.plan(messages, tenant.name)
             except Closed:
                 raise EngineError(request_id, "the service is closed") from None
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if not (self.peers.linked or self._needs_no_peer(plan)):
+            if not (self.peers.linked or self._needs_no_peer(plan, page_keys)):
                 await self.peers.wait_any(self.config.peer_wait_s)
             if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
@@ -274,7 +275,7 @@ class LanguageService:
             await self.admission.take(Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=spent_s))
             handle = request.handle = self.engine.submit(
                 EngineRequest(
-                    self.engine.name_for(request_id), plan, sampling, priority, waited_s=trace.since() - spent_s
+                    self.engine.name_for(request_id), plan, sampling, priority, trace.since() - spent_s, page_keys
                 )
             )
             fetching = self._tasks.start(self._fetch(handle, plan, request, trace, timeout_s), f"fetch {request_id}")
@@ -306,8 +307,12 @@ class LanguageService:
             self._end(trace, request, "cancelled" if stopped else "failed", "" if stopped else repr(error))
             raise
 
-    def _needs_no_peer(self, plan: PromptPlan) -> bool:
-        return all(self.rows.sharing.has(item.digest) for item in plan.items) or self.engine.holds(plan)
+    def _plan(self, messages: Sequence[ChatMessage]) -> tuple[PromptPlan, PageKeys | None]:
+        plan = self._planner.plan(messages)
+        return plan, self.engine.keys(plan)
+
+    def _needs_no_peer(self, plan: PromptPlan, page_keys: PageKeys | None) -> bool:
+        return all(self.rows.sharing.has(item.digest) for item in plan.items) or self.engine.holds(plan, page_keys)
 
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None
@@ -331,9 +336,8 @@ class LanguageService:
             trace.admitted_s = trace.since()
         # ``timeout_s`` is the whole request's.
         left_s = self.config.request_timeout_s if timeout_s is None else max(0.001, timeout_s - trace.since())
-        asked, urgency = [], self.admission.urgency(
-            [plan.items[index] for index in needed], request.priority, trace.since()
-        )  # fmt: skip
+        asked, wanted = [], [plan.items[index] for index in needed]
+        urgency = self.admission.urgency(wanted, request.priority, trace.since())
         for index, item in enumerate(plan.items):
             if index in needed:
                 key = ItemKey(request.room, index)

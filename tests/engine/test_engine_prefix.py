@@ -223,3 +223,9 @@ async def test_switched_off_nothing_is_reused() -> None:
             await read(handle)
         stats = engine.stats()
     assert (stats.tokens_reused, stats.prefix_hits, stats.pages_idle) == (0, 0, 0)
+
+
+async def test_a_prompt_that_no_page_takes_is_not_hashed() -> None:
+    async with make_engine(tiny_model("dense"), num_pages=4) as engine:
+        assert engine.keys(make_plan([4 * PAGE])) is not None
+        assert engine.keys(make_plan([engine.limit])) is None

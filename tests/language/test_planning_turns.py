@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from aiodisagg.language.planning import Closed, Planning
-from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
+from aiodisagg.models.base import ChatMessage, PromptPlan
 from tests.services.system import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -37,7 +37,7 @@ def started(planning: Planning, what: str) -> asyncio.Task[PromptPlan]:
 
 async def test_tenants_take_turns() -> None:
     slow = Slow()
-    with closing(Planning(cast(Planner, slow), threads=1)) as planning:
+    with closing(Planning(slow.plan, threads=1)) as planning:
         tasks = [started(planning, what) for what in ("a1", "a2", "a3", "a4", "b1", "c1", "b2")]
         await eventually(lambda: planning.waiting == 6)
         slow.let.release(7)
@@ -48,7 +48,7 @@ async def test_tenants_take_turns() -> None:
 
 async def test_who_leaves_the_line_is_not_planned_and_who_leaves_a_thread_keeps_it_busy() -> None:
     slow = Slow()
-    with closing(Planning(cast(Planner, slow), threads=1)) as planning:
+    with closing(Planning(slow.plan, threads=1)) as planning:
         first, second, third = (started(planning, what) for what in ("a1", "a2", "b1"))
         await eventually(lambda: slow.begun == ["a1"] and planning.waiting == 2)
         for task in (second, first):
@@ -67,7 +67,7 @@ async def test_who_leaves_the_line_is_not_planned_and_who_leaves_a_thread_keeps_
 
 async def test_who_waits_when_it_is_closed_is_told() -> None:
     slow = Slow()
-    planning = Planning(cast(Planner, slow), threads=1)
+    planning = Planning(slow.plan, threads=1)
     tasks = [started(planning, what) for what in ("a1", "a2", "b1")]
     await eventually(lambda: planning.waiting == 2)
     closed = asyncio.ensure_future(asyncio.to_thread(planning.close))
@@ -81,7 +81,7 @@ async def test_who_waits_when_it_is_closed_is_told() -> None:
 async def test_a_plan_that_fails_leaves_its_place_to_the_next() -> None:
     slow = Slow()
     slow.let.release(3)
-    with closing(Planning(cast(Planner, slow), threads=1)) as planning:
+    with closing(Planning(slow.plan, threads=1)) as planning:
         bad, good = started(planning, "bad"), started(planning, "good")
         with pytest.raises(ValueError, match="bad"):
             await bad
@@ -90,7 +90,7 @@ async def test_a_plan_that_fails_leaves_its_place_to_the_next() -> None:
 
 async def test_who_leaves_in_the_moment_of_its_turn_gives_it_on() -> None:
     slow = Slow()
-    with closing(Planning(cast(Planner, slow), threads=1)) as planning:
+    with closing(Planning(slow.plan, threads=1)) as planning:
         first, second, third = (started(planning, what) for what in ("a1", "a2", "b1"))
         await eventually(lambda: slow.begun == ["a1"] and planning.waiting == 2)
         planning._next()  # the second has its turn, and has not run yet

@@ -60,7 +60,7 @@ async def test_a_chat_whose_pictures_are_in_pages_goes_on_without_encode_peers(m
             await made.encoders.pop().__aexit__(None, None, None)
             await made.linked(0)
             assert await made.ask(again, TOKENS) == truth(moe, again)
-            held = [made.language.engine.holds(made.language._planner.plan(one)) for one in (again, other, chat("Hi"))]
+            held = [made.language.engine.holds(*made.language._plan(one)) for one in (again, other, chat("Hi"))]
             assert held == [True, False, True]
             for asked in ([*again, *other], other):
                 with pytest.raises(NoEncodePeer):
@@ -70,7 +70,7 @@ async def test_a_chat_whose_pictures_are_in_pages_goes_on_without_encode_peers(m
         async with asyncio.timeout(30):
             await made.encoders.pop().__aexit__(None, None, None)
             await made.linked(0)
-            assert not made.language.engine.holds(made.language._planner.plan(again))
+            assert not made.language.engine.holds(*made.language._plan(again))
             with pytest.raises(NoEncodePeer):
                 await made.ask(again, TOKENS)
 
@@ -81,7 +81,7 @@ async def test_pages_that_are_gone_when_their_prompt_is_let_in(moe: Path, monkey
         async with asyncio.timeout(30):
             await made.encoders.pop().__aexit__(None, None, None)
             await made.linked(0)
-            monkeypatch.setattr(made.language.engine, "holds", lambda plan: True)
+            monkeypatch.setattr(made.language.engine, "holds", lambda plan, keys: True)
             with pytest.raises(NoEncodePeer):
                 await made.ask(FIRST, TOKENS)
         assert made.language.engine.stats().running == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
@@ -9,6 +11,7 @@ from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.workload import Gamma, ImageSpec, Mix, WorkloadRequest, generate
 from aiodisagg.errors import ConfigError
 from aiodisagg.scheduler.admission import Arrived
+from aiodisagg.scheduler.order import Order
 from aiodisagg.simulate.cluster import Cluster, Routing, System
 from aiodisagg.simulate.doors import Doors, Line, QueueDoor
 from aiodisagg.simulate.machines import MachineWires
@@ -275,3 +278,17 @@ def test_a_template_and_small_pictures_make_prompts_longer() -> None:
     around = Costs(msgspec.structs.replace(TIMES, prompt_tokens=9, image_tokens=2, least_rows=4))
     assert plain.prompt([4, 7], 10) == 21
     assert around.prompt([around.rows(1), around.rows(7)], 10) == 9 + (2 + 4) + (2 + 7) + 10
+
+
+@pytest.mark.parametrize("order", Order)
+def test_one_picture_waits_for_one_and_not_for_all_of_another_request(order: Order) -> None:
+    """One tower, which encodes eight pictures of a request when another's single one comes."""
+    picture = ImageSpec(1, 1280, 720)
+    many = WorkloadRequest(0.0, tuple(replace(picture, identity=i) for i in range(8)), 32, 2)
+    one = WorkloadRequest(0.03, (replace(picture, identity=9),), 32, 2)
+    system = msgspec.structs.replace(split_overlap(2, 1), doors=Doors(order=order))
+    cluster = Cluster(system, msgspec.structs.replace(TIMES, batch_patches=3520))
+    cluster.run([many, one])
+    tower_s = cluster.costs.tower_s((3520,))
+    waited_s = cluster.requests[1].first_s - 0.03 - cluster.requests[1].unloaded_s
+    assert waited_s < 2 * tower_s if order is Order.SHORT_FIRST else waited_s > 4 * tower_s
