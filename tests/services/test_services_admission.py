@@ -264,7 +264,7 @@ class Counting:
 async def test_of_a_burst_the_first_is_not_planned_with_the_last(moe: Path) -> None:
     async with system(moe) as made:
         counting = Counting(made.language._planner)
-        made.language._planning.planner = counting
+        made.language._planner = counting
         asked = [asyncio.ensure_future(made.ask(chat("What?"), 1)) for _ in range(4 * PLANNERS)]
         await eventually(lambda: counting.now == PLANNERS)
         counting.gate.set()
