@@ -264,7 +264,7 @@ class Scheduler:
         preempted: list[str] = []
         decodes = self._plan_decodes(now, preempted)
         # A victim does not come back in the same step: somebody has taken one of its pages.
-        admitted = self._admit(now)
+        admitted = self.admit(now)
         worth, again_s = self._worthwhile(bool(decodes), {s.request_id for s in decodes}, now)
         able = [r for r in worth if r.complete or not whole]
         prefills = self._plan_prefills(now, decodes, able) if able else []
@@ -314,7 +314,9 @@ class Scheduler:
             return None
         return request, found
 
-    def _admit(self, now: float) -> list[str]:
+    def admit(self, now: float) -> list[str]:
+        """Gives pages to those that wait, as far as there are some, and returns who they are. A part of
+        :meth:`plan_step`; also for between a plan and the ``advance`` of its segments."""
         admitted = []
         while (first := self._admissible(now)) is not None:
             request, found = first

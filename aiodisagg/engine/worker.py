@@ -1,8 +1,11 @@
 """The step thread: takes commands, plans a step, runs it, hands tokens out. Everything about a request happens here.
 
-One thread owns the scheduler, the pool and the sequences; other threads put commands into its inbox and never touch
-them. It sleeps on a condition when there is nothing to compute; it does not poll. The inbox is bounded by what callers
-may do: a submit and an end for each request (the engine bounds requests), and arrivals of rows are a set of ids.
+One thread owns the scheduler, the pool and the sequences; other threads put commands into its inbox. It sleeps on a
+condition when there is nothing to compute; it does not poll. The inbox is bounded by what callers may do: a submit and
+an end for each request (the engine bounds requests), and arrivals of rows are a set of ids.
+
+While a step is computed the thread waits, and lends what it owns, but for the pages and sequences of the step: who
+submits a request then lets it in, so that its items are encoded during the step and not after it.
 
 A step that raises is done again one request at a time: who raises alone fails, the others have lost nothing, because a
 forward has no effect but keys and values that are written again. Logits that are not finite fail their request only.
@@ -13,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
 from time import monotonic, perf_counter
@@ -81,6 +84,9 @@ class StepThread:
         self._runner, self._scheduler, self._eos_ids, self._outbox = runner, scheduler, eos_ids, outbox
         self._vitals, self._ended, self._stopped, self._pace = vitals, ended, stopped, pace
         self._sequences: dict[str, EngineSequence] = {}
+        self._table = threading.Lock()
+        """Of all that the thread owns: held by it, but while a step is computed."""
+        self._table.acquire()
         self._wake = threading.Condition()
         self._again_s = inf
         """Of a step without segments: when to plan again if nothing comes."""
@@ -109,6 +115,24 @@ class StepThread:
                 raise EngineError(sequence.request_id, self._why)
             self._inbox.append(sequence)
             self._wake.notify()
+        if self._table.acquire(blocking=False):  # else the thread sees to it itself, at once
+            try:
+                self._let_in()
+            finally:
+                self._table.release()
+
+    def _let_in(self) -> None:
+        """Those that came first into the inbox and are no ends, as far as there are pages."""
+        with self._wake:
+            came = []
+            while self._inbox and isinstance(command := self._inbox[0], EngineSequence):
+                came.append(command)
+                self._inbox.popleft()
+        for sequence in came:
+            self._add(sequence)
+        if admitted := self._scheduler.admit(monotonic()):
+            self._admitted(admitted)
+            self._publish()
 
     def rows_arrived(self, request_id: str) -> None:
         with self._wake:
@@ -210,11 +234,7 @@ class StepThread:
             sequence = self._sequences[request_id]
             sequence.rows.reuse(0)
             self._set_front(request_id)
-        for request_id in step.admitted:
-            sequence = self._sequences[request_id]
-            sequence.rows.reuse(self._scheduler.reused(request_id))
-            self._scheduler.set_front(request_id, sequence.rows.front)  # no rows had to come for that
-            self._news.append(_News(sequence.handle, needed=sequence.rows.ask()))
+        self._admitted(step.admitted)
         self._counts["preemptions"] += len(step.preempted)
         if step.preempted:
             log.debug("preempted %s", ", ".join(step.preempted))
@@ -226,6 +246,14 @@ class StepThread:
         self._watcher.step_ended(sum(segment.samples for segment in step.segments))
         self._publish()
         return bool(step.segments or step.admitted or step.preempted)
+
+    def _admitted(self, request_ids: Iterable[str]) -> None:
+        """They have pages since now."""
+        for request_id in request_ids:
+            sequence = self._sequences[request_id]
+            sequence.rows.reuse(self._scheduler.reused(request_id))
+            self._scheduler.set_front(request_id, sequence.rows.front)  # no rows had to come for that
+            self._news.append(_News(sequence.handle, needed=sequence.rows.ask()))
 
     def _set_front(self, request_id: str) -> None:
         sequence = self._sequences[request_id]
@@ -272,9 +300,8 @@ class StepThread:
 
     def _forward(self, batch: list[Work]) -> None:
         """Raises what the model raises; after it every request of the batch has advanced or failed by itself."""
-        logits, rows_used = self._runner.forward(batch)
-        sampling = [w for w in batch if w.segment.samples]
-        tokens = iter(sample_batch(logits, [w.sequence.sampler for w in sampling]))
+        sampled, rows_used = self._computed(batch)
+        tokens = iter(sampled)
         self._counts["steps"] += 1
         self._counts["rows_used"] += rows_used
         self._batch_sizes[len(batch)] += 1
@@ -285,6 +312,15 @@ class StepThread:
                 self._accept(segment, work.sequence, next(tokens))
             else:
                 self._scheduler.advance(segment, sampled=False)
+
+    def _computed(self, batch: list[Work]) -> tuple[list[int | None], int]:
+        """The tokens of the requests that sample, None for logits that are not finite, and the number of rows used."""
+        self._table.release()
+        try:
+            logits, rows_used = self._runner.forward(batch)
+            return sample_batch(logits, [w.sequence.sampler for w in batch if w.segment.samples]), rows_used
+        finally:
+            self._table.acquire()
 
     def _accept(self, segment: Segment, sequence: EngineSequence, token: int | None) -> None:
         request_id = segment.request_id

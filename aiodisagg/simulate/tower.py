@@ -105,9 +105,7 @@ class Tower:
 
     def oldest_s(self) -> float | None:
         """When the oldest request was let in that has an item at work or ready."""
-        ready = next(iter(self._ready.values()), None)
-        ages = [item.request.begun_s for item in (*self._at_work, *((ready,) if ready is not None else ()))]
-        return min(ages, default=None)
+        return min((item.request.begun_s for item in (*self._at_work, *self._ready.values())), default=None)
 
     def submit(self, item: Item, rows: Rows) -> None:
         """``rows(item)`` when all its rows exist."""

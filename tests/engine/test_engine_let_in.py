@@ -1,0 +1,101 @@
+"""Requests that come while a step is at work: they get pages at once, and their items can be encoded meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from tiny_engine import deliver_all, eventually, make_engine, make_plan, make_rows, plain_loop, read, submit, tiny_model
+
+from aiodisagg.engine.engine import Engine
+from aiodisagg.engine.stream import RequestHandle
+from aiodisagg.engine.types import FinishReason
+from aiodisagg.errors import EngineError
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE_S = 60.0
+
+
+@asynccontextmanager
+async def at_work(
+    model: Any, *, error: Exception | None = None, **config: Any
+) -> AsyncIterator[tuple[Engine, RequestHandle, Callable[[], None]]]:
+    """An engine in the middle of the first step of a prompt of 20 tokens, which may raise; what lets it go on."""
+    engine = make_engine(model, **config)
+    entered, go, steps = threading.Event(), threading.Event(), list[Any]()
+    forward = engine._runner.forward
+
+    def held(batch: Any) -> Any:
+        steps.append(batch)
+        entered.set()
+        assert go.wait(PATIENCE_S)
+        if error is not None and len(steps) == 1:
+            raise error
+        return forward(batch)
+
+    engine._runner.forward = held  # type: ignore[method-assign]
+    async with engine:
+        first = submit(engine, make_plan([20]))
+        assert await asyncio.to_thread(entered.wait, PATIENCE_S)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                yield engine, first, go.set
+        finally:
+            go.set()
+
+
+async def test_who_comes_during_a_step_is_let_in_before_its_end() -> None:
+    model, plan = tiny_model("moe"), make_plan([3, (1, 4, 4), 2])
+    rows = make_rows(plan, 3)
+    async with at_work(model) as (engine, first, go_on):
+        second = submit(engine, plan)
+        assert await anext(second.needs()) == (0,)
+        assert engine.stats().running == 2 and engine.stats().steps == 0
+        deliver_all(engine, second, rows)  # and its rows are taken in
+        go_on()
+        answers = await asyncio.gather(read(first), read(second))
+        assert engine.stats().pages_used == 0
+    assert answers[0].tokens == plain_loop(model, make_plan([20]), [], 8)
+    assert answers[1].tokens == plain_loop(model, plan, rows, 8)
+
+
+async def test_pages_of_the_step_are_not_given_away() -> None:
+    """Room for the one at work, and not for the next beside it."""
+    model, plan = tiny_model("dense"), make_plan([30])
+    async with at_work(model, num_pages=3) as (engine, first, go_on):
+        second = submit(engine, plan)
+        assert engine.stats().running == 1
+        go_on()
+        answers = await asyncio.gather(read(first), read(second))
+    assert answers[0].tokens == plain_loop(model, make_plan([20]), [], 8)
+    assert answers[1].tokens == plain_loop(model, plan, [], 8)
+
+
+async def test_who_is_let_in_during_a_step_and_leaves_holds_nothing_after_it() -> None:
+    async with at_work(tiny_model("dense")) as (engine, first, go_on):
+        second = submit(engine, make_plan([3, (1, 4, 4), 2]))
+        await second.admitted
+        second.cancel()
+        third = submit(engine, make_plan([9]))  # behind an end: after the step
+        go_on()
+        assert (await read(second)).reason is FinishReason.CANCELLED
+        assert [len((await read(one)).tokens) for one in (first, third)] == [8, 8]
+        await eventually(lambda: engine.stats().running == 0)
+        assert engine.stats().pages_used == 0
+
+
+async def test_a_step_that_raises_does_not_hurt_who_was_let_in_during_it() -> None:
+    model, plan = tiny_model("dense"), make_plan([9])
+    async with at_work(model, error=RuntimeError("broken")) as (engine, first, go_on):
+        second = submit(engine, plan)
+        await second.admitted
+        go_on()
+        with pytest.raises(EngineError, match="broken"):
+            await read(first)
+        answer = await read(second)
+    assert answer.tokens == plain_loop(model, plan, [], 8)
