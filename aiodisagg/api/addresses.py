@@ -14,6 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_METADATA = tuple(
+    ipaddress.ip_network(name)
+    for name in ("169.254.0.0/16", "168.63.129.16", "100.100.100.200", "fe80::/10", "fd00:ec2::/32", "fd20:ce::/32")
+)
+"""Where clouds keep services that tell a machine its credentials, and link-local addresses, where most are."""
 _REFUSED = "its address is not public, and allow_private_media_hosts (--allow-private-media) does not name it"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -28,7 +33,10 @@ class AddressRefused(OSError):
 
 
 class AddressGuard:
-    """Makes sockets for public addresses and for those in ``exceptions`` (addresses or networks)."""
+    """Makes sockets for public addresses and for those in ``exceptions`` (addresses or networks).
+
+    A metadata service is permitted by an exception for it alone, or for what is no larger than its network.
+    """
 
     def __init__(self, exceptions: Sequence[str] = ()) -> None:
         self._exceptions = tuple(ipaddress.ip_network(n, strict=False) for n in exceptions)
@@ -39,7 +47,10 @@ class AddressGuard:
             parsed = _reached(ipaddress.ip_address(address))
         except ValueError:
             return False
-        return _is_public(parsed) or any(parsed in network for network in self._exceptions)
+        known = next((network for network in _METADATA if parsed in network), None)
+        if known is None:
+            return _is_public(parsed) or any(parsed in network for network in self._exceptions)
+        return any(parsed in network and network.prefixlen >= known.prefixlen for network in self._exceptions)
 
     def open_socket(self, addr_info: tuple[Any, ...]) -> socket.socket:
         """A socket for an entry of ``getaddrinfo``, to be connected to its address. Raises AddressRefused."""

@@ -20,6 +20,7 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _BAD_BYTE = re.compile(r"\(byte (\d+)\)")
 _NOT_JSON_NUMBER = re.compile(rb'"(\w+)"\s*:\s*(-?(?:NaN|Infinity))\b')
+_NOTHING = re.compile(rb"\s*(null|\[\s*\])?\s*")
 _LONGEST_MESSAGE = 300
 MOST_COMMAS = 1 << 21
 """Each may be a value, of some fifty bytes when it is decoded, which happens without a pause. Text has fewer."""
@@ -91,8 +92,8 @@ def _refuse_unsupported(request: ChatRequest) -> None:
     asked = {
         "n": request.n not in (None, 1),
         "logprobs": bool(request.logprobs),
-        "tools": bool(request.tools),
-        "functions": bool(request.functions),
+        "tools": _says_something(request.tools),
+        "functions": _says_something(request.functions),
         "response_format": request.response_format is not None and request.response_format.type != "text",
         "presence_penalty": bool(request.presence_penalty),
         "frequency_penalty": bool(request.frequency_penalty),
@@ -104,6 +105,11 @@ def _refuse_unsupported(request: ChatRequest) -> None:
             raise InvalidRequest(param, message, code="unsupported_value")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options", "is only allowed when stream is true")
+
+
+def _says_something(raw: msgspec.Raw) -> bool:
+    """Whether it is more than nothing, or an empty list."""
+    return not _NOTHING.fullmatch(raw)
 
 
 def check_parts(request: ChatRequest, max_parts: int) -> None:

@@ -10,7 +10,7 @@ costs the event loop's thread more than all the rest of the body.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
@@ -83,8 +83,9 @@ class ChatRequest(msgspec.Struct):
     # Read to be refused: ignoring one of these would give the client something else than it asked for.
     n: int | None = None
     logprobs: bool | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
+    tools: msgspec.Raw = msgspec.Raw()
+    """Not decoded: a value of two bytes would be one of ninety."""
+    functions: msgspec.Raw = msgspec.Raw()
     response_format: ResponseFormat | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None

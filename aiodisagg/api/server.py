@@ -32,6 +32,9 @@ from aiodisagg.peer.metrics import render
 
 logger = logging.getLogger(__name__)
 
+KEEPALIVE_S = 75.0
+"""A connection without a request, longer than proxies in front of this keep one."""
+
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _CHAT = "/v1/chat/completions"
 _CLIENT_GONE = 499  # nginx's word for it; in the log and the counters only
@@ -111,6 +114,7 @@ class HttpServer:
                 auto_decompress=False,
                 access_log=None,
                 shutdown_timeout=1.0,  # requests have had their grace by then; this is for the last bytes
+                keepalive_timeout=KEEPALIVE_S,
             )
             stack.push_async_callback(runner.cleanup)
             await runner.setup()

@@ -180,12 +180,12 @@ class _Caller:
         else:
             done.set_exception(ItemFailed(f"{failed.code}: {failed.message}"))
 
-    async def _ask(self) -> float:
-        """Seconds until an item is here."""
+    async def _ask(self, due: float | None = None) -> float:
+        """Seconds until an item is here: since ``due``, on ``perf_counter``, or from now."""
         number = next(self._numbers)
         key, done = ItemKey(number, 0), asyncio.get_running_loop().create_future()
         self._done[key] = done
-        began = time.perf_counter()
+        began = time.perf_counter() if due is None else due
         self.receiver.request([(key, item_of(number, self._rows))], TIMEOUT_S)
         await done
         return time.perf_counter() - began
@@ -205,11 +205,11 @@ class _Caller:
         return found
 
     async def opened(self, requests: int, rate_per_s: float, seed: int) -> list[float]:
-        """Latencies in seconds of Poisson arrivals."""
+        """Latencies in seconds of Poisson arrivals, from when each was due, also if this loop was late."""
         clock, asked = Clock(), []
-        began = clock.now()
+        began, due = clock.now(), time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for at in islice(Gamma(rate_per_s).arrivals(Random(seed)), requests):
                 await clock.until(began + at)
-                asked.append(group.create_task(self._ask()))
+                asked.append(group.create_task(self._ask(due + at)))
         return [task.result() for task in asked]

@@ -80,9 +80,10 @@ async def _service(folder: Path, admission: AdmissionConfig) -> AsyncIterator[La
         yield language
 
 
-async def _ask(service: LanguageService, asked: _Asked) -> None:
+async def _ask(service: LanguageService, asked: _Asked, due: float | None = None) -> None:
+    """``due``: on the loop's clock, what its time to a first token counts from; None: now."""
     loop = asyncio.get_running_loop()
-    began = loop.time()
+    began = loop.time() if due is None else due
     sampling = SamplingParams(max_tokens=_OUTPUT_TOKENS, ignore_eos=True)
     try:
         async with aclosing(service.generate(asked.messages, sampling)) as deltas:
@@ -103,7 +104,7 @@ async def _play(service: LanguageService, requests: list[_Asked], *, at_once: bo
         for asked in requests:
             if not at_once:
                 await asyncio.sleep(began + asked.after_s - loop.time())
-            group.create_task(_ask(service, asked))
+            group.create_task(_ask(service, asked, None if at_once else began + asked.after_s))
     return loop.time() - began
 
 

@@ -27,7 +27,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from aiodisagg.bootstrap.registry import PeerRecord, Registry
-from aiodisagg.bootstrap.wire import Failure, Heartbeat, Lease, Watched
+from aiodisagg.bootstrap.wire import Failure, Heartbeat, Lease, Watched, check_token
 from aiodisagg.errors import ConfigError, LinkError
 from aiodisagg.link.address import TcpAddress, is_loopback, reachable_host, resolve
 from aiodisagg.link.hello import PeerRole
@@ -38,6 +38,9 @@ MAX_BODY_BYTES = 256 * 1024
 MAX_PEERS = 10_000
 STUCK_S = 10.0
 """A watcher that takes no line for this long is dropped; it comes back for a snapshot."""
+
+KEEPALIVE_S = 75.0
+"""A connection without a request."""
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -53,6 +56,7 @@ class BootstrapConfig:
     def __post_init__(self) -> None:
         if not 0.05 <= self.lease_s <= 3600:
             raise ConfigError("lease_s", f"must be between 0.05 and 3600, not {self.lease_s}")
+        check_token("token", self.token)
 
 
 class BootstrapServer:
@@ -84,7 +88,9 @@ class BootstrapServer:
         app.router.add_get("/v1/watch", self._watch)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, keepalive_timeout=KEEPALIVE_S
+        )  # fmt: skip
         await self._runner.setup()
         site = web.TCPSite(self._runner, literal, self._port, reuse_address=True)
         try:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerState
+from aiodisagg.errors import ConfigError
+
+_TOKEN = re.compile(r"[!-~]([ -~]*[!-~])?")
+
+
+def check_token(key: str, token: str | None) -> None:
+    """Raises ConfigError for one that no header can carry, and for an empty one, which anybody has."""
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise ConfigError(key, "must be printable ASCII, without spaces around it, and not empty")
 
 
 class Lease(msgspec.Struct, frozen=True):

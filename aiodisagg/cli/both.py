@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,7 +18,6 @@ from aiodisagg.errors import AiodisaggError, ConfigError
 if TYPE_CHECKING:
     from aiodisagg.api.config import HttpConfig
     from aiodisagg.both.service import BothService
-    from aiodisagg.demo.cluster import Cluster
     from aiodisagg.language.service import LanguageService
     from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 
@@ -28,7 +26,7 @@ INTER_TOKEN_MS = 50.0
 INTER_TOKEN_HELP = "Pace that running streams are owed while images are encoded."
 TOKEN_VARIABLE = "AIODISAGG_BOOTSTRAP_TOKEN"
 _LEFT_OUT = ("zero_deepstack", "http_port", "http_host", "steps_fd")
-"""Of an encode peer's options: there is one HTTP server, and it has all metrics."""
+"""Of an encode peer's options: there is one HTTP server; a tower of its own process has none."""
 
 
 def both_command(
@@ -128,8 +126,8 @@ async def _serve_separate(
     async with AsyncExitStack() as stack:
         ours, theirs = step_pair()
         steps = StepSender(ours)
-        stack.callback(steps.close)
-        cluster = await stack.enter_async_context(Cluster(verbose=verbose))
+        cluster = await stack.enter_async_context(Cluster(verbose=verbose, quiet=False))
+        stack.callback(steps.close)  # before the cluster ends: it is the word by which the tower drains
         try:
             with theirs:
                 child = ("encode", *arguments, "--steps-fd", str(theirs.fileno()))
@@ -145,13 +143,8 @@ async def _serve_separate(
                 watch.cancel()
         except* AiodisaggError as errors:
             raise errors.exceptions[0] from None
-        await _drain(cluster)
-
-
-async def _drain(cluster: Cluster) -> None:
-    """The tower finishes what other peers asked it for."""
-    cluster.signal("tower", signal.SIGTERM)
-    await cluster.members.pop("tower").process.wait()
+        steps.close()
+        await cluster.members.pop("tower").process.wait()  # it finishes what other peers asked it for
 
 
 def _arguments(command: click.Command, options: dict[str, Any]) -> list[str]:

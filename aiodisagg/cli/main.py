@@ -213,7 +213,8 @@ def encode(
             gate = None
             if steps_fd is not None:
                 gate = SlackGate(Slack(inter_token_ms / 1000))
-                await stack.enter_async_context(StepReader(gate, socket.socket(fileno=steps_fd)))
+                reader = await stack.enter_async_context(StepReader(gate, socket.socket(fileno=steps_fd)))
+                stop = reader.ended  # a signal to all processes of a unit is for the one that still needs this tower
             service = await stack.enter_async_context(EncodeService(config, encoder=encoder, gate=gate))
             facts = {"name": service.name, "address": service.address, "incarnation": config.incarnation}
             if http_port is not None:

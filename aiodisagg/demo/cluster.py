@@ -62,10 +62,12 @@ class Cluster:
     """An async context manager: what was started in it is gone when it is left.
 
     Every process asks the kernel for SIGTERM when this one ends, so a killed parent leaves nothing behind either.
+    ``quiet``: what processes log is shown only of one that ends.
     """
 
-    def __init__(self, *, verbose: int = 0) -> None:
+    def __init__(self, *, verbose: int = 0, quiet: bool = True) -> None:
         self.members: dict[str, Member] = {}
+        self._quiet = quiet and not verbose
         self._started: list[_Process] = []
         self._verbose = verbose
 
@@ -91,7 +93,7 @@ class Cluster:
                 env=environment,
                 pass_fds=(write, *pass_fds),
                 stdin=asyncio.subprocess.DEVNULL,
-                stderr=None if self._verbose else asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE if self._quiet else None,
                 start_new_session=True,
             )
         except BaseException:

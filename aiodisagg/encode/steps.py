@@ -56,6 +56,8 @@ class StepReader:
         self._gate, self._sock, self._silence_s = gate, sock, silence_s
         self._sock.setblocking(False)
         self._timer: asyncio.TimerHandle | None = None
+        self.ended = asyncio.Event()
+        """The other side has closed its socket, or ended."""
 
     async def __aenter__(self) -> StepReader:
         self._loop = asyncio.get_running_loop()
@@ -86,6 +88,7 @@ class StepReader:
 
     def _end(self) -> None:
         """There is no engine to slow down."""
+        self.ended.set()
         self._loop.remove_reader(self._sock.fileno())
         if self._timer is not None:
             self._timer.cancel()

@@ -40,6 +40,8 @@ DEFAULT_TENANT = Tenant()
 MAX_LABELS = 32
 """Tenants with a metric of their own; those that come later are counted together."""
 _OTHERS = "(others)"
+_FOREVER_S = 9e8
+"""More is this: no message says more than 1e9."""
 
 _WHY = {
     "queue_full": "too many requests wait already",
@@ -103,10 +105,17 @@ class Admission:
             "aiodisagg_admission_unpredicted", "First tokens that nothing was known of.", registry=self._registry
         )
 
-    def urgency(self, items: Iterable[PlannedItem], priority: int, waited_s: float) -> Urgency:
-        """What towers are told of a request that needs these ``items``: its place there is the one that it has here."""
-        work = _patches(items) if self._config.order is Order.SHORT_FIRST else 0
-        return Urgency(max(0.0, self._config.max_wait_s - waited_s), priority, work)
+    def urgency(
+        self, items: Iterable[PlannedItem], priority: int, waited_s: float, timeout_s: float | None = None
+    ) -> Urgency:  # fmt: skip
+        """What towers are told of a request that needs these ``items``: its place there is the one that it has here.
+
+        It is due when it has waited for the aging bound, or for as long as its first token may take.
+        """
+        config = self._config
+        work = _patches(items) if config.order is Order.SHORT_FIRST else 0
+        most_s = min(config.max_wait_s, config.max_ttft_s, math.inf if timeout_s is None else timeout_s, _FOREVER_S)
+        return Urgency(max(0.0, most_s - waited_s), priority, work)
 
     async def take(self, turn: Turn) -> None:
         """Returns when it is the request's turn; then :meth:`end` must be called, once it is over.

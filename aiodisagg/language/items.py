@@ -8,8 +8,9 @@ from aiodisagg.device.copies import DeviceBytes
 from aiodisagg.engine.engine import Engine
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.errors import AiodisaggError, DeadlineExceeded, EncodeFailed, MediaError, NoEncodePeer, PoisonItem
-from aiodisagg.protocol.events import Fail
-from aiodisagg.protocol.messages import ItemKey
+from aiodisagg.models.base import PlannedItem
+from aiodisagg.protocol.events import Fail, ItemSpec
+from aiodisagg.protocol.messages import ItemKey, Urgency
 from aiodisagg.protocol.rows import RowLayout
 
 
@@ -25,6 +26,13 @@ class Item:
     timeout_s: float
     param: str = ""
     """Where the client named it."""
+
+
+def spec_of(item: PlannedItem, urgency: Urgency) -> ItemSpec:
+    """What is asked for of an item of a plan."""
+    return ItemSpec(
+        item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media, urgency=urgency
+    )  # fmt: skip
 
 
 class Items:

@@ -276,7 +276,9 @@ class RowReceiver:
         if errand is not None and errand.avoid:  # a hedge, and it was first
             placing.hedges.won += 1
             for other in others:
-                if (late := placing.errands.get(other)) is not None and late.peer is not None:
+                late = placing.errands.get(other)
+                # An item among many of its request may have been passed, as it should be.
+                if late is not None and late.peer is not None and late.spec.urgency.work <= late.size.patches:
                     placing.standings.failed(late.peer.incarnation, self._now())
         self._forget(key, complete=True)
         self.sharing.landed(key)

@@ -35,7 +35,7 @@ from aiodisagg.errors import (
 )
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.counters import engine_metrics
-from aiodisagg.language.items import Item, Items
+from aiodisagg.language.items import Item, Items, spec_of
 from aiodisagg.language.loading import load_language_half
 from aiodisagg.language.membership import LocalEncoder, follow
 from aiodisagg.language.planning import Closed, Planning
@@ -47,7 +47,6 @@ from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
-from aiodisagg.protocol.events import ItemSpec
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.scheduler.shares import Tenant
@@ -62,7 +61,8 @@ logger = logging.getLogger(__name__)
 class _Request:
     """What it holds in the engine, and the items that were asked for."""
 
-    priority: int = 0
+    priority: int
+    """Behind the line."""
     handle: RequestHandle | None = None
     room: int = field(default_factory=lambda: secrets.randbits(62))
     keys: list[ItemKey] = field(default_factory=list)
@@ -216,7 +216,7 @@ class LanguageService:
         """How busy this peer is, for the bootstrap server."""
         local = Load() if self.local is None else self.local.load()
         queued, active = len(self.rows.unplaced) + local.queued, len(self.traces.open) + local.active
-        return Load(queued=queued, active=active, patches=local.patches)
+        return Load(queued=queued, active=active, patches=local.patches, digests=local.digests)
 
     async def drain(self) -> None:
         """Takes no new request and returns when those that are open have ended. Leave the context next."""
@@ -243,7 +243,7 @@ class LanguageService:
         Args:
             request_id: for logs and traces; must not be in use. timeout_s: until the request's last row is here.
             tenant: who asks; tenants share the service by their weights. priority: among the tenant's requests, from
-                -8 to 8; lower goes first.
+                -8 to 8; lower goes first. Behind the line, in the engine and at towers, that of named tenants is 0.
 
         Raises:
             InvalidRequest: also MediaError and PromptTooLong: the request cannot be served as written.
@@ -260,7 +260,7 @@ class LanguageService:
             raise EngineError(request_id, "the service is closed")
         trace = self.traces.begin(request_id)
         self._idle.clear()
-        request = _Request(priority)
+        request = _Request(priority if tenant.name == DEFAULT_TENANT.name else 0)
         try:
             try:
                 plan, page_keys = await self._planning.plan(messages, tenant.name)
@@ -273,10 +273,9 @@ class LanguageService:
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
             spent_s = trace.since()
             await self.admission.take(Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=spent_s))
+            name, waited_s = self.engine.name_for(request_id), trace.since() - spent_s
             handle = request.handle = self.engine.submit(
-                EngineRequest(
-                    self.engine.name_for(request_id), plan, sampling, priority, trace.since() - spent_s, page_keys
-                )
+                EngineRequest(name, plan, sampling, request.priority, waited_s, page_keys)
             )
             fetching = self._tasks.start(self._fetch(handle, plan, request, trace, timeout_s), f"fetch {request_id}")
             try:
@@ -336,15 +335,13 @@ class LanguageService:
             trace.admitted_s = trace.since()
         # ``timeout_s`` is the whole request's.
         left_s = self.config.request_timeout_s if timeout_s is None else max(0.001, timeout_s - trace.since())
-        asked, wanted = [], [plan.items[index] for index in needed]
-        urgency = self.admission.urgency(wanted, request.priority, trace.since())
+        asked, has = [], self.rows.sharing.has
+        wanted = {item.digest: item for item in map(plan.items.__getitem__, needed) if not has(item.digest)}
+        place = self.admission.urgency(wanted.values(), request.priority, trace.since(), timeout_s)
         for index, item in enumerate(plan.items):
             if index in needed:
                 key = ItemKey(request.room, index)
-                spec = ItemSpec(
-                    item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media, urgency=urgency
-                )  # fmt: skip
-                asked.append((key, spec))
+                asked.append((key, spec_of(item, place)))
                 request.keys.append(key)
                 self._items.add(key, Item(handle, index, left_s, item.param))
                 self.traces.item(trace, key, item)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class _Wanted:
     deadline: float
     fan: FanOut | None = None
     timer: asyncio.TimerHandle | None = None
+
+    def spec_after(self, seconds: float) -> ItemSpec:
+        """The item, so much later than it was asked for."""
+        return dataclasses.replace(self.spec, urgency=self.spec.urgency.later(seconds))
 
 
 class Sharing:
@@ -212,7 +217,7 @@ class Sharing:
         self.flights.hedge(flight.digest, key)
         self._put(key, self._fans[leg])
         left_s = max(max(flight.sharers.values()) - self._loop.time(), 0.001)
-        return key, wanted.spec, left_s
+        return key, wanted.spec_after(math.inf), left_s  # it has waited long enough
 
     def sharers(self, leg: ItemKey) -> tuple[ItemKey, ...]:
         flight = self.flights.of(leg)
@@ -275,7 +280,8 @@ class Sharing:
         if heir is not None and fan is not None:
             wanted = self._wanted[heir]
             self._put(heir, fan)
-            self._fetch([(heir, wanted.spec, max(wanted.deadline - self._loop.time(), 0.001))])
+            left_s = wanted.deadline - self._loop.time()
+            self._fetch([(heir, wanted.spec_after(wanted.timeout_s - left_s), max(left_s, 0.001))])
 
     def _tell(self, sharers: Sequence[ItemKey], failed: Fail | None) -> None:
         for key in sharers:

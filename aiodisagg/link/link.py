@@ -147,6 +147,8 @@ async def dial(
     check_secret(secret)
     target = parse(address)
     connection: Connection | None = None
+    ends = isinstance(target, UnixAddress)
+    """Whether the connection is told of its end: uvloop tells none that was in the making when it was given up."""
 
     def protocol() -> Connection:
         nonlocal connection
@@ -165,14 +167,17 @@ async def dial(
             if isinstance(target, UnixAddress):
                 await _connect_unix(protocol, target, same_user=secret is None)
             else:
-                await _connect_tcp(protocol, target, await _resolve_trusted(target, secret), ssl)
+                hosts = await _resolve_trusted(target, secret)
+                await _connect_tcp(protocol, target, hosts, ssl, config.handshake_timeout_s)
+                ends = True
             assert connection is not None
             await connection.ready
         return Link(connection)
     except BaseException as error:
         if connection is not None:
             connection.abort()
-            await connection.lost.wait()  # the loop's next turn: the caller gets an error and no open socket
+            if ends:
+                await connection.lost.wait()  # the loop's next turn: the caller gets an error and no open socket
         if isinstance(error, TimeoutError):
             raise LinkError(address, f"no handshake within {config.handshake_timeout_s:g} s") from error
         if isinstance(error, OSError):
@@ -208,13 +213,16 @@ async def _resolve_trusted(target: TcpAddress, secret: bytes | None) -> list[str
 
 
 async def _connect_tcp(
-    protocol: Callable[[], Connection], target: TcpAddress, hosts: list[str], ssl: tls.SSLContext | None
-) -> None:
+    protocol: Callable[[], Connection], target: TcpAddress, hosts: list[str], ssl: tls.SSLContext | None,
+    timeout_s: float,
+) -> None:  # fmt: skip
+    """Each address has its part of the time: one that swallows packets does not keep the others from being tried."""
     loop = asyncio.get_running_loop()
     server_name = target.host if ssl is not None else None
     for host in hosts[:-1]:
         try:
-            await loop.create_connection(protocol, host, target.port, ssl=ssl, server_hostname=server_name)
+            async with asyncio.timeout(timeout_s / len(hosts)):
+                await loop.create_connection(protocol, host, target.port, ssl=ssl, server_hostname=server_name)
             return
         except OSError:
             continue

@@ -8,6 +8,7 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aiodisagg.bootstrap.wire import check_token
 from aiodisagg.errors import ConfigError
 from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
@@ -76,6 +77,7 @@ class PeerConfig:
         if self.row_dtype not in DTYPE_BYTES:
             raise ConfigError("row_dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.row_dtype}")
         check_secret(self.secret)
+        check_token("bootstrap_token", self.bootstrap_token)
         try:
             address.parse(self.listen)
         except ConfigError as error:

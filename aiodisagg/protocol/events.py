@@ -287,7 +287,7 @@ class StartEncode:
     fps: float
     media: tuple[bytes, ...] = field(repr=False)
     urgency: Urgency = ARRIVAL
-    """Of the first that wanted it."""
+    """The best of those that wanted it before it was started."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,11 @@ class Urgency(msgspec.Struct, frozen=True, array_like=True):
         """The same, after so many seconds."""
         return Urgency(max(0.0, self.due_s - seconds), self.priority, self.work)
 
+    def before(self, other: Urgency) -> bool:
+        """Whether who says this goes first, of two that come at once."""
+        mine, theirs = ((one.due_s > 0, one.priority, one.work, one.due_s) for one in (self, other))
+        return mine < theirs
+
 
 ARRIVAL = Urgency()
 """First come, first served."""

@@ -91,6 +91,8 @@ class SourceTable:
             self._aside[want.digest] = _size_of(want.media)
         elif user not in source.users:
             self.hits += 1
+        if source.cancelled or (not source.started and want.urgency.before(source.job.urgency)):
+            source.job = replace(source.job, urgency=want.urgency)
         source.users.add(user)
         self._sources.move_to_end(want.digest)
         return self._take_files(source, want) if want.digest in self._aside else source

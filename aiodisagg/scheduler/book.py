@@ -58,6 +58,8 @@ class _Open:
     """Of what was missing when all rows existed."""
     clean: bool = True
     """Nothing happened to it that makes its times strange."""
+    in_parts: bool = False
+    """Some of its rows exist, and others do not."""
     connects: bool = False
     """It was asked for before anything had come from the peer: the way here may have been made for it."""
 
@@ -100,7 +102,10 @@ class PeerBook(Generic[K]):
     def entered(self, key: K, stage: str, elapsed_s: float, now: float) -> None:
         """The peer says that the item entered ``stage`` and that the one before took ``elapsed_s``."""
         item = self.open.get(key)
-        if item is None or item.stage == stage or elapsed_s <= 0:  # 0: more rows exist, no stage was entered
+        if item is None:
+            return
+        if item.stage == stage or elapsed_s <= 0:  # 0: more rows exist, no stage was entered
+            item.in_parts |= stage == "encoding"
             return
         item.stage = stage
         if item.placed.held:
@@ -122,6 +127,8 @@ class PeerBook(Generic[K]):
 
         Items that leave together were one batch: they are one observation, made when the next one leaves later.
         """
+        for other in map(self.open.__getitem__, self._in_tower):
+            other.clean &= not other.in_parts  # this one went between them
         if now - self._left_tower > TOGETHER_S or len(self._leaving) >= MAX_TOGETHER:
             self._observe_tower()
             self._began = max(self._left_tower, item.entered)

@@ -142,7 +142,7 @@ def text_beside_images(
             workload = offered.at(2 * load / spent, 0)
             for base in (replicas(2), flexible(2)):
                 for order in (Order.FIRST_COME, Order.SHORT_FIRST):
-                    doors = Doors(line=Line.ADMISSION, order=order, window_s=0.25, min_in_flight=2)
+                    doors = Doors(line=Line.ADMISSION, order=order)
                     cluster = Cluster(msgspec.structs.replace(base, doors=doors), times)
                     cluster.run(workload)
                     longest = max(r.served_s - r.source.arrival_s for r in cluster.requests if r.items)

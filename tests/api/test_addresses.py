@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from aiodisagg.api.addresses import AddressGuard, AddressRefused
+from aiodisagg.api.config import PRIVATE_NETWORKS
 
 PRIVATE = [
     "0.0.0.0",
@@ -58,6 +59,17 @@ def test_which_addresses_are_public() -> None:
     opened = AddressGuard(("10.0.0.0/8", "fd12::/16", "::1"))
     permitted = {"10.0.0.1", "::ffff:10.0.0.1", "fd12::1", "::1"}
     assert {a for a in PRIVATE if opened.permits(a)} == permitted
+
+
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "168.63.129.16", "100.100.100.200", "fd00:ec2::254", "fd20:ce::254"]
+)
+def test_metadata_services_are_permitted_by_their_own_name_only(address: str) -> None:
+    """One of them has an address that counts as public, and two lie in what an intranet may have."""
+    assert not AddressGuard().permits(address)
+    assert not AddressGuard(PRIVATE_NETWORKS).permits(address)
+    assert not AddressGuard(("0.0.0.0/0", "::/0", "100.64.0.0/10")).permits(address)
+    assert AddressGuard((address,)).permits(address)
 
 
 def test_sockets_are_made_for_public_addresses_only() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
 from http_fakes import HELLO, MODEL, ScriptedBackend, asking, serving
 
 from aiodisagg.api import parse
-from aiodisagg.api.parse import check_parts, media_urls, parse_request
+from aiodisagg.api.parse import check_parts, media_urls, parse_request, sampling_of
 from aiodisagg.api.schema import ChatRequest
 from aiodisagg.errors import InvalidRequest
 
@@ -47,11 +48,34 @@ async def test_too_many_parts_are_refused_before_anything_walks_over_them(monkey
 def test_bodies_of_millions_of_values_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of which would be an object, made without a pause."""
     monkeypatch.setattr(parse, "MOST_COMMAS", 1000)
-    few = request([{"role": "user", "content": "one, two"}], tools=[0] * 900)
-    assert few.tools is not None and len(few.tools) == 900
+    few = request([{"role": "user", "content": "one, two"}], logit_bias={str(n): 0 for n in range(900)})
+    assert few.logit_bias is not None and len(few.logit_bias) == 900
     with pytest.raises(InvalidRequest, match="body: more than 1000 values") as caught:
         request([EMPTY], tools=[0] * 1001)
     assert caught.value.code == "too_many_values"
+
+
+def test_what_is_read_to_be_refused_is_not_decoded() -> None:
+    """Lists in lists have no commas: 64 MiB of them were three gigabytes, made without a pause."""
+    deep = b"[" * 400 + b"]" * 400
+    body = b'{"model": "m", "messages": [], "tools": [%s]}' % b",".join([deep] * 2000)
+    tracemalloc.start()
+    try:
+        asked = parse_request(body)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(body)
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(InvalidRequest, match="tools: is not supported"):
+        sampling_of(asked, 16)
+
+
+@pytest.mark.parametrize("said", [None, [], ..., "[ ]"])
+def test_tools_of_none_at_all_are_nothing_to_refuse(said: Any) -> None:
+    body = {"model": "m", "messages": [], "tools": [], "functions": said}
+    if said is ...:
+        del body["functions"]
+    text = json.dumps(body).replace('"[ ]"', "[ ]")
+    assert sampling_of(parse_request(text.encode()), 16).max_tokens == 16
 
 
 def test_frames_beyond_the_limit_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

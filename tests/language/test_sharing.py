@@ -12,7 +12,7 @@ from aiodisagg.language.sharing import INLINE_BYTES, Sharing
 from aiodisagg.language.trace import Traces
 from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import Fail, ItemSpec
-from aiodisagg.protocol.messages import ItemKey
+from aiodisagg.protocol.messages import ItemKey, Urgency
 
 pytestmark = pytest.mark.anyio
 A, B = ItemKey(1, 0), ItemKey(2, 0)
@@ -92,3 +92,36 @@ async def test_what_is_the_items_own_fault_is_told_at_once_whatever_a_second_fet
     sharing.failed(failed)
     assert told == [(A, failed), (B, dataclasses.replace(failed, key=B))] and dropped == [second[0]]
     sharing.close()
+
+
+async def test_a_second_fetch_goes_first_and_one_that_goes_on_has_waited_already() -> None:
+    fetched: list[tuple[ItemKey, ItemSpec, float]] = []
+    sharing = Sharing(
+        fetched.extend, lambda key: None, deliver=lambda key, start, data: None, ended=lambda key, failed: None,
+        cache_bytes=1 << 20, row_bytes=4, tasks=Tasks("test"), traces=Traces(), accelerator=None,
+    )  # fmt: skip
+    spec = dataclasses.replace(SPEC, urgency=Urgency(10.0, 3, 64))
+    sharing.request([(A, spec)], 5.0)
+    sharing.request([(B, spec)], 3600.0)
+    second = sharing.hedge(A)
+    assert second is not None and second[1].urgency == Urgency(0.0, 3, 64)
+    for leg in (A, second[0]):
+        sharing._loop = Later(sharing._loop, 3.0)  # type: ignore[assignment]
+        sharing.failed(Fail(leg, "deadline", "late", ()))
+    key, heir, left_s = fetched[-1]
+    assert key == B and heir.urgency.due_s == pytest.approx(10.0 - (3600.0 - left_s))
+    assert heir.urgency.due_s < 4.0
+    sharing.close()
+
+
+class Later:
+    """A loop whose clock is ahead."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, by_s: float) -> None:
+        self._loop, self._by_s = loop, by_s
+
+    def time(self) -> float:
+        return self._loop.time() + self._by_s
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loop, name)

@@ -10,7 +10,7 @@ from aiodisagg.protocol import events as ev
 from aiodisagg.protocol import messages as ms
 
 from . import truth
-from .lists import KEY, SIX, Receiving, Sending, only, want
+from .lists import KEY, SIX, Receiving, Sending, every, only, want
 
 URGENCY = ms.Urgency(8.0, -2, 4096)
 
@@ -25,11 +25,34 @@ def test_a_want_says_what_is_left_of_the_time_until_its_request_is_due() -> None
     assert receiving.place(peer="B").urgency == ms.Urgency(0.0, -2, 4096)
 
 
-def test_a_job_has_the_place_of_the_first_that_wanted_it() -> None:
+def test_a_job_has_the_best_place_of_those_that_wanted_it_before_it_began() -> None:
+    sending = Sending(capacity_bytes=1)  # one job at a time
+    first = only(sending.want(ms.ItemKey(9, 0), number=7), ev.StartEncode)
+    for room, urgency in ((1, ms.Urgency(8.0, 0, 64)), (2, ms.Urgency(9.0, -1, 4096)), (3, ms.Urgency(2.0, 0, 4))):
+        assert not every(sending.want(ms.ItemKey(room, 0), urgency=urgency), ev.StartEncode)
+    sending.says(ms.Cancel(ms.ItemKey(9, 0), 1))
+    started = only(sending.do(ev.EncodeStopped(first.digest, "cancelled", "", True)), ev.StartEncode)
+    assert started.urgency == ms.Urgency(9.0, -1, 4096)
+
+
+def test_who_waits_on_says_how_little_time_is_left_of_it() -> None:
+    sending = Sending(capacity_bytes=1)
+    first = only(sending.want(ms.ItemKey(9, 0), number=7), ev.StartEncode)
+    for epoch, due_s in ((1, 9.0), (2, 4.0)):
+        sending.want(epoch=epoch, urgency=ms.Urgency(due_s, 0, 4))
+    sending.says(ms.Cancel(ms.ItemKey(9, 0), 1))
+    stopped = sending.do(ev.EncodeStopped(first.digest, "cancelled", "", True))
+    assert only(stopped, ev.StartEncode).urgency == ms.Urgency(4.0, 0, 4)
+
+
+def test_a_job_that_was_cancelled_has_the_place_of_who_wants_it_again() -> None:
     sending = Sending()
-    assert only(sending.want(urgency=URGENCY), ev.StartEncode).urgency == URGENCY
-    other = ms.ItemKey(2, 0)
-    assert not [one for one in sending.want(other, urgency=ms.Urgency(1.0, 0, 1)) if isinstance(one, ev.StartEncode)]
+    digest = only(sending.want(urgency=URGENCY), ev.StartEncode).digest
+    sending.says(ms.Cancel(KEY, 1))
+    other = ms.Urgency(9.0, 5, 8192)
+    assert not every(sending.want(ms.ItemKey(2, 0), urgency=other), ev.StartEncode)
+    stopped = sending.do(ev.EncodeStopped(digest, "cancelled", "", True))
+    assert only(stopped, ev.StartEncode).urgency == other
 
 
 def test_a_peer_that_says_nothing_of_it_goes_by_arrival() -> None:

@@ -202,3 +202,17 @@ def test_a_tower_that_hangs_does_not_work_on_what_waits_behind() -> None:
     ask(at, "y", 20)
     at.entered("x", "encoding", 0.1, 0.0)
     assert ahead(at, 9.0)[1] == 21.0 and ahead(at, 100.0)[1] == 20.0
+
+
+def test_a_video_that_lets_another_go_between_its_parts_teaches_nothing() -> None:
+    """All of its patches seemed to take as long as its last part."""
+    at = book()
+    for key, patches in (("video", 100), ("image", 10), ("next", 10), ("last", 10)):
+        ask(at, key, patches)
+    at.entered("video", "encoding", 0.1, 0.0)
+    at.entered("video", "encoding", 0.0, 90.0)  # nine of ten parts
+    through(at, "image", 90.0, 110.0)
+    at.entered("video", "encoded", 120.0, 120.0)
+    through(at, "next", 120.0, 140.0)
+    through(at, "last", 140.0, 160.0)
+    assert at.costs.predict(Size(10, 0)).tower_s == pytest.approx(20.0, rel=0.1)

@@ -210,3 +210,18 @@ async def test_the_halves_share_what_they_have_by_its_own_rules(
 ) -> None:
     both = BothService(LanguageConfig(model=tmp_path, device=language), EncodeConfig(model=tmp_path, device=encode))
     assert type(both.gate) is gate
+
+
+async def test_each_heartbeat_of_a_peer_that_is_both_tells_what_its_tower_holds(
+    moe: Path, vision: Qwen3VLVisionEncoder
+) -> None:
+    """It told nothing, so the next turn of a chat at the other peer was encoded anew."""
+    async with two(moe, vision, vision) as (a, b, _):
+        messages = chat(ImagePart(png(128, 96, 900)), "Which?")
+        first = await asker(a).ask(messages, TOKENS)
+        assert a.encode.pipeline.items_encoded + b.encode.pipeline.items_encoded == 1
+        holder = a if a.encode.pipeline.items_encoded else b
+        incarnation = holder.encode.config.incarnation
+        await eventually(lambda: bool(getattr(b.language.peers.get(incarnation), "digests", ())))
+        assert await asker(b).ask(messages, TOKENS) == first
+        assert a.encode.pipeline.items_encoded + b.encode.pipeline.items_encoded == 1

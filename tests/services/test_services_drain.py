@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 
 from aiodisagg.demo.cluster import Cluster
@@ -140,7 +141,23 @@ async def test_a_tower_of_its_own_process_is_a_peer_and_ends_with_the_other_half
             async with session.get("/debug/requests") as response:
                 (trace, _) = await response.json()
             assert trace["items"][0]["peers"] == ["x-tower"]
-        cluster.signal("both", signal.SIGTERM)
+            # All processes of a unit get the signal, and the tower is needed all the same.
+            tower = psutil.Process(both.process.process.pid).children()[0]
+            late = body(both.facts["model"], ImagePart(png(128, 96, 2)), "What is it?", max_tokens=8)
+            tower.suspend()
+            asked = asyncio.ensure_future(answer(session, late))
+            while not await open_requests(session):  # noqa: ASYNC110 - of another process
+                await asyncio.sleep(0.01)
+            tower.send_signal(signal.SIGTERM)
+            cluster.signal("both", signal.SIGTERM)
+            tower.resume()
+            assert await asked
         code, said = await cluster.members.pop("both").process.wait()
         assert code == 0 and "Traceback" not in said
         await until_states(bootstrap, {})
+
+
+async def open_requests(session: aiohttp.ClientSession) -> bool:
+    """Whether one is under way that was planned."""
+    async with session.get("/debug/requests") as response:
+        return any(trace["total_s"] < 0 and trace["items"] for trace in await response.json())
