@@ -7,6 +7,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -21,6 +22,8 @@ from aiodisagg.peer.garbage import settle
 from aiodisagg.scheduler.order import Order
 
 _PR_SET_PDEATHSIG = 1
+FILES = 65536
+"""Open at once, if the host lets a process have so many."""
 
 
 class NewFile(click.Path):
@@ -140,9 +143,18 @@ def process_options(command: Command) -> Command:
     return command
 
 
+def raise_file_limit() -> None:
+    """A peer holds up to eight descriptors for each other one, and shells give 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def begin(name: str, verbose: int, parent: int | None) -> None:
     """The first thing a long-running process does."""
     setup_logging(verbose, name)
+    raise_file_limit()
     if parent is not None:
         die_with_parent(parent)
 

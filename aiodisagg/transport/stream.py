@@ -8,7 +8,9 @@ a socket of its own beside the one that asyncio reads answers from: asyncio's tr
 :mod:`aiodisagg.transport.chunks`.
 
 The network is open to strangers: who has not said the pool's token (it travels in the description, and that on the
-control link) is not read from, and sent away after ``connect_timeout_s``. Hosts that vanish are noticed by the kernel.
+control link) is not read from, and sent away after ``connect_timeout_s``, or when 64 others came later and have not
+said it either. With TLS a connection is not ours before its handshake, which has nothing but that time. Hosts that
+vanish are noticed by the kernel.
 
 Memory beyond the pools: nothing but kernel sockets, 4 KiB per connection, and 256 KiB where bytes were dropped.
 A lost connection is not made again: the remote is gone, and the caller connects anew.
@@ -50,6 +52,9 @@ NAME = "stream"
 CHUNK_BYTES = 16 << 20
 SMALL_BYTES = 1 << 20
 _LINES = 2
+_MAX_UNPROVED = 64
+"""Connections that have not said the token. One more ends the oldest, not the newest: silent strangers then cannot
+lock out a writer, who says it at once."""
 
 
 class _Pool(msgspec.Struct, frozen=True, array_like=True):
@@ -102,14 +107,16 @@ class _Receiving:
             wire.say(Rejected(chunk.number, False, f"lease {chunk.lease} does not cover offset {chunk.offset}"))
 
     def made(self) -> Wire:
+        if len(self._greeting) >= _MAX_UNPROVED:
+            self._send_away(next(iter(self._greeting)), "too many that do not greet")
         wire = Wire(self)
         self.wires.add(wire)
         self._greeting[wire] = asyncio.get_running_loop().call_later(self._greet_s, self._send_away, wire)
         return wire
 
-    def _send_away(self, wire: Wire) -> None:
+    def _send_away(self, wire: Wire, why: str = "no greeting") -> None:
         self._end_greeting(wire)
-        wire.abort("no greeting")
+        wire.abort(why)
 
     def _end_greeting(self, wire: Wire) -> None:
         if (timer := self._greeting.pop(wire, None)) is not None:
@@ -262,9 +269,13 @@ class StreamTransport(Transport):
             own = sock.dup() if tls is None else None
             line = Line(NAME, remote.peer, own, self._window, self._stall_s, remote.lose)
             remote.lines.append(line)
-            await loop.create_connection(
-                lambda: line.wire, sock=sock, ssl=tls, server_hostname=host if tls is not None else None
-            )
+            try:
+                await loop.create_connection(
+                    lambda: line.wire, sock=sock, ssl=tls, server_hostname=host if tls is not None else None
+                )
+            except BaseException:
+                line.wire.gave_up()
+                raise
         except BaseException:
             sock.close()
             raise

@@ -26,11 +26,12 @@ def frame(word: Word) -> bytes:
     return (len(body).to_bytes(_LENGTH_BYTES, "big") + body).ljust(FRAME_BYTES, b"\0")
 
 
-def watch_hosts(listening: socket.socket, timeout_s: float) -> None:
-    """What is accepted there ends when its host has answered nothing for about ``timeout_s``. A process that is
-    stopped is no such case: its kernel answers. (On Linux connections have the options of who accepted them.)"""
+def watch_hosts(sock: socket.socket, timeout_s: float) -> None:
+    """A connection, or what is accepted there, ends when its host has answered nothing for about ``timeout_s``. A
+    process that is stopped is no such case: its kernel answers. (On Linux connections have the options of who accepted
+    them.)"""
     probe_s = min(max(1, int(timeout_s / 4)), 32_767)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", probe_s),
         ("TCP_KEEPINTVL", probe_s),
@@ -38,7 +39,7 @@ def watch_hosts(listening: socket.socket, timeout_s: float) -> None:
         ("TCP_USER_TIMEOUT", min(max(1000, int(timeout_s * 1000)), 2**31 - 1)),
     ):
         if hasattr(socket, name):
-            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Side(Protocol):
@@ -86,7 +87,13 @@ class Wire(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._room.set()
         self._side.lost(self)
-        self._ended.set_result(None)
+        self.gave_up()
+
+    def gave_up(self) -> None:
+        """Who made the connection gave it up, perhaps without a word to this side: uvloop says none of one that was in
+        the making."""
+        if not self._ended.done():
+            self._ended.set_result(None)
 
     async def end(self) -> None:
         """Aborts, and returns when the connection is no more. Of one that was never made nothing is left anyway."""

@@ -144,6 +144,8 @@ class Pump:
 
     def _run(self) -> None:
         self._context: zmq.Context[Socket] = zmq.Context()
+        # 65535, in 0.8 MB; the default of 1023 is 170 remotes, each with two links of a DEALER and two monitor sockets.
+        self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
         self._poller = zmq.Poller()
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         try:
@@ -228,10 +230,9 @@ class Pump:
     # -- sending --------------------------------------------------------------------------------------------------
 
     def dial(self, link: Link, address: str, server_key: bytes, token: bytes) -> None:
-        dealer = self._socket(zmq.DEALER)
-        link.dealer = dealer
         self._links.add(link)
         try:
+            link.dealer = dealer = self._socket(zmq.DEALER)
             dealer.setsockopt(zmq.RECONNECT_IVL, -1)
             dealer.setsockopt(zmq.MAXMSGSIZE, chunks.MAX_HEADER)
             if server_key:
@@ -248,18 +249,19 @@ class Pump:
 
     def hang_up(self, link: Link, error: TransportError) -> None:
         """Idempotent. ZMQ forgets what it has not sent; writes end once their memory is let go."""
-        if link.dealer is None:
+        if link not in self._links:
             return
         self._links.discard(link)
         dealer, link.dealer = link.dealer, None
-        if link.monitor is not None:
-            for sock in (dealer, link.monitor):
+        monitor, link.monitor = link.monitor, None
+        if dealer is not None and monitor is not None:
+            for sock in (dealer, monitor):
                 with contextlib.suppress(KeyError):
                     self._poller.unregister(sock)
             dealer.disable_monitor()
-            link.monitor.close(linger=0)
-            link.monitor = None
-        dealer.close(linger=0)
+            monitor.close(linger=0)
+        if dealer is not None:  # else there was none to be had
+            dealer.close(linger=0)
         greeted, link.greeted = link.greeted, None
         if greeted is not None:
             greeted(error, 0)
