@@ -25,7 +25,6 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
-import itertools
 import logging
 import secrets
 from collections import OrderedDict
@@ -39,7 +38,7 @@ from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.attach import MAX_LEASE, BarList
 from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
 from aiodisagg.transport.description import pack, unpack
-from aiodisagg.transport.mooncake_open import MAX_PLACES, Opened, Openers, open_engine, reach
+from aiodisagg.transport.mooncake_open import Opened, Openers, Places, open_engine, reach
 from aiodisagg.transport.mooncake_pump import Job, Lane
 from aiodisagg.transport.mooncake_remote import BARRED_PER_PEER, MooncakeRemote
 from aiodisagg.transport.mooncake_side import (
@@ -122,7 +121,7 @@ class MooncakeTransport(Transport):
         self._attachments: set[Attachment] = set()
         self._barred: OrderedDict[str, BarList] = OrderedDict()
         self._remotes: set[MooncakeRemote] = set()
-        self._places = itertools.count()
+        self._incoming_places, self._outgoing_places = Places(), Places()
 
     async def open(self, arena: Arena | None, admit: Admit, *, incarnation: str) -> None:
         if self._state != "new":
@@ -201,24 +200,26 @@ class MooncakeTransport(Transport):
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 asked = await wire.hear()
+                if not isinstance(asked, Attach) or not hmac.compare_digest(asked.token, self._token):
+                    return
+                place = await self._incoming_places.take()
         except TimeoutError:
             return
         arena = self._arena
-        if not isinstance(asked, Attach) or not hmac.compare_digest(asked.token, self._token):
-            return
-        if self._state != "open" or arena is None or asked.expected != self._incarnation:
-            wire.say(Refused(f"incarnation {self._incarnation} answers there, {self._state}"))
-            await wire.drain()
-            return
-        opened = self._engines[0]
-        place = opened.place(next(self._places) % MAX_PLACES)
-        opened.fill(place, bytes(PLACE_BYTES))
-        barred = self._barred.get(asked.writer)
-        known = barred.newest(BARRED_PER_PEER) if barred else []
-        attachment = Attachment(wire, asked.writer, self._quarantine_s, self._attachments.discard)
-        self._attachments.add(attachment)  # from here on, its leases need its word
-        wire.say(Attached(arena.size_bytes, arena.address, opened.engine.port, opened.address(place), known))
-        await attachment.serve(lambda nonce: hmac.compare_digest(opened.read(place), nonce))
+        with place:
+            if self._state != "open" or arena is None or asked.expected != self._incarnation:
+                wire.say(Refused(f"incarnation {self._incarnation} answers there, {self._state}"))
+                await wire.drain()
+                return
+            opened = self._engines[0]
+            start = opened.place(place.number)
+            opened.fill(start, bytes(PLACE_BYTES))
+            barred = self._barred.get(asked.writer)
+            known = barred.newest(BARRED_PER_PEER) if barred else []
+            attachment = Attachment(wire, asked.writer, self._quarantine_s, self._attachments.discard)
+            self._attachments.add(attachment)  # from here on, its leases need its word
+            wire.say(Attached(arena.size_bytes, arena.address, opened.engine.port, opened.address(start), known))
+            await attachment.serve(lambda nonce: place.check(opened, nonce))  # which gives the place back
 
     async def revoke(self, peer: str, leases: Sequence[int]) -> None:
         self._engaged()
@@ -265,9 +266,11 @@ class MooncakeTransport(Transport):
         if opened is None:
             opened = await self._open_engine(None)
             opened.knows_only(segment, peer)
-        place = next(self._places) % MAX_PLACES
-        limit_s = self._connect_timeout_s
-        await self._openers.run(lambda: reach(self.name, peer, opened, segment, words.place, place, nonce, limit_s))
+        place, limit_s = await self._outgoing_places.take(), self._connect_timeout_s
+        await self._openers.run(
+            lambda: reach(self.name, peer, opened, segment, words.place, place.number, nonce, limit_s),
+            ended=place.give_back,
+        )
         wire.say(Check(nonce))
         if await wire.hear() != Checked(True):
             raise TransportUnavailable(self.name, "the engine leads to another process", peer=peer)

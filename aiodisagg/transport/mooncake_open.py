@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import hmac
 import os
 import threading
 import time
@@ -31,7 +32,7 @@ from aiodisagg.transport.mooncake_side import PLACE_BYTES
 T = TypeVar("T")
 
 MAX_PLACES = 256
-"""Places of eight bytes that peers write to, and as many that our own checks are sent from."""
+"""Places of eight bytes that peers write to, and as many that our checks are sent from; more attaches at once wait."""
 _LOST_SLOTS = 256
 _TICK_S = 200e-6
 _EXIT_GRACE_S = 1.0
@@ -99,6 +100,48 @@ class Opened:
             self.engine.close()
         else:  # a forked child has none of the threads that the destructor waits for
             self.engine.park()
+
+
+class Places:
+    """Places that nobody uses. Who finds none waits; the wait's bound is the caller's time-out.
+
+    The one that is free longest comes first: bytes of an attach that was given up may still arrive in its place.
+    """
+
+    def __init__(self) -> None:
+        self._free: asyncio.Queue[int] = asyncio.Queue(MAX_PLACES)
+        for number in range(MAX_PLACES):
+            self._free.put_nowait(number)
+
+    async def take(self) -> Place:
+        return Place(await self._free.get(), self._free.put_nowait)
+
+
+class Place:
+    """For one check. Given back at the end of the ``with`` statement, if not before."""
+
+    def __init__(self, number: int, give: Callable[[int], None]) -> None:
+        self.number = number
+        self._give = give
+        self._given_back = False
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Idempotent."""
+        if not self._given_back:
+            self._given_back = True
+            self._give(self.number)
+
+    def check(self, opened: Opened, nonce: bytes) -> bool:
+        """Did these bytes arrive there? Gives the place back: a second check is wrong."""
+        right = not self._given_back and hmac.compare_digest(opened.read(opened.place(self.number)), nonce)
+        self.give_back()
+        return right
 
 
 def open_engine(
@@ -177,8 +220,10 @@ class Openers:
         self._threads: set[threading.Thread] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self, step: Callable[[], T]) -> T:
-        """The result of ``step`` on a thread. If this wait is cancelled, the step goes on and its result is dropped."""
+    async def run(self, step: Callable[[], T], ended: Callable[[], None] = lambda: None) -> T:
+        """The result of ``step`` on a thread. If this wait is cancelled, the step goes on and its result is dropped.
+
+        ``ended`` is called on the loop when the step has ended, also after a cancelled wait."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -192,6 +237,7 @@ class Openers:
 
         def tell(how: Callable[..., None], what: object) -> None:
             def finish() -> None:
+                ended()
                 if not future.done():
                     how(what)
 
@@ -199,9 +245,13 @@ class Openers:
                 loop.call_soon_threadsafe(finish)
 
         thread = threading.Thread(target=work, name=f"aiodisagg-{self._name}-open", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left
+            ended()
+            raise
         self._threads = {one for one in self._threads if one.is_alive()} | {thread}
         _steps.add(thread)
-        thread.start()
         return await future
 
     def after(self, work: Coroutine[object, object, None]) -> None:

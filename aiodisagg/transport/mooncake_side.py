@@ -14,9 +14,9 @@ the receiver, apart from the control link, because a promise about memory must n
     writer    Goodbye()                       sent only after its last byte; then the end
 
 One ``Bar`` is under way at a time. A connection that ends without ``Goodbye`` means that the writer's process is dead
-(its kernel ended the connection) or cut off for so long that the kernel gave up; what it sent before may still sit in
-a socket's buffer, so its leases stay quarantined for twice the progress time-out. Silence alone proves nothing: a
-stopped process goes on where it stopped. Its leases are held until it speaks or dies.
+(its kernel ended the connection) or its host cut off for three minutes, after which ours gives up; what it sent before
+may still sit in a socket's buffer, so its leases stay quarantined for twice the progress time-out. Silence alone proves
+nothing: a stopped process goes on where it stopped. Its leases are held until it speaks or dies.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ from typing import Annotated
 import msgspec
 
 from aiodisagg.errors import PeerGone
+from aiodisagg.transport.wire import watch_hosts
 
 MAX_MESSAGE = 64 << 10
 LEASES_PER_MESSAGE = 1024
 MISSED_BEATS = 5
+VANISHED_S = 180.0
+"""A host that has answered nothing for so long is given up, also while words to it are unacknowledged: then the kernel
+sends no keepalives, and would repeat the words for 15 minutes."""
 PLACE_BYTES = 8
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
@@ -108,11 +112,9 @@ class Wire:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         sock: socket.socket | None = writer.get_extra_info("socket")
-        if sock is not None:  # a host that vanished without a word is noticed after three minutes
-            for option, value in ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15)):
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 8)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if sock is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            watch_hosts(sock, VANISHED_S)
 
     def say(self, message: Message) -> None:
         """Never more than a few messages wait unread at the other end; see the module's text."""
@@ -251,7 +253,7 @@ class Side:
         self._bar: asyncio.Task[None] | None = None
 
     async def alive(self) -> bool:
-        """Asks the receiver and waits for its next word, or until it counts as lost."""
+        """Asks the receiver and waits for its next word, or until it counts as lost or this side closes."""
         self._news.clear()
         if self.lost is None:
             self._wire.say(Ping())
@@ -260,6 +262,8 @@ class Side:
 
     async def close(self, *, goodbye: bool) -> None:
         """``goodbye`` promises that nothing moves any more. Idempotent."""
+        self.lost = self.lost or PeerGone(self._name, "disconnected", peer=self._peer)
+        self._news.set()  # nobody listens any more: who asks whether the receiver lives would wait for ever
         if goodbye:
             self._wire.say(Goodbye())
         tasks = [*self._tasks, *([self._bar] if self._bar is not None else [])]
