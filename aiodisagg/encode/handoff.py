@@ -17,6 +17,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
@@ -25,7 +26,7 @@ import xxhash
 from aiodisagg.device import pool as device_pool
 from aiodisagg.device.copies import Accelerator, DeviceBytes, Pinned, address_of
 from aiodisagg.device.pool import RemotePool
-from aiodisagg.errors import DeviceError, TransportError
+from aiodisagg.errors import DeviceError, TransportClosed, TransportError
 from aiodisagg.link.hello import Hello
 from aiodisagg.peer.driver import Tasks
 from aiodisagg.peer.planes import Plane
@@ -36,7 +37,11 @@ logger = logging.getLogger(__name__)
 
 COPY_THREADS = 2
 """While one wakes up and commits, the other's copy keeps the device's copy engine busy."""
-STAGED_WRITES = 4
+STAGED_WRITES = 16
+"""Bounds the memory of staging buffers: a buffer is as large as the largest chunk that it held, and a chunk at most a
+block. That is 16 MiB for 1024 rows of Qwen3-VL-30B-A3B, so 256 MiB."""
+STAGED_PER_PLANE = 2
+"""While one buffer is sent, the other is filled."""
 
 T = TypeVar("T")
 
@@ -65,6 +70,7 @@ class _Way:
 @dataclass(frozen=True, slots=True)
 class _Attached:
     finding: asyncio.Task[_Way]
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STAGED_PER_PLANE))
     copies: set[asyncio.Future[Any]] = field(default_factory=set)
 
 
@@ -87,7 +93,9 @@ class _Staging:
 class HandOff:
     """One for an encode peer; methods belong to the loop's thread. ``aclose`` after every plane was detached.
 
-    At most ``STAGED_WRITES`` staged writes are under way; further ones wait. The accelerator stays the caller's.
+    At most ``STAGED_WRITES`` staging buffers are in use, and ``STAGED_PER_PLANE`` by one plane; further writes wait. A
+    buffer is in use until its write succeeded or was fenced. So fewer than ``STAGED_WRITES // STAGED_PER_PLANE`` planes
+    whose writes do not end, 7, never stop the others. The accelerator stays the caller's.
     """
 
     def __init__(self, accelerator: Accelerator, *, checksum: bool) -> None:
@@ -132,8 +140,11 @@ class HandOff:
         attached = self._planes[id(plane)]
         way = await asyncio.shield(attached.finding)
         if way.name == "staged":
-            async with self._slots:
-                return await self._write_staged(plane, attached, data, offset, lease), False
+            async with AsyncExitStack() as slots:
+                await slots.enter_async_context(attached.slots)  # first: who waits here holds nothing of the others'
+                await slots.enter_async_context(self._slots)
+                return await self._write_staged(plane, attached, slots, data, offset, lease), False
+        self._check(plane, attached)
         view = cast(_Mapped, plane.remote).view(offset, data.size_bytes, lease)
         if way.twin is not None:
             copy = self._start(attached, self._to_device, view, data, way.twin.address + offset)
@@ -143,30 +154,40 @@ class HandOff:
         return _result(await asyncio.shield(copy)), way.twin is not None
 
     async def _write_staged(
-        self, plane: Plane, attached: _Attached, data: DeviceBytes, offset: int, lease: int
+        self, plane: Plane, attached: _Attached, slots: AsyncExitStack, data: DeviceBytes, offset: int, lease: int
     ) -> int:  # fmt: skip
+        self._check(plane, attached)
         staging = self._start(attached, self._stage, data)
         try:
             checksum, buffer = _result(await asyncio.shield(staging))
+            self._check(plane, attached)
             view = buffer.arena.view[: data.size_bytes]
             await plane.transport.write(plane.remote, [Slice(view, offset, lease)])
         except BaseException:
-            self._tasks.start(self._reclaim(plane, staging), "staging buffer")
+            self._tasks.start(self._reclaim(plane, slots.pop_all(), staging), "staging buffer")
             raise
         self._idle.append(buffer)
         return checksum
 
-    async def _reclaim(self, plane: Plane, staging: asyncio.Future[tuple[int, _Staging] | DeviceError]) -> None:
-        staged = await staging
-        if isinstance(staged, DeviceError):
-            return
-        try:
-            await plane.transport.fence(plane.remote)
-        except TransportError as error:
-            logger.warning("a staging buffer is lost, it could not be fenced: %s", error)
-            self._unfenced.append(staged[1])
-        else:
-            self._idle.append(staged[1])
+    async def _reclaim(
+        self, plane: Plane, slots: AsyncExitStack, staging: asyncio.Future[tuple[int, _Staging] | DeviceError]
+    ) -> None:  # fmt: skip
+        async with slots:
+            staged = await staging
+            if isinstance(staged, DeviceError):
+                return
+            try:
+                await plane.transport.fence(plane.remote)
+            except TransportError as error:
+                logger.warning("a staging buffer is lost, it could not be fenced: %s", error)
+                self._unfenced.append(staged[1])
+            else:
+                self._idle.append(staged[1])
+
+    def _check(self, plane: Plane, attached: _Attached) -> None:
+        """Before a copy and before a write begins. Raises TransportClosed."""
+        if self._planes.get(id(plane)) is not attached:
+            raise TransportClosed(plane.transport.name, "the plane was replaced", peer=plane.remote.peer)
 
     # -- copies --------------------------------------------------------------------------------------------------
 
@@ -204,8 +225,8 @@ class HandOff:
     # -- ends ----------------------------------------------------------------------------------------------------
 
     async def detach(self, plane: Plane) -> None:
-        """After its writes were cancelled and before the plane is disconnected: waits for its copies and lets go of its
-        memory. Idempotent."""
+        """Before the plane is disconnected: waits for its copies and lets go of its memory. Its writes that have not
+        begun yet raise TransportClosed. Idempotent."""
         attached = self._planes.pop(id(plane), None)
         if attached is None:
             return

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import xxhash
 
 from aiodisagg.device.copies import DeviceBytes
 from aiodisagg.encode.handoff import HandOff
-from aiodisagg.errors import AiodisaggError, TransportError, WriteRefused
+from aiodisagg.errors import AiodisaggError, TransportError, TransportUnavailable, WriteRefused
 from aiodisagg.link.link import Link
 from aiodisagg.peer.driver import Tasks
 from aiodisagg.peer.planes import Plane, Planes
@@ -27,6 +27,9 @@ INLINE_BYTES = 256 * 1024
 MOST_WARNINGS = 8
 """So many different errors of writes to one peer are warned of until one succeeds; the rest is for debugging."""
 
+FORGET_S = 60.0
+"""So long is a data plane avoided after a write by it failed; then it is tried again."""
+
 WriterEvent = ChunkWritten | WriteFailed | WritesFenced
 
 
@@ -39,7 +42,9 @@ class Session:
     """Carries out Write and Fence for one link. Everything it started is over when ``aclose`` returned.
 
     The data plane is connected by the first write and replaced after a write failed while the link lived: the next
-    write uses the best plane that has not just failed.
+    write uses the best plane that has not failed in the last ``FORGET_S``. When that time has passed after the choice,
+    a write has better ones tried again in the background, and later writes use the one that connects. A plane that was
+    replaced gets no new write; it is fenced and disconnected in the background.
 
     Args:
         handoff: for rows that lie in an accelerator's memory; None: they all lie in the host's.
@@ -54,39 +59,66 @@ class Session:
         self.plane_name = ""
         self._planes, self._tell, self._checksum = planes, tell, checksum
         self._plane: Plane | None = None
-        self._failed: frozenset[str] = frozenset()
-        self._connecting: asyncio.Task[Plane] | None = None
+        self._failed: dict[str, float] = {}
+        """When a write failed, by plane; one that was connected since then is not here."""
+        self._chose_at = 0.0
+        self._connecting: asyncio.Task[None] | None = None
         self._writes: dict[ItemKey, asyncio.Task[Chunk]] = {}
         self._used: dict[ItemKey, Plane] = {}
-        self._all: list[Plane] = []
         self._tasks = Tasks(f"session {link.remote.name}")
         self._warned: set[str] = set()
         """Errors of writes that were logged since one succeeded: every item, and every attempt, meets the same ones."""
 
     async def connect(self) -> Plane:
-        """The data plane, connected on first use. Raises TransportUnavailable.
+        """The data plane in use, connected if there is none. Raises TransportUnavailable.
 
         An attempt outlives whoever waits for it: where packets vanish it takes longer than a receiver's patience, and
         one that ended with its write would never tell why.
         """
-        if self._plane is not None:
-            return self._plane
+        while self._plane is None:  # again, if the new one failed before this write's turn
+            await asyncio.shield(self._choose())
+        if self._failed and asyncio.get_running_loop().time() - self._chose_at >= FORGET_S:
+            self._choose()
+        return self._plane
+
+    def _choose(self) -> asyncio.Task[None]:
+        """The attempt to connect that is under way; begins one if there is none."""
         if self._connecting is None or self._connecting.done():
             name = f"connect to {self.link.remote.name}"
             self._connecting = asyncio.get_running_loop().create_task(self._connect(), name=name)
             self._connecting.add_done_callback(lambda done: done.cancelled() or done.exception())  # or nobody does
-        return await asyncio.shield(self._connecting)
+        return self._connecting
 
-    async def _connect(self) -> Plane:
-        link = self.link
-        self.plane_name, plane = await self._planes.connect(
-            link.local, link.remote, self._failed, far_host=link.far_host
-        )
-        self._plane = plane
-        self._all.append(plane)
+    async def _connect(self) -> None:
+        """Connects the best plane; if there is one already, only a better one, and none is no error then."""
+        link, stand_in = self.link, self._plane
+        self._chose_at = now = asyncio.get_running_loop().time()
+        avoid = frozenset(name for name, failed_at in self._failed.items() if now - failed_at < FORGET_S)
+        better_than = self.plane_name if stand_in is not None else ""
+        try:
+            name, plane = await self._planes.connect(
+                link.local, link.remote, avoid, better_than, far_host=link.far_host
+            )  # fmt: skip
+        except TransportUnavailable as error:
+            if stand_in is None:
+                raise
+            logger.debug("%s stays the data plane to %s: %s", better_than, link.remote.name, error)
+            return
+        self._failed.pop(name, None)
+        replaced, self._plane, self.plane_name = self._plane, plane, name
         if self._handoff is not None:
             self._handoff.attach(plane, link.remote)
-        return plane
+        if replaced is not None:
+            under_way = [task for key, task in self._writes.items() if self._used.get(key) is replaced]
+            self._tasks.start(self._let_go(replaced, under_way), f"let go of {better_than}")
+
+    async def _let_go(self, plane: Plane, writes: Collection[asyncio.Task[Chunk]] = ()) -> None:
+        """Waits for these writes, fences the plane and disconnects it."""
+        if writes:
+            await asyncio.wait(writes)
+        if self._handoff is not None:
+            await self._handoff.detach(plane)
+        await plane.transport.disconnect(plane.remote)
 
     def write(self, action: Write, data: memoryview | DeviceBytes) -> None:
         """Starts the write; ends in ChunkWritten or WriteFailed."""
@@ -103,8 +135,9 @@ class Session:
             raise
         except TransportError:
             if plane is self._plane:
-                self._failed |= {self.plane_name}
+                self._failed[self.plane_name] = asyncio.get_running_loop().time()
                 self._plane = None
+                self._tasks.start(self._let_go(plane), f"let go of {self.plane_name}")
             raise
         return Chunk(action.lease, action.start, action.stop, checksum, on_device)
 
@@ -159,17 +192,16 @@ class Session:
         self._tell(WritesFenced(self.peer, key))
 
     async def aclose(self) -> None:
-        """Ends every write, lets go of the peer's pool (which fences it), and lets the fences report."""
+        """Ends every write, lets go of the peer's pool (which fences it), and lets the fences report. Planes that were
+        replaced are waited for."""
         writes = list(self._writes.values())
         for write in writes:
             write.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
-        for plane in self._all:
-            if self._handoff is not None:
-                await self._handoff.detach(plane)
-            await plane.transport.disconnect(plane.remote)
+        if self._plane is not None:
+            await self._let_go(self._plane)
         if writes:
             await asyncio.wait(writes)
         await self._tasks.join()

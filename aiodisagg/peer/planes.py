@@ -103,10 +103,12 @@ class Planes:
         return {name: transport.describe() for name, transport in self.open_transports.items()}
 
     async def connect(
-        self, local: Hello, remote: Hello, avoid: frozenset[str] = frozenset(), *, far_host: str = ""
-    ) -> tuple[str, Plane]:
+        self, local: Hello, remote: Hello, avoid: frozenset[str] = frozenset(), better_than: str = "", *,
+        far_host: str = "",
+    ) -> tuple[str, Plane]:  # fmt: skip
         """Connects to a peer's pool by the best plane that works, those in ``avoid`` last.
 
+        ``better_than``: an open transport; only those before it in this order are tried.
         ``far_host``: where the link to the peer comes from, if that is over TCP. A peer that offers loopback to another
         host means that address.
 
@@ -115,6 +117,8 @@ class Planes:
         """
         same_host = bool(local.boot_id) and (local.boot_id, local.net_ns) == (remote.boot_id, remote.net_ns)
         order = sorted(self.open_transports, key=lambda name: (name in avoid, self._names.index(name)))
+        if better_than:
+            del order[order.index(better_than) :]
         reasons = []
         for name in order:
             description = remote.transports.get(name)
