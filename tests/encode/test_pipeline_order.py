@@ -7,7 +7,7 @@ import threading
 import pytest
 from stepped import PATIENCE_S, Stepped, bench
 
-from aiodisagg.protocol.events import RowsReady
+from aiodisagg.protocol.events import RowsReady, StageEntered
 from aiodisagg.protocol.messages import Urgency
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -25,7 +25,9 @@ async def test_a_picture_alone_goes_before_what_waits_of_a_request_with_many() -
         await made.prepared("2")
         made.start(5, urgency=one)  # the thread is at 3
         encoder.slow[3].set()
-        await made.prepared("5")
+        await made.prepared("4", "5")
+        ready = [event.digest for event in made.told if isinstance(event, StageEntered) and event.stage == "prepared"]
+        assert ready[-2:] == ["5", "4"]
         encoder.permits.release(5)
         assert [(await made.call())[0][0] for _ in range(4)] == [5, 2, 3, 4]
 
