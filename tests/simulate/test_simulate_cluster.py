@@ -292,3 +292,16 @@ def test_one_picture_waits_for_one_and_not_for_all_of_another_request(order: Ord
     tower_s = cluster.costs.tower_s((3520,))
     waited_s = cluster.requests[1].first_s - 0.03 - cluster.requests[1].unloaded_s
     assert waited_s < 2 * tower_s if order is Order.SHORT_FIRST else waited_s > 4 * tower_s
+
+
+@pytest.mark.parametrize("order", Order)
+def test_one_picture_is_prepared_before_those_of_another_request_that_wait(order: Order) -> None:
+    """One thread, which takes longer for a picture than the tower."""
+    many = WorkloadRequest(0.0, tuple(ImageSpec(i, 1280, 720) for i in range(8)), 32, 2)
+    one = WorkloadRequest(0.03, (ImageSpec(9, 1280, 720),), 32, 2)
+    system = msgspec.structs.replace(split_overlap(2, 1), doors=Doors(order=order))
+    times = msgspec.structs.replace(TIMES, prepare=((1.0, 100.0), (3520.0, 100.0)), prepare_threads=1)
+    cluster = Cluster(system, times)
+    cluster.run([many, one])
+    waited_s = cluster.requests[1].first_s - 0.03 - cluster.requests[1].unloaded_s
+    assert waited_s < 0.15 if order is Order.SHORT_FIRST else waited_s > 0.5
