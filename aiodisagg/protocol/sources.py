@@ -86,7 +86,9 @@ class SourceTable:
         if source is None:
             if want.media is None:
                 return None
-            job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency)
+            job = StartEncode(
+                want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency, (user[0], user[1].room)
+            )
             source = self._sources[want.digest] = Source(job, want.rows * self._row_bytes)
             self._aside[want.digest] = _size_of(want.media)
         elif user not in source.users:

@@ -22,8 +22,8 @@ async def test_a_picture_alone_goes_before_what_waits_of_a_request_with_many() -
         for number in (1, 2, 3, 4):
             made.start(number, urgency=many)
         assert await made.call() == [(1, 16)]
-        await made.prepared("2")
-        made.start(5, urgency=one)  # the thread is at 3
+        await made.until(("preparing", "3"))
+        made.start(5, urgency=one)
         encoder.slow[3].set()
         await made.prepared("4", "5")
         ready = [event.digest for event in made.told if isinstance(event, StageEntered) and event.stage == "prepared"]
