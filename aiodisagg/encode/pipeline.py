@@ -184,7 +184,7 @@ class EncodePipeline:
         if isinstance(outcome, Patches):
             entry.prepared = outcome.count
             if entry.end is None:  # cancelled in this very moment, it is taken out again
-                self._tower.add(job.digest, entry.claim, outcome, job.rows, job.request)
+                self._tower.add(job.digest, entry.claim, outcome, job.rows)
             self._on_loop(self._prepared, entry)
         else:
             self._on_loop(self._not_prepared, entry, outcome)

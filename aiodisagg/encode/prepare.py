@@ -1,4 +1,4 @@
-"""Threads that prepare items: decode, resize and cut them, in the tower's order, as far as there is room behind.
+"""Threads that prepare items: decode, resize and cut them, the shortest request first, as far as there is room behind.
 
 What is prepared and not yet encoded takes memory: at the bound the threads wait until ``free`` is told. An item is
 taken off the line and begun by whoever is free, with no word to the loop in between, so many tiny items cost no turn of

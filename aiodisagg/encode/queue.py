@@ -1,20 +1,15 @@
 """Which patches the tower takes next: items in the order they are needed, cut where they may be cut. Pure.
 
-Across requests the order is the one of :mod:`aiodisagg.scheduler.order`, but a request that was begun goes on: before
-those that were not, as if nothing were missing of it. Who needs least is chosen when a request begins. Were it chosen
-for each item, many pictures would wait for their last one while all requests of one picture pass, and hold their KV
-pages: simulated at high load, that took 1.11 of the mean time to a first token of first come, first served, and twice
-its p99; this 0.97 of it.
-
-Inside a request items are asked for in prompt order, and go in it, whichever is prepared first. A batch is filled from
-the front and never with what does not fit, so nothing is overtaken for ever. A video is cut between frame pairs, which
-do not see each other; one image is never cut, and one with more patches than the budget goes alone.
+Across requests the order is the one of :mod:`aiodisagg.scheduler.order`, by arrival within a class: threads prepare the
+shortest request first, and a tower that did so as well would let the last picture of many wait for all requests of one,
+with the KV pages of its prompt held (simulated at high load: 1.11 of the mean time to a first token, and twice its
+p99). Inside a request items are asked for in prompt order, and go in it, whichever is prepared first. A batch is
+filled from the front and never with what does not fit, so nothing is overtaken for ever. A video is cut between frame
+pairs, which do not see each other; one image is never cut, and one with more patches than the budget goes alone.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from aiodisagg.scheduler.order import Claim, Order, Queue
@@ -31,16 +26,10 @@ class Piece:
     last: bool
 
 
-BEGUN = 1024
-"""Requests that are remembered to have been begun, the latest."""
-
-
 @dataclass(slots=True)
 class _Entry:
     frames: int
     frame_patches: int
-    claim: Claim
-    request: Hashable
     begun: int = 0
 
 
@@ -49,32 +38,16 @@ class TowerQueue:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._line: Queue[str] = Queue(Order.SHORT_FIRST)
+        self._line: Queue[str] = Queue(Order.FIRST_COME)
         self._entries: dict[str, _Entry] = {}
-        self._begun: OrderedDict[Hashable, None] = OrderedDict()
 
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def add(self, digest: str, claim: Claim, frames: int, frame_patches: int, request: Hashable) -> None:
+    def add(self, digest: str, claim: Claim, frames: int, frame_patches: int) -> None:
         """``claim``: its request's, but ``arrived``, which is the item's own."""
-        self._entries[digest] = entry = _Entry(frames, frame_patches, claim, request)
-        self._line.add(digest, self._claim(entry))
-
-    def _claim(self, entry: _Entry) -> Claim:
-        return entry.claim._replace(service=0.0) if entry.request in self._begun else entry.claim
-
-    def _begin(self, request: Hashable) -> None:
-        """Something of the request is taken."""
-        known = request in self._begun
-        self._begun[request] = None
-        self._begun.move_to_end(request)
-        if len(self._begun) > BEGUN:
-            self._begun.popitem(last=False)
-        for digest, entry in () if known else self._entries.items():
-            if entry.request == request:
-                self._line.remove(digest)
-                self._line.add(digest, self._claim(entry))
+        self._entries[digest] = _Entry(frames, frame_patches)
+        self._line.add(digest, claim)
 
     def cancel(self, digest: str) -> None:
         """Takes the rest of an item out, if there is one."""
@@ -95,7 +68,6 @@ class TowerQueue:
             fits = room // entry.frame_patches
             if fits < 1 and batch:
                 break
-            self._begin(entry.request)
             start, entry.begun = entry.begun, min(entry.frames, entry.begun + max(1, fits))
             patches = (entry.begun - start) * entry.frame_patches
             last = entry.begun == entry.frames

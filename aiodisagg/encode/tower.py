@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,14 +99,14 @@ class Tower:
     def start(self) -> None:
         self._thread.start()
 
-    def add(self, digest: str, claim: Claim, patches: Patches, rows: int, request: Hashable = None) -> None:
+    def add(self, digest: str, claim: Claim, patches: Patches, rows: int) -> None:
         """Queues an item of ``rows``; it is cut between frame pairs if they have equally many. ``claim``: on
-        ``time.monotonic``. ``request``: whose it is; None: nobody knows."""
+        ``time.monotonic``."""
         t = patches.grid_thw[0]
         frames = t if rows % t == 0 else 1
         with self._wake:
             self._items[digest] = _Item(patches, frames, rows)
-            self._queue.add(digest, claim, frames, patches.count // frames, digest if request is None else request)
+            self._queue.add(digest, claim, frames, patches.count // frames)
             self._wake.notify()
 
     def cancel(self, digest: str) -> bool:

@@ -288,8 +288,6 @@ class StartEncode:
     media: tuple[bytes, ...] = field(repr=False)
     urgency: Urgency = ARRIVAL
     """The best of those that wanted it before it was started."""
-    request: tuple[str, int] | None = None
-    """The peer and the room of the first that wanted it; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ class Meta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Urgency(msgspec.Struct, frozen=True, array_like=True):
-    """What an item's request can say for its place before a tower, by the rule of :mod:`aiodisagg.scheduler.order`.
+    """What an item's request can say for its place at an encode peer, by the rule of :mod:`aiodisagg.scheduler.order`.
 
     Who says nothing is due at once, and goes by arrival.
     """

@@ -86,9 +86,7 @@ class SourceTable:
         if source is None:
             if want.media is None:
                 return None
-            job = StartEncode(
-                want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency, (user[0], user[1].room)
-            )
+            job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency)
             source = self._sources[want.digest] = Source(job, want.rows * self._row_bytes)
             self._aside[want.digest] = _size_of(want.media)
         elif user not in source.users:

@@ -213,7 +213,7 @@ class Engine:
         batch: list[Item] = []
         patches = 0
         now = self.device.clock.now
-        for item in sorted(self._to_encode, key=lambda one: Order.SHORT_FIRST.rank(one.claim, now)):
+        for item in sorted(self._to_encode, key=lambda one: Order.FIRST_COME.rank(one.claim, now)):
             if not self.scheduler.pages_of(item.request.name):
                 continue
             if batch and patches + item.patches > self.costs.times.inline_patches:

@@ -131,7 +131,7 @@ class Tower:
     def _prepared(self, item: Item) -> None:
         self._patches += item.patches
         self._ready[item.identity] = item
-        self._queue.add(str(item.identity), item.claim, 1, item.patches, item.request.number)
+        self._queue.add(str(item.identity), item.claim, 1, item.patches)
         if not self._lane.busy:
             # In the same moment others may become ready: the batch is taken when all have been heard.
             self._clock.at(self._clock.now, self._next)

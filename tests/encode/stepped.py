@@ -70,14 +70,10 @@ class Bench:
         self.told.append(event)
         self._news.set()
 
-    def start(self, number: int, t: int = 1, h: int = 4, w: int = 4, urgency: Urgency = ARRIVAL, room: int = -1) -> str:
+    def start(self, number: int, t: int = 1, h: int = 4, w: int = 4, urgency: Urgency = ARRIVAL) -> str:
         media, rows = (str(number).encode(),), t * h * w // 4
         kind = "image" if t == 1 else "video"
-        self.pipeline.start(
-            StartEncode(
-                str(number), kind, (t, h, w), rows, 0.0, media, urgency, ("peer", room if room >= 0 else number)
-            )
-        )
+        self.pipeline.start(StartEncode(str(number), kind, (t, h, w), rows, 0.0, media, urgency))
         return str(number)
 
     async def in_order(self, number: int, **size: int) -> str:

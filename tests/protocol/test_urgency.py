@@ -55,10 +55,6 @@ def test_a_job_that_was_cancelled_has_the_place_of_who_wants_it_again() -> None:
     assert only(stopped, ev.StartEncode).urgency == other
 
 
-def test_a_job_says_whose_it_is() -> None:
-    assert only(Sending().want(ms.ItemKey(77, 3), peer="L"), ev.StartEncode).request == ("L", 77)
-
-
 def test_a_peer_that_says_nothing_of_it_goes_by_arrival() -> None:
     """A release that does not know of it leaves it out, and takes a want that has it."""
     older = msgspec.msgpack.decode(ms.encode(want(urgency=URGENCY)))[:-1]

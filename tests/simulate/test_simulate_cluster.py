@@ -279,21 +279,6 @@ def test_a_template_and_small_pictures_make_prompts_longer() -> None:
 
 
 @pytest.mark.parametrize("order", Order)
-def test_one_picture_waits_for_the_request_that_was_begun_and_not_for_the_next(order: Order) -> None:
-    """One tower, which encodes eight pictures of a request when another's eight and then a single one come."""
-    first, second = (tuple(ImageSpec(10 * n + i, 1280, 720) for i in range(8)) for n in range(2))
-    workload = [WorkloadRequest(0.0, first, 32, 2), WorkloadRequest(0.01, second, 32, 2)]
-    workload.append(WorkloadRequest(0.03, (ImageSpec(99, 1280, 720),), 32, 2))
-    system = msgspec.structs.replace(split_overlap(2, 1), doors=Doors(order=order))
-    cluster = Cluster(system, msgspec.structs.replace(TIMES, batch_patches=3520))
-    cluster.run(workload)
-    tower_s = cluster.costs.tower_s((3520,))
-    waited_s = cluster.requests[2].first_s - 0.03 - cluster.requests[2].unloaded_s
-    # And both wait for the prompt of the first, which is computed on one device.
-    assert waited_s < 20 * tower_s if order is Order.SHORT_FIRST else waited_s > 20 * tower_s
-
-
-@pytest.mark.parametrize("order", Order)
 def test_one_picture_is_prepared_before_those_of_another_request_that_wait(order: Order) -> None:
     """One thread, which takes longer for a picture than the tower."""
     many = WorkloadRequest(0.0, tuple(ImageSpec(i, 1280, 720) for i in range(8)), 32, 2)
