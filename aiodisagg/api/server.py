@@ -27,13 +27,11 @@ from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
 from aiodisagg.api.media_cache import MediaCache
 from aiodisagg.api.schema import ModelBody, ModelList
+from aiodisagg.bootstrap.server import KEEPALIVE_S
 from aiodisagg.errors import ConfigError, Draining
 from aiodisagg.peer.metrics import render
 
 logger = logging.getLogger(__name__)
-
-KEEPALIVE_S = 75.0
-"""A connection without a request, longer than proxies in front of this keep one."""
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _CHAT = "/v1/chat/completions"

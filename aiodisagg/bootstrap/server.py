@@ -40,7 +40,7 @@ STUCK_S = 10.0
 """A watcher that takes no line for this long is dropped; it comes back for a snapshot."""
 
 KEEPALIVE_S = 75.0
-"""A connection without a request."""
+"""Of every HTTP server here: a connection on which nobody asks anything. Proxies in front of one keep it less long."""
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

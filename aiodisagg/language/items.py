@@ -30,9 +30,7 @@ class Item:
 
 def spec_of(item: PlannedItem, urgency: Urgency) -> ItemSpec:
     """What is asked for of an item of a plan."""
-    return ItemSpec(
-        item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media, urgency=urgency
-    )  # fmt: skip
+    return ItemSpec(item.digest, item.kind.value, item.grid_thw, item.rows, item.fps, item.media, urgency=urgency)
 
 
 class Items:

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from aiohttp import web
 
+from aiodisagg.bootstrap.server import KEEPALIVE_S
 from aiodisagg.errors import ConfigError
 
 
@@ -36,7 +37,7 @@ class MetricsServer:
         app = web.Application()
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._scrape)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=KEEPALIVE_S)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self._host, self._port).start()

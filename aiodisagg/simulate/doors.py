@@ -47,8 +47,8 @@ class Doors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``inside``: requests at once, 0 for as many as come (arrival) or as the engine runs (admission). ``shed_at``, of
     the admission queue: a deadline for first tokens, as a multiple of the request's unloaded time, and so the queue
     refuses those that are predicted, or have become, later; 0: nobody.
-    ``order`` and ``max_wait_s`` hold inside of the engine as well. They, ``window_s`` and ``min_in_flight``: as
-    :class:`~aiodisagg.scheduler.admission.AdmissionConfig`.
+    ``order`` and ``max_wait_s``, as in :class:`~aiodisagg.scheduler.admission.AdmissionConfig`, hold inside of the
+    engine as well. What else that has is as it is by itself.
     """
 
     line: Line = Line.ARRIVAL
@@ -56,8 +56,6 @@ class Doors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inside: int = 0
     shed_at: float = 0.0
     max_wait_s: float = 10.0
-    window_s: float = 1.0
-    min_in_flight: int = 8
 
     def check(self) -> None:
         """Raises ConfigError."""
@@ -69,12 +67,7 @@ class Doors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def admission(self) -> AdmissionConfig:
         """Raises ConfigError."""
-        return AdmissionConfig(
-            max_wait_s=self.max_wait_s,
-            order=self.order,
-            window_s=self.window_s,
-            min_in_flight=self.min_in_flight,
-        )
+        return AdmissionConfig(max_wait_s=self.max_wait_s, order=self.order)
 
 
 class Door(Protocol):

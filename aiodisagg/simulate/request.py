@@ -22,7 +22,7 @@ class Item:
     prepared: bool = False
     encoder: str = ""
     asked: int = 0
-    """How many items its tower was asked for before it."""
+    """Its number among the items that its peer was asked for."""
 
     @property
     def patches(self) -> int:
@@ -30,7 +30,7 @@ class Item:
 
     @property
     def claim(self) -> Claim:
-        """As its tower counts it."""
+        """As the peer that encodes it counts it."""
         request = self.request
         return Claim(self.asked, request.due_s, request.source.priority, request.work)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import math
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,7 +25,7 @@ from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import Patches
 from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 from aiodisagg.protocol.events import Fail, ItemRequested, MessageReceived
-from aiodisagg.protocol.messages import ItemKey, Refuse
+from aiodisagg.protocol.messages import ItemKey, Refuse, Urgency
 from aiodisagg.scheduler.health import HealthConfig
 from tests.services.system import PATIENCE_S, eventually
 
@@ -136,6 +138,30 @@ async def test_a_hedge_without_a_peer_gets_the_one_that_the_first_fetch_failed_a
         encoder.gate.set()
         await eventually(lambda: A in one.ends)
         assert one.ends == {A: None}
+
+
+@pytest.mark.parametrize(("others", "blamed"), [(0, 1), (1, 0)])
+async def test_an_item_that_others_may_pass_is_not_its_peers_fault(
+    others: int, blamed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second fetch was faster. Of a request with ``others`` patches besides, the peer may have taken shorter ones."""
+    encoders = Gated(), Gated()
+    async with made(tmp_path, monkeypatch, *encoders) as one:
+        receiver, item = one.receiver, item_of(1, 64)
+        patches = math.prod(item.grid_thw)
+        receiver.request([(A, dataclasses.replace(item, urgency=Urgency(10.0, 0, patches + others)))], 600.0)
+        await eventually(lambda: one.at(A) is not None)
+        late = one.at(A)
+        assert late is not None
+        second = receiver.sharing.hedge(A)
+        assert second is not None
+        failed = Mock()
+        monkeypatch.setattr(receiver.placing.standings, "failed", failed)
+        receiver.placing.errand(second[0], second[1], frozenset({late.config.incarnation}))
+        receiver.driver.feed(ItemRequested(*second))
+        encoders[1 - one.encoders.index(late)].gate.set()
+        await eventually(lambda: A in one.ends)
+        assert one.ends == {A: None} and failed.call_count == blamed
 
 
 async def test_peers_are_not_compared_for_a_late_item_that_may_not_be_hedged(
