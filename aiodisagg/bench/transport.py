@@ -22,6 +22,7 @@ from aiodisagg.bench.network import CONGESTION, NetworkUnavailable
 from aiodisagg.bench.partner import Ask, Partner
 from aiodisagg.bench.paths import LIMITS, MiB, Path, Paths
 from aiodisagg.bench.watch import QUIET, Held, LoopWatch
+from aiodisagg.transport import past_caches
 
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 SECTIONS = ("sizes", "handoff", "link", "fairness", "gil", "hosts")
@@ -152,6 +153,7 @@ def _machine() -> tuple[str, str]:
     memory = f"huge pages {huge.partition('[')[2].partition(']')[0]}"
     if tunables := os.environ.get("GLIBC_TUNABLES"):
         memory += f", {tunables}"
+    memory += ", libpmem" if past_caches.load() else ", no libpmem"
     return f"{os.cpu_count()} CPUs {platform.machine()}, {software}, {memory}, {load}", congestion
 
 

@@ -35,6 +35,8 @@ from aiodisagg.transport.mapping import IpcRemote, map_pool
 
 log = logging.getLogger(__name__)
 
+PAST_CACHES_BYTES = 8 << 20
+"""From here on a write is more than a core's share of the caches, so its stores go past them."""
 _BARRED_PER_PEER = 4096
 _BARRED_PEERS = 1024
 
@@ -214,7 +216,8 @@ class IpcTransport(Transport):
                 pool.place(one)
             await asyncio.sleep(0)  # many small writes in a row still let the loop turn
         else:
-            copying = self._threads.start(pieces_of(slices), pool.place, (one.lease for one in slices))
+            place = pool.place_past_caches if total >= PAST_CACHES_BYTES else pool.place
+            copying = self._threads.start(pieces_of(slices), place, (one.lease for one in slices))
             pool.track(copying)
             await result_of(copying, WriteFailed(self.name, "cancelled", peer=remote.peer))
         if pool.gone:

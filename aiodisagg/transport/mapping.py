@@ -21,6 +21,7 @@ from aiodisagg.transport.arena import is_sealed, populate, want_huge_pages
 from aiodisagg.transport.attach import Bar, BarList, Barred, Goodbye
 from aiodisagg.transport.base import Remote, Slice
 from aiodisagg.transport.copying import Copying, CopyThreads, copy_into, settle
+from aiodisagg.transport.past_caches import copy_past_caches
 
 
 async def map_pool(fd: int, size_bytes: int, threads: CopyThreads) -> mmap.mmap:
@@ -98,7 +99,11 @@ class IpcRemote(Remote):
 
     def place(self, piece: Slice) -> None:
         """One copy, here and now. On any thread, unless the remote is closed."""
-        copy_into(self._bytes[piece.offset : piece.offset + piece.source.nbytes], piece.source)
+        copy_into(self._range(piece), piece.source)
+
+    def place_past_caches(self, piece: Slice) -> None:
+        """The same for a piece of much."""
+        copy_past_caches(self._range(piece), piece.source)
 
     def track(self, copying: Copying[Any]) -> None:
         self._running.add(copying)
@@ -116,6 +121,9 @@ class IpcRemote(Remote):
         self.closed = True
         await settle(self._running)
         self._say_goodbye()
+
+    def _range(self, piece: Slice) -> memoryview:
+        return self._bytes[piece.offset : piece.offset + piece.source.nbytes]
 
     def _view_dropped(self, number: int) -> None:
         """On whichever thread dropped the last reference to a view; the loop's own need not be woken up."""
