@@ -45,7 +45,7 @@ class Line:
         self._lane = Lane(window)
         self._work = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
-        self._stall_s = stall_s
+        self._stall_s, self._life_s = stall_s, 0.0
         self._stall: asyncio.TimerHandle | None = None
 
     # -- what the wire reads --------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class Line:
         if not known:
             return self.lose(PeerGone(self._name, "it does not speak this protocol", peer=self._peer))
         self._work.set()
-        self._watch(again=True)
+        self._lives()
         return None
 
     def place(self, chunk: Chunk, start: int) -> memoryview | None:
@@ -98,9 +98,14 @@ class Line:
 
     async def _push(self, data: bytes | memoryview) -> None:
         if self._sock is None:
-            await self.wire.send(data)
-        else:
-            await asyncio.get_running_loop().sock_sendall(self._sock, data)
+            return await self.wire.send(data)
+        try:
+            sent = self._sock.send(data)  # sock_sendall would do so, too, behind a future and a handle
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            await asyncio.get_running_loop().sock_sendall(self._sock, memoryview(data)[sent:])
+        return None
 
     async def _send(self) -> None:
         step = TLS_SEND_BYTES if self._sock is None else SEND_BYTES
@@ -110,7 +115,8 @@ class Line:
                 self._work.clear()
                 while (turn := self._lane.next()) is not None:
                     number, piece, write = turn
-                    self._watch(again=False)
+                    if len(self._lane) == 1:
+                        self._lives()  # it owes an answer from now on
                     write.hold()
                     try:
                         size = piece.source.nbytes
@@ -118,7 +124,7 @@ class Line:
                         await self._push(frame(head))
                         for start in range(0, size, step):
                             await self._push(piece.source[start : start + step])
-                            self._watch(again=True)
+                            self._lives()
                             await asyncio.sleep(0)  # while there is room, nothing above turns the loop
                     finally:
                         del piece, turn
@@ -126,14 +132,22 @@ class Line:
         except OSError as error:
             self.lose(PeerGone(self._name, f"the connection is lost: {error}", peer=self._peer))
 
-    def _watch(self, *, again: bool) -> None:
-        """The peer owes an answer from when it has a chunk to answer; ``again``: from now on, it has shown life."""
-        if again and self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
+    def _lives(self) -> None:
+        """The peer has shown life, or begins to owe an answer. Once per piece, hence no timer of its own for each."""
+        loop = asyncio.get_running_loop()
+        self._life_s = loop.time()
         if self._stall is None and self._lane.waiting:
-            error = WriteFailed(self._name, f"no answer in {self._stall_s:g} s", peer=self._peer)
-            self._stall = asyncio.get_running_loop().call_later(self._stall_s, self.lose, error)
+            self._stall = loop.call_later(self._stall_s, self._look)
+
+    def _look(self) -> None:
+        self._stall = None
+        if self._lane.waiting:
+            loop = asyncio.get_running_loop()
+            left_s = self._life_s + self._stall_s - loop.time()
+            if left_s <= 0:
+                self.lose(WriteFailed(self._name, f"no answer in {self._stall_s:g} s", peer=self._peer))
+            else:
+                self._stall = loop.call_later(left_s, self._look)
 
     def lose(self, error: TransportError) -> None:
         """Ends the connection; the first reason stays. A write ends when the pump has let go of its source."""
