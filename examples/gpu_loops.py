@@ -75,7 +75,7 @@ async def closed_loops(bench: Any, found: dict[str, Any], service: LanguageServi
     for concurrency in map(int, bench.options.closed.split(",")):
         count = max(6, bench.options.each * concurrency)
         images = draw.integers(1, 9, count).tolist()
-        asked = [[picture(next(made), height, width) for _ in range(n)] for n in images]
+        asked = await pictures([[(next(made), height, width) for _ in range(n)] for n in images])
         if bench.meeting is not None:
             await bench.meeting(f"loop{concurrency}")
         answers: list[Answered] = []
@@ -104,6 +104,13 @@ async def closed_loops(bench: Any, found: dict[str, Any], service: LanguageServi
         bench.save()
 
 
+async def pictures(wanted: list[list[tuple[int, int, int]]]) -> list[list[bytes]]:
+    """JPEG bytes of (seed, height, width), by requests; on threads, as links have to be answered meanwhile."""
+    with ThreadPoolExecutor(8) as pool:
+        making = [[pool.submit(picture, *one) for one in request] for request in wanted]
+        return [[await asyncio.wrap_future(one) for one in request] for request in making]
+
+
 async def open_loops(bench: Any, found: dict[str, Any], service: LanguageService, planner: Any) -> None:
     """Poisson arrivals of one sequence that both replicas know, of which each answers every other request; or all."""
     tiny, options = bench.options.tiny, bench.options
@@ -116,12 +123,8 @@ async def open_loops(bench: Any, found: dict[str, Any], service: LanguageService
         requests = generate(mix, Gamma(rate), count, seed & 0xFFFF)
         ours = [i for i in range(len(requests)) if replicas == 1 or i % replicas == own]
         texts = {i: f"{turn} {i} {text_of(planner, requests[i].text_tokens)}" for i in ours}
-        with ThreadPoolExecutor(8) as pool:
-            making = {
-                i: [pool.submit(picture, turn << 24 | s.identity, s.height, s.width) for s in requests[i].images]
-                for i in ours
-            }
-            made = {i: [await asyncio.wrap_future(one) for one in its] for i, its in making.items()}
+        wanted = [[(turn << 24 | s.identity, s.height, s.width) for s in requests[i].images] for i in ours]
+        made = dict(zip(ours, await pictures(wanted), strict=True))
         if bench.meeting is not None:
             await bench.meeting(f"rate{turn}")
         began = loop.time() + 0.2
