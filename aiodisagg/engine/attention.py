@@ -128,16 +128,25 @@ def _attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     aio_batch: PackedBatch | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     if aio_batch is None:
         raise ValueError(f"attention {NAME!r} works inside the engine only: the model's forward got no aio_batch")
+    if sliding_window is not None:
+        raise ValueError(f"attention {NAME!r} is full attention: layer {module.layer_idx} has a sliding window")
     return aio_batch.attend(module.layer_idx, query, key, value, scaling), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Segments know what they may see; a mask of the whole batch is not made."""
+
+
+def has_mrope(model: Any) -> bool:
+    """Whether the model turns by three rows of positions. Its modules say so: their sections have a default, so the
+    config of a model that does need not have any, and that of a plain text model may have kept some."""
+    return any(hasattr(module, "mrope_section") for module in model.modules())
 
 
 def use_paged_attention(model: Any) -> str:

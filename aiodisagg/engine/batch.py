@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from aiodisagg.engine.attention import KvPool, PackedBatch, PackedSegment, use_paged_attention
+from aiodisagg.engine.attention import KvPool, PackedBatch, PackedSegment, has_mrope, use_paged_attention
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.detokenize import AnswerText
 from aiodisagg.engine.prefix import PageKeys
@@ -117,8 +117,8 @@ class Runner:
 
     Args:
         model: a causal language model in transformers' form: ``config``, ``get_input_embeddings()``, and a forward
-            that takes inputs_embeds [1, T, h], position_ids ([3, 1, T] if its config has an ``mrope_section``, else
-            [1, T]), input_deepstack_embeds [1, T, k*h] (passed only with rows that have them), logits_to_keep
+            that takes inputs_embeds [1, T, h], position_ids ([3, 1, T] if one of its modules has an ``mrope_section``,
+            else [1, T]), input_deepstack_embeds [1, T, k*h] (passed only with rows that have them), logits_to_keep
             (indices) and hands other keyword arguments to its attention function.
         row_width: elements of the rows that will come, if known.
 
@@ -132,8 +132,7 @@ class Runner:
         self.hidden_size = int(shape.hidden_size)
         self.dtype: torch.dtype = self._embed.weight.dtype
         self.device: torch.device = self._embed.weight.device
-        rope = getattr(shape, "rope_parameters", None) or getattr(shape, "rope_scaling", None) or {}
-        self._mrope = "mrope_section" in rope
+        self._mrope = has_mrope(model)
         self.max_context = int(config.max_context or shape.max_position_embeddings)
         kv_heads = int(shape.num_key_value_heads)
         head_dim = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)

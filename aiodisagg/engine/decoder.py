@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from aiodisagg.engine.attention import KvPool
+from aiodisagg.engine.attention import KvPool, has_mrope
 from aiodisagg.engine.experts import Experts, run_loop
 from aiodisagg.engine.inputs import StepInputs
 from aiodisagg.engine.kernels import Kernels, Shapes
@@ -57,7 +57,7 @@ def unsupported(model: Any) -> str | None:
         return f"its layers are {', '.join(sorted(names))}"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+    if any(getattr(layer.self_attn, "sliding_window", None) is not None for layer in layers):
         return "some of its layers have a sliding window"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
@@ -98,7 +98,7 @@ class FusedDecoder:
         self.kernels, self.experts = kernels, Experts({"loop": run_loop}, ((0, "loop"),))
         inner = model.model
         self._table, self._rotary, self._head = inner.embed_tokens.weight, inner.rotary_emb, model.lm_head
-        self._mrope = "mrope_section" in (getattr(inner.config, "rope_parameters", None) or {})
+        self._mrope = has_mrope(model)
         self._norm, self._eps = inner.norm.weight, float(inner.config.rms_norm_eps)
         self._scaling = float(inner.layers[0].self_attn.scaling)
         self.layers = [_layer(layer) for layer in inner.layers]

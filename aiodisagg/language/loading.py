@@ -18,6 +18,6 @@ def load_language_half(config: LanguageConfig) -> tuple[Planner, LanguageHalf, M
     from aiodisagg.models.plan import Qwen3VLPlanner
 
     check_device(config.device)
+    planner = Qwen3VLPlanner(config.model, max_pixels=config.max_pixels)  # first: it takes no minute to fail
     half = load_language(config.model, dtype=config.dtype, device=config.device, row_dtype=config.row_dtype)
-    planner = Qwen3VLPlanner(config.model, max_pixels=config.max_pixels)
     return planner, half, fingerprint(config.model, config.row_dtype)

@@ -6,6 +6,7 @@ or the tensor. Tensors are memory-mapped: one that needs no cast costs no privat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,39 @@ def read_info(folder: str | Path) -> ModelInfo:
     except Exception as error:  # transformers raises what its many validators raise
         raise CheckpointError(str(path), "config.json", f"cannot be used: {error}") from error
     info = ModelInfo(path, str(names[0]), config)
-    if info.is_vision_language and config.vision_config.out_hidden_size != info.hidden_size:
-        fail(path, "config.json: vision_config.out_hidden_size", f"is not the text model's {info.hidden_size}")
+    _check_text(info, raw)
+    if info.is_vision_language:
+        _check_vision(info)
     return info
+
+
+def _check_text(info: ModelInfo, raw: dict[str, Any]) -> None:
+    """What the engine would compute in another way than transformers, without a word."""
+    part, written = ("text_config.", raw["text_config"]) if info.is_vision_language else ("", raw)
+    text = info.config.get_text_config()
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
+    if others and written.get("layer_types"):
+        fail(info.folder, f"config.json: {part}layer_types", f"{', '.join(others)}: only full_attention is supported")
+    # Without layer types Qwen3-MoE has the window in all layers; Qwen3-VL has none, whatever its config says.
+    if others or (info.architecture == "Qwen3MoeForCausalLM" and text.sliding_window is not None):
+        size = f"with a sliding_window of {text.sliding_window}: only full attention is supported"
+        fail(info.folder, f"config.json: {part}use_sliding_window", f"{text.use_sliding_window} {size}")
+    kind = str((getattr(text, "rope_parameters", None) or {}).get("rope_type"))
+    if "dynamic" in kind or kind == "longrope":
+        key = "rope_scaling" if written.get("rope_scaling") else "rope_parameters"
+        key += ".type" if "rope_type" not in (written.get(key) or ()) else ".rope_type"
+        why = "is not supported: what a request gets would depend on the longest one of its batch"
+        fail(info.folder, f"config.json: {part}{key}", f"{kind!r} {why}")
+
+
+def _check_vision(info: ModelInfo) -> None:
+    vision = info.config.vision_config
+    if vision.out_hidden_size != info.hidden_size:
+        fail(info.folder, "config.json: vision_config.out_hidden_size", f"is not the text model's {info.hidden_size}")
+    levels, depth = list(vision.deepstack_visual_indexes), int(vision.depth)
+    if any(a >= b for a, b in itertools.pairwise([-1, *levels, depth])):  # levels come in the order of the blocks
+        why = f"{levels} do not ascend, each once, within the tower's {depth} blocks"
+        fail(info.folder, "config.json: vision_config.deepstack_visual_indexes", why)
 
 
 class Weights:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from aiodisagg.errors import CheckpointError, InvalidRequest, MediaError
+from aiodisagg.errors import CheckpointError, InvalidRequest, MediaError, PromptTooLong
 from aiodisagg.models.base import ChatMessage, ImagePart, ItemKind, PlannedItem, PromptPlan, TextPart, VideoPart
 from aiodisagg.models.checkpoint import read_info
 from aiodisagg.models.folder import fail, read_json
@@ -36,6 +36,7 @@ from aiodisagg.models.loading import eos_ids
 from aiodisagg.models.preprocessing import MAX_VIDEO_PIXELS, header_size, image_grid, load_settings, video_grid
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
+_PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 ROLES = frozenset({"system", "user", "assistant"})
 DEFAULT_MAX_FRAMES = 768
 GROUP_PATCHES = 2048
@@ -84,6 +85,7 @@ class Qwen3VLPlanner:
         self._group_patches = group_patches
         self._max_pixels, self._max_video_pixels, self._max_frames = max_pixels, max_video_pixels, max_frames
         self._tokenizer = _tokenizer(self._info.folder)
+        self._check_ids()
         # A fast tokenizer may be reconfigured while it encodes and then refuses a second thread ("Already borrowed").
         self._lock = threading.Lock()
         self._eos = eos_ids(self._info) or frozenset({self._tokenizer.eos_token_id} - {None})
@@ -104,11 +106,12 @@ class Qwen3VLPlanner:
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
+    def plan(self, messages: Sequence[ChatMessage], *, limit: int | None = None) -> PromptPlan:
         """Renders the folder's chat template with a generation prompt, and plans every item. Thread-safe.
 
         Raises InvalidRequest (unknown role, nothing to say, placeholders in text) or MediaError naming
-        ``messages[i].content[j]``.
+        ``messages[i].content[j]``; PromptTooLong for more than ``limit`` tokens, before anything of that length is
+        made: pictures may be many and large in a small request.
         """
         chat, items = self._read(messages)
         try:
@@ -118,7 +121,21 @@ class Qwen3VLPlanner:
         pieces = self._expand(str(text), items)
         with self._lock:
             short = np.asarray(self._tokenizer("".join(pieces))["input_ids"], dtype=np.int64)
-        return self._lay_out(short, items)
+        return self._lay_out(short, items, limit)
+
+    def _check_ids(self) -> None:
+        """Every id is a row of the embedding table: beyond it a text of a client would raise on a CPU, and break a GPU
+        for all requests. A table with more rows than tokens is what the released models have."""
+        config, folder = self._info.config, self._info.folder
+        rows = int(config.get_text_config().vocab_size)
+        part = "text_config." if self._info.is_vision_language else ""
+        table = f"is not below {part}vocab_size {rows}, the rows of the embedding table"
+        for key in _PLACEHOLDERS if self._info.is_vision_language else ():
+            if not 0 <= (token_id := int(getattr(config, key))) < rows:
+                fail(folder, f"config.json: {key}", f"{token_id} {table}")
+        token, largest = max(self._tokenizer.get_vocab().items(), key=lambda entry: int(entry[1]))
+        if largest >= rows:
+            fail(folder, "tokenizer", f"its largest id {largest} ({token!r}) {table}")
 
     # -- steps of plan --------------------------------------------------------------------------------------------
 
@@ -210,7 +227,7 @@ class Qwen3VLPlanner:
         pieces.append(text[at:])
         return pieces
 
-    def _lay_out(self, short: np.ndarray, items: Sequence[PlannedItem]) -> PromptPlan:
+    def _lay_out(self, short: np.ndarray, items: Sequence[PlannedItem], limit: int | None) -> PromptPlan:
         """Repeats each placeholder for its picture's tokens, and gives every token its positions."""
         places = np.flatnonzero(np.isin(short, [i for _, i in self._placeholders.values()]))
         pictures = [item for item in items for _ in range(item.grid_thw[0])]
@@ -220,6 +237,8 @@ class Qwen3VLPlanner:
         merge = self._image.merge if pictures else 1
         sides = [(item.grid_thw[1] // merge, item.grid_thw[2] // merge) for item in pictures]
         repeats[places] = [h * w for h, w in sides]
+        if limit is not None and (tokens := int(repeats.sum())) > limit:
+            raise PromptTooLong(tokens, limit)
         starts = np.cumsum(repeats) - repeats
         spans = [(int(starts[p]), int(starts[p] + repeats[p])) for p in places]
         input_ids = np.repeat(short, repeats)
