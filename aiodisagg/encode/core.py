@@ -19,6 +19,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from aiodisagg.engine.steps import StepWatcher
 
@@ -36,6 +37,7 @@ class CoreGate(StepWatcher):
         self._changed = threading.Condition()
         self._prefills = self._wants = self._closed = self._stepped_back = False
         self._batches = 0
+        self._free: Callable[[], None] = lambda: None
         self.waits = 0
         """How often a batch had to wait for a prefill."""
         self.waited_s = 0.0
@@ -56,6 +58,9 @@ class CoreGate(StepWatcher):
     def whole_prompts(self) -> bool:
         with self._changed:
             return not self._closed and (self._wants or self._batches > 0)
+
+    def tell_when_free(self, free: Callable[[], None]) -> None:
+        self._free = free
 
     # -- the tower's thread --------------------------------------------------------------------------------------
 
@@ -80,6 +85,8 @@ class CoreGate(StepWatcher):
     def spent(self, tower_s: float) -> None:
         with self._changed:
             self._batches = max(0, self._batches - 1)  # a batch that failed is paid for piece by piece
+        if not self.whole_prompts():
+            self._free()
 
     def gave_up(self) -> None:
         self.spent(0.0)
@@ -88,6 +95,7 @@ class CoreGate(StepWatcher):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._free()
 
 
 def _step_back(by: int) -> None:

@@ -35,6 +35,7 @@ class DeviceGate(SlackGate):
         super().__init__(slack, clock=clock)
         self._longest_s = longest_s
         self._stepping = self._prefills = False
+        self._free: Callable[[], None] = lambda: None
         self._marked = 0.0
         self._step_waited_s = 0.0
         """Of the step that began last: beside batches, without prompts."""
@@ -70,6 +71,9 @@ class DeviceGate(SlackGate):
         with self._changed:
             return not self._closed and (self._wants or self._working > 0)
 
+    def tell_when_free(self, free: Callable[[], None]) -> None:
+        self._free = free
+
     # -- the tower's thread --------------------------------------------------------------------------------------
 
     def wait(self, *, block: bool = True) -> bool:
@@ -83,6 +87,19 @@ class DeviceGate(SlackGate):
             self._mark()
             super().spent(tower_s - min(self._batch_waited_s, tower_s))
             self._batch_waited_s = 0.0
+        self._say_if_free()
+
+    def gave_up(self) -> None:
+        super().gave_up()
+        self._say_if_free()
+
+    def close(self) -> None:
+        super().close()
+        self._say_if_free()
+
+    def _say_if_free(self) -> None:
+        if not self.whole_prompts():
+            self._free()
 
     def _may_begin(self) -> bool:
         return self._closed or not self._working or self._batch_waited_s <= self._longest_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class StepWatcher:
     """Told on the step thread, around every step; must not block for long and must not raise. This one does nothing."""
@@ -22,3 +24,6 @@ class StepWatcher:
     def whole_prompts(self) -> bool:
         """Whether prompts shall wait for all of their rows for now, since somebody else wants the device."""
         return False
+
+    def tell_when_free(self, free: Callable[[], None]) -> None:
+        """``free``: to be called, on any thread and with no lock held, once ``whole_prompts`` has turned false."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from aiodisagg.engine.types import Delta
 from aiodisagg.errors import AiodisaggError, EngineError
@@ -136,6 +137,16 @@ class RequestHandle:
             self._asks.set()
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """For the reader of a request; neither delta nor error: it is admitted, and needs these items."""
+
+    handle: RequestHandle
+    delta: Delta | None = None
+    error: AiodisaggError | None = None
+    needed: tuple[int, ...] = ()
+
+
 class Outbox:
     """Wakes the readers of many handles with one call into the loop, from any thread."""
 
@@ -145,10 +156,12 @@ class Outbox:
         self._touched: set[RequestHandle] = set()
         self._scheduled = False
 
-    def wake(self, handles: Iterable[RequestHandle]) -> None:
-        """Their readers run soon. A loop that has not come round since the last call is not called again."""
+    def give(self, news: Sequence[News]) -> None:
+        """Its readers run soon. A loop that has not come round since the last call is not called again."""
+        for one in news:
+            one.handle._offer(one.delta, one.error, one.needed)
         with self._lock:
-            self._touched.update(handles)
+            self._touched.update(one.handle for one in news)
             if not self._touched or self._scheduled:
                 return
             self._scheduled = True

@@ -31,7 +31,7 @@ from aiodisagg.engine.pace import Pace, StepShape
 from aiodisagg.engine.sampling import sample_batch
 from aiodisagg.engine.schedule import Scheduler, Segment, Step
 from aiodisagg.engine.steps import StepWatcher
-from aiodisagg.engine.stream import Outbox, RequestHandle
+from aiodisagg.engine.stream import News, Outbox, RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, Usage
 from aiodisagg.errors import AiodisaggError, EngineError
 
@@ -44,16 +44,6 @@ class End:
 
     handle: RequestHandle
     error: AiodisaggError | None
-
-
-@dataclass(frozen=True, slots=True)
-class _News:
-    """For the reader of a request; neither delta nor error: it is admitted, and needs these items."""
-
-    handle: RequestHandle
-    delta: Delta | None = None
-    error: AiodisaggError | None = None
-    needed: tuple[int, ...] = ()
 
 
 class StepThread:
@@ -92,14 +82,15 @@ class StepThread:
         """Of a step without segments: when to plan again if nothing comes."""
         self._inbox: deque[EngineSequence | End] = deque()
         self._arrived: set[str] = set()
-        self._closing = False
+        self._closing = self._roused = False
         self._why = "the engine is closed"
         self._counts: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self.stats = EngineStats()
         """Replaced as a whole after every step."""
-        self._news: list[_News] = []
+        self._news: list[News] = []
         self._publish()
+        self._watcher.tell_when_free(self._free)
         self._thread = threading.Thread(target=self._run, name="aiodisagg-engine", daemon=True)
 
     def start(self) -> None:
@@ -115,11 +106,19 @@ class StepThread:
                 raise EngineError(sequence.request_id, self._why)
             self._inbox.append(sequence)
             self._wake.notify()
-        if self._table.acquire(blocking=False):  # else the thread sees to it itself, at once
+        self._look_in()
+
+    def _look_in(self) -> None:
+        """Lets in who has come, if nobody has the table. Whoever has it looks once more when it is given back."""
+        while isinstance(self._next_command(), EngineSequence) and self._table.acquire(blocking=False):
             try:
                 self._let_in()
             finally:
                 self._table.release()
+
+    def _next_command(self) -> EngineSequence | End | None:
+        with self._wake:
+            return self._inbox[0] if self._inbox else None
 
     def _let_in(self) -> None:
         """Those that came first into the inbox and are no ends, as far as there are pages."""
@@ -137,6 +136,12 @@ class StepThread:
     def rows_arrived(self, request_id: str) -> None:
         with self._wake:
             self._arrived.add(request_id)
+            self._wake.notify()
+
+    def _free(self) -> None:
+        """Prompts need not wait for all of their rows any more: those that were left may have something to compute."""
+        with self._wake:
+            self._roused = True
             self._wake.notify()
 
     def end(self, handle: RequestHandle, error: AiodisaggError | None) -> None:
@@ -185,7 +190,8 @@ class StepThread:
         with self._wake:
             if wait:
                 timeout_s = None if self._again_s == inf else self._again_s
-                self._wake.wait_for(lambda: self._inbox or self._arrived or self._closing, timeout_s)
+                self._wake.wait_for(lambda: any((self._inbox, self._arrived, self._closing, self._roused)), timeout_s)
+            self._roused = False
             commands, self._inbox = self._inbox, deque()
             arrived, self._arrived = self._arrived, set()
             if self._closing:
@@ -253,7 +259,7 @@ class StepThread:
             sequence = self._sequences[request_id]
             sequence.rows.reuse(self._scheduler.reused(request_id))
             self._scheduler.set_front(request_id, sequence.rows.front)  # no rows had to come for that
-            self._news.append(_News(sequence.handle, needed=sequence.rows.ask()))
+            self._news.append(News(sequence.handle, needed=sequence.rows.ask()))
 
     def _set_front(self, request_id: str) -> None:
         sequence = self._sequences[request_id]
@@ -317,6 +323,7 @@ class StepThread:
         """The tokens of the requests that sample, None for logits that are not finite, and the number of rows used."""
         self._table.release()
         try:
+            self._look_in()  # else who came since the step was planned would wait for its end
             logits, rows_used = self._runner.forward(batch)
             return sample_batch(logits, [w.sequence.sampler for w in batch if w.segment.samples]), rows_used
         finally:
@@ -341,7 +348,7 @@ class StepThread:
             return
         delta = self._delta(request_id, text, (token,), reason)
         if reason is None:
-            self._news.append(_News(sequence.handle, delta))
+            self._news.append(News(sequence.handle, delta))
         else:
             self._finish(request_id, delta=delta)
 
@@ -371,7 +378,7 @@ class StepThread:
         self._scheduler.remove(request_id, spoilt=spoilt)
         self._counts["failed"] += error is not None
         self._ended(request_id)
-        self._news.append(_News(sequence.handle, delta, error))
+        self._news.append(News(sequence.handle, delta, error))
 
     def _publish(self) -> None:
         """First the statistics, then the news: who reads that a request is over finds its pages free."""
@@ -390,6 +397,4 @@ class StepThread:
             **self._counts,
         )
         news, self._news = self._news, []
-        for one in news:
-            one.handle._offer(one.delta, one.error, one.needed)
-        self._outbox.wake(one.handle for one in news)
+        self._outbox.give(news)

@@ -9,9 +9,23 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from tiny_engine import deliver_all, eventually, make_engine, make_plan, make_rows, plain_loop, read, submit, tiny_model
+from tiny_engine import (
+    decode,
+    deliver_all,
+    eventually,
+    make_engine,
+    make_plan,
+    make_rows,
+    plain_loop,
+    read,
+    submit,
+    tiny_model,
+)
 
+from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine
+from aiodisagg.engine.schedule import Step
+from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import FinishReason
 from aiodisagg.errors import EngineError
@@ -19,6 +33,11 @@ from aiodisagg.errors import EngineError
 pytestmark = pytest.mark.anyio
 
 PATIENCE_S = 60.0
+
+
+def watched_engine(watcher: StepWatcher) -> Engine:
+    config = EngineConfig(num_pages=128, token_budget=64)
+    return Engine(tiny_model("moe"), decode, frozenset(), config, watcher=watcher)
 
 
 @asynccontextmanager
@@ -62,6 +81,85 @@ async def test_who_comes_during_a_step_is_let_in_before_its_end() -> None:
         assert engine.stats().pages_used == 0
     assert answers[0].tokens == plain_loop(model, make_plan([20]), [], 8)
     assert answers[1].tokens == plain_loop(model, plan, rows, 8)
+
+
+@pytest.mark.parametrize("watched", ["planned", "begun"])
+async def test_who_comes_between_a_plan_and_its_step_is_let_in_before_the_end_of_the_step(watched: str) -> None:
+    """The thread has the table then, and has looked into its inbox."""
+    there, go, computed, end = (threading.Event() for _ in range(4))
+
+    class Slow(StepWatcher):
+        def whole_prompts(self) -> bool:
+            return self._holds("planned")
+
+        def step_began(self) -> None:
+            self._holds("begun")
+
+        def _holds(self, where: str) -> bool:
+            if where == watched and not go.is_set():
+                there.set()
+                assert go.wait(PATIENCE_S)
+            return False
+
+    plan = make_plan([3, (1, 4, 4), 2])
+    engine = watched_engine(Slow())
+    forward = engine._runner.forward
+
+    def held(batch: Any) -> Any:
+        computed.set()
+        assert end.wait(PATIENCE_S)
+        return forward(batch)
+
+    engine._runner.forward = held  # type: ignore[method-assign]
+    async with engine, asyncio.timeout(PATIENCE_S):
+        first = submit(engine, make_plan([20]))
+        assert await asyncio.to_thread(there.wait, PATIENCE_S)
+        second = submit(engine, plan)
+        go.set()
+        try:
+            assert await anext(second.needs()) == (0,)
+            assert await asyncio.to_thread(computed.wait, PATIENCE_S) and engine.stats().steps == 0
+        finally:
+            end.set()
+        deliver_all(engine, second, make_rows(plan, 3))
+        answers = await asyncio.gather(read(first), read(second))
+    assert [len(one.tokens) for one in answers] == [8, 8]
+
+
+async def test_a_prompt_in_parts_goes_on_when_the_tower_is_done() -> None:
+    """It was held back for the tower's sake, and no row comes that would wake the engine."""
+
+    class Beside(StepWatcher):
+        busy = True
+
+        def whole_prompts(self) -> bool:
+            return self.busy
+
+        def tell_when_free(self, free: Callable[[], None]) -> None:
+            self.free = free
+
+    tower, plan, left = Beside(), make_plan([3, (1, 4, 4), 2, (1, 2, 2), 3]), threading.Event()
+    rows = make_rows(plan, 3)
+    engine = watched_engine(tower)
+    plan_step = engine._scheduler.plan_step
+
+    def told(now: float, *, whole: bool) -> Step:
+        step = plan_step(now, whole=whole)
+        if whole and not step.segments and any(r.ready > 3 for r in engine._scheduler._running):
+            left.set()
+        return step
+
+    engine._scheduler.plan_step = told  # type: ignore[method-assign]
+    async with engine, asyncio.timeout(PATIENCE_S):
+        handle = submit(engine, plan)
+        await handle.admitted
+        engine.deliver(handle, 0, 0, rows[0])
+        assert await asyncio.to_thread(left.wait, PATIENCE_S) and not engine.stats().tokens_prefilled
+        tower.busy = False
+        tower.free()
+        await eventually(lambda: engine.stats().tokens_prefilled > 0)
+        handle.cancel()
+        await read(handle)
 
 
 async def test_pages_of_the_step_are_not_given_away() -> None:
