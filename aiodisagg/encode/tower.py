@@ -4,7 +4,8 @@ It decides when it may start and what to start then, under one lock and at the l
 needed sooner, is known by then. On an accelerator a batch is launched while the one before is still computed, on a
 stream of the thread's own; a batch's rows exist when they are brought, so that copies on other streams need not wait.
 
-A batch that fails is run again piece by piece, so that one bad item fails alone.
+A batch that fails is run again piece by piece, so that one bad item fails alone. Rows that are not finite fail their
+item here: in a prompt they would spoil keys and values that other requests share.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class WrongRows(AiodisaggError):
     """An encoder made other rows than the plan says."""
 
 
+class NotFinite(AiodisaggError):
+    """An encoder made values that are not finite."""
+
+
 @dataclass(slots=True)
 class _Item:
     """An item in the tower's hands. ``whole``: room for all its rows, filled as its pieces are computed."""
@@ -62,6 +67,8 @@ class _Launched:
     pieces: list[Piece]
     items: list[_Item]
     rows: list[torch.Tensor]
+    finite: torch.Tensor
+    """bool [pieces] on the host, valid when the rows exist."""
     event: Any
     """Of the device, behind the rows; None: they exist."""
     began: float
@@ -186,21 +193,21 @@ class Tower:
         self._began(pieces)
         began = time.monotonic()
         try:
-            rows, event = self._encode(pieces, items)
+            return self._encode(pieces, items, began)
         except Exception as error:
             self._again(pieces, items, began, error)
             return None
-        return _Launched(pieces, items, rows, event, began)
 
-    def _encode(self, pieces: list[Piece], items: list[_Item]) -> tuple[list[torch.Tensor], Any]:
+    def _encode(self, pieces: list[Piece], items: list[_Item], began: float) -> _Launched:
         batch = [item.patches.frame_pairs(piece.start, piece.stop) for piece, item in zip(pieces, items, strict=True)]
         rows = self._encoder.encode(batch)
         if len(rows) != len(batch):
             raise RuntimeError(f"the encoder made {len(rows)} tensors of {len(batch)} items")
+        finite = _finite(rows)
         if self._to_host:
             rows = [one.to("cpu") for one in rows]
         placed = [self._place(*each) for each in zip(pieces, items, rows, strict=True)]
-        return placed, _event_behind(placed)
+        return _Launched(pieces, items, placed, finite, _event_behind(placed), began)
 
     def _place(self, piece: Piece, item: _Item, rows: torch.Tensor) -> torch.Tensor:
         """Contiguous rows in memory of their item's own: a part of a batch would keep all of the batch's rows alive."""
@@ -219,12 +226,22 @@ class Tower:
 
     def _finish(self, launched: _Launched) -> None:
         try:
-            if launched.event is not None:
-                launched.event.synchronize()
+            rows = self._await(launched)
         except Exception as error:
             self._again(launched.pieces, launched.items, launched.began, error)
             return
-        self._bring(launched.pieces, launched.rows, launched.began)
+        self._bring(launched.pieces, rows, launched.began)
+
+    def _await(self, launched: _Launched) -> list[torch.Tensor | Exception]:
+        """What became of each piece. Raises what the device raises."""
+        if launched.event is not None:
+            launched.event.synchronize()
+        found: list[torch.Tensor | Exception] = list(launched.rows)
+        for i, (piece, finite) in enumerate(zip(launched.pieces, launched.finite.tolist(), strict=True)):
+            if not finite:
+                self.cancel(piece.digest)  # its other pieces
+                found[i] = NotFinite("the encoder made values that are not finite")
+        return found
 
     def _again(self, pieces: list[Piece], items: list[_Item], began: float, error: Exception) -> None:
         if len(pieces) == 1:
@@ -235,9 +252,7 @@ class Tower:
         for piece, item in zip(pieces, items, strict=True):
             began = time.monotonic()
             try:
-                rows, event = self._encode([piece], [item])
-                if event is not None:
-                    event.synchronize()
+                rows = self._await(self._encode([piece], [item], began))
             except Exception as alone:
                 self.cancel(piece.digest)
                 self._bring([piece], [alone], began)
@@ -255,6 +270,16 @@ class Tower:
             elif not isinstance(found, WrongRows):
                 self._vitals.failed(piece.digest, found, self._probe)
         self._made(Made(pieces, rows, seconds))
+
+
+def _finite(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether all values of each are finite: bool [len(rows)] on the host, valid once the device has come so far."""
+    import torch
+
+    flags = torch.stack([one.isfinite().all() for one in rows])
+    if not flags.is_cuda:
+        return flags
+    return torch.empty(len(rows), dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
 
 
 def _event_behind(rows: Sequence[torch.Tensor]) -> Any:

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 
 from aiodisagg.device.vitals import LIMIT, Vitals
 from aiodisagg.encode import tower as tower_module
-from aiodisagg.encode.tower import Made, Tower
+from aiodisagg.encode.gate import OpenGate
+from aiodisagg.encode.tower import Made, NotFinite, Tower
 from aiodisagg.models.base import Patches
 from aiodisagg.protocol.rows import RowLayout
 from aiodisagg.scheduler.order import Claim
@@ -117,3 +119,36 @@ def test_a_tower_that_computes_what_nobody_planned_is_of_use(monkeypatch: pytest
         tower.start()
         expected = {"first", "second", *wrong}
         assert {brought.get(timeout=PATIENCE_S) for _ in expected} == expected
+
+
+@pytest.mark.parametrize("launched_ahead", [True, False])
+def test_rows_that_are_not_finite_fail_their_item_and_not_the_batch(
+    monkeypatch: pytest.MonkeyPatch, launched_ahead: bool
+) -> None:
+    class Sick(Zeros):
+        def encode(self, batch: list[Patches]) -> list[torch.Tensor]:
+            return [torch.where(patches.pixel_values == 7, torch.nan, patches.pixel_values) for patches in batch]
+
+    found: queue.Queue[tuple[str, torch.Tensor | Exception]] = queue.Queue()
+    if launched_ahead:
+        monkeypatch.setattr(tower_module, "_event_behind", lambda rows: SimpleNamespace(synchronize=lambda: None))
+
+    def take(made: Made) -> None:
+        for piece, rows in zip(made.pieces, made.rows, strict=True):
+            found.put((piece.digest, rows))
+
+    encoder: Any = Sick()
+    tower = Tower(
+        encoder, batch_patches=64, began=lambda pieces: None, gate=OpenGate(), to_host=False, device="cpu",
+        made=take,
+        vitals=Vitals(lambda why: None), probe=lambda: None,
+    )  # fmt: skip
+    for n, value in enumerate((1.0, 7.0, 2.0)):
+        tower.add(f"{n}", Claim(n), Patches(torch.full((4, 8), value), (1, 2, 2)), 4)
+    tower.start()
+    try:
+        made = dict(found.get(timeout=PATIENCE_S) for _ in range(3))
+    finally:
+        tower.close()
+    assert isinstance(made["1"], NotFinite) and "not finite" in str(made["1"])
+    assert isinstance(made["0"], torch.Tensor) and isinstance(made["2"], torch.Tensor)
