@@ -129,8 +129,8 @@ class BothService:
 
     def ready(self) -> tuple[bool, str]:
         """Can requests be served now, by both halves, and if not, why."""
-        ready, why = self.language.ready()
-        return self.encode.ready() if ready else (ready, why)
+        ready, why = self.encode.ready()  # whose end the other would tell as one of a link
+        return self.language.ready() if ready else (ready, why)
 
     def metrics(self) -> str:
         """Everything both halves count; what both call the same begins with ``aiodisagg_encode_`` for the tower's."""

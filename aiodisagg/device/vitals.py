@@ -2,8 +2,9 @@
 
 A device that is broken for good (a sticky CUDA error) fails whatever is tried, while the thread that tries goes on; and
 a thread that a bug has ended tries nothing. What is bad itself proves neither: it fails alone, once or again and again,
-and others work after it. Where many different ones have failed in a row, something that is known to be good is tried:
-who sends bad ones must not be able to end a peer.
+and others work after it. So something that is known to be good is tried, when one has failed after others worked, and
+again when many different ones have failed in a row: who sends bad ones must not be able to end a peer, and one that has
+broken the device must not be taken to the next one as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -41,17 +42,20 @@ class Vitals:
         does not work either."""
         if self.why:
             return
-        self._failed[name] = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if len(self._failed) < LIMIT:
+        first = not self._failed
+        self._failed[name] = memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        count = len(self._failed)
+        if count < LIMIT and (memory or not first):
             return
         try:
             if all(self._failed.values()):
                 raise error  # what is small finds memory where nothing else does
             probe()
         except Exception as ours:
-            logger.error("the last %d that were tried failed, and so does what is good: %r", LIMIT, ours)
-            self._lose(f"the last {LIMIT} that it tried failed, this one with {type(error).__name__}")
-        else:
+            logger.error("what was tried failed, %d in a row, and so does what is good: %r", count, ours)
+            self._lose(f"what it tried failed, {count} in a row, this one with {type(error).__name__}")
+            return
+        if count >= LIMIT:
             logger.warning("the last %d that were tried failed, the last one with %r; what is good works", LIMIT, error)
             self._failed.clear()
 

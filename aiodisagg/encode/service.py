@@ -94,6 +94,7 @@ class EncodeService:
         self._drained = asyncio.Event()
         self._draining = False
         self._broken = ""
+        self._server: LinkServer | None = None
         self._client: BootstrapClient | None = None
 
     async def __aenter__(self) -> EncodeService:
@@ -172,6 +173,8 @@ class EncodeService:
     @property
     def address(self) -> str:
         """Where language peers link to this one."""
+        if self._server is None:
+            raise RuntimeError("the peer is not open")
         return self._server.address
 
     async def drain(self) -> None:
@@ -193,14 +196,19 @@ class EncodeService:
             raise PeerBroken("tower", self._broken)
 
     def _broke(self, why: str) -> None:
+        """What was in the tower may have done it. So language peers see an end like a process's death, for which they
+        have rules: they do not take it to every other encode peer."""
+        logger.error("%s: the tower is broken: %s", self.name, why)
         self._broken = why
         self._stopped.set()
+        if self._server is not None:
+            self._server.cut()
 
     def ready(self) -> tuple[bool, str]:
         """Can items be encoded now, and if not, why."""
         if self._draining:
             return False, "draining"
-        broken = self.pipeline.broken
+        broken = self._broken or self.pipeline.broken
         return (False, f"the tower is broken: {broken}") if broken else (True, "ok")
 
     def load(self) -> Load:

@@ -38,6 +38,7 @@ from aiodisagg.language.counters import engine_metrics
 from aiodisagg.language.items import Item, Items, spec_of
 from aiodisagg.language.loading import load_language_half
 from aiodisagg.language.membership import LocalEncoder, follow
+from aiodisagg.language.memory import kv_bytes
 from aiodisagg.language.planning import Closed, Planning
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
@@ -120,7 +121,7 @@ class LanguageService:
         layout = half.layout
         engine_layout = RowLayout(layout.hidden_size, layout.deepstack_levels, str(half.dtype).removeprefix("torch."))
         engine_config = EngineConfig(
-            pool_bytes=config.kv_bytes,
+            pool_bytes=await asyncio.to_thread(kv_bytes, config, half),
             token_budget=config.step_tokens,
             max_running=config.max_running,
             itl_budget_ms=config.pace_ms,
@@ -267,10 +268,10 @@ class LanguageService:
             except Closed:
                 raise EngineError(request_id, "the service is closed") from None
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if not (self.peers.linked or self._needs_no_peer(plan, page_keys)):
-                await self.peers.wait_any(self.config.peer_wait_s)
             if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
+            if not (self.peers.linked or self._needs_no_peer(plan, page_keys)):
+                await self.peers.wait_any(self.config.peer_wait_s)
             spent_s = trace.since()
             await self.admission.take(Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=spent_s))
             name, waited_s = self.engine.name_for(request_id), trace.since() - spent_s
@@ -333,8 +334,10 @@ class LanguageService:
         first = trace.admitted_s < 0
         if first:
             trace.admitted_s = trace.since()
-        # ``timeout_s`` is the whole request's.
-        left_s = self.config.request_timeout_s if timeout_s is None else max(0.001, timeout_s - trace.since())
+        # ``timeout_s`` is the whole request's, until its last row is here; who lost them in mid-answer has had them.
+        left_s = self.config.request_timeout_s
+        if timeout_s is not None and trace.first_token_s < 0:
+            left_s = max(0.001, timeout_s - trace.since())
         asked, has = [], self.rows.sharing.has
         wanted = {item.digest: item for item in map(plan.items.__getitem__, needed) if not has(item.digest)}
         place = self.admission.urgency(wanted.values(), request.priority, trace.since(), timeout_s)

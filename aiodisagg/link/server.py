@@ -124,6 +124,15 @@ class LinkServer:
             await connection.lost.wait()
         await self._server.wait_closed()
 
+    def cut(self) -> None:
+        """Ends all links as the death of this process would: without a goodbye, and nobody listens any more. Inside the
+        context, which is left as ever."""
+        assert self._server is not None
+        self._closing = True
+        self._server.close()
+        for connection in self._tasks.values():
+            connection.abort()
+
     def _accept(self) -> Connection:
         handshake = Handshake(
             dialling=False,

@@ -56,16 +56,23 @@ async def test_a_device_on_which_nothing_works_any_more() -> None:
     made = Broken()
     async with made.engine as engine:
         await ask(engine, make_plan([3]))
-        await made.refuse(LIMIT - 1)
-        assert not engine.broken
-        await ask(engine, make_plan([3]))  # it was their own fault
-        await made.refuse(LIMIT - 1)
         assert not engine.broken and made.why.empty()
         await made.refuse(1)
-        assert await made.why.get() == engine.broken and "RuntimeError" in engine.broken
-        assert engine.stats().failed == 2 * LIMIT - 1
+        assert await made.why.get() == engine.broken and "1 in a row, this one with RuntimeError" in engine.broken
+        assert engine.stats().failed == 1
         await ask(engine, make_plan([3]))
         assert not engine.broken
+
+
+async def test_a_device_that_breaks_after_one_that_was_bad_itself() -> None:
+    made = Broken()
+    async with made.engine as engine:
+        with pytest.raises(EngineError, match="poison"):
+            await ask(engine, make_plan([POISON]))
+        await made.refuse(LIMIT - 2)
+        assert not engine.broken and made.why.empty()
+        await made.refuse(1)
+        assert await made.why.get() == engine.broken != ""
 
 
 async def test_all_requests_of_a_step_on_a_broken_device() -> None:
@@ -197,6 +204,7 @@ def test_the_limit_is_of_different_ones() -> None:
         tried += 1
         raise RuntimeError("broken")
 
+    vitals.failed("the same", ValueError(), lambda: None)  # what is good works still
     for _ in range(2 * LIMIT):
         vitals.failed("the same", ValueError(), probe)
     for n in range(LIMIT - 1):
@@ -207,8 +215,23 @@ def test_the_limit_is_of_different_ones() -> None:
     assert tried == 1, "it is known"
 
 
+def test_the_first_that_fails_after_others_worked_may_have_broken_the_device() -> None:
+    lost: list[str] = []
+    vitals = Vitals(lost.append)
+
+    def probe() -> None:
+        raise RuntimeError("broken")
+
+    vitals.worked()
+    vitals.failed("first", torch.OutOfMemoryError(), probe)
+    assert not lost, "of memory others have more"
+    vitals.worked()
+    vitals.failed("first", ValueError(), probe)
+    assert lost == [vitals.why] == ["what it tried failed, 1 in a row, this one with ValueError"]
+
+
 def test_where_all_want_for_memory_a_small_one_says_nothing() -> None:
-    for others, tried in ((MemoryError(), 0), (ValueError(), 1)):
+    for others, tried in ((MemoryError(), 0), (ValueError(), 1)):  # and one more at once
         lost: list[str] = []
         vitals, probed = Vitals(lost.append), list[int]()
         vitals.failed("first", others, lambda: None)
@@ -223,4 +246,4 @@ def test_what_is_good_clears_what_is_bad() -> None:
     for n in range(3 * LIMIT):
         vitals.failed(str(n), ValueError(), lambda n=n: tried.append(n))  # type: ignore[misc]
     assert not lost and not vitals.why
-    assert tried == [LIMIT - 1, 2 * LIMIT - 1, 3 * LIMIT - 1]
+    assert tried == [at for n in range(3) for at in (n * LIMIT, (n + 1) * LIMIT - 1)]
