@@ -124,6 +124,10 @@ def _check_vision(info: ModelInfo) -> None:
     if any(a >= b for a, b in itertools.pairwise([-1, *levels, depth])):  # levels come in the order of the blocks
         why = f"{levels} do not ascend, each once, within the tower's {depth} blocks"
         fail(info.folder, "config.json: vision_config.deepstack_visual_indexes", why)
+    layers = int(info.config.get_text_config().num_hidden_layers)
+    if len(levels) > layers:
+        why = f"are {len(levels)} levels, one for each of the first layers, of which the text model has {layers}"
+        fail(info.folder, "config.json: vision_config.deepstack_visual_indexes", why)
 
 
 class Weights:

@@ -179,6 +179,13 @@ def test_levels_that_are_not_in_the_order_of_the_blocks(copied: Path, indexes: l
         assert str(indexes) in str(caught.value)
 
 
+def test_more_levels_than_layers(copied: Path) -> None:
+    edit(copied, "text_config", num_hidden_layers=2)
+    for load in BOTH_SIDES:
+        with pytest.raises(CheckpointError, match=r"are 3 levels, .* the text model has 2"):
+            load(copied)
+
+
 @pytest.mark.parametrize("indexes", [[0, 1, 2], [0, 2, 3]])
 def test_levels_with_gaps_are_served(copied: Path, indexes: list[int]) -> None:
     edit(copied, "vision_config", deepstack_visual_indexes=indexes)
