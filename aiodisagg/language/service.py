@@ -308,7 +308,7 @@ class LanguageService:
             raise
 
     def _plan(self, messages: Sequence[ChatMessage]) -> tuple[PromptPlan, PageKeys | None]:
-        plan = self._planner.plan(messages)
+        plan = self._planner.plan(messages, limit=self.engine.limit)
         return plan, self.engine.keys(plan)
 
     def _needs_no_peer(self, plan: PromptPlan, page_keys: PageKeys | None) -> bool:

@@ -109,8 +109,9 @@ class PromptPlan:
 class Planner(Protocol):
     """Tokenizes chats and plans items. Thread-safe; no weights; called on worker threads."""
 
-    def plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
-        """Raises InvalidRequest (unknown role, nothing to say) or MediaError (not an image, truncated, too large)."""
+    def plan(self, messages: Sequence[ChatMessage], *, limit: int | None = None) -> PromptPlan:
+        """Raises InvalidRequest (unknown role, nothing to say), MediaError (not an image, truncated, too large) or,
+        before anything of that size is made, PromptTooLong of a prompt of more than ``limit`` tokens."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""

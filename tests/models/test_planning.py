@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import AutoConfig, AutoTokenizer, Qwen3VLMoeModel
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -224,6 +226,22 @@ def test_planning_decodes_no_pixels(tiny: Tiny) -> None:
     (item,) = Qwen3VLPlanner(folder).plan(chat(ImagePart(cut))).items
     with pytest.raises(MediaError, match="truncated"):
         Qwen3VLVisionEncoder(folder).prepare(item.kind, item.media, item.grid_thw, item.fps)
+
+
+@pytest.mark.parametrize("words", [b"tEXtComment\0eXIf", b"tEXtRaw profile type exif\0", b"eXIf"])
+def test_planning_decodes_no_pixels_to_look_behind_them(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, words: bytes
+) -> None:
+    """A file of 8 KB had 64 megapixels decoded, for it might say behind them how they are to be turned."""
+    planner = Qwen3VLPlanner(tiny(moe=True, levels=3))
+    data = encoded(Image.new("1", (8192, 8192)))
+    chunk = struct.pack(">I", len(words) - 4) + words + struct.pack(">I", zlib.crc32(words))
+    small = data[:-12] + chunk + data[-12:]
+    assert len(small) < 9000
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels are decoded"))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels are decoded"))
+    (item,) = planner.plan(chat(ImagePart(small))).items
+    assert item.grid_thw[1] == item.grid_thw[2]
 
 
 def test_threads_share_a_planner(tiny: Tiny) -> None:

@@ -251,14 +251,14 @@ class Counting:
         self.gate = threading.Event()
         self.eos_ids, self.decode = planner.eos_ids, planner.decode
 
-    def plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
+    def plan(self, messages: Sequence[ChatMessage], *, limit: int | None = None) -> PromptPlan:
         with self._lock:
             self.now += 1
             self.most = max(self.most, self.now)
         assert self.gate.wait(60)
         with self._lock:
             self.now -= 1
-        return self._planner.plan(messages)
+        return self._planner.plan(messages, limit=limit)
 
 
 async def test_of_a_burst_the_first_is_not_planned_with_the_last(moe: Path) -> None:

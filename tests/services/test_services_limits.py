@@ -24,6 +24,16 @@ async def test_a_prompt_that_is_too_long_is_refused_though_no_encode_peer_is_the
             await made.ask(chat(ImagePart(png(64, 64, 1)), "?"), 1 << 30)
 
 
+async def test_nothing_is_made_of_a_prompt_that_is_too_long(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_positions(*_: Any, **__: Any) -> Any:
+        raise AssertionError("positions of all of it")
+
+    async with system(moe) as made:
+        monkeypatch.setattr("aiodisagg.models.plan.mrope_positions", no_positions)
+        with pytest.raises(PromptTooLong):
+            await made.ask(chat("word " * (made.language.engine.limit + 1)), 1)
+
+
 @pytest.mark.parametrize(("first_token_s", "left_s"), [(-1.0, 0.001), (2.0, 321.0)])
 async def test_rows_that_were_lost_in_mid_answer_have_time_to_come_again(
     moe: Path, monkeypatch: pytest.MonkeyPatch, first_token_s: float, left_s: float
