@@ -27,11 +27,11 @@ from aiodisagg.scheduler.placement import Backlog, Placement
 K = TypeVar("K", bound=Hashable)
 
 IDLE = Backlog()
+NONE = Size(0, 0)
 MADE = 1024
 """Digests that the peer made rows of, the latest: it may hold them still."""
 TOGETHER_S = 1e-3
 """Items that leave a tower within this time left it together."""
-MAX_TOGETHER = 32
 TOLD_AGAIN_S, TOLD_LONG_AGO_S = 5.0, 60.0
 """Heartbeats of a peer that are alike are not passed on. So what one told melts away for the first of these, in which
 the next one must have come; then it counts as told again, since a peer that hangs looked idle otherwise; and after the
@@ -82,9 +82,11 @@ class PeerBook(Generic[K]):
         self._made: OrderedDict[str, None] = OrderedDict()
         self._latest: dict[str, K] = {}
         self._in_tower: dict[K, float] = {}
-        self._leaving: list[Size] = []
+        self._leaving = NONE
+        """Of the batch that is leaving the tower, what has left so far, added up."""
         self._began = self._longest_s = 0.0
-        self._left_tower = -1e9
+        self._first_left = self._left_tower = -1e9
+        """When the first of that batch left, and the latest."""
         self._came = False
         """Rows have come from the peer."""
 
@@ -125,23 +127,25 @@ class PeerBook(Generic[K]):
     def _departed(self, item: _Open, elapsed_s: float, now: float) -> None:
         """The item left the tower. It worked on the item since the one before left, or since the item came.
 
-        Items that leave together were one batch: they are one observation, made when the next one leaves later.
+        Items that leave together were one batch, however many: they are one observation, made when the next one leaves.
+        It is of another batch if it leaves later, or came when the first of these had left: small batches follow close.
         """
         for other in map(self.open.__getitem__, self._in_tower):
             other.clean &= not other.in_parts  # this one went between them
-        if now - self._left_tower > TOGETHER_S or len(self._leaving) >= MAX_TOGETHER:
+        if now - self._left_tower > TOGETHER_S or item.entered >= self._first_left:
             self._observe_tower()
-            self._began = max(self._left_tower, item.entered)
-        self._leaving.append(item.size)
+            self._began, self._first_left = max(self._left_tower, item.entered), now
+        before, size = self._leaving, item.size
+        self._leaving = Size(before.patches + size.patches, before.squares + size.squares)
         self._longest_s = max(self._longest_s, elapsed_s)
         self._left_tower = now
 
     def _observe_tower(self) -> None:
         """Others' items may have been between: not longer than the item's own time there."""
         seconds = min(self._left_tower - self._began, self._longest_s)
-        if self._leaving and seconds > 0:
-            self.costs.encoded(self._leaving, seconds)
-        self._leaving, self._longest_s = [], 0.0
+        if self._leaving is not NONE and seconds > 0:
+            self.costs.encoded([self._leaving], seconds)
+        self._leaving, self._longest_s = NONE, 0.0
 
     def ready(self, key: K, now: float) -> None:
         """All rows of the item exist at the peer."""

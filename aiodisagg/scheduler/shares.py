@@ -169,7 +169,7 @@ class Shares:
         self._flows: dict[str, Flow] = {}
         self.queues = (Queue(False), Queue(True), Queue(PLACES))
         self._idle: list[tuple[float, str]] = []
-        """Notes, least account first. One is true as long as its flow is idle and has that account."""
+        """Of each flow that has nothing here, and of no other, what it had; least first."""
         self._open = 0
 
     def enter(self, tenant: Tenant) -> Flow:
@@ -177,6 +177,8 @@ class Shares:
         flow = self._flows.get(tenant.name)
         if flow is None:
             flow = self._flows[tenant.name] = Flow(tenant)
+        elif not flow.open:
+            del self._idle[bisect.bisect_left(self._idle, (flow.accounts[PLACES], flow.name))]
         flow.weight = tenant.weight
         flow.open += 1
         self._open += 1
@@ -197,15 +199,8 @@ class Shares:
     def _remember(self, flow: Flow) -> None:
         bisect.insort(self._idle, (flow.accounts[PLACES], flow.name))
         if len(self._idle) > MAX_TENANTS:
-            self._forget(len(self._idle) // 2)
-
-    def _forget(self, count: int) -> None:
-        """Those of ``count`` oldest notes that are still true."""
-        for account, name in self._idle[:count]:
-            flow = self._flows.get(name)
-            if flow is not None and not flow.open and flow.accounts[PLACES] == account:
-                del self._flows[name]
-        del self._idle[:count]
+            _, least = self._idle.pop(0)
+            del self._flows[least]
 
     def line_up(self, entry: Entry, at: int) -> None:
         """The entry waits from now on, behind ``at`` others of its tenant and lane."""
