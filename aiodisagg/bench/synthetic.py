@@ -1,4 +1,7 @@
-"""Items without a model: rows whose bytes follow from a seed, so that every one of them can be checked on arrival."""
+"""Items without a model: rows whose bytes follow from a seed, so that every one of them can be checked on arrival.
+
+No byte is above 63, so rows are finite numbers in every dtype, as a tower's have to be.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,20 @@ def item_of(seed: int, rows: int) -> ItemSpec:
 
 
 def stamps(seed: int, start: int, stop: int) -> np.ndarray:
-    """The first eight bytes of each row, int64 [stop - start]: its index and the item's seed."""
-    return np.arange(start, stop, dtype=np.int64) + (seed << 32)
+    """The first eight bytes of each row, uint8 [stop - start, 8]: its index and the item's seed, six bits a byte."""
+    whole = np.arange(start, stop, dtype=np.int64) + (seed << 24)
+    return (whole[:, None] >> np.arange(0, 48, 6) & 63).astype(np.uint8)
 
 
 def fill(out: np.ndarray, seed: int) -> None:
     """Writes an item's packed rows into uint8 [rows, row_bytes]; a row has at least eight bytes."""
     rows, row_bytes = out.shape
     period = min(rows, _PERIOD)
-    out[:period] = np.random.default_rng(seed).integers(0, 256, (period, row_bytes), np.uint8)
+    out[:period] = np.random.default_rng(seed).integers(0, 64, (period, row_bytes), np.uint8)
     for start in range(period, rows, period):
         stop = min(start + period, rows)
         out[start:stop] = out[: stop - start]
-    out[:, :8] = stamps(seed, 0, rows)[:, None].view(np.uint8)
+    out[:, :8] = stamps(seed, 0, rows)
 
 
 class SyntheticEncoder:

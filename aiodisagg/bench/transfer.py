@@ -117,7 +117,7 @@ class Transfers:
 
     def _check(self, run: _Run, whole: bool) -> None:
         rows = self.found[run.at : run.at + run.rows]
-        wrong = np.flatnonzero(rows[:, :8].copy().view(np.int64)[:, 0] != stamps(run.seed, 0, run.rows))
+        wrong = np.flatnonzero((rows[:, :8] != stamps(run.seed, 0, run.rows)).any(1))
         if wrong.size:
             raise WrongRows(f"{wrong.size} of {run.rows} rows are wrong, the first is {wrong[0]}")
         if whole:

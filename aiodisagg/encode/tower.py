@@ -267,7 +267,7 @@ class Tower:
         for piece, found in zip(pieces, rows, strict=True):
             if not isinstance(found, Exception):
                 self._vitals.worked()
-            elif not isinstance(found, WrongRows):
+            elif not isinstance(found, WrongRows | NotFinite):  # they say nothing of the device
                 self._vitals.failed(piece.digest, found, self._probe)
         self._made(Made(pieces, rows, seconds))
 
