@@ -39,11 +39,16 @@ class FlashPrefill:
         room = step.key_slots.shape[0]
         if not room:
             return self._attend(query, keys, values, step, scaling)
+        gathered = values.index_select(0, step.key_slots)
+        # Its last tile reaches past a sequence's end, where scores are replaced and values multiplied by 0: what is not
+        # finite there, a neighbour's or the padding's, would make NaN of this sequence's outputs. Keys stay, and show
+        # what is wrong with a request in its own outputs; what only its values show, its next token reads from pages.
+        gathered.nan_to_num_()
         # Sequences that begin behind the decodes, and ones of nothing at the end: both are as good as any to it.
         out, *_ = self._flash(
             query,
             keys.index_select(0, step.key_slots),
-            values.index_select(0, step.key_slots),
+            gathered,
             cu_seqlens_q=step.query_at,
             cu_seqlens_k=step.key_at,
             max_seqlen_q=step.tokens,

@@ -2,7 +2,8 @@
 
 A seeded request gives the same tokens whatever it is batched with and however often it is preempted: each token takes
 exactly one number from the request's generator, and the number picks from the cumulative distribution. (``multinomial``
-over a batch would take its numbers from one generator in an order that depends on the neighbours.)
+over a batch would take its numbers from one generator in an order that depends on the neighbours.) A step that raised
+is done again with the same numbers.
 
 The distribution goes through the vocabulary by id, or, where top-k or top-p cut it, from the most likely token down,
 and of equally likely ones by id. What is picked is nearly always among the first ``RANKED``, so those are sorted; where
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -27,6 +28,9 @@ CACHED = 1 << 18
 """Logits whose float64 a CPU's cache holds."""
 _TINY = torch.finfo(torch.float64).tiny
 
+Draw = tuple[float, float, float, float]
+"""For one token: its number, the temperature, how many tokens and which part of them may be chosen."""
+
 
 class Sampler:
     """How one request's tokens are chosen."""
@@ -34,6 +38,7 @@ class Sampler:
     def __init__(self, params: SamplingParams) -> None:
         self._params = params
         self._generator: torch.Generator | None = None
+        self._unused: list[Draw] = []
         if params.temperature > 0.0:
             # On the CPU also for logits of a GPU: one number a token, the same on every device.
             self._generator = torch.Generator()
@@ -52,25 +57,39 @@ class Sampler:
         """How many tokens may be chosen, as far as top-k says."""
         return self._params.top_k or RANKED
 
-    def draw(self) -> tuple[float, float, float, float]:
-        """For the next token: its number, the temperature, how many tokens and which part of them may be chosen."""
+    def draw(self) -> Draw:
+        """For the next token."""
+        if self._unused:
+            return self._unused.pop()
         params = self._params
         number = torch.rand((), generator=self._generator, dtype=torch.float64).item()
         return number, params.temperature, params.top_k or math.inf, params.top_p if params.top_p < 1.0 else math.inf
 
+    def put_back(self, draw: Draw) -> None:
+        """No token came of the last draw: it is the next one again."""
+        self._unused.append(draw)
+
 
 def sample_batch(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
-    """Next tokens from logits [n, vocab] of any float dtype, a row a sampler; None where a logit is NaN or infinite."""
+    """Next tokens from logits [n, vocab] of any float dtype, a row a sampler; None where a logit is NaN or infinite.
+
+    If it raises, on a GPU also for the forward pass before it, the samplers are as they were.
+    """
     if not samplers:
         return []
     found = torch.stack([torch.isfinite(logits).all(-1).long(), logits.argmax(-1)])
-    drawn = [i for i, sampler in enumerate(samplers) if not sampler.greedy]
-    finite, tokens = _sample(logits, samplers, drawn, found) if drawn else _read_back(found)
+    drawn = {i: sampler.draw() for i, sampler in enumerate(samplers) if not sampler.greedy}
+    try:
+        finite, tokens = _sample(logits, samplers, drawn, found) if drawn else _read_back(found)
+    except BaseException:
+        for i in reversed(drawn):
+            samplers[i].put_back(drawn[i])
+        raise
     return [token if ok else None for ok, token in zip(finite, tokens, strict=True)]
 
 
 def _sample(
-    logits: torch.Tensor, samplers: Sequence[Sampler], drawn: Sequence[int], found: torch.Tensor
+    logits: torch.Tensor, samplers: Sequence[Sampler], drawn: Mapping[int, Draw], found: torch.Tensor
 ) -> tuple[list[int], list[int]]:
     """``found``, int64 [2, n]: which rows are finite, and their best tokens. Returns that, with tokens of the rows
     ``drawn`` as their samplers choose them."""
@@ -78,7 +97,7 @@ def _sample(
     order = sorted(drawn, key=lambda i: samplers[i].cuts(vocabulary))
     uncut = sum(not samplers[i].cuts(vocabulary) for i in order)
     index = _sent(torch.tensor(order), logits)
-    draws = _sent(torch.tensor([samplers[i].draw() for i in order], dtype=torch.float64), logits)
+    draws = _sent(torch.tensor([drawn[i] for i in order], dtype=torch.float64), logits)
     rows, tokens, sure = logits[index], torch.empty_like(index), torch.ones_like(index)
     for part in _parts(0, uncut, logits):
         tokens[part] = _by_id(rows[part], draws[part])

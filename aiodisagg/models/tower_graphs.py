@@ -7,6 +7,11 @@ launch. A graph is launched in one or two.
 A graph is of a size, not of pictures: what it reads (patches, positions, the bounds of segments) lies in buffers, and
 any batch that is not larger can use it. What is behind the last patch belongs to no segment: nobody attends to it, and
 its rows are dropped. All sizes are captured at the start, when nothing else happens in the process.
+
+FlashAttention 4 reads values in tiles, past the end of a segment, and multiplies them by 0, which makes NaN of what is
+not finite. Such may be the values of a neighbour that overflows; and those behind the last patch from the second block
+on, whatever the patches there are: nobody writes attention's outputs there, and memory that nobody wrote is anything.
+So values that may lie behind a segment are made finite. Keys stay, and show what is wrong with a picture in its rows.
 """
 
 from __future__ import annotations
@@ -35,7 +40,8 @@ SLOTS = {1: 16384, 8: 8192, 64: 8192}
 
 AttendRanges = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(qkv [N, 3, heads, d], bounds int32 [slots + 1], longest): [N, heads*d]; from each bound to the next, patches attend
-to each other. Equal bounds are empty segments; behind the last bound it may be anything."""
+to each other. Equal bounds are empty segments; behind the last bound outputs may be anything. What is not finite among
+the values of a segment's neighbours, or behind the last bound, may spoil it."""
 
 
 class TowerGraphs:
@@ -57,6 +63,7 @@ class TowerGraphs:
         from aiodisagg.models.tower import Positions
 
         self._tower, self._attend, self._merge = tower, attend, merge
+        self._all_sizes = tuple(sizes)
         most, slots = max(sizes), slots or SLOTS
         zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
         cos, sin = zeros(2, most, tower.head_dim, dtype=torch.float32)
@@ -106,13 +113,14 @@ class TowerGraphs:
     def _computing(self, size: int, slots: int) -> Callable[[], None]:
         positions, bounds = self._positions, self._bounds[: slots + 1]
         of_size = type(positions)(positions.embeddings[:size], positions.cos[:size], positions.sin[:size])
+        # What may lie behind a segment; where there is one, which fits no smaller size, only what is past that size.
+        first = max((smaller for smaller in self._all_sizes if smaller < size), default=0) if slots == 1 else 0
+
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
+            qkv[first:, 2].nan_to_num_()
+            return self._attend(qkv, bounds, size)
 
         def compute() -> None:
-            self._tower.compute(
-                self._patches[:size],
-                of_size,
-                lambda qkv: self._attend(qkv, bounds, size),
-                self._rows[: size // self._merge],
-            )
+            self._tower.compute(self._patches[:size], of_size, attend, self._rows[: size // self._merge])
 
         return compute
