@@ -16,8 +16,11 @@ from typing import Any
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _METADATA = tuple(
     ipaddress.ip_network(name)
-    for name in ("169.254.0.0/16", "168.63.129.16", "100.100.100.200", "fe80::/10", "fd00:ec2::/32", "fd20:ce::/32")
-)
+    for name in (
+        "169.254.0.0/16", "168.63.129.16", "100.100.100.200", "192.0.0.0/24",
+        "fe80::/10", "fd00:ec2::/32", "fd20:ce::/32", "fd00:c1::/32", "fd00:42::/32",
+    )
+)  # fmt: skip
 """Where clouds keep services that tell a machine its credentials, and link-local addresses, where most are."""
 _REFUSED = "its address is not public, and allow_private_media_hosts (--allow-private-media) does not name it"
 

@@ -14,9 +14,9 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Iterator
-from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -41,6 +41,7 @@ from aiodisagg.api.schema import (
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams, Usage
 from aiodisagg.errors import DeadlineExceeded, EngineError
 from aiodisagg.models.base import ChatMessage
+from aiodisagg.peer.turns import Workers
 from aiodisagg.scheduler.shares import Tenant
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ class _Limits:
 class ChatHandler:
     """Answers chat requests from ``backend``. Raises AiodisaggError before a response has begun, never after."""
 
-    def __init__(self, backend: ChatBackend, config: HttpConfig, fetcher: MediaFetcher, executor: Executor) -> None:
-        self._backend, self._config, self._fetcher, self._executor = backend, config, fetcher, executor
+    def __init__(self, backend: ChatBackend, config: HttpConfig, fetcher: MediaFetcher, workers: Workers) -> None:
+        self._backend, self._config, self._fetcher, self._workers = backend, config, fetcher, workers
         self._in_use: set[str] = set()
         self._budget = Budget(config.max_held_bytes)
 
@@ -93,7 +94,7 @@ class ChatHandler:
         self, request: web.Request, request_id: str, own_id: str, caller: Caller, share: Share
     ) -> web.StreamResponse:
         tenant, timeout_s = tenant_of(request, caller), timeout_of(request, self._config.request_timeout_s)
-        chat = await self._parse(await self._read_body(request, share))
+        chat = await self._parse(await self._read_body(request, share), tenant)
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         logger.info("%s is %s: %d messages", own_id, completion_id, len(chat.messages))
         if chat.model != self._backend.model_name:
@@ -139,10 +140,10 @@ class ChatHandler:
             raise Refused(400, "the body is broken off or badly framed", code="invalid_body") from error
         return body
 
-    async def _parse(self, body: bytearray) -> ChatRequest:
+    async def _parse(self, body: bytearray, tenant: Tenant) -> ChatRequest:
         if len(body) <= _INLINE_BYTES:
             return parse_request(body)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, parse_request, body)
+        return await self._workers.run(tenant.name, partial(parse_request, body))
 
     async def _messages(self, chat: ChatRequest, limits: _Limits, share: Share) -> list[ChatMessage]:
         check_parts(chat, self._config.max_parts)

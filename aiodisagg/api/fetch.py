@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
@@ -27,8 +26,9 @@ from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.data_url import decode_data_url, text_of
 from aiodisagg.api.media_cache import MediaCache, referred, sha256_of
 from aiodisagg.api.parse import MediaUrl
-from aiodisagg.api.resolver import PoolResolver
+from aiodisagg.api.resolver import PoolResolver, asking
 from aiodisagg.errors import MediaError
+from aiodisagg.peer.turns import Turns, Workers
 from aiodisagg.scheduler.shares import Tenant
 
 logger = logging.getLogger(__name__)
@@ -44,26 +44,27 @@ _OPAQUE_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"
 
 
 class MediaFetcher:
-    """Loads media for requests; an async context manager. ``executor`` decodes and hashes what is large.
+    """Loads media for requests; an async context manager. ``workers`` decode and hash what is large.
 
     ``cache`` gets all files that are loaded. ``resolver`` turns host names into addresses; None: the operating
-    system's.
+    system's. Tenants take turns for connections, and may have all of them while no other waits.
     """
 
     def __init__(
-        self, config: HttpConfig, executor: Executor, cache: MediaCache, resolver: AbstractResolver | None = None
+        self, config: HttpConfig, workers: Workers, cache: MediaCache, resolver: AbstractResolver | None = None
     ) -> None:
-        self._config, self._executor, self._cache, self._resolver = config, executor, cache, resolver
+        self._config, self._workers, self._cache, self._resolver = config, workers, cache, resolver
         self._guard = AddressGuard(config.allow_private_media_hosts)
-        self._slots = asyncio.Semaphore(config.media_connections)
+        self._slots = Turns(config.media_connections)
 
     async def __aenter__(self) -> MediaFetcher:
         # The limit is _slots: a wait inside the connector would count against the timeout of the one who waits.
         own = None if self._resolver is not None else PoolResolver()
         self._own_resolver = own
+        # With a cache, a lookup would outlive the request that it is for, however many wait before it.
         connector = aiohttp.TCPConnector(
-            limit=0, resolver=self._resolver or own, socket_factory=self._guard.open_socket
-        )  # fmt: skip
+            limit=0, use_dns_cache=False, resolver=self._resolver or own, socket_factory=self._guard.open_socket
+        )
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -122,7 +123,7 @@ class MediaFetcher:
                 if len(url.raw) > _LONGEST_URL:
                     raise MediaError(url.param, f"a URL of more than {_LONGEST_URL} characters")
                 text = text_of(url.raw, url.param)
-                async with self._slots:
+                async with self._slots.place(load.tenant.name):
                     data = await self._fetch(text, url.param, load)
                 keeps = self._cache.fits(len(data))
                 digest = await self._compute(len(data), load, partial(sha256_of, data)) if keeps else None
@@ -139,12 +140,13 @@ class MediaFetcher:
         """What ``work`` gives: here if ``size_bytes`` is little, else on a thread."""
         if load.may_be_inline(size_bytes):
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return await self._workers.run(load.tenant.name, work)
 
     # -- http -----------------------------------------------------------------------------------------------------
 
     async def _fetch(self, text: str, param: str, load: _Load) -> bytes:
         timeout_s = self._config.media_timeout_s
+        asking.set(load.tenant.name)  # this task fetches nothing else
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._follow(self._parse(text, param), param, load)

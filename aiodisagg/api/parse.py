@@ -21,6 +21,7 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _BAD_BYTE = re.compile(r"\(byte (\d+)\)")
 _NOT_JSON_NUMBER = re.compile(rb'"(\w+)"\s*:\s*(-?(?:NaN|Infinity))\b')
 _NOTHING = re.compile(rb"\s*(null|\[\s*\])?\s*")
+_LONGEST_NOTHING = 64
 _LONGEST_MESSAGE = 300
 MOST_COMMAS = 1 << 21
 """Each may be a value, of some fifty bytes when it is decoded, which happens without a pause. Text has fewer."""
@@ -108,8 +109,8 @@ def _refuse_unsupported(request: ChatRequest) -> None:
 
 
 def _says_something(raw: msgspec.Raw) -> bool:
-    """Whether it is more than nothing, or an empty list."""
-    return not _NOTHING.fullmatch(raw)
+    """Whether it is more than nothing, or an empty list. What is long says something, if only spaces."""
+    return len(raw) > _LONGEST_NOTHING or not _NOTHING.fullmatch(raw)
 
 
 def check_parts(request: ChatRequest, max_parts: int) -> None:

@@ -9,7 +9,6 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,6 +29,7 @@ from aiodisagg.api.schema import ModelBody, ModelList
 from aiodisagg.bootstrap.server import KEEPALIVE_S
 from aiodisagg.errors import ConfigError, Draining
 from aiodisagg.peer.metrics import render
+from aiodisagg.peer.turns import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +100,12 @@ class HttpServer:
 
     async def __aenter__(self) -> HttpServer:
         async with AsyncExitStack() as stack:
-            executor = ThreadPoolExecutor(2, thread_name_prefix="aiodisagg-http")
+            workers = Workers(2, "aiodisagg-http")
             # Waits for at most two data URLs in the making: their requests are gone by now.
-            stack.callback(executor.shutdown, cancel_futures=True)
-            fetcher = MediaFetcher(self._config, executor, self._media, self._resolver)
+            stack.callback(workers.close)
+            fetcher = MediaFetcher(self._config, workers, self._media, self._resolver)
             await stack.enter_async_context(fetcher)
-            self._chat = ChatHandler(self._backend, self._config, fetcher, executor)
+            self._chat = ChatHandler(self._backend, self._config, fetcher, workers)
             runner = web.AppRunner(
                 self._application(),
                 handler_cancellation=True,

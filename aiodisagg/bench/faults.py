@@ -11,7 +11,7 @@ import asyncio
 import random
 import signal
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from aiodisagg.bench.system import Answer, System, system
 from aiodisagg.data import QUESTION
 from aiodisagg.demo.cluster import Member
 from aiodisagg.demo.tasks import Ask, digit_asks
+from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.language.trace import MAX_FINISHED
 
 Scenario = Literal["kill", "bootstrap", "stop", "netcut"]
 SCENARIOS: tuple[Scenario, ...] = ("kill", "bootstrap", "stop", "netcut")
@@ -33,12 +35,17 @@ class FaultOptions:
     scenario: Scenario = "kill"
     rounds: int = 20
     requests: int = 200
+    """At most ``MAX_FINISHED``: the language peer remembers no more, and bytes are counted by what it remembers."""
     transports: str = "ipc"
     seed: int = 0
     block_rows: int = 2
     pool_mib: float = 1 / 16
     """For all requests at once: many items are half here at any moment."""
     verbose: int = 0
+
+    def __post_init__(self) -> None:
+        if self.requests > MAX_FINISHED:
+            raise ConfigError("requests", f"must be at most {MAX_FINISHED}, not {self.requests}")
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -90,7 +97,8 @@ class FaultReport(msgspec.Struct, frozen=True):
 
 
 async def bench_faults(options: FaultOptions, say: Callable[[str], None] = lambda text: None) -> FaultReport:
-    """Raises ProcessEnded if a process ends by itself, NetworkUnavailable without namespaces."""
+    """Raises ProcessEnded if a process ends by itself, NetworkUnavailable without namespaces, AiodisaggError if traces
+    are missing without which nothing could be said of bytes."""
     asks = many_images(options.requests)
     network = options.scenario == "netcut"
     async with system(
@@ -143,11 +151,19 @@ class _Bench:
         for times, answer in zip(self._calm, answers, strict=True):
             times.append(answer.seconds)
         self._calm_s = max(answer.seconds for answer in answers)
-        traces = await self._traces(tag)
+        traces = await self._traces(tag, answers)
         self._busy_s = max(item["complete_s"] for trace in traces for item in trace["items"])
 
-    async def _traces(self, tag: str) -> list[dict[str, Any]]:
-        return [t for t in await self._system.debug("requests") if t["request_id"].startswith(f"{tag}-")]
+    async def _traces(self, tag: str, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+        """Those of a wave, each with all of its items. Raises AiodisaggError if something of an answer is not there."""
+        found = [t for t in await self._system.debug("requests") if t["request_id"].startswith(f"{tag}-")]
+        known = {trace["request_id"] for trace in found}
+        answered = {f"{tag}-{i}" for i, answer in enumerate(answers) if not answer.error}
+        if lost := answered - known:
+            raise AiodisaggError(f"the language peer has forgotten {len(lost)} of {len(answers)} requests: ask fewer")
+        if short := [trace for trace in found if len(trace["items"]) < trace["item_count"]]:
+            raise AiodisaggError(f"the traces of {len(short)} requests lack items: ask for fewer images in each")
+        return found
 
     async def disturbed(self, number: int) -> Round:
         made = self._system
@@ -203,7 +219,7 @@ class _Bench:
         while not answers or not over.is_set():
             tag, said = await self._system.wave()
             answers += said
-            traces += await self._traces(tag)
+            traces += await self._traces(tag, said)
         return answers, traces
 
     async def _received(self) -> float:

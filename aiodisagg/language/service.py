@@ -39,7 +39,7 @@ from aiodisagg.language.items import Item, Items, spec_of
 from aiodisagg.language.loading import load_language_half
 from aiodisagg.language.membership import LocalEncoder, follow
 from aiodisagg.language.memory import kv_bytes
-from aiodisagg.language.planning import Closed, Planning
+from aiodisagg.language.planning import Planning
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
 from aiodisagg.link.address import parse
@@ -48,6 +48,7 @@ from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
+from aiodisagg.peer.turns import Closed
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.scheduler.shares import Tenant
@@ -331,8 +332,7 @@ class LanguageService:
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None,
         needed: Sequence[int],
     ) -> None:  # fmt: skip
-        first = trace.admitted_s < 0
-        if first:
+        if first := trace.admitted_s < 0:
             trace.admitted_s = trace.since()
         # ``timeout_s`` is the whole request's, until its last row is here; who lost them in mid-answer has had them.
         left_s = self.config.request_timeout_s

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import msgspec
 
@@ -11,6 +14,7 @@ from aiodisagg.models.base import PlannedItem
 from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress
 
 MAX_FINISHED = 512
+MAX_ITEMS = 32
 
 
 class ItemTrace(msgspec.Struct):
@@ -45,6 +49,9 @@ class RequestTrace(msgspec.Struct):
     state: str = "planning"
     error: str = ""
     items: list[ItemTrace] = []
+    """Of a request that has ended, and in what is shown, at most ``MAX_ITEMS`` of them: those that took longest."""
+    item_count: int = 0
+    """How many there were, known when the request has ended or is shown."""
     planned_s: float = -1.0
     admitted_s: float = -1.0
     first_token_s: float = -1.0
@@ -59,7 +66,7 @@ class RequestTrace(msgspec.Struct):
 
 
 class Traces:
-    """Open requests and the last 512 finished ones."""
+    """Open requests, and the last ``MAX_FINISHED`` finished ones without what few would read of them."""
 
     def __init__(self) -> None:
         self.open: dict[str, RequestTrace] = {}
@@ -124,6 +131,7 @@ class Traces:
 
     def end(self, trace: RequestTrace, keys: list[ItemKey], state: str, error: str = "") -> None:
         trace.state, trace.error, trace.total_s = state, error, trace.since()
+        trace.item_count, trace.items = len(trace.items), _longest(trace.items)
         for key in keys:
             self._items.pop(key, None)
         self.open.pop(trace.request_id, None)
@@ -132,5 +140,22 @@ class Traces:
             self._finished.popitem(last=False)
 
     def recent(self) -> list[RequestTrace]:
-        """Finished ones first, oldest first, then the open ones."""
-        return [*self._finished.values(), *self.open.values()]
+        """Finished ones first, oldest first, then the open ones, with at most ``MAX_ITEMS`` of each one's items."""
+        return [*self._finished.values(), *map(_shown, self.open.values())]
+
+
+def _shown(trace: RequestTrace) -> RequestTrace:
+    return msgspec.structs.replace(trace, items=_longest(trace.items), item_count=len(trace.items))
+
+
+def _longest(items: Sequence[ItemTrace]) -> list[ItemTrace]:
+    """The ``MAX_ITEMS`` of them that came last or have not come yet, in the order of the prompt."""
+
+    def lateness(index: int) -> float:
+        item = items[index]
+        waits = item.complete_s < 0 and item.stage != "reused"  # which needs no rows, so none come
+        return math.inf if waits else item.complete_s
+
+    if len(items) <= MAX_ITEMS:
+        return list(items)
+    return [items[index] for index in sorted(heapq.nlargest(MAX_ITEMS, range(len(items)), key=lateness))]

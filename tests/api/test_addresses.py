@@ -62,10 +62,20 @@ def test_which_addresses_are_public() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["169.254.169.254", "168.63.129.16", "100.100.100.200", "fd00:ec2::254", "fd20:ce::254"]
+    "address",
+    [
+        "169.254.169.254",
+        "168.63.129.16",
+        "100.100.100.200",
+        "192.0.0.192",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+        "fd00:c1::a9fe:a9fe",
+        "fd00:42::42",
+    ],
 )
 def test_metadata_services_are_permitted_by_their_own_name_only(address: str) -> None:
-    """One of them has an address that counts as public, and two lie in what an intranet may have."""
+    """Two of them have addresses that count as public, and most others lie in what an intranet may have."""
     assert not AddressGuard().permits(address)
     assert not AddressGuard(PRIVATE_NETWORKS).permits(address)
     assert not AddressGuard(("0.0.0.0/0", "::/0", "100.64.0.0/10")).permits(address)

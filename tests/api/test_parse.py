@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from http_fakes import HELLO, MODEL, ScriptedBackend, asking, serving
@@ -76,6 +77,24 @@ def test_tools_of_none_at_all_are_nothing_to_refuse(said: Any) -> None:
         del body["functions"]
     text = json.dumps(body).replace('"[ ]"', "[ ]")
     assert sampling_of(parse_request(text.encode()), 16).max_tokens == 16
+
+
+def test_what_is_long_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty megabytes of spaces in brackets were read to their end, on the loop."""
+    read, pattern = [], parse._NOTHING
+
+    def fullmatch(raw: bytes) -> Any:
+        read.append(len(raw))
+        return pattern.fullmatch(raw)
+
+    monkeypatch.setattr(parse, "_NOTHING", Mock(fullmatch=fullmatch))
+    short, long = (
+        parse_request(b'{"model": "m", "messages": [], "tools": [%s]}' % (b" " * count)) for count in (50, 100_000)
+    )
+    assert sampling_of(short, 16).max_tokens == 16 and max(read) == 52
+    with pytest.raises(InvalidRequest, match="tools: is not supported"):
+        sampling_of(long, 16)
+    assert max(read) == 52
 
 
 def test_frames_beyond_the_limit_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
