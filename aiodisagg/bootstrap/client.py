@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
-from aiodisagg.bootstrap.wire import Heartbeat, Lease, Watched
+from aiodisagg.bootstrap.wire import Heartbeat, Lease, Watched, read_watched
 from aiodisagg.errors import BootstrapError, ConfigError
 from aiodisagg.link.hello import host_identity
 
@@ -23,6 +23,8 @@ REQUEST_TIMEOUT_S = 5.0
 QUIET_S = 30.0
 """A membership stream without a line for this long is dead; servers send one every third of a lease."""
 MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_REASONS = 64
+"""Why entries cannot be read is warned of once a reason, and of so many reasons."""
 
 NOTHING_NEW = Watched("", 0, snapshot=False, settled=False)
 """In place of a line, where a stream has ended."""
@@ -79,6 +81,8 @@ class BootstrapClient:
         """What ``watch`` said last of everybody."""
         self._reached: set[str] = set()
         """Servers whose membership stream is open."""
+        self._unread: set[str] = set()
+        """Why entries could not be read, as it was warned of."""
         self._news = {url: asyncio.Event() for url in self.urls}
         """Set when a server should hear of a new state before the next heartbeat is due."""
 
@@ -221,7 +225,7 @@ class BootstrapClient:
         return any(incarnation in self._there[url] for url in self._reached)
 
     async def _follow(self, url: str, news: dict[str, Watched], changed: asyncio.Event) -> None:
-        retry_s = FIRST_RETRY_S
+        retry_s, warned = FIRST_RETRY_S, False
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=QUIET_S)
         while True:
             try:
@@ -230,11 +234,12 @@ class BootstrapClient:
                         raise BootstrapError(url, f"{stream.status}")
                     self._reached.add(url)
                     async for line in stream.content:
-                        told = msgspec.json.decode(line, type=Watched)
-                        retry_s = FIRST_RETRY_S
+                        told = self._read(url, line)
+                        retry_s, warned = FIRST_RETRY_S, False
                         if told.entries or told.snapshot:
                             news[url] = _merge(news.get(url), told)
                             changed.set()
+                    raise BootstrapError(url, "the membership stream ended")
             except (
                 aiohttp.ClientError,
                 TimeoutError,
@@ -243,7 +248,11 @@ class BootstrapClient:
                 ValueError,
                 RecursionError,
             ) as error:
-                logger.debug("membership of %s: %s", url, error)
+                # Once for each time that a server is away: what was known of its peers stands, and grows old.
+                level = logging.DEBUG if warned or retry_s < LAST_RETRY_S else logging.WARNING
+                warned |= level == logging.WARNING
+                why = str(error) or type(error).__name__
+                logger.log(level, "membership of %s is not heard: %s; trying again", url, why)
             finally:
                 if url in self._reached:
                     self._reached.discard(url)
@@ -251,6 +260,14 @@ class BootstrapClient:
                     changed.set()
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    def _read(self, url: str, line: bytes) -> Watched:
+        told, wrong = read_watched(line)
+        for why in dict.fromkeys(wrong):
+            if why not in self._unread and len(self._unread) < MAX_REASONS:
+                self._unread.add(why)
+                logger.warning("membership of %s: a peer is left out, since its entry cannot be read: %s", url, why)
+        return told
 
 
 def _merge(first: Watched | None, second: Watched) -> Watched:

@@ -41,7 +41,7 @@ class PeerState(enum.StrEnum):
     GONE = "gone"
 
 
-class Load(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     """How busy a peer is: items or requests that wait, and that are under way. What is zero is not sent."""
 
     queued: Count = 0
@@ -52,8 +52,8 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
     """Prefixes of the newest digests that an encode peer holds or is encoding; see ``scheduler.advertise``."""
 
 
-class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a peer says of itself when it registers."""
+class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer says of itself when it registers. What a later release says besides is not read."""
 
     name: Short
     incarnation: Short

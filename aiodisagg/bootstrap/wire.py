@@ -1,4 +1,8 @@
-"""The bodies that the bootstrap server and its client exchange, as JSON."""
+"""The bodies that the bootstrap server and its client exchange, as JSON.
+
+Servers and peers of two releases meet in every rolling upgrade, whoever is upgraded first. So whoever reads ignores
+fields that it does not know, and of a line of the membership stream it uses the entries that it can read.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ class Lease(msgspec.Struct, frozen=True):
     """Random id of the server's life; another one has forgotten everything."""
 
 
-class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Heartbeat(msgspec.Struct, frozen=True):
     load: Load = Load()
     state: PeerState | None = None
 
@@ -40,6 +44,29 @@ class Watched(msgspec.Struct, frozen=True):
     settled: bool
     """False while the server is so young that peers of an earlier life may not have registered yet."""
     entries: tuple[PeerEntry, ...] = ()
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """``Watched`` as it comes."""
+
+    server: str
+    revision: int
+    snapshot: bool
+    settled: bool
+    entries: tuple[msgspec.Raw, ...] = ()
+
+
+def read_watched(line: bytes) -> tuple[Watched, tuple[str, ...]]:
+    """A line of the membership stream, and why entries were left out of it. Raises ValueError or RecursionError if it
+    is no such line at all."""
+    read = msgspec.json.decode(line, type=_Line)
+    entries, wrong = [], []
+    for raw in read.entries:
+        try:
+            entries.append(msgspec.json.decode(raw, type=PeerEntry))
+        except (ValueError, RecursionError) as error:
+            wrong.append(str(error))
+    return Watched(read.server, read.revision, read.snapshot, read.settled, tuple(entries)), tuple(wrong)
 
 
 class Failure(msgspec.Struct, frozen=True):

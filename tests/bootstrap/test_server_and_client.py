@@ -307,7 +307,6 @@ async def test_names_and_literals_of_this_host_give_a_url_that_works() -> None:
         (b'{"name": "", "incarnation": "e-life", "role": "encode"}', 422, "name"),
         (b'{"name": "e", "incarnation": "e-life", "role": "encode"}', 422, "addresses"),
         (b'{"name": "e", "incarnation": "other", "role": "language"}', 422, "incarnation"),
-        (b'{"name": "e", "incarnation": "e-life", "role": "language", "king": 1}', 422, "unknown"),
         (
             b'{"name": "e", "incarnation": "e-life", "role": "encode", "addresses": ["tcp:0.0.0.0:7"]}',
             422,
