@@ -67,7 +67,7 @@ class Items:
                 error = MediaError(item.param or f"media[{item.index}]", failed.message)
             case "poison":
                 error = PoisonItem(item.param or f"media[{item.index}]", failed.message)
-            case "unreachable":
+            case "unreachable" | "draining":
                 error = NoEncodePeer(f"item {key}: {failed.message}")
             case _:
                 error = EncodeFailed(str(key), f"{failed.code}: {failed.message}", failed.story)

@@ -65,8 +65,9 @@ class EncodePeer:
     refused: str = ""
     """Why nobody there is of use, as it was said last."""
     moved: asyncio.Event = field(default_factory=asyncio.Event)
-    outbox: deque[Message] = field(default_factory=deque)
-    """Media that wait for the link, and whatever was said after them. Bounded by the items under way: only refers."""
+    outbox: dict[ItemKey, deque[Message]] = field(default_factory=dict)
+    """Media that wait for the link, by item, and what was said of the same item after them. The first item's first word
+    is under way. Bounded by the items under way: only refers."""
     filled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -93,6 +94,8 @@ class EncodePeers:
         self._closed = False
         self._hoped = _now()
         """When there was a peer last, or somebody named one."""
+        self.judged: Callable[[str], dict[str, object]] = lambda incarnation: {}
+        """How a peer stands, for ``described``: set by who judges them."""
 
     def add(self, address: str, *, news: bool = True) -> None:
         """Keeps a link to whoever encodes at ``address``. Idempotent; wakes a dialler that is backing off. ``news``: it
@@ -118,7 +121,12 @@ class EncodePeers:
     @property
     def absent_s(self) -> float:
         """For how long there has been no peer, nor a new address of one."""
-        return 0.0 if self._linked else _now() - self._hoped
+        return 0.0 if self._linked else self.hoped_s
+
+    @property
+    def hoped_s(self) -> float:
+        """How long ago a link ended or somebody named a new address, whichever was last."""
+        return _now() - self._hoped
 
     @property
     def linked(self) -> list[EncodePeer]:
@@ -136,7 +144,13 @@ class EncodePeers:
     def described(self) -> list[dict[str, object]]:
         """The linked peers, for people."""
         return [
-            {"name": peer.name, "address": peer.address, "items": len(peer.book.open), "bytes": peer.book.size_bytes}
+            {
+                "name": peer.name,
+                "address": peer.address,
+                "items": len(peer.book.open),
+                "bytes": peer.book.size_bytes,
+                **self.judged(peer.incarnation),
+            }
             for peer in self._linked.values()
         ]
 
@@ -162,26 +176,41 @@ class EncodePeers:
         if self._closed:
             raise NoEncodePeer("the links to encode peers are closed")
 
-    def send(self, incarnation: str, message: Message) -> None:
+    def send(self, incarnation: str, message: Message) -> bool:
         """Sends if the link is up; what does not get out is asked for again by the protocol.
 
-        Media wait until the link has room, since all items of a lost link ask again at once; nothing overtakes them.
+        Media wait until the link has room, since all items of a lost link ask again at once. Other words pass them,
+        unless they are of the same item: a grant that waits for others' files looks like a peer that is silent.
+
+        Returns whether media of the item that waited will not be sent, since nobody wants them any more.
         """
         peer = self._linked.get(incarnation)
         if peer is None or peer.link is None:
-            return
-        if isinstance(message, Cancel):  # media that nobody wants any more need not go; the first are under way
-            for at in reversed(range(1, len(peer.outbox))):
-                if isinstance(waits := peer.outbox[at], Want) and waits.key == message.key:
-                    del peer.outbox[at]
-        if peer.outbox or (isinstance(message, Want) and message.media is not None):
-            peer.outbox.append(message)
+            return False
+        unsent = isinstance(message, Cancel) and self._unsend(peer, message.key)
+        if message.key in peer.outbox or (isinstance(message, Want) and message.media is not None):
+            peer.outbox.setdefault(message.key, deque()).append(message)
             peer.filled.set()
-            return
+            return unsent
         try:
             peer.link.send_nowait(message)
         except LinkError as error:
             logger.debug("not sent to %s: %s", peer.name, error)
+        return unsent
+
+    @staticmethod
+    def _unsend(peer: EncodePeer, key: ItemKey) -> bool:
+        """Takes the item's questions out of the outbox; whether its media were among them, and not under way."""
+        words = peer.outbox.get(key)
+        if words is None:
+            return False
+        if key != next(iter(peer.outbox)):  # all of it was said before the peer could answer: there is nothing else
+            del peer.outbox[key]
+            return True
+        first, *later = words
+        words.clear()
+        words.extend((first, *(word for word in later if not isinstance(word, Want))))
+        return False
 
     async def _drain(self, peer: EncodePeer, link: Link) -> None:
         """Sends what is in the outbox for as long as the link lives."""
@@ -189,16 +218,19 @@ class EncodePeers:
             await peer.filled.wait()
             peer.filled.clear()
             while peer.outbox:
-                message = peer.outbox[0]
+                key, words = next(iter(peer.outbox.items()))
+                message, refused = words[0], None
                 try:
                     await link.send(message)
                 except LinkClosed:
                     return
                 except MessageTooLarge as error:
-                    peer.outbox.popleft()
-                    self._refuse(link, message, error)
-                else:
-                    peer.outbox.popleft()
+                    refused = error
+                words.popleft()
+                if not words:
+                    del peer.outbox[key]
+                if refused is not None:
+                    self._refuse(link, message, refused)
 
     def _refuse(self, link: Link, message: Message, error: MessageTooLarge) -> None:
         """What cannot be said to a peer is refused in its place; if the limit is its own, another peer may take it."""

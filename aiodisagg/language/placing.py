@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerState
@@ -13,11 +16,14 @@ from aiodisagg.language.peers import EncodePeer, EncodePeers
 from aiodisagg.peer import metrics
 from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import ItemSpec
-from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress, Refuse
+from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress, Refuse, Want
 from aiodisagg.scheduler.advertise import advertised
+from aiodisagg.scheduler.book import PeerBook
 from aiodisagg.scheduler.cost import PrefillCosts, Size
 from aiodisagg.scheduler.health import NO_FAULT, HealthConfig, Hedges, Poison, Standings
 from aiodisagg.scheduler.placement import PeerView, Placement, Standing, Wanted, place_together
+
+logger = logging.getLogger(__name__)
 
 PREFILL = PrefillCosts(step_s=5e-3, token_s=2e-5)
 """To begin with: modelled for Qwen3-VL-30B-A3B on an H200."""
@@ -50,11 +56,28 @@ class Errand:
     """Peers that shall not have it at all: they are at it already."""
     planned: Placement | None = None
     peer: EncodePeer | None = None
+    """Whose address may lead to another process by now: ``last`` and ``book`` are of the one that was asked."""
+    book: PeerBook[ItemKey] | None = None
+    """Of ``last``, while it has to do with the item."""
     asked: float = 0.0
     refused: bool = False
     """By ``peer``."""
     last: str = ""
     """Incarnation of the peer that was asked last."""
+    drained: set[str] = field(default_factory=set)
+    """Peers that refused the item because they drain: they will not have it at all."""
+    turned_away: float = -math.inf
+    """When one of them did, last."""
+    unsent: set[str] = field(default_factory=set)
+    """Peers to which its media were to be sent, and were not."""
+
+
+@dataclass(slots=True)
+class _Complaints:
+    """About one life of a peer. ``warned``: of what, since it delivered last. ``refusal``: its last one."""
+
+    warned: set[str] = field(default_factory=set)
+    refusal: str = ""
 
 
 class Placing:
@@ -76,6 +99,8 @@ class Placing:
         self.moves = 0
         self._refusals: Counter[tuple[str, str]] = Counter()
         """By incarnation and code; of peers that are gone under ``""``."""
+        self._complaints: dict[str, _Complaints] = {}
+        """By incarnation."""
         self.errands: dict[ItemKey, Errand] = {}
         self._loads: dict[str, tuple[Load, float]] = {}
         """By incarnation, linked or not: what membership said last, and when. What is as before is not said again."""
@@ -119,8 +144,8 @@ class Placing:
 
     def best(self, errand: Errand, avoid: frozenset[str], now: float) -> Placement | None:
         """As ``choose``, and nothing comes of it."""
-        digest = errand.spec.digest
-        views = [view for view in self._views(self._peers.linked, [digest], now) if view.peer not in errand.avoid]
+        digest, never = errand.spec.digest, errand.avoid | errand.drained
+        views = [view for view in self._views(self._peers.linked, [digest], now) if view.peer not in never]
         if self.poison.suspect(digest, now):
             views = [view for view in views if not self._tries_another(view.peer, digest, now)]
         placed = place_together([Wanted(digest, errand.size)], views, avoid)
@@ -168,8 +193,13 @@ class Placing:
         errand, peer = self.errands[key], self._peers.get(placement.peer)
         assert peer is not None
         self.moves += errand.last not in ("", placement.peer)
-        errand.peer, errand.last, errand.asked, errand.refused = peer, placement.peer, now, False
-        self.standings.asked(placement.peer, now)
+        errand.peer, errand.book, errand.last = peer, peer.book, placement.peer
+        errand.asked, errand.refused = now, False
+        if trial_s := self.standings.asked(placement.peer, now):
+            logger.info(
+                "encode peer %s (%s) is tried with item %s; a suspect for %g s more if that fails",
+                peer.name, placement.peer, key, trial_s,
+            )  # fmt: skip
         peer.book.asked(key, errand.spec.digest, errand.size, placement, now)
         self.hedges.asked(key, placement.finish_s, now)
         return peer
@@ -177,26 +207,64 @@ class Placing:
     def refused(self, peer: str, refusal: Refuse, now: float) -> None:
         """The peer will not provide the item; to be said before the item is placed anew."""
         errand = self.errands.get(refusal.key)
-        if errand is None or errand.peer is None or errand.peer.incarnation != peer:
+        if errand is None or errand.peer is None or errand.last != peer:
             return
         errand.refused = True
-        self._refusals[peer, refusal.code if refusal.code in CODES else "other"] += 1
-        if refusal.code not in NO_FAULT:
-            self.standings.failed(peer, now)
+        code = refusal.code if refusal.code in CODES else "other"
+        self._refusals[peer, code] += 1
+        said = f"{refusal.code}: {refusal.message[:500]}"
+        self._warn(errand, code, f"refused item {refusal.key}: {said}").refusal = said
+        if refusal.code == "draining":
+            self.standings.drains(peer)
+            errand.drained.add(peer)
+            errand.turned_away = now
+        elif refusal.code not in NO_FAULT:
+            self.failed(errand, f"it refused item {refusal.key} ({code})", now)
+
+    def failed(self, errand: Errand, why: str, now: float) -> None:
+        """The peer of the errand did not do what it was asked for, and another may."""
+        if seconds := self.standings.failed(errand.last, now):
+            name = "" if errand.peer is None else errand.peer.name
+            logger.warning("encode peer %s (%s) is a suspect for %g s: %s", name, errand.last, seconds, why)
+
+    def _warn(self, errand: Errand, code: str, what: str) -> _Complaints:
+        """Once for each code, until the peer delivers."""
+        complaints = self._complaints.setdefault(errand.last, _Complaints())
+        if code not in complaints.warned and errand.peer is not None:
+            complaints.warned.add(code)
+            logger.warning("encode peer %s (%s) %s", errand.peer.name, errand.last, what)
+        return complaints
+
+    def judged(self, incarnation: str, now: float) -> dict[str, object]:
+        """How a peer stands, for people."""
+        complaints = self._complaints.get(incarnation)
+        standing = self.standings.of(incarnation, now).name.lower()
+        return {"standing": standing, "last_refusal": "" if complaints is None else complaints.refusal}
+
+    def absent_s(self, key: ItemKey, now: float) -> float | None:
+        """For how long nobody has been there who takes the item, since all that are linked drain; None: somebody may
+        take it."""
+        errand, linked = self.errands[key], self._peers.linked
+        if not linked:
+            return self._peers.absent_s
+        if any(peer.incarnation not in errand.drained for peer in linked):
+            return None
+        return min(now - errand.turned_away, self._peers.hoped_s)
 
     def given_up(self, key: ItemKey, now: float) -> None:
         """The item is to be placed (anew). A peer without a link did not fail: it is asked for nothing meanwhile."""
         errand = self.errands[key]
-        if errand.peer is not None and not errand.refused and self._peers.get(errand.peer.incarnation) is not None:
-            self.standings.failed(errand.peer.incarnation, now)
+        if errand.peer is not None and not errand.refused and self._peers.get(errand.last) is not None:
+            self._warn(errand, "silent", f"does not deliver item {key}: another peer is asked")
+            self.failed(errand, f"it did not deliver item {key}", now)
         self.left(key)
 
     def left(self, key: ItemKey) -> None:
         """The item's peer has nothing more to do with it."""
         errand = self.errands.get(key)
-        if errand is not None and errand.peer is not None:
-            errand.peer.book.left(key)
-            errand.peer = None
+        if errand is not None and errand.book is not None:
+            errand.book.left(key)
+            errand.peer = errand.book = None
         self.hedges.settled(key)
 
     def over(self, key: ItemKey, *, complete: bool = False) -> None:
@@ -207,7 +275,10 @@ class Placing:
         if complete:
             self.poison.encoded(errand.spec.digest)
             if errand.peer is not None:
-                self.standings.delivered(errand.peer.incarnation)
+                if self.standings.delivered(errand.last):
+                    logger.info("encode peer %s (%s) delivers again: no suspect", errand.peer.name, errand.last)
+                if (complaints := self._complaints.get(errand.last)) is not None:
+                    complaints.warned.clear()
         self.left(key)
         self.hedges.over(key)
         del self.errands[key]
@@ -221,21 +292,33 @@ class Placing:
             return
         if isinstance(message, Progress):
             at.book.entered(message.key, message.stage, message.elapsed_s, now)
-        item = at.book.open.get(message.key)
-        if item is not None and message.ready >= self.errands[message.key].spec.rows:
+        errand = self.errands.get(message.key)
+        if errand is not None and message.key in at.book.open and message.ready >= errand.spec.rows:
             at.book.ready(message.key, now)
             self.hedges.settled(message.key)
 
     def arrived(self, key: ItemKey, rows: int, now: float) -> None:
         errand = self.errands.get(key)
-        if errand is not None and errand.peer is not None:
-            errand.peer.book.arrived(key, rows * self._row_bytes, now)
+        if errand is not None and errand.book is not None:
+            errand.book.arrived(key, rows * self._row_bytes, now)
 
-    def asked_again(self, key: ItemKey) -> None:
-        """Not the first epoch: what is timed from here on is not the usual way of an item."""
-        errand = self.errands.get(key)
-        if errand is not None and errand.peer is not None:
-            errand.peer.book.disturbed(key)
+    def asking(self, peer: str, want: Want) -> Want:
+        """The question as it is to be sent. Not the first epoch: what is timed from here on is not the usual way of an
+        item."""
+        errand = self.errands.get(want.key)
+        if errand is None:
+            return want
+        if want.epoch > 1 and errand.book is not None:
+            errand.book.disturbed(want.key)
+        if want.media is None and peer in errand.unsent:
+            want = msgspec.structs.replace(want, media=errand.spec.media)
+        errand.unsent.discard(peer)
+        return want
+
+    def unsent(self, peer: str, key: ItemKey) -> None:
+        """The item's media did not get out to the peer: the next question has to bring them."""
+        if (errand := self.errands.get(key)) is not None:
+            errand.unsent.add(peer)
 
     def link_up(self, incarnation: str) -> None:
         peer = self._peers.by_incarnation(incarnation)
@@ -254,6 +337,7 @@ class Placing:
             peer.book.disturbed()
         if gone:
             self.poison.died(incarnation)
+            self._complaints.pop(incarnation, None)
             for who, code in [known for known in self._refusals if known[0] == incarnation]:
                 self._refusals["", code] += self._refusals.pop((who, code))
 

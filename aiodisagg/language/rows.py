@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -12,7 +13,7 @@ from prometheus_client.core import Metric
 
 from aiodisagg.bootstrap.client import MembershipChange
 from aiodisagg.device.copies import Accelerator, DeviceBytes
-from aiodisagg.language.memory import RowMemory
+from aiodisagg.language.memory import RowMemory, receive_pool
 from aiodisagg.language.peers import EncodePeers, LinkEvent
 from aiodisagg.language.placing import Errand, Placing
 from aiodisagg.language.sharing import Sharing
@@ -20,10 +21,9 @@ from aiodisagg.language.take import Taker
 from aiodisagg.language.trace import Traces
 from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.peer import metrics
-from aiodisagg.peer.config import LanguageConfig, MiB
+from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Driver, Tasks
 from aiodisagg.peer.planes import Planes
-from aiodisagg.protocol.blocks import BlockPool
 from aiodisagg.protocol.events import (
     Fail,
     Finish,
@@ -99,9 +99,7 @@ class RowReceiver:
 
     async def _open(self) -> RowReceiver:
         config, row_bytes = self.config, self.layout.row_bytes
-        rows = config.block_rows or (256 if config.device == "cpu" else 1024)
-        pool_bytes = config.pool_bytes or (64 if config.device == "cpu" else 1024) * MiB
-        self.pool = BlockPool(max(1, pool_bytes // (rows * row_bytes)), rows, row_bytes)
+        self.pool = receive_pool(config, row_bytes)
         memory = await asyncio.to_thread(RowMemory, self.pool.size_bytes, self._accelerator)
         self._stack.push_async_callback(asyncio.to_thread, memory.close)
         receiver_config = ReceiverConfig(
@@ -132,6 +130,7 @@ class RowReceiver:
         )  # fmt: skip
         self._stack.push_async_callback(self.peers.aclose)
         self.placing = Placing(self.peers, row_bytes, HealthConfig(hedge_slack_s=config.hedge_s))
+        self.peers.judged = lambda incarnation: self.placing.judged(incarnation, self._now())
         self.receiver.counters.labels = self.placing.labels
         self.sharing = Sharing(
             self._fetch,
@@ -203,7 +202,7 @@ class RowReceiver:
             if not placing.hedges.allowed(len(placing.errands)):  # most are refused here, and the peers not compared
                 placing.hedges.later(key, self.config.hedge_s, now)
                 continue
-            avoid = errand.avoid | {errand.peer.incarnation}
+            avoid = errand.avoid | errand.drained | {errand.last}
             other = placing.best(Errand(errand.spec, errand.size, avoid), frozenset(), now)
             if other is None or other.finish_s > now - errand.asked:
                 placing.hedges.later(key, self.config.hedge_s, now)
@@ -248,9 +247,10 @@ class RowReceiver:
     def _act(self, action: ReceiverAction) -> None:
         match action:
             case Send(peer, message):
-                if isinstance(message, Want) and message.epoch > 1:
-                    self.placing.asked_again(message.key)
-                self.peers.send(peer, message)
+                if isinstance(message, Want):
+                    message = self.placing.asking(peer, message)
+                if self.peers.send(peer, message):
+                    self.placing.unsent(peer, message.key)
             case Place():
                 self._place(action)
             case Take():
@@ -279,7 +279,7 @@ class RowReceiver:
                 late = placing.errands.get(other)
                 # An item among many of its request may have been passed, as it should be.
                 if late is not None and late.peer is not None and late.spec.urgency.work <= late.size.patches:
-                    placing.standings.failed(late.peer.incarnation, self._now())
+                    placing.failed(late, f"item {other} came from another peer first", self._now())
         self._forget(key, complete=True)
         self.sharing.landed(key)
 
@@ -297,13 +297,15 @@ class RowReceiver:
         unsure_s = poison.unsure_s(digest, now)
         placement = None if unsure_s else self.placing.choose(key, action.avoid, now)
         if placement is None:
-            patience_s = self.config.peer_wait_s - self.peers.absent_s
-            if patience_s <= 0 and not self.peers.linked:
-                self._fail(key, "unreachable", "no encode peer is linked")
+            absent_s = self.placing.absent_s(key, now)
+            patience_s = math.inf if absent_s is None else self.config.peer_wait_s - absent_s
+            if patience_s <= 0:
+                why = "every encode peer that is linked drains" if self.peers.linked else "no encode peer is linked"
+                self._fail(key, "unreachable", why)
                 return
             self.unplaced[key] = action.avoid
-            if unsure_s or not self.peers.linked:
-                self._place_again(now + (unsure_s or patience_s))
+            if (again_s := unsure_s or patience_s) < math.inf:
+                self._place_again(now + again_s)
             return
         self.unplaced.pop(key, None)
         peer = self.placing.asked(key, placement, now)

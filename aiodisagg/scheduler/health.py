@@ -14,7 +14,8 @@ would be one too many, and then the item is tried on: a network that is cut make
 **Standing.** A peer stands as membership says, and is a suspect for a while once it failed several times in a row:
 refused items that others may take, was left because it did not deliver, lost hedges. A peer that fails at once has
 nothing to do and would look like the fastest of all. When the while is over one item is tried; it is twice as long
-each time. One delivered item forgives everything: a busy peer is not a dead one.
+each time. One delivered item forgives everything: a busy peer is not a dead one. A peer that refuses an item because
+it drains does so for the rest of its life: where peers are listed, instead of registered, nobody else tells of it.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ class Standings:
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
         self._told: dict[str, Standing] = {}
+        self._drains: OrderedDict[str, None] = OrderedDict()
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def told(self, peer: str, standing: Standing | None) -> None:
@@ -205,8 +207,15 @@ class Standings:
         else:
             self._told[peer] = standing
 
-    def failed(self, peer: str, now: float) -> None:
-        """It did not do what it was asked for, and another may."""
+    def drains(self, peer: str) -> None:
+        """It says so itself: whatever membership has heard, it takes no new item in this life."""
+        self._drains[peer] = None
+        if len(self._drains) > REMEMBERED:
+            self._drains.popitem(last=False)
+
+    def failed(self, peer: str, now: float) -> float:
+        """It did not do what it was asked for, and another may. Returns for how many seconds it is a suspect because of
+        this, 0.0 if it is none or was one before."""
         record = self._records.setdefault(peer, _Record())
         self._records.move_to_end(peer)
         if len(self._records) > REMEMBERED:
@@ -214,23 +223,31 @@ class Standings:
         if now >= record.until:  # of a suspect it is no news, as of items that were asked for together
             record.failures += 1
             if record.failures >= self.config.failures:
-                self._suspect(record, now)
+                return self._suspect(record, now)
+        return 0.0
 
-    def asked(self, peer: str, now: float) -> None:
-        """It has a new item. For one that was a suspect this is the trial: it is one again until the item is here."""
+    def asked(self, peer: str, now: float) -> float:
+        """It has a new item. For one that was a suspect this is the trial: it is one again until the item is here, for
+        as many seconds as is returned at most; 0.0: it was none."""
         record = self._records.get(peer)
         if record is not None and record.spells and now >= record.until:
-            self._suspect(record, now)
+            return self._suspect(record, now)
+        return 0.0
 
-    def _suspect(self, record: _Record, now: float) -> None:
+    def _suspect(self, record: _Record, now: float) -> float:
         config = self.config
-        record.until = now + min(config.suspect_s * 2.0 ** min(record.spells, 30), config.suspect_most_s)
+        seconds = min(config.suspect_s * 2.0 ** min(record.spells, 30), config.suspect_most_s)
+        record.until = now + seconds
         record.spells += 1
+        return seconds
 
-    def delivered(self, peer: str) -> None:
-        """An item of the peer is complete."""
-        self._records.pop(peer, None)
+    def delivered(self, peer: str) -> bool:
+        """An item of the peer is complete. Returns whether it was a suspect until now."""
+        record = self._records.pop(peer, None)
+        return record is not None and record.spells > 0
 
     def of(self, peer: str, now: float) -> Standing:
         told, record = self._told.get(peer, Standing.READY), self._records.get(peer)
+        if peer in self._drains:
+            told = Standing.DRAINING
         return told if record is None or now >= record.until else max(told, Standing.SUSPECT)

@@ -25,6 +25,7 @@ KEY = ItemKey(1, 0)
         ("poison", PoisonItem, "messages[0]: why"),
         ("encode_failed", EncodeFailed, "encode_failed: why"),
         ("unreachable", NoEncodePeer, "why"),
+        ("draining", NoEncodePeer, "why"),
     ],
 )
 def test_a_request_fails_with_what_went_wrong(code: str, kind: type[AiodisaggError], said: str) -> None:

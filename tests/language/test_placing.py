@@ -177,10 +177,16 @@ def test_of_a_request_only_one_item_is_the_trial_of_a_suspect() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "suspect"),
-    [("encode_failed", True), ("anything", True), ("draining", False), ("invalid_media", False), ("too_large", False)],
+    ("code", "standing"),
+    [
+        ("encode_failed", Standing.SUSPECT),
+        ("anything", Standing.SUSPECT),
+        ("draining", Standing.DRAINING),
+        ("invalid_media", Standing.READY),
+        ("too_large", Standing.READY),
+    ],
 )
-def test_only_what_another_peer_may_do_better_is_held_against_a_peer(code: str, suspect: bool) -> None:
+def test_only_what_another_peer_may_do_better_is_held_against_a_peer(code: str, standing: Standing) -> None:
     placing = Placing(cast(EncodePeers, _Many(1)), 4, HealthConfig())
     for number in range(3):
         key, spec = _item(number)
@@ -188,7 +194,7 @@ def test_only_what_another_peer_may_do_better_is_held_against_a_peer(code: str, 
         _refuse(placing, "00", key, 0.0, code)
         _refuse(placing, "who is not asked", key, 0.0, code)
         placing.over(key)
-    assert placing.standings.of("00", 0.0) is (Standing.SUSPECT if suspect else Standing.READY)
+    assert placing.standings.of("00", 0.0) is standing
     counted = {(code if code != "anything" else "other", ""): 3.0}
     assert _samples(placing, "item_refusals_total") == counted, "a peer cannot make series at will"
 

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from aiodisagg.bench.synthetic import SyntheticEncoder, item_of, synthetic_model
+from aiodisagg.bench.synthetic import NullEncoder, SyntheticEncoder, item_of, synthetic_model
 from aiodisagg.bootstrap.client import MembershipChange
 from aiodisagg.bootstrap.registry import PeerRecord
 from aiodisagg.encode.service import EncodeService
@@ -22,7 +22,7 @@ from aiodisagg.errors import LinkError
 from aiodisagg.language import peers as links
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.link.hello import PeerRole
-from aiodisagg.models.base import Patches
+from aiodisagg.models.base import ItemKind, Patches
 from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 from aiodisagg.protocol.events import Fail, ItemRequested, MessageReceived
 from aiodisagg.protocol.messages import ItemKey, Refuse, Urgency
@@ -34,7 +34,17 @@ MODEL = synthetic_model(hidden_size=16, levels=3)
 A, B = ItemKey(1, 0), ItemKey(2, 0)
 
 
-class Gated(SyntheticEncoder):
+class Zeros(SyntheticEncoder):
+    """Its rows are finite, and it takes any media: a tower that failed is asked for something that is good."""
+
+    def prepare(self, kind: ItemKind, media: Sequence[bytes], grid_thw: tuple[int, int, int], fps: float) -> Patches:
+        return Patches(torch.tensor([int(media[0]) if media[0].isdigit() else -1]), grid_thw)
+
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        return NullEncoder(MODEL).encode(batch)
+
+
+class Gated(Zeros):
     """Encodes once its gate is open."""
 
     def __init__(self) -> None:
@@ -46,9 +56,13 @@ class Gated(SyntheticEncoder):
         return super().encode(batch)
 
 
-class Broken(SyntheticEncoder):
+class Broken(Zeros):
+    """Encodes no item, and is not broken for good."""
+
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
-        raise RuntimeError("an illegal memory access was encountered")
+        if any(patches.pixel_values[0] >= 0 for patches in batch):
+            raise RuntimeError("an illegal memory access was encountered")
+        return super().encode(batch)
 
 
 class Made:
@@ -155,7 +169,7 @@ async def test_an_item_that_others_may_pass_is_not_its_peers_fault(
         assert late is not None
         second = receiver.sharing.hedge(A)
         assert second is not None
-        failed = Mock()
+        failed = Mock(return_value=0.0)
         monkeypatch.setattr(receiver.placing.standings, "failed", failed)
         receiver.placing.errand(second[0], second[1], frozenset({late.config.incarnation}))
         receiver.driver.feed(ItemRequested(*second))
@@ -251,7 +265,7 @@ async def test_no_item_fails_while_a_peer_is_linked_that_encodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four that refuse were as many as an item had attempts."""
-    async with made(tmp_path, monkeypatch, *(Broken(MODEL) for _ in range(5)), SyntheticEncoder(MODEL)) as one:
+    async with made(tmp_path, monkeypatch, *(Broken(MODEL) for _ in range(5)), Zeros(MODEL)) as one:
         one.receiver.request([(A, item_of(1, 64))], 60.0)
         await eventually(lambda: A in one.ends)
         assert one.ends == {A: None} and one.receiver.placing.moves == 5, "of equal ones the first by name is asked"
