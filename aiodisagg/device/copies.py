@@ -2,7 +2,8 @@
 
 One stream carries the copies of a direction; threads put copies on it and sleep on an event behind their own, so while
 one thread wakes up the device is busy with the next thread's copy. Nothing here may run on an event loop's thread.
-A copy that was started touches its memory until its event: ``copy`` therefore returns, or raises, only after that.
+A copy that was started touches its memory until its event: ``copy`` therefore returns, or raises, only after that. If
+there is no event to be had, the whole stream is waited for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Runtime(Protocol):
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None: ...
     def record(self, stream: int) -> int: ...
     def wait(self, event: int) -> None: ...
+    def synchronize(self, stream: int) -> None: ...
     def malloc(self, size_bytes: int) -> int: ...
     def free(self, address: int) -> None: ...
     def export(self, address: int) -> bytes: ...
@@ -62,15 +64,23 @@ class SideStream:
     def copy(self, target: int, source: int, size_bytes: int) -> None:
         """Returns when the bytes are at ``target``. Blocks the thread. Host memory should be registered.
 
-        Raises DeviceError; also then neither end is touched any more.
+        Raises DeviceError; also then neither end is touched any more, unless the message says that the stream could
+        not be waited for either: of a device that refuses even that, nobody can say it.
         """
         self._runtime.set_device(self._device)
         self._runtime.copy(target, source, size_bytes, self.handle)
         self.wait()
 
     def wait(self) -> None:
-        """Returns when everything that is on the stream now is done. Blocks the thread."""
-        self._runtime.wait(self._runtime.record(self.handle))
+        """Returns when all that is on the stream now is done. Blocks the thread. Raises DeviceError, as ``copy``."""
+        try:
+            self._runtime.wait(self._runtime.record(self.handle))
+        except DeviceError as error:
+            try:
+                self._runtime.synchronize(self.handle)
+            except DeviceError as again:
+                raise DeviceError(f"{error}; and the stream could not be waited for: {again}") from error
+            raise
 
     def close(self) -> None:
         self._runtime.destroy_stream(self.handle)

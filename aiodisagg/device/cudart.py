@@ -114,6 +114,10 @@ class Cudart:
         finally:
             self._call("cudaEventDestroy", ctypes.c_void_p(event))
 
+    def synchronize(self, stream: int) -> None:
+        """Blocks the thread until everything that the stream has is done; needs no event, and may keep a processor."""
+        self._call("cudaStreamSynchronize", ctypes.c_void_p(stream))
+
     # -- device memory, here and in other processes --------------------------------------------------------------
 
     def malloc(self, size_bytes: int) -> int:

@@ -28,7 +28,7 @@ MOST_WARNINGS = 8
 """So many different errors of writes to one peer are warned of until one succeeds; the rest is for debugging."""
 
 FORGET_S = 60.0
-"""So long is a data plane avoided after a write by it failed; then it is tried again."""
+"""So long is a data plane avoided after it did not connect, or a write by it failed; then it is tried again."""
 
 WriterEvent = ChunkWritten | WriteFailed | WritesFenced
 
@@ -43,8 +43,8 @@ class Session:
 
     The data plane is connected by the first write and replaced after a write failed while the link lived: the next
     write uses the best plane that has not failed in the last ``FORGET_S``. When that time has passed after the choice,
-    a write has better ones tried again in the background, and later writes use the one that connects. A plane that was
-    replaced gets no new write; it is fenced and disconnected in the background.
+    a write has better ones tried again in the background, also those that did not connect, and later writes use the
+    one that does. A plane that was replaced gets no new write; it is fenced and disconnected in the background.
 
     Args:
         handoff: for rows that lie in an accelerator's memory; None: they all lie in the host's.
@@ -60,7 +60,7 @@ class Session:
         self._planes, self._tell, self._checksum = planes, tell, checksum
         self._plane: Plane | None = None
         self._failed: dict[str, float] = {}
-        """When a write failed, by plane; one that was connected since then is not here."""
+        """When it did not connect or a write by it failed, by plane; one that was connected since then is not here."""
         self._chose_at = 0.0
         self._connecting: asyncio.Task[None] | None = None
         self._writes: dict[ItemKey, asyncio.Task[Chunk]] = {}
@@ -96,7 +96,7 @@ class Session:
         avoid = frozenset(name for name, failed_at in self._failed.items() if now - failed_at < FORGET_S)
         better_than = self.plane_name if stand_in is not None else ""
         try:
-            name, plane = await self._planes.connect(
+            name, plane, failed = await self._planes.connect(
                 link.local, link.remote, avoid, better_than, far_host=link.far_host
             )  # fmt: skip
         except TransportUnavailable as error:
@@ -105,6 +105,7 @@ class Session:
             logger.debug("%s stays the data plane to %s: %s", better_than, link.remote.name, error)
             return
         self._failed.pop(name, None)
+        self._failed |= dict.fromkeys(failed, now)
         replaced, self._plane, self.plane_name = self._plane, plane, name
         if self._handoff is not None:
             self._handoff.attach(plane, link.remote)

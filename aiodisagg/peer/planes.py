@@ -16,7 +16,7 @@ from aiodisagg.errors import TransportError, TransportUnavailable
 from aiodisagg.link.address import is_loopback
 from aiodisagg.link.hello import Hello
 from aiodisagg.transport.arena import Arena
-from aiodisagg.transport.base import Admit, Remote, Transport
+from aiodisagg.transport.base import Admit, FenceKind, Remote, Transport
 from aiodisagg.transport.description import loopback_of, moved
 
 TlsContexts = tuple[ssl.SSLContext, ssl.SSLContext]
@@ -105,8 +105,9 @@ class Planes:
     async def connect(
         self, local: Hello, remote: Hello, avoid: frozenset[str] = frozenset(), better_than: str = "", *,
         far_host: str = "",
-    ) -> tuple[str, Plane]:  # fmt: skip
-        """Connects to a peer's pool by the best plane that works, those in ``avoid`` last.
+    ) -> tuple[str, Plane, tuple[str, ...]]:  # fmt: skip
+        """Connects to a peer's pool by the best plane that works, those in ``avoid`` last: its name, it, and those that
+        were tried before and did not connect, which may another time.
 
         ``better_than``: an open transport; only those before it in this order are tried.
         ``far_host``: where the link to the peer comes from, if that is over TCP. A peer that offers loopback to another
@@ -119,7 +120,7 @@ class Planes:
         order = sorted(self.open_transports, key=lambda name: (name in avoid, self._names.index(name)))
         if better_than:
             del order[order.index(better_than) :]
-        reasons = []
+        reasons, failed = [], []
         for name in order:
             description = remote.transports.get(name)
             if description is None:
@@ -139,18 +140,26 @@ class Planes:
                 except TransportError as error:
                     hint = f" ({loopback} there, tried where the link comes from)" if loopback else ""
                     reasons.append(f"{name}: {error}{hint}")
+                    failed.append(name)
                 else:
                     why = "; ".join(reasons) or "first choice"
                     logger.info("data plane to %s is %s (%s)", remote.name, name, why)
-                    return name, Plane(self.open_transports[name], found)
+                    return name, Plane(self.open_transports[name], found), tuple(failed)
         raise TransportUnavailable("any", "; ".join(reasons), peer=remote.name)
 
     async def revoke(self, peer: str, leases: Sequence[int]) -> None:
         """Returns when nothing of ``peer`` can land under these leases by any plane.
 
+        No peer (``NOBODY`` of :mod:`aiodisagg.protocol.incoming`): the writer has said that it moves nothing any more,
+        and only planes are asked whose receiving side places the bytes; that one may be in the middle of a copy.
+
         A peer that keeps leases for ``SLOW_S``, because it is stopped and neither answers nor ends, is named in a
         warning: once, until all of its leases are back.
         """
+        if not peer:
+            placing = [one for one in self.open_transports.values() if one.capabilities.fence is FenceKind.RECEIVER]
+            await asyncio.gather(*(transport.revoke(peer, leases) for transport in placing))
+            return
         self._revoking[peer] += len(leases)
         if peer not in self._watches:
             self._watches[peer] = asyncio.get_running_loop().call_later(SLOW_S, self._warn, peer)

@@ -5,7 +5,8 @@ rows of one item to one peer under a *lease*, a number that is never used twice:
 ``lease // blocks`` its generation. Rules, in the order in which they were learned by others the hard way:
 
 * A block is free again only when (a) the writer reported every row of it, or (b) the lend was revoked and the writer
-  is *fenced* (it said that nothing moves any more, or it is gone); and in either case nobody reads it (``pins``).
+  is *fenced* (it said that nothing moves any more, or it is gone) and no copy of this side is under way; and in either
+  case nobody reads it (``pins``).
   A revoked, unfenced block is quarantined: it belongs to nobody.
 * Rows in a revoked block stay usable until then: a chunk whose commit was lost can still be taken (``kept``).
 * One peer never gets all that others need: it may be stopped, and its blocks then stay quarantined until it runs again

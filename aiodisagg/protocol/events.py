@@ -173,6 +173,7 @@ class Revoke:
     """Have the transport end what may still land under these leases; then LeasesRevoked."""
 
     peer: str
+    """Empty: its writer is fenced already, and only copies of this side, of planes that copy here, are waited for."""
     leases: tuple[int, ...]
 
 

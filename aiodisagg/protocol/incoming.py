@@ -12,7 +12,8 @@ Rows are in one of four places: held; *pending* (committed, a Take is reading th
 
 Blocks of an older epoch may still be written to until the sender's ``Offer`` for the new one, which says that nothing
 older moves, and restates finished chunks whose ``Commit`` was lost. Until then they are *kept*: revoked, but with
-rows that may count. That is why a cut costs at most the chunk that was in flight.
+rows that may count. That is why a cut costs at most the chunk that was in flight. What the sender says holds for its
+side only: this one may be placing bytes yet, so also then a block is free only after a Revoke, which asks ``NOBODY``.
 
 After failed writes the next epoch may wait (``resting``): the peer has stopped, and nothing is lent to it.
 
@@ -65,6 +66,8 @@ from aiodisagg.protocol.rows import ModelFingerprint
 from aiodisagg.protocol.story import Story
 
 Actions = list[ReceiverAction]
+NOBODY = ""
+"""The peer in a Revoke of what a sender has fenced itself: only copies that this side has begun are waited for."""
 _OF_A_PEER = (Offer, Progress, Commit, Fenced, Refuse, LinkLost, LinkUp)
 """Events that only an item with a peer can have."""
 
@@ -148,8 +151,8 @@ class IncomingItem:
         )  # fmt: skip
         return [*actions, Send(self.peer, want)]
 
-    def _withdraw(self, *, keep: bool) -> Actions:
-        """Gives back what is lent. ``keep``: the sender may still restate what it wrote there."""
+    def _withdraw(self, *, keep: bool, said: bool = False) -> Actions:
+        """Gives back what is lent. ``keep``: the sender may still restate what it wrote there. ``said``: it fenced."""
         revoked = []
         for lease, block in list(self.lends.items()):
             if not block.revoked:
@@ -163,7 +166,7 @@ class IncomingItem:
         self.claimed = self.held.copy()
         for start, stop in self.pending.spans():
             self.claimed.add(start, stop)
-        return [Revoke(self.peer, tuple(revoked))] if revoked and self.peer is not None else []
+        return [Revoke(NOBODY if said else self.peer, tuple(revoked))] if revoked and self.peer is not None else []
 
     def _fail_over(self, now: float, why: str) -> Actions:
         """Leaves the current peer; what it was lent stays quarantined until it is fenced."""
@@ -220,16 +223,14 @@ class IncomingItem:
             raise RemoteProtocolError(self.peer, f"item {self.key}: offer does not fit what was wanted: {event}")
         if event.needs_media:
             self._has_media.discard(self.peer)
-            self._settle_older(event.epoch)
+            actions = self._settle_older(event.epoch)
             if self._sent_media:
-                return self._give_up_on(now, "media_ignored", "asks for media that it was sent", True)
-            return self._new_epoch(now, f"{self.peer} has neither rows nor media")
+                return actions + self._give_up_on(now, "media_ignored", "asks for media that it was sent", True)
+            return actions + self._new_epoch(now, f"{self.peer} has neither rows nor media")
         for chunk, meta in event.written:
             self._check_chunk(chunk, meta)
-        actions: Actions = []
-        for chunk, meta in event.written:
-            actions += self._take(chunk, meta)
-        self._settle_older(event.epoch)
+        actions = [take for chunk, meta in event.written for take in self._take(chunk, meta)]
+        actions += self._settle_older(event.epoch)
         self._patience.answered()
         if self.state is State.BOOTSTRAPPING:
             self.state = State.TRANSFERRING if self.claimed else State.WAITING_FOR_INPUT
@@ -237,13 +238,15 @@ class IncomingItem:
         self._heard(now, event.ready)
         return actions
 
-    def _settle_older(self, epoch: int) -> None:
+    def _settle_older(self, epoch: int) -> Actions:
         """Nothing of this peer that is older than ``epoch`` moves; also what it was lent in an earlier stay."""
-        for block in self._pool.lent_to(str(self.peer)):
-            if block.owner == self.key and block.epoch < epoch:
-                block.fenced, block.kept = True, False
-                if self._pool.settle(block) or not block.pins:
-                    self.lends.pop(block.lend.lease, None)
+        old = [one for one in self._pool.lent_to(str(self.peer)) if one.owner == self.key and one.epoch < epoch]
+        for block in old:
+            block.kept = False
+            if self._pool.settle(block) or not block.pins:
+                self.lends.pop(block.lend.lease, None)
+        said = tuple(block.lend.lease for block in old if not block.fenced)
+        return [Revoke(NOBODY, said)] if said else []
 
     def _progress(self, event: Progress, now: float) -> Actions:
         assert self.peer is not None
@@ -290,22 +293,19 @@ class IncomingItem:
         """Unasked: the sender stopped in this epoch, because a write failed. Start over, a bounded number of times."""
         if self._resting:
             return []
-        for block in self.lends.values():
-            block.revoked = block.fenced = True
+        actions = self._withdraw(keep=True, said=True)
         why, pause_s = f"a write failed: {event.reason}", self._patience.write_failed(str(self.peer), event.reason)
         if self._patience.fruitless() or self._patience.cannot_write(str(self.peer)):
-            return self._fail_over(now, f"{why}; again and again")
+            return actions + self._fail_over(now, f"{why}; again and again")
         if not pause_s:
-            return self._new_epoch(now, why)
-        actions = self._withdraw(keep=False)
+            return actions + self._new_epoch(now, why)
+        actions += self._withdraw(keep=False)
         self.state, self.wake, self._resting = State.BOOTSTRAPPING, now + pause_s, True
         self._story.tell(now, f"{why}; again in {pause_s:g} s")
         return actions
 
     def _refused(self, event: Refuse, now: float) -> Actions:
-        for block in self.lends.values():
-            block.revoked = block.fenced = True
-        return self._give_up_on(now, event.code, event.message, event.retryable)
+        return self._withdraw(keep=False, said=True) + self._give_up_on(now, event.code, event.message, event.retryable)
 
     def _give_up_on(self, now: float, code: str, message: str, retryable: bool) -> Actions:
         """The current peer will not provide the item: another one may, unless that was said too often."""

@@ -8,6 +8,8 @@ know: ``written``, the chunks whose ``Commit`` may have been lost. A ``Want`` wi
 else; before it is answered, the write in progress is fenced, so ``Offer`` always means that nothing older moves.
 
 An item's record outlives its link for ``retain_s``, because the source and ``written`` are what make a resume cheap.
+It ends earlier when another receiver, one with a link, waits for the room (``RoomWanted``); who returns after that
+sends the media once more.
 It is never dropped while a write may still move: every end goes through a fence if a write is in progress. That is
 why an unknown item can be declared fenced at once.
 """
@@ -62,11 +64,16 @@ REASON_CHARS = 1000
 
 
 @dataclass(frozen=True, slots=True)
+class RoomWanted:
+    """The Sender's own word to an item without a link: somebody who has one waits for the room of its source."""
+
+
+@dataclass(frozen=True, slots=True)
 class SenderConfig:
     """Bounds of a sender.
 
-    ``retain_s``: how long an item outlives its link. ``capacity_bytes``: memory for sources. ``file_bytes``: and for
-    the files of those that are not encoded yet.
+    ``retain_s``: how long an item outlives its link, unless others need its room. ``capacity_bytes``: memory for
+    sources. ``file_bytes``: and for the files of those that are not encoded yet.
     ``placeholders``: token id by item kind, for receivers that want region 1.
     """
 
@@ -277,6 +284,9 @@ class OutgoingItem:
             return []
         return self._end(State.FAILED, "nobody asked for it in time", self._say_fenced, now)
 
+    def _room_wanted(self, event: RoomWanted, now: float) -> Actions:
+        return self._end(State.FAILED, "its link was lost, and others needed the room", lambda _: [], now)
+
     def _end(self, state: State, why: str, then: Callable[[float], Actions], now: float) -> Actions:
         self.state, self.source = state, None
         self.lends.clear()
@@ -334,12 +344,14 @@ def _table() -> dict[tuple[State, type], Callable[..., Actions]]:
         (alive, LinkLost, item._link_lost),
         (alive, LinkUp, item._link_up),
         (alive, TimerFired, item._timer),
+        (alive, RoomWanted, item._room_wanted),
         (final, Want, item._want),
         (final, Grant, item._ignore),
         (final, Release, item._ignore),
         (final, Cancel, item._cancelled_late),
         (final, LinkLost, item._ignore),
         (final, LinkUp, item._ignore),
+        (final, RoomWanted, item._ignore),
         (final, RowsReady, item._ignore),
         (final, StageEntered, item._ignore),
         (final, EncodeStopped, item._ignore),

@@ -8,7 +8,6 @@ Nor can a peer keep it from others: an item whose peer has its share of the bloc
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
 
 from aiodisagg.errors import InvalidTransition, RemoteProtocolError
@@ -24,6 +23,7 @@ from aiodisagg.protocol.events import (
     Placed,
     ReceiverAction,
     ReceiverEvent,
+    Revoke,
     RowsRefused,
     RowsTaken,
     Send,
@@ -31,12 +31,17 @@ from aiodisagg.protocol.events import (
     Take,
     TimerFired,
 )
-from aiodisagg.protocol.incoming import IncomingItem
-from aiodisagg.protocol.messages import Cancel, Commit, Fenced, Grant, ItemKey, Lend, Offer, Progress, Refuse
+from aiodisagg.protocol.incoming import NOBODY, IncomingItem
+from aiodisagg.protocol.messages import Cancel, Commit, Fenced, Grant, ItemKey, Lend, Offer, Progress, Refuse, Release
 from aiodisagg.protocol.patience import ReceiverConfig
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
+from aiodisagg.protocol.timers import Timers
 
 __all__ = ["Receiver", "ReceiverConfig"]
+
+MOST_UNHEARD = 4096
+"""So many ends of items that their peers may not have heard of are remembered. Of the oldest ones beyond that a peer is
+not told: it keeps what it has for them until its own patience ends."""
 
 
 class Receiver:
@@ -57,14 +62,13 @@ class Receiver:
         self._fresh: list[ItemKey] = []
         """Came into the eager line since blocks were lent last."""
         self._linked: set[str] = set()
-        self._timers: list[tuple[float, ItemKey]] = []
-        self._armed: dict[ItemKey, float] = {}
+        self._unheard: OrderedDict[tuple[str, ItemKey], int] = OrderedDict()
+        """Epochs of which a peer does not know, or has not said that it knows, that they are over."""
+        self._timers: Timers[ItemKey] = Timers()
 
     def next_timer(self) -> float | None:
         """When to feed TimerFired; None: no item is open. Read it again after every ``handle``."""
-        while self._timers and self._armed.get(self._timers[0][1]) != self._timers[0][0]:
-            heapq.heappop(self._timers)
-        return self._timers[0][0] if self._timers else None
+        return self._timers.next()
 
     def handle(self, event: ReceiverEvent, now: float) -> list[ReceiverAction]:
         actions: list[ReceiverAction] = []
@@ -87,10 +91,12 @@ class Receiver:
             case LinkUp(peer):
                 self._linked.add(peer)
                 actions = self._link_up(peer, event, now)
-            case LinkLost(peer, _):
+            case LinkLost(peer, gone):
                 self._linked.discard(peer)
                 for item in [item for item in self.items.values() if item.peer == peer]:
                     actions += self._step(item, event, now)
+                for key in self._unheard_by(peer) if gone else ():
+                    del self._unheard[peer, key]
             case LeasesRevoked(leases):
                 for lease in leases:
                     block = self.pool.get(lease)
@@ -98,10 +104,8 @@ class Receiver:
                         block.fenced = True
                         self._settle(block)
             case TimerFired():
-                while (due := self.next_timer()) is not None and due <= now:
-                    item = self.items[heapq.heappop(self._timers)[1]]
-                    del self._armed[item.key]
-                    actions += self._step(item, event, now)
+                while (due := self._timers.take(now)) is not None:
+                    actions += self._step(self.items[due], event, now)
         return actions + self._lend(now)
 
     # -- routing -------------------------------------------------------------------------------------------------
@@ -113,33 +117,48 @@ class Receiver:
         for action in actions:
             if isinstance(action, Take):
                 self._taking[action.key, action.chunk.lease, action.chunk.start] = action
+            elif isinstance(action, Send) and isinstance(action.message, Cancel | Release):
+                self._ended(action.peer, action.message)
         if item.state.final:
             del self.items[item.key]
-            self._armed.pop(item.key, None)
-        elif self._armed.get(item.key) != item.timer:
-            self._armed[item.key] = item.timer
-            heapq.heappush(self._timers, (item.timer, item.key))
+            self._timers.disarm(item.key)
+        else:
+            self._timers.arm(item.key, item.timer)
         self._queue(item)
         return actions
+
+    def _ended(self, peer: str, word: Cancel | Release) -> None:
+        """Remembers what a peer without a link cannot hear, and until it answers what it may not hear: a link that is
+        about to be lost takes words along, and a peer that does not know works for nobody."""
+        if isinstance(word, Cancel) or peer not in self._linked:
+            self._unheard[peer, word.key] = word.epoch
+            self._unheard.move_to_end((peer, word.key))
+            if len(self._unheard) > MOST_UNHEARD:
+                self._unheard.popitem(last=False)
+
+    def _unheard_by(self, peer: str) -> list[ItemKey]:
+        return [key for other, key in self._unheard if other == peer]
 
     def _message(self, event: MessageReceived, now: float) -> list[ReceiverAction]:
         peer, message = event.peer, event.message
         if not isinstance(message, Offer | Progress | Commit | Fenced | Refuse):
             raise RemoteProtocolError(peer, f"{type(message).__name__} is not a sender's word")
+        actions: list[ReceiverAction] = []
         if isinstance(message, Fenced | Refuse):
-            for block in self.pool.lent_to(peer):
-                if block.owner == message.key and block.epoch <= message.epoch and block.revoked:
-                    block.fenced = True
-                    self._settle(block)
+            if self._unheard.get((peer, message.key), message.epoch + 1) <= message.epoch:
+                del self._unheard[peer, message.key]
+            old = [one for one in self.pool.lent_to(peer) if one.owner == message.key and one.epoch <= message.epoch]
+            if said := tuple(block.lend.lease for block in old if block.revoked and not block.fenced):
+                actions.append(Revoke(NOBODY, said))
         item = self.items.get(message.key)
         if item is not None and item.peer == peer and item.epoch == message.epoch:
             try:
-                return self._step(item, message, now)
+                return actions + self._step(item, message, now)
             except InvalidTransition as error:
                 raise RemoteProtocolError(peer, f"item {message.key}: {error}") from error
         if isinstance(message, Offer) and (item is None or item.peer != peer):
             return [Send(peer, Cancel(message.key, message.epoch))]
-        return []
+        return actions
 
     def _taken(self, event: RowsTaken | RowsRefused, now: float) -> list[ReceiverAction]:
         chunk = event.chunk
@@ -166,11 +185,15 @@ class Receiver:
                 self._queue(owner)
 
     def _link_up(self, peer: str, event: LinkUp, now: float) -> list[ReceiverAction]:
-        """Resumes what this peer provides; asks it to fence what it was lent for others."""
+        """Resumes what this peer provides; has it end, and fence, what it provides no more."""
         actions: list[ReceiverAction] = []
         for item in [item for item in self.items.values() if item.peer == peer]:
             actions += self._step(item, event, now)
         stale: dict[ItemKey, int] = {}
+        for key in self._unheard_by(peer):
+            owner = self.items.get(key)
+            if owner is None or owner.peer != peer:  # else its newer epoch ends the one before
+                stale[key] = self._unheard[peer, key]
         for block in self.pool.lent_to(peer):
             owner = self.items.get(block.owner)
             if block.revoked and not block.fenced and (owner is None or owner.peer != peer):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-
 from aiodisagg.errors import InvalidTransition, RemoteProtocolError
 from aiodisagg.protocol.counters import ByteCounters
 from aiodisagg.protocol.events import (
@@ -24,9 +22,10 @@ from aiodisagg.protocol.events import (
     WritesFenced,
 )
 from aiodisagg.protocol.messages import Cancel, Fenced, Grant, Refuse, Release, Want
-from aiodisagg.protocol.outgoing import OutgoingItem, SenderConfig
+from aiodisagg.protocol.outgoing import OutgoingItem, RoomWanted, SenderConfig
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.protocol.sources import SourceTable, User
+from aiodisagg.protocol.timers import Timers
 
 __all__ = ["Sender", "SenderConfig"]
 
@@ -47,14 +46,11 @@ class Sender:
         self.items: dict[User, OutgoingItem] = {}
         self._draining = False
         self._drained = False
-        self._timers: list[tuple[float, User]] = []
-        self._armed: dict[User, float] = {}
+        self._timers: Timers[User] = Timers()
 
     def next_timer(self) -> float | None:
         """When to feed TimerFired; None: no item is open. Read it again after every ``handle``."""
-        while self._timers and self._armed.get(self._timers[0][1]) != self._timers[0][0]:
-            heapq.heappop(self._timers)
-        return self._timers[0][0] if self._timers else None
+        return self._timers.next()
 
     def handle(self, event: SenderEvent, now: float) -> list[SenderAction]:
         actions: list[SenderAction] = []
@@ -83,18 +79,26 @@ class Sender:
                     actions += self._step(self.items[user], event, now)
             case LinkLost(peer) | LinkUp(peer):
                 for item in [item for item in self.items.values() if item.peer == peer]:
+                    self.sources.linked((peer, item.key), isinstance(event, LinkUp))
                     actions += self._step(item, event, now)
             case DrainBegan():
                 self._draining = True
             case TimerFired():
-                while (due := self.next_timer()) is not None and due <= now:
-                    user = heapq.heappop(self._timers)[1]
-                    del self._armed[user]
-                    actions += self._step(self.items[user], event, now)
-        actions += self.sources.admit()
+                while (due := self._timers.take(now)) is not None:
+                    actions += self._step(self.items[due], event, now)
+        actions += self._admit(now)
         if self._draining and not self._drained and not any(item.linked for item in self.items.values()):
             self._drained = True
             actions.append(Drained())
+        return actions
+
+    def _admit(self, now: float) -> list[SenderAction]:
+        """Starts what there is room for. Who has no link keeps its sources only until somebody who has one needs it."""
+        actions = self.sources.admit()
+        while (users := self.sources.in_the_way()) is not None:
+            for user in users:
+                actions += self._step(self.items[user], RoomWanted(), now)
+            actions += self.sources.admit()
         return actions
 
     def _users(self, digest: str, event: RowsReady | StageEntered, now: float) -> list[SenderAction]:
@@ -108,14 +112,13 @@ class Sender:
         user = (item.peer, item.key)
         actions = item.handle(event, now)
         if item.state.final and not item.ended:
-            self._armed.pop(user, None)
+            self._timers.disarm(user)
         elif item.ended:
             self.items.pop(user, None)
-            self._armed.pop(user, None)
+            self._timers.disarm(user)
             actions += self.sources.release(item.digest, user)
-        elif self._armed.get(user) != item.timer:
-            self._armed[user] = item.timer
-            heapq.heappush(self._timers, (item.timer, user))
+        else:
+            self._timers.arm(user, item.timer)
         return actions
 
     def _message(self, event: MessageReceived, now: float) -> list[SenderAction]:
@@ -147,7 +150,10 @@ class Sender:
         known = self.sources.get(want.digest)
         shape = (want.kind, want.grid_thw, want.rows)
         if known is not None and (known.job.kind, known.job.grid_thw, known.job.rows) != shape:
-            raise RemoteProtocolError(peer, f"item {want.key}: {want.digest} is not {shape}")
+            said = f"item {want.key}: {want.digest} is not {shape}"
+            if any(other == peer for other, _ in known.users):
+                raise RemoteProtocolError(peer, said)
+            return self._refuse(item, peer, want, said, now)
         if item is None and self._draining:
             return [Send(peer, Refuse(want.key, want.epoch, "draining", "this peer is about to end", True))]
         if item is None:
@@ -156,6 +162,16 @@ class Sender:
         if want.epoch > item.epoch:
             item.source = self.sources.acquire(want, (peer, want.key))
         return self._step(item, want, now)
+
+    def _refuse(self, item: OutgoingItem | None, peer: str, want: Want, why: str, now: float) -> list[SenderAction]:
+        """Another peer said something else of this digest. Nobody knows who of them lies, and who is honest must not
+        lose its link, and all of its items, by it."""
+        if item is None:
+            return [Send(peer, Refuse(want.key, want.epoch, "wrong_shape", why, True))]
+        if want.epoch <= item.epoch:
+            return []
+        item.epoch = want.epoch
+        return self._step(item, EncodeStopped(want.digest, "wrong_shape", why, True), now)  # a write of it may move
 
     def __repr__(self) -> str:
         return f"<Sender {len(self.items)} items, {len(self.sources)} sources, {self.sources.used_bytes} bytes>"

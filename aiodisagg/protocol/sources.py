@@ -9,6 +9,10 @@ files are dropped, and its receivers are told that it will be provided, as of ev
 again and again while it hears nothing, and need not send files for that; when the item's turn has come, it is told to
 send them once more. So nobody fails or looks elsewhere because many wait here, and whoever came first goes first: the
 room that those before it need is not given to anybody else, until they end or are forgotten as any other record is.
+
+A receiver without a link may come back, so what it wants stays as it is, for as long as nobody else needs the room.
+Who has a link goes before it in every line, and may have its room: a process that was killed or stopped leaves as much
+behind as it had asked for, and everybody else would wait until that is forgotten.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ class Source:
     ready: int = 0
     started: bool = False
     cancelled: bool = False
+    leaving: bool = False
+    """Its users were away, and gave it up for others: it goes when no write of theirs can move any more."""
     users: set[User] = field(default_factory=set)
 
     @property
@@ -64,6 +70,8 @@ class SourceTable:
         self._queue: deque[str] = deque()
         self._aside: OrderedDict[str, int] = OrderedDict()
         """Digests whose files are to be sent again, and how large they are."""
+        self._away: set[User] = set()
+        """Users whose receiver has no link."""
 
     def get(self, digest: str) -> Source | None:
         return self._sources.get(digest)
@@ -94,6 +102,8 @@ class SourceTable:
         if source.cancelled or (not source.started and want.urgency.before(source.job.urgency)):
             source.job = replace(source.job, urgency=want.urgency)
         source.users.add(user)
+        self._away.discard(user)
+        source.leaving = False
         self._sources.move_to_end(want.digest)
         return self._take_files(source, want) if want.digest in self._aside else source
 
@@ -105,21 +115,39 @@ class SourceTable:
             return source
         if want.media is None:
             return None
-        self.file_bytes += self._aside.pop(want.digest)
+        size_bytes = self._aside.pop(want.digest)
+        self._put_aside(size_bytes)
+        self.file_bytes += size_bytes
         source.job = replace(source.job, media=want.media)
         self._queue.append(want.digest)
         return source
 
     def _has_turn(self, digest: str) -> bool:
-        """Whether there is room for its files and for those of all that were put aside before it."""
+        """Whether there is room for its files and for those of all that were put aside before it. Who is away is not
+        counted: what it has in the queue is put aside, and what is aside already comes later."""
         taken = self.file_bytes
+        if self._away:
+            taken -= sum(self._sources[queued].file_bytes for queued in self._queue if self._deserted(queued))
         for other, size_bytes in self._aside.items():
+            if self._deserted(other):
+                continue
             if taken and taken + size_bytes > self.capacity_file_bytes:
                 return False
             if other == digest:
                 return True
             taken += size_bytes
         raise KeyError(digest)
+
+    def _put_aside(self, room: int) -> None:
+        """Puts queued sources aside whose users are all away, the last one first, until there is room for files."""
+        for digest in [queued for queued in reversed(self._queue) if self._deserted(queued)]:
+            if not self.file_bytes or self.file_bytes + room <= self.capacity_file_bytes:
+                return
+            source = self._sources[digest]
+            self._queue.remove(digest)
+            self._aside[digest] = source.file_bytes
+            self._aside.move_to_end(digest, last=False)
+            self._drop_files(source)
 
     def _drop_files(self, source: Source) -> None:
         self.file_bytes -= source.file_bytes
@@ -133,6 +161,7 @@ class SourceTable:
 
     def release(self, digest: str, user: User) -> list[SenderAction]:
         """Ends a user's interest. A job that nobody wants is cancelled; complete rows stay as a cache."""
+        self._away.discard(user)
         source = self._sources.get(digest)
         if source is None:
             return []
@@ -150,15 +179,36 @@ class SourceTable:
         del self._sources[digest]
         return []
 
+    def linked(self, user: User, up: bool) -> None:
+        """The link to this user's receiver is open, or it was lost."""
+        if up:
+            self._away.discard(user)
+        else:
+            self._away.add(user)
+
+    def _deserted(self, digest: str) -> bool:
+        """All who want it are away."""
+        users = self._sources[digest].users
+        return bool(users) and users <= self._away
+
+    def _first(self) -> str:
+        """Whose turn it is: who came first of those that are not away, or of all."""
+        here = (digest for digest in self._queue if not self._deserted(digest)) if self._away else self._queue
+        return next(iter(here), self._queue[0])
+
+    def _fits(self, source: Source, used_bytes: int) -> bool:
+        return not used_bytes or used_bytes + source.size_bytes <= self.capacity_bytes
+
     def admit(self) -> list[SenderAction]:
         """Starts queued jobs for which there is room, evicting cached sources that nobody uses."""
         actions: list[SenderAction] = []
         while self._queue:
-            source = self._sources[self._queue[0]]
+            digest = self._first()
+            source = self._sources[digest]
             actions += self._evict(source.size_bytes)
-            if self.used_bytes and self.used_bytes + source.size_bytes > self.capacity_bytes:
+            if not self._fits(source, self.used_bytes):
                 break
-            self._queue.popleft()
+            self._queue.remove(digest)
             self.used_bytes += source.size_bytes
             source.started = True
             self.started += 1
@@ -176,6 +226,24 @@ class SourceTable:
             self.used_bytes -= self._sources.pop(digest).size_bytes
             dropped.append(DropSource(digest))
         return dropped
+
+    def in_the_way(self) -> list[User] | None:
+        """Who is to give a source up, which is ``leaving`` from now on, so that the first in the queue finds room: they
+        are all away, and it is not. None: nobody. Of such sources the one that was asked for longest ago goes first. To
+        be asked after ``admit``, again and again; room that is about to be free is counted.
+        """
+        if not self._away or not self._queue or self._deserted(first := self._first()):
+            return None
+        started = {digest: source for digest, source in self._sources.items() if source.started}
+        going = {digest for digest, source in started.items() if source.cancelled or source.leaving}
+        coming = sum(started[digest].size_bytes for digest in going)
+        if self._fits(self._sources[first], self.used_bytes - coming):
+            return None
+        for digest, source in started.items():
+            if digest not in going and self._deserted(digest):
+                source.leaving = True
+                return sorted(source.users)
+        return None
 
     def stopped(self, digest: str) -> tuple[set[User], list[SenderAction]]:
         """A job ended without rows: its users are told, unless it was cancelled and is wanted again by now."""

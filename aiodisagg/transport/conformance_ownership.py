@@ -8,6 +8,7 @@ moved all the same. A later write is waited for in between, so that what was lat
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable
 
 from aiodisagg.errors import WriteRefused
@@ -101,6 +102,43 @@ async def revoke_ends_a_running_write(kit: Kit) -> None:
         expect(outcome is None or isinstance(outcome, WriteRefused), f"done or refused, not {outcome!r}")
         await writer.write(remote, [receiver.slice(b"x", 0)])
         expect(receiver.arena.view[1:] == b"\x33" * (receiver.arena.size_bytes - 1), "nothing landed after revoke")
+
+
+@OWNERSHIP.add
+async def revoke_waits_for_what_was_admitted(kit: Kit) -> None:
+    """Where a thread asks ``admit``, the lease may be withdrawn between the answer and the copy."""
+    if kit.capabilities.fence is not FenceKind.RECEIVER:
+        return
+    size, loop, ours = 5 * MIB, asyncio.get_running_loop(), threading.get_ident()
+    asked, go = asyncio.Event(), threading.Event()
+
+    def hold() -> None:
+        if threading.get_ident() != ours:
+            loop.call_soon_threadsafe(asked.set)
+            go.wait(60)
+
+    async with kit.pair(size + MIB) as (receiver, writer, remote, name):
+        receiver.lender.admitted = hold
+        item = receiver.slice(pattern(size), MIB)
+        write, holds = asyncio.ensure_future(writer.write(remote, [item])), asyncio.ensure_future(asked.wait())
+        revoke = None
+        try:
+            await asyncio.wait([write, holds], return_when=asyncio.FIRST_COMPLETED)
+            if holds.done():  # else it asks on the loop's thread, where nothing can come in between
+                receiver.lender.withdraw(item.lease)
+                revoke = asyncio.ensure_future(receiver.transport.revoke(name, [item.lease]))
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                expect(not revoke.done(), "revoke waits for a copy that was admitted before")
+        finally:
+            go.set()
+            holds.cancel()
+            (outcome, *_) = await asyncio.gather(write, holds, *filter(None, [revoke]), return_exceptions=True)
+        expect(outcome is None or isinstance(outcome, WriteRefused), f"done or refused, not {outcome!r}")
+        if revoke is not None:
+            receiver.arena.view[MIB:] = b"\x33" * size
+            await writer.write(remote, [receiver.slice(b"behind", 0)])
+            expect(receiver.arena.view[MIB:] == b"\x33" * size, "nothing landed after revoke")
 
 
 @OWNERSHIP.add

@@ -8,9 +8,9 @@ a socket of its own beside the one that asyncio reads answers from: asyncio's tr
 :mod:`aiodisagg.transport.chunks`.
 
 The network is open to strangers: who has not said the pool's token (it travels in the description, and that on the
-control link) is not read from, and sent away after ``connect_timeout_s``, or when 64 others came later and have not
-said it either. With TLS a connection is not ours before its handshake, which has nothing but that time. Hosts that
-vanish are noticed by the kernel.
+control link) is not read from, and sent away after ``connect_timeout_s``, or after a second when 64 others came later
+and have not said it either. With TLS a connection is not ours before its handshake, which has nothing but that time.
+Hosts that vanish are noticed by the kernel.
 
 Memory beyond the pools: nothing but kernel sockets, 4 KiB per connection, and 256 KiB where bytes were dropped.
 A lost connection is not made again: the remote is gone, and the caller connects anew.
@@ -53,8 +53,13 @@ CHUNK_BYTES = 16 << 20
 SMALL_BYTES = 1 << 20
 _LINES = 2
 _MAX_UNPROVED = 64
-"""Connections that have not said the token. One more ends the oldest, not the newest: silent strangers then cannot
-lock out a writer, who says it at once."""
+"""Connections that have not said the token in ``_GRACE_S``. One more ends the oldest, not the newest: silent strangers
+then cannot lock out a writer, who says it at once."""
+_GRACE_S = 1.0
+"""A loop accepts a hundred connections before it reads one, and what a writer says at once comes a round trip later:
+without this time, that many honest writers would end each other."""
+_MOST_UNPROVED = 1024
+"""Of any age: a descriptor each."""
 
 
 class _Pool(msgspec.Struct, frozen=True, array_like=True):
@@ -72,7 +77,9 @@ class _Receiving:
         self._arena, self._admit, self._incarnation = arena, admit, incarnation
         self._session, self.token = secrets.randbits(62), secrets.token_bytes(16)
         self._greet_s = greet_s
-        self._greeting: dict[Wire, asyncio.TimerHandle] = {}
+        self._greeting: dict[Wire, tuple[float, asyncio.TimerHandle]] = {}
+        """Until when it is left alone, and the end of its time; oldest first."""
+        self._crowded: asyncio.TimerHandle | None = None
         self.wires: weakref.WeakSet[Wire] = weakref.WeakSet()  # of one whose TLS handshake fails we never hear again
 
     def heard(self, wire: Wire, word: Word) -> None:
@@ -107,20 +114,37 @@ class _Receiving:
             wire.say(Rejected(chunk.number, False, f"lease {chunk.lease} does not cover offset {chunk.offset}"))
 
     def made(self) -> Wire:
-        if len(self._greeting) >= _MAX_UNPROVED:
-            self._send_away(next(iter(self._greeting)), "too many that do not greet")
-        wire = Wire(self)
+        loop, wire = asyncio.get_running_loop(), Wire(self)
         self.wires.add(wire)
-        self._greeting[wire] = asyncio.get_running_loop().call_later(self._greet_s, self._send_away, wire)
+        end = loop.call_later(self._greet_s, self._send_away, wire)
+        self._greeting[wire] = loop.time() + _GRACE_S, end
+        if self._crowded is None or len(self._greeting) > _MOST_UNPROVED:
+            self._make_room()
         return wire
+
+    def _make_room(self) -> None:
+        """Sends away the oldest of too many, if that one had its time, and comes back when it will have had it."""
+        self.forget_crowd()
+        loop = asyncio.get_running_loop()
+        while len(self._greeting) > _MAX_UNPROVED:
+            oldest, (until, _) = next(iter(self._greeting.items()))
+            if until > loop.time() and len(self._greeting) <= _MOST_UNPROVED:
+                self._crowded = loop.call_at(until, self._make_room)
+                return
+            self._send_away(oldest, "too many that do not greet")
+
+    def forget_crowd(self) -> None:
+        if self._crowded is not None:
+            self._crowded.cancel()
+            self._crowded = None
 
     def _send_away(self, wire: Wire, why: str = "no greeting") -> None:
         self._end_greeting(wire)
         wire.abort(why)
 
     def _end_greeting(self, wire: Wire) -> None:
-        if (timer := self._greeting.pop(wire, None)) is not None:
-            timer.cancel()
+        if (greeting := self._greeting.pop(wire, None)) is not None:
+            greeting[1].cancel()
 
     def lost(self, wire: Wire) -> None:
         self._end_greeting(wire)
@@ -334,6 +358,7 @@ class StreamTransport(Transport):
         if self._receiving is not None:
             for wire in list(self._receiving.wires):
                 await wire.end()
+            self._receiving.forget_crowd()
         for remote in list(self._remotes):
             remote.lose(TransportClosed(NAME, "closed in mid-write", peer=remote.peer))
             await self.disconnect(remote)

@@ -49,9 +49,11 @@ def raises(*kinds: type[Exception]) -> Iterator[None]:
 
 
 class Lender:
-    """A receiver's book of lent ranges; its ``admit`` is what a transport asks."""
+    """A receiver's book of lent ranges; its ``admit`` is what a transport asks. ``admitted``: called on the thread that
+    asked, between a yes and its being told."""
 
     def __init__(self) -> None:
+        self.admitted: Callable[[], None] = lambda: None
         self._numbers = itertools.count(1)
         self._lent: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
@@ -69,7 +71,10 @@ class Lender:
     def admit(self, offset: int, size_bytes: int, lease: int) -> bool:
         with self._lock:
             start, size = self._lent.get(lease, (0, -1))
-        return start <= offset and offset + size_bytes <= start + size
+        admits = start <= offset and offset + size_bytes <= start + size
+        if admits:
+            self.admitted()
+        return admits
 
 
 _numbers = itertools.count(1)

@@ -26,7 +26,7 @@ class FakeCuda:
         self.gate = threading.Event()
         self.gate.set()
         self.waiting = threading.Event()
-        self.fails = False
+        self.fails = self.record_fails = self.lost = False
         self.registered: dict[int, int] = {}
         self.allocated: dict[int, ctypes.Array[ctypes.c_char]] = {}
         self.opened: list[int] = []
@@ -87,6 +87,8 @@ class FakeCuda:
             self._say("copy", self._known(source), self._known(target))
 
     def record(self, stream: int) -> int:
+        if self.record_fails or self.lost:
+            raise DeviceError("no event to be had")
         with self._lock:
             event = next(self._numbers)
             self._events[event] = stream, len(self._streams[stream])
@@ -97,11 +99,23 @@ class FakeCuda:
         self.waiting.set()
         assert self.gate.wait(30)
         with self._lock:
-            stream, _ = self._events.pop(event)
-            for target, source, size_bytes in self._streams[stream]:
-                ctypes.memmove(target, source, size_bytes)
-            self._streams[stream].clear()
+            self._move(self._events.pop(event)[0])
             self._say("event")
+
+    def synchronize(self, stream: int) -> None:
+        if self.lost:
+            self._streams[stream].clear()  # nothing runs on it any more
+            raise DeviceError("the device is lost")
+        self.waiting.set()
+        assert self.gate.wait(30)
+        with self._lock:
+            self._move(stream)
+            self._say("synchronize")
+
+    def _move(self, stream: int) -> None:
+        for target, source, size_bytes in self._streams[stream]:
+            ctypes.memmove(target, source, size_bytes)
+        self._streams[stream].clear()
 
     def malloc(self, size_bytes: int) -> int:
         memory = ctypes.create_string_buffer(size_bytes)

@@ -44,6 +44,41 @@ def test_a_copy_that_cannot_start_raises_and_leaves_nothing_on_the_stream(cuda: 
     stream.close()
 
 
+def test_a_copy_whose_event_fails_is_waited_for_all_the_same(cuda: FakeCuda) -> None:
+    """It raised while the device still read the one end and wrote to the other."""
+    source, target = ctypes.create_string_buffer(b"rows"), ctypes.create_string_buffer(5)
+    stream = SideStream(cuda, 0)
+    cuda.record_fails = True
+    cuda.gate.clear()
+    raised: list[DeviceError] = []
+
+    def copy() -> None:
+        try:
+            stream.copy(ctypes.addressof(target), ctypes.addressof(source), 5)
+        except DeviceError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    assert cuda.waiting.wait(30)
+    assert not raised and target.value == b""
+    cuda.gate.set()
+    thread.join()
+    assert [str(error) for error in raised] == ["no event to be had"] and target.value == b"rows"
+    assert cuda.names() == ["copy", "synchronize"]
+    stream.close()
+
+
+def test_a_copy_that_cannot_be_waited_for_says_both_reasons(cuda: FakeCuda) -> None:
+    source, target = ctypes.create_string_buffer(b"rows"), ctypes.create_string_buffer(5)
+    stream = SideStream(cuda, 0)
+    cuda.lost = True
+    with pytest.raises(DeviceError, match=r"no event to be had; and the stream .* the device is lost") as caught:
+        stream.copy(ctypes.addressof(target), ctypes.addressof(source), 5)
+    assert "no event" in str(caught.value.__cause__) and str(caught.value.__context__) == "the device is lost"
+    stream.close()
+
+
 def test_memory_is_let_go_once(accelerator: Accelerator, cuda: FakeCuda) -> None:
     pinned = accelerator.pin(4096, 100)
     with pytest.raises(DeviceError):

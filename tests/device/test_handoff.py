@@ -138,6 +138,33 @@ async def test_a_failed_copy_is_an_error_and_holds_no_lease(accelerator: Acceler
     cuda.free(rows.address)
 
 
+@pytest.mark.parametrize("kind", [IpcTransport, MemoryTransport])
+async def test_a_copy_without_an_event_holds_the_lease_until_it_is_over(
+    accelerator: Accelerator, cuda: FakeCuda, kind: type[IpcTransport] | type[MemoryTransport]
+) -> None:
+    """It was told as failed while the device still wrote into the block, which the fence then gave back; over other
+    planes the staging buffer was unmapped under the copy."""
+    rows = on_device(cuda)
+    async with way(accelerator, kind) as one:
+        lease = one.receiver.lender.lend(0, rows.size_bytes)
+        cuda.record_fails = True
+        cuda.gate.clear()
+        write = asyncio.create_task(one.handoff.write(one.plane, rows, 0, lease))
+        copied = asyncio.create_task(waited(cuda))
+        await asyncio.wait([write, copied], return_when=asyncio.FIRST_COMPLETED)
+        fence = asyncio.create_task(one.plane.transport.fence(one.plane.remote))
+        await turns()
+        assert not write.done() and "unregister" not in cuda.names()
+        assert fence.done() is (kind is MemoryTransport), "the device still writes there"
+        cuda.gate.set()
+        with pytest.raises(DeviceError, match="no event to be had"):
+            await write
+        async with asyncio.timeout(30):
+            await fence
+            await copied
+    cuda.free(rows.address)
+
+
 @pytest.mark.parametrize("who", ["another process", "this process"])
 async def test_with_a_device_pool_no_byte_passes_the_host(
     accelerator: Accelerator, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, who: str

@@ -15,6 +15,7 @@ from aiodisagg.device.copies import DeviceBytes
 from aiodisagg.encode.session import FORGET_S, Session, WriterEvent
 from aiodisagg.errors import PeerGone, TransportClosed, WriteFailed
 from aiodisagg.link import Hello, PeerRole
+from aiodisagg.peer import planes as planes_module
 from aiodisagg.peer.planes import Plane, Planes
 from aiodisagg.protocol import events
 from aiodisagg.protocol.events import ChunkWritten, Write, WritesFenced
@@ -203,6 +204,35 @@ async def test_a_failure_is_forgotten_and_the_better_plane_used_again(monkeypatc
         await made.written(made.best)
         await made.settled()
         assert [network.connects.qsize() for network in made.networks] == [2, 1, 0]
+
+
+async def test_a_better_plane_that_does_not_connect_at_first_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lost packet of the first handshake, and the slower plane was used for as long as the link lived."""
+    async with one(monkeypatch) as made:
+        made.best.down = True
+        await made.written(made.middle)
+        made.best.down = False
+        made.later_s = FORGET_S - 1
+        await made.written(made.middle)
+        await made.settled()
+        assert made.best.connects.qsize() == 1, "it is not tried yet"
+        made.later_s = FORGET_S + 1
+        await made.written(made.middle)  # it does not wait for the attempt
+        await made.settled()
+        await made.written(made.best)
+        assert [network.connected for network in made.networks] == [1, 0, 0]
+
+
+async def test_planes_that_can_never_connect_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not offered, or only for peers of one host."""
+    async with one(monkeypatch) as made:
+        del made.session.link.remote.transports["best"]
+        monkeypatch.setattr(planes_module, "_LOCAL", frozenset({"middle"}))
+        await made.written(made.worst)
+        made.later_s = FORGET_S + 1
+        await made.written(made.worst)
+        assert not made.session._failed
+        assert [network.connects.qsize() for network in made.networks] == [0, 0, 1]
 
 
 async def test_the_next_choice_forgets_too(monkeypatch: pytest.MonkeyPatch) -> None:

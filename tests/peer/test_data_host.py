@@ -47,7 +47,7 @@ async def connect(
             return await dial(description, peer=peer)
 
         monkeypatch.setattr(transport, "connect", seen)
-        _, plane = await sending.connect(hello("E" if other_host else "L"), remote, far_host=far_host)
+        _, plane, _ = await sending.connect(hello("E" if other_host else "L"), remote, far_host=far_host)
         await plane.transport.write(plane.remote, [Slice(memoryview(b"received"), 0, 1)])
         return looked[-1], bytes(arena.view[:8])
     finally:

@@ -66,7 +66,7 @@ def receiver(world: World) -> None:
             for span in () if block.revoked else block.spent.gaps(block.lend.start, block.lend.stop):
                 claimed.add(*span)
         _demand(item.claimed == claimed, f"{key}: claims {item.claimed}, for which there is only {claimed}")
-    _demand(len(machine._armed) == len(machine.items), "an item without a timer, or a timer without an item")
+    _demand(len(machine._timers) == len(machine.items), "an item without a timer, or a timer without an item")
     held = Counter(block.peer for block in lent)
     usable = pool.blocks - sum(count for peer, count in held.items() if peer not in machine._linked)
     for key in machine._eager if pool.free else ():
@@ -129,7 +129,7 @@ def sender(world: World, process: Process) -> None:
             _demand(user in machine.items, f"{digest} is kept for {user}, which is over")
     for user, item in machine.items.items():
         _demand(not item.ended, f"{user} ended and is remembered")
-        _demand(item.state.final or user in machine._armed, f"{user} has no timer")
+        _demand(item.state.final or user in machine._timers, f"{user} has no timer")
         _demand(item.source is None or table.get(item.digest) is item.source, f"{user} draws from a dropped source")
         epoch = world.history.get((process.name, user), 0)
         _demand(item.epoch >= epoch, f"{user}: epoch fell from {epoch} to {item.epoch}")

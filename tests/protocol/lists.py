@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from aiodisagg.protocol import events as ev
 from aiodisagg.protocol import messages as ms
 from aiodisagg.protocol.blocks import BlockPool
+from aiodisagg.protocol.incoming import NOBODY
 from aiodisagg.protocol.meta import ItemMeta
 from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
 from aiodisagg.protocol.rows import Region
@@ -32,16 +33,24 @@ def every(actions: list[Any], kind: type[T]) -> list[T]:
 
 
 class Receiving:
-    """A receiver with its shell's answers one call away; time passes only when it is told to."""
+    """A receiver with its shell's answers one call away; time passes only when it is told to.
+
+    ``copies``: leases under which the receiving side places bytes just now; of others it says at once that it does not.
+    """
 
     def __init__(self, blocks: int = 4, rows_per_block: int = 2, **config: Any) -> None:
         self.pool = BlockPool(blocks, rows_per_block, truth.ROW_BYTES)
         self.machine = Receiver(truth.MODEL, self.pool, ReceiverConfig(**config))
         self.now = 0.0
+        self.copies: set[int] = set()
 
     def do(self, event: Any, after_s: float = 0.0) -> list[Any]:
         self.now += after_s
-        return self.machine.handle(event, self.now)
+        actions = self.machine.handle(event, self.now)
+        for revoke in every(actions, ev.Revoke):
+            if revoke.peer == NOBODY and self.copies.isdisjoint(revoke.leases):
+                actions = [one for one in actions if one is not revoke] + self.do(ev.LeasesRevoked(revoke.leases))
+        return actions
 
     def says(self, message: Any, peer: str = "A", after_s: float = 0.0) -> list[Any]:
         return self.do(ev.MessageReceived(peer, message), after_s)

@@ -197,8 +197,8 @@ def test_nothing_remembers_what_is_over() -> None:
             s.ready()
         s.wrote(only(s.grant((0, 2), key=key), ev.Write))
         s.says(only(done, ms.Release))
-    assert not r.machine.items and not r.pool._lent and not r.machine._taking and not r.machine._armed
-    assert not s.machine.items and not s.machine._armed and s.machine.next_timer() is None
+    assert not r.machine.items and not r.pool._lent and not r.machine._taking and not r.machine._timers
+    assert not s.machine.items and not s.machine._timers and s.machine.next_timer() is None
     source = s.machine.sources.get("item-2")
     assert source is not None and not source.users
 

@@ -13,7 +13,7 @@ from aiodisagg.protocol import events as ev
 from aiodisagg.protocol import messages as ms
 from aiodisagg.protocol.events import State
 from aiodisagg.protocol.incoming import IncomingItem
-from aiodisagg.protocol.outgoing import OutgoingItem
+from aiodisagg.protocol.outgoing import OutgoingItem, RoomWanted
 
 from . import truth
 from .lists import KEY, SIX, Receiving, Sending, only, want
@@ -43,6 +43,7 @@ EVENTS: dict[type, Any] = {
     ev.ChunkWritten: ev.ChunkWritten("L", KEY, 1, ms.Chunk(100, 0, 2, 7)),
     ev.WriteFailed: ev.WriteFailed("L", KEY, 1, "broken"),
     ev.WritesFenced: ev.WritesFenced("L", KEY),
+    RoomWanted: RoomWanted(),
 }
 
 

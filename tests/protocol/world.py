@@ -16,6 +16,7 @@ from typing import Any
 from aiodisagg.errors import InvalidTransition, RemoteProtocolError
 from aiodisagg.protocol import events as ev
 from aiodisagg.protocol.blocks import BlockPool
+from aiodisagg.protocol.incoming import NOBODY
 from aiodisagg.protocol.messages import ItemKey, decode, encode
 from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
 from aiodisagg.protocol.rows import Region
@@ -225,8 +226,8 @@ class World:
         self.feed(process, ev.RowsTaken(take.key, take.chunk))
 
     def _revoke(self, process: Process, revoke: ev.Revoke) -> None:
-        if not self.plan.one_sided:
-            self.soon(0.01, lambda: self.feed(process, ev.LeasesRevoked(revoke.leases)))
+        if not self.plan.one_sided or revoke.peer == NOBODY:
+            self.soon(0.01, lambda: self._revoked(process, revoke))
             return
         writer = self.network.processes.get(revoke.peer)
         assert writer is not None
@@ -235,6 +236,12 @@ class World:
         else:
             when = max(self.now, writer.died_at + LINGER_S) + 0.01
             self.at(when, lambda: self.feed(process, ev.LeasesRevoked(revoke.leases)))
+
+    def _revoked(self, process: Process, revoke: ev.Revoke) -> None:
+        if any(self.landings.copying[lease] for lease in revoke.leases):
+            self.soon(0.01, lambda: self._revoked(process, revoke))
+        else:
+            self.feed(process, ev.LeasesRevoked(revoke.leases))
 
     # -- encoding ------------------------------------------------------------------------------------------------
 

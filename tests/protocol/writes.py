@@ -44,6 +44,8 @@ class Writes:
         self.world = world
         self.under_way: list[Landing] = []
         self.failed: Counter[ItemKey] = Counter()
+        self.copying: Counter[int] = Counter()
+        """Leases under which the receiving side is in the middle of a copy, which no fence of the writer's ends."""
 
     def begin(self, process: Process, write: ev.Write) -> None:
         if process.store.get(write.digest, 0) < write.stop:
@@ -90,6 +92,20 @@ class Writes:
         if not self.world.plan.one_sided and not home.machine.pool.admits(offset, b - a, landing.write.lease):
             landing.fails = True
             return
+        if not self.world.plan.one_sided and landing.fails:
+            self.copying[landing.write.lease] += 1
+            self.world.soon(0.3, lambda: self._copied(landing, part, home))
+        else:
+            self._place(landing, part, home)
+
+    def _copied(self, landing: Landing, part: tuple[int, int], home: Process) -> None:
+        self.copying[landing.write.lease] -= 1
+        if home.alive:
+            self._place(landing, part, home)
+
+    def _place(self, landing: Landing, part: tuple[int, int], home: Process) -> None:
+        a, b = (n * truth.ROW_BYTES for n in part)
+        offset = landing.write.offset + a
         checks.landed(self.world, home, landing.write, part, offset)
         data = bytearray(landing.data[a:b])
         if self.world.corrupt_next:

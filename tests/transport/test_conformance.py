@@ -89,6 +89,24 @@ class OnTheLoop(MemoryTransport):
         await super().write(remote, slices)
 
 
+class Hasty(MemoryTransport):
+    """Does not wait for the copies in progress."""
+
+    async def revoke(self, peer, leases) -> None:  # type: ignore[no-untyped-def]
+        self._check_open()
+
+
+class HastyZmq(ZmqTransport):
+    async def revoke(self, peer, leases) -> None:  # type: ignore[no-untyped-def]
+        self._opened()
+
+
+@pytest.mark.parametrize("kind", [Hasty, HastyZmq])
+async def test_the_suite_finds_a_revoke_that_waits_for_nothing(kind: type[Transport], no_leaks: None) -> None:
+    with pytest.raises(ConformanceError, match="revoke waits for a copy"):
+        await check_transport(kind, only=["revoke_waits_for_what_was_admitted"])
+
+
 async def test_the_suite_finds_broken_transports(no_leaks: None) -> None:
     with pytest.raises(ConformanceError, match="arrived as written") as found:
         await check_transport(Forgetful)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(past_caches, "LIBRARY", request.param)
     past_caches.load.cache_clear()
     if request.param != NOWHERE and past_caches.load() is None:
-        pytest.skip("libpmem1 is not installed")
+        pytest.skip("libpmem1 is not installed, or not for this processor")
     yield request.param
     past_caches.load.cache_clear()
 
@@ -53,6 +54,7 @@ def test_a_host_without_it_is_told_once_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(past_caches, "LIBRARY", NOWHERE)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     past_caches.load.cache_clear()
     target = memoryview(bytearray(8))
     try:
@@ -63,5 +65,32 @@ def test_a_host_without_it_is_told_once_how_to_get_it(
         said = [one.getMessage() for one in caplog.records if "libpmem1" in one.getMessage()]
         assert len(said) == 1
         assert "apt-get install libpmem1" in said[0]
+    finally:
+        past_caches.load.cache_clear()
+
+
+@pytest.mark.parametrize(("machine", "asked"), [("aarch64", False), ("riscv64", False), ("AMD64", True)])
+def test_other_processors_copy_as_they_always_did(
+    machine: str, asked: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """libpmem on aarch64 flushes line by line whatever it is told, and that is slower than a plain copy."""
+    opened: list[str] = []
+
+    def library(name: str) -> SimpleNamespace:
+        opened.append(name)
+        return SimpleNamespace(pmem_memcpy=SimpleNamespace())
+
+    monkeypatch.setattr(past_caches.ctypes, "CDLL", library)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    past_caches.load.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO):
+            assert (past_caches.load() is not None) is asked
+            if not asked:
+                target = memoryview(bytearray(8))
+                copy_past_caches(target, memoryview(b"12345678"))
+                assert bytes(target) == b"12345678"
+        assert opened == [past_caches.LIBRARY] * asked
+        assert "apt-get" not in caplog.text and (machine in caplog.text) is not asked
     finally:
         past_caches.load.cache_clear()
