@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +47,10 @@ def _open_files() -> dict[int, str]:
     return found
 
 
+LIBRARIES_S = 5.0
+"""Threads of the transfer engine close what they hold after they were told to end, when they get to it."""
+
+
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
     """Fails a test that leaves threads, descriptors or shared memory behind."""
@@ -55,9 +60,16 @@ def no_leaks() -> Iterator[None]:
     shared = set(os.listdir("/dev/shm"))
     yield
     gc.collect()
-    left_threads = [t for t in threading.enumerate() if t not in threads and t.is_alive() and not t.daemon]
-    left_files = {fd: to for fd, to in _open_files().items() if fd not in files}
-    left_shared = set(os.listdir("/dev/shm")) - shared
-    assert not left_threads, f"threads left: {left_threads}"
-    assert not left_files, f"descriptors left: {left_files}"
-    assert not left_shared, f"shared memory left: {left_shared}"
+
+    def left() -> dict[str, object]:
+        found: dict[str, object] = {
+            "threads": [t for t in threading.enumerate() if t not in threads and t.is_alive() and not t.daemon],
+            "descriptors": {fd: to for fd, to in _open_files().items() if fd not in files},
+            "shared memory": set(os.listdir("/dev/shm")) - shared,
+        }
+        return {what: which for what, which in found.items() if which}
+
+    until = time.monotonic() + LIBRARIES_S
+    while left() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not left()

@@ -153,8 +153,8 @@ class Planes:
         No peer (``NOBODY`` of :mod:`aiodisagg.protocol.incoming`): the writer has said that it moves nothing any more,
         and only planes are asked whose receiving side places the bytes; that one may be in the middle of a copy.
 
-        A peer that keeps leases for ``SLOW_S``, because it is stopped and neither answers nor ends, is named in a
-        warning: once, until all of its leases are back.
+        A peer that keeps leases for ``SLOW_S``, because it is stopped, or cannot say yet that nothing moves any more,
+        is named in a warning: once, until all of its leases are back.
         """
         if not peer:
             placing = [one for one in self.open_transports.values() if one.capabilities.fence is FenceKind.RECEIVER]
@@ -172,7 +172,7 @@ class Planes:
                 self._watches.pop(peer).cancel()
 
     def _warn(self, peer: str) -> None:
-        text = "peer %s keeps %d blocks of the pool: asked to end its writes %g s ago, it neither answers nor ends"
+        text = "peer %s keeps %d blocks of the pool: asked to end its writes %g s ago, it has not said that they ended"
         logger.warning(text, peer, self._revoking[peer], SLOW_S)
 
     @property

@@ -167,7 +167,8 @@ class Transport(ABC):
 
     @abstractmethod
     async def disconnect(self, remote: Remote) -> None:
-        """Fences, then forgets the peer. Idempotent."""
+        """Returns when nothing of this side is read any more, and forgets the peer; what it may still move is fenced
+        later. Idempotent."""
 
     @abstractmethod
     async def aclose(self) -> None:

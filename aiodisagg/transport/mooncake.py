@@ -11,10 +11,14 @@ engine is called on the loop's thread.
 
 When memory is free again
 -------------------------
-* **Sources** after ``fence``: the engine ended every piece. On TCP the progress time-out bounds that. On RDMA pieces
-  are staged, so a transfer that never ends (its target was killed) keeps a staging slot, not the caller's memory.
+* **Sources** after ``fence`` or ``disconnect``: the engine ended every piece. On TCP the progress time-out bounds that.
+  On RDMA pieces are staged, so a transfer that never ends (its target was killed) keeps a staging slot, not the
+  caller's memory.
 * **Destinations** after ``revoke`` (``FenceKind.WRITER``): the writer said so; or said goodbye; or its connection
   ended twice the progress time-out ago. A writer that is stopped or cut off but not dead holds ``revoke`` up.
+* After a TCP write that *failed* both take that time more, by each side's own clock: its bytes are in the kernels.
+* ``fence`` ends when the destinations are free, too. ``disconnect`` does not wait for that: a transfer that never ends
+  holds up the goodbye, which the background sees to, and so the leases of the receiver, and nobody else.
 * ``leased_bytes`` and ``revoking`` say how much waits for that.
 * ``aclose`` destroys the engine, the one hard fence there is, before it says goodbye to anybody.
 """
@@ -22,50 +26,28 @@ When memory is free again
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
-import ipaddress
 import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import ClassVar
 
-import msgspec
-
-from aiodisagg.errors import ConfigError, PeerGone, TransportClosed, TransportUnavailable, WriteFailed, WriteRefused
+from aiodisagg.errors import ConfigError, PeerGone, TransportClosed, TransportUnavailable, WriteFailed
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.attach import MAX_LEASE, BarList
 from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
 from aiodisagg.transport.description import pack, unpack
+from aiodisagg.transport.mooncake_greeting import Greeting, Pool, ipv4
+from aiodisagg.transport.mooncake_job import Job, Lane
 from aiodisagg.transport.mooncake_open import Opened, Openers, Places, open_engine, reach
-from aiodisagg.transport.mooncake_pump import Job, Lane
 from aiodisagg.transport.mooncake_remote import BARRED_PER_PEER, MooncakeRemote
-from aiodisagg.transport.mooncake_side import (
-    PLACE_BYTES,
-    Attach,
-    Attached,
-    Attachment,
-    Check,
-    Checked,
-    Goodbye,
-    Refused,
-    Side,
-    Wire,
-)
+from aiodisagg.transport.mooncake_side import PLACE_BYTES, Attach, Attached, Attachment, Goodbye, Refused, Side, Wire
 
 log = logging.getLogger(__name__)
 
 RDMA_CHUNK_BYTES, TCP_CHUNK_BYTES = 4 << 20, 256 << 20
 _BARRED_PEERS = 1024
-
-
-class _Pool(msgspec.Struct, frozen=True, array_like=True):
-    host: str
-    port: int
-    """Of the side connection."""
-    incarnation: str
-    token: bytes
 
 
 class MooncakeTransport(Transport):
@@ -79,7 +61,8 @@ class MooncakeTransport(Transport):
         connect_timeout_s: for the connection, the engine's handshake and the check of the data plane.
         overdue_s: an RDMA transfer that is pending for so long has failed.
         chunk_bytes: largest transfer, and size of a staging slot. staging_slots: of them, for RDMA.
-        quarantine_s: how long a dead peer's leases and writes are held; None: twice ``progress_timeout_s``.
+        quarantine_s: how long a dead peer's leases and writes are held, and those of a TCP write that failed; None:
+            twice ``progress_timeout_s``.
     """
 
     name: ClassVar[str] = "mooncake"
@@ -109,6 +92,7 @@ class MooncakeTransport(Transport):
         self._quarantine_s = 2.0 * progress_timeout_s if quarantine_s is None else quarantine_s
         self._chunk_bytes = chunk_bytes or (RDMA_CHUNK_BYTES if self.protocol == "rdma" else TCP_CHUNK_BYTES)
         self._depth, self._staging_slots = ((16, 8), staging_slots) if self.protocol == "rdma" else ((4, 1), 0)
+        self._lands_for_s = None if self.protocol == "rdma" else self._quarantine_s
         self._state = "new"
         self._incarnation = ""
         self._token = secrets.token_bytes(16)
@@ -126,7 +110,7 @@ class MooncakeTransport(Transport):
     async def open(self, arena: Arena | None, admit: Admit, *, incarnation: str) -> None:
         if self._state != "new":
             raise TransportClosed(self.name, f"opened when {self._state}")
-        self._host = _ipv4(self.name, self._host)
+        self._host = ipv4(self.name, self._host)
         self._state, self._incarnation, self._arena = "opening", incarnation, arena
         try:
             await self._open_engine(arena)
@@ -169,7 +153,7 @@ class MooncakeTransport(Transport):
         if self._server is None:
             raise TransportUnavailable(self.name, "opened without a pool")
         port = self._server.sockets[0].getsockname()[1]
-        return pack(self.name, _Pool(self._host, port, self._incarnation, self._token))
+        return pack(self.name, Pool(self._host, port, self._incarnation, self._token))
 
     @property
     def leased_bytes(self) -> int:
@@ -236,8 +220,8 @@ class MooncakeTransport(Transport):
 
     async def connect(self, description: bytes, *, peer: str) -> MooncakeRemote:
         self._engaged()
-        pool = unpack(self.name, _Pool, description)
-        host = _ipv4(self.name, pool.host)
+        pool = unpack(self.name, Pool, description)
+        host = ipv4(self.name, pool.host)
         wire: Wire | None = None
         try:
             async with asyncio.timeout(self._connect_timeout_s):
@@ -253,13 +237,9 @@ class MooncakeTransport(Transport):
                 raise PeerGone(self.name, f"cannot connect: {error}", peer=peer) from error
             raise
 
-    async def _attach(self, wire: Wire, host: str, pool: _Pool, peer: str) -> MooncakeRemote:
-        wire.say(Attach(pool.token, self._incarnation, peer))
-        words = await wire.hear()
-        if isinstance(words, Refused):
-            raise PeerGone(self.name, words.message, peer=peer)
-        if not isinstance(words, Attached) or not words.fits:
-            raise PeerGone(self.name, "something else answers there", peer=peer)
+    async def _attach(self, wire: Wire, host: str, pool: Pool, peer: str) -> MooncakeRemote:
+        greeting = Greeting(self.name, wire, peer)
+        words = await greeting.attach(pool.token, self._incarnation)
         segment = f"{host}:{words.engine_port}"
         nonce = secrets.token_bytes(PLACE_BYTES)
         opened = next((one for one in self._engines if one.knows_only(segment, peer)), None)
@@ -271,19 +251,17 @@ class MooncakeTransport(Transport):
             lambda: reach(self.name, peer, opened, segment, words.place, place.number, nonce, limit_s),
             ended=place.give_back,
         )
-        wire.say(Check(nonce))
-        if await wire.hear() != Checked(True):
-            raise TransportUnavailable(self.name, "the engine leads to another process", peer=peer)
+        await greeting.check(nonce)
         self._engaged()
         lane = Lane(peer, segment, words.address)
-        remote = MooncakeRemote(self.name, peer, words.size_bytes, opened.pump, lane, words.barred)
+        remote = MooncakeRemote(self.name, peer, words.size_bytes, opened.pump, lane, greeting.barred)
         remote.side = Side(
             self.name,
             peer,
             wire,
             self._heartbeat_s,
             self._quarantine_s,
-            on_bar=lambda leases: self._bar(remote, leases),
+            on_bar=remote.bar,
             on_lost=lambda error: self._lost(remote, error),
         )
         self._remotes.add(remote)
@@ -296,10 +274,8 @@ class MooncakeTransport(Transport):
         pool.check(frozenset(one.lease for one in slices))
         if not total:
             return
-        job = Job(pool.lane, slices, self._chunk_bytes)
-        pool.jobs.add(job)
-        job.end.add_done_callback(lambda _: pool.jobs.discard(job))
-        pool.pump.send(job)
+        job = Job(pool.lane, slices, self._chunk_bytes, self._lands_for_s)
+        pool.send(job)
         try:
             await asyncio.shield(job.outcome)
         except asyncio.CancelledError:
@@ -311,35 +287,37 @@ class MooncakeTransport(Transport):
             raise
 
     async def fence(self, remote: Remote) -> None:
-        """A piece under way is waited for: on TCP at most the progress time-out."""
+        """A piece under way is waited for: on TCP at most the progress time-out, and if it fails the quarantine; on
+        RDMA for ever, if it does not end and the receiver does not."""
         await self._mine(remote).settled()
 
     async def disconnect(self, remote: Remote) -> None:
+        """Returns when the sources are free; see the module's text."""
         pool = self._mine(remote)
         pool.closed = True
-        await pool.settled()
-        self._remotes.discard(pool)
-        await pool.side.close(goodbye=True)
-
-    async def _bar(self, remote: MooncakeRemote, leases: frozenset[int]) -> None:
-        jobs = remote.bar(leases)
-        for job in jobs:
-            remote.stop(job, WriteRefused(self.name, "its lease was revoked in mid-write", peer=remote.peer))
-        for job in jobs:
-            await job.end
+        await pool.freed()
+        if all(job.end.done() for job in pool.jobs):
+            await self._take_leave(pool)
+        else:
+            self._take_leave_later(pool)
 
     def _lost(self, remote: MooncakeRemote, error: PeerGone) -> None:
         log.info("%s: writer side: %s", self.name, error)
         for job in remote.jobs:
             remote.stop(job, error)
-        if remote.side.gone and not remote.closed:
+        remote.pump.give_up(remote.lane, error)
+        if remote.side.gone and not remote.closed:  # it may be closing, and then it waits for our word
+            self._take_leave_later(remote)
+
+    def _take_leave_later(self, remote: MooncakeRemote) -> None:
+        if not remote.leaving:
+            remote.leaving = True
             self._openers.after(self._take_leave(remote))
 
     async def _take_leave(self, remote: MooncakeRemote) -> None:
-        """A receiver that closes waits for the promise that nothing of us moves any more."""
-        for job in list(remote.jobs):
-            await job.end
-        await remote.side.close(goodbye=True)
+        await remote.settled()
+        self._remotes.discard(remote)
+        await remote.side.close(goodbye=remote.goodbye)
 
     async def aclose(self) -> None:
         if self._state in ("new", "closed"):
@@ -362,7 +340,10 @@ class MooncakeTransport(Transport):
         for attachment in list(self._attachments):
             attachment.end()  # its bytes have nowhere to land
         for remote in list(self._remotes):
-            await self.disconnect(remote)
+            for job in list(remote.jobs):
+                job.over()
+                job.ended()
+            await self._take_leave(remote)
         await self._openers.aclose()
         for task in list(self._serving):
             task.cancel()
@@ -386,12 +367,3 @@ class MooncakeTcpTransport(MooncakeTransport):
     capabilities: ClassVar[Capabilities] = Capabilities(
         one_sided=True, fence=FenceKind.WRITER, device_memory=False, integrity=False
     )
-
-
-def _ipv4(name: str, text: str) -> str:
-    """An address and never a name: a look-up would block the engine, and names in descriptions are untrusted."""
-    with contextlib.suppress(ValueError):
-        address = ipaddress.IPv4Address(text)
-        if not address.is_unspecified:
-            return str(address)
-    raise TransportUnavailable(name, f"{text!r} is not the IPv4 address of a host")

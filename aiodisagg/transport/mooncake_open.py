@@ -26,8 +26,9 @@ from typing import TypeVar
 from aiodisagg.errors import PeerGone, TransportUnavailable
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.mooncake_engine import DONE, FAILED, Engine
-from aiodisagg.transport.mooncake_pump import Pump, Staging
+from aiodisagg.transport.mooncake_pump import Pump
 from aiodisagg.transport.mooncake_side import PLACE_BYTES
+from aiodisagg.transport.mooncake_staging import Staging
 
 T = TypeVar("T")
 

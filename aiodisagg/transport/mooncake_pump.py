@@ -1,15 +1,13 @@
 """The thread that submits pieces to the engine and asks how they stand, every 50 us while any is under way.
 
-A write is cut into pieces. Each is one ``transfer_submit_write``, because only a transfer of its own has an end of its
-own: a batch says -1 at its first failure while the rest is still being read from memory. A piece belongs to the engine
-from its submit until its end, whatever became of its write; :class:`Job` therefore ends twice:
-
-* its **outcome** is what the caller is told: done, failed, cancelled, the peer is gone;
-* its **end** is when no piece of it can move a byte any more. Between the two its memory is *leased*.
+A write (:class:`~aiodisagg.transport.mooncake_job.Job`) is cut into pieces. Each is one ``transfer_submit_write``,
+because only a transfer of its own has an end of its own: a batch says -1 at its first failure while the rest is still
+being read from memory.
 
 A TCP transfer always ends (the engine's progress time-out sees to it). An RDMA transfer to a dead process may stay
 pending for ever; so RDMA reads from staging slots that belong to the pump, and a slot that never comes back costs
-memory (a metric) and not the caller's source. Sources inside memory that is registered anyway are read in place.
+memory (a metric) and not the caller's source. Sources inside memory that is registered anyway are read in place. A
+piece is *given up* when it is overdue or its peer is lost: its write fails, its slot is replaced, and it stays leased.
 
 Fairness: a peer has at most ``depth`` pieces under way (the engine has four lanes per peer on TCP). Large ones leave
 the last of them free, one write has only a part of them, and writes take turns. TCP pieces are hardly cut at all: one
@@ -18,22 +16,18 @@ connection at a time is the fastest (parallel ones share one thread of the engin
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
-import numpy as np
-
-from aiodisagg.errors import TransportClosed, TransportError, TransportUnavailable, WriteFailed
-from aiodisagg.transport.arena import Arena
-from aiodisagg.transport.base import Slice
+from aiodisagg.errors import PeerGone, TransportClosed, TransportError, WriteFailed
 from aiodisagg.transport.mooncake_engine import DONE, FAILED, OVERDUE, PENDING, Engine
+from aiodisagg.transport.mooncake_job import Job, Lane
+from aiodisagg.transport.mooncake_staging import Staging
 
 log = logging.getLogger(__name__)
 
@@ -42,122 +36,13 @@ _TICK_S = 50e-6
 _SLOW_TICK_S = 0.05
 
 
-class Lane:
-    """One peer: where its pool is, and the writes that have pieces to submit. Owned by the pump's thread."""
-
-    def __init__(self, peer: str, segment: str, address: int) -> None:
-        self.peer, self.segment, self.address = peer, segment, address
-        self.jobs: deque[Job] = deque()
-        self.under_way = self.large = 0
-
-
-class Job:
-    """One write. ``outcome``, ``free`` and ``end`` are futures of the loop; see the module's text.
-
-    ``free``: the sources are not read any more. It comes with ``end``, or before it where pieces are staged.
-    """
-
-    def __init__(self, lane: Lane, slices: Sequence[Slice], chunk_bytes: int) -> None:
-        loop = asyncio.get_running_loop()
-        self.lane = lane
-        self.leases = frozenset(one.lease for one in slices)
-        self.outcome: asyncio.Future[None] = loop.create_future()
-        self.outcome.add_done_callback(lambda done: done.exception())  # a cancelled writer asks for no result
-        self.free: asyncio.Future[None] = loop.create_future()
-        self.end: asyncio.Future[None] = loop.create_future()
-        self.error: TransportError | None = None
-        self.under_way = self.large = 0
-        self.in_place = 0
-        """Pieces under way that the engine reads from the caller's memory."""
-        self.pieces: deque[tuple[int, int, int]] = deque()
-        self._loop = loop
-        self._sources: list[np.ndarray[Any, Any]] = []  # they only hold the buffers in place
-        for one in slices:
-            if one.source.nbytes:
-                array = np.frombuffer(one.source, np.uint8)
-                self._sources.append(array)
-                base = array.ctypes.data
-                for start in range(0, array.nbytes, chunk_bytes):
-                    size = min(chunk_bytes, array.nbytes - start)
-                    self.pieces.append((base + start, lane.address + one.offset + start, size))
-
-    def fail(self, error: TransportError) -> None:
-        """On the loop's thread: tells the caller now; the pieces under way go on to their end."""
-        if not self.outcome.done():
-            self.outcome.set_exception(error)
-
-    def tell(self, what: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody waits any more
-            self._loop.call_soon_threadsafe(what)
-
-    def freed(self) -> None:
-        self._sources.clear()
-        if not self.free.done():
-            self.free.set_result(None)
-
-    def ended(self) -> None:
-        self.freed()
-        if not self.outcome.done():
-            if self.error is None:
-                self.outcome.set_result(None)
-            else:
-                self.outcome.set_exception(self.error)
-        if not self.end.done():
-            self.end.set_result(None)
-
-
-class Staging:
-    """Registered slots for sources that are not. Used by the pump's thread; a slot that is lost is replaced."""
-
-    def __init__(self, engine: Engine, slot_bytes: int, most_lost: int) -> None:
-        self.slot_bytes = slot_bytes
-        self._engine, self._lost, self._most_lost = engine, 0, most_lost
-        self._arenas: list[Arena] = []
-        self._free: list[int] = []
-
-    def add(self) -> None:
-        """One more slot. Raises TransportUnavailable."""
-        arena = Arena(self.slot_bytes)
-        try:
-            self._engine.register(arena.address, arena.size_bytes)
-        except BaseException:
-            arena.close()
-            raise
-        self._arenas.append(arena)
-        self._free.append(arena.address)
-
-    def take(self) -> int | None:
-        return self._free.pop() if self._free else None
-
-    def give(self, slot: int) -> None:
-        self._free.append(slot)
-
-    def lose(self) -> None:
-        """A slot that was taken may never come back: makes another, up to a bound and while there is memory."""
-        if self._lost < self._most_lost:
-            self._lost += 1
-            try:
-                self.add()
-            except (OSError, TransportUnavailable) as error:
-                log.warning("a staging slot is lost and cannot be replaced: %s", error)
-
-    def unregister(self) -> None:
-        for arena in self._arenas:
-            self._engine.unregister(arena.address)
-
-    def close(self) -> None:
-        """Only after the engine is gone."""
-        for arena in self._arenas:
-            arena.close()
-
-
 class _Flight:
-    __slots__ = ("job", "overdue", "since_s", "size_bytes", "slot", "transfer")
+    __slots__ = ("given_up", "job", "since_s", "size_bytes", "slot", "transfer")
 
     def __init__(self, transfer: int, job: Job, size_bytes: int, slot: int | None) -> None:
         self.transfer, self.job, self.size_bytes, self.slot = transfer, job, size_bytes, slot
         self.since_s = time.monotonic()
-        self.overdue = False
+        self.given_up = False
 
 
 class Pump:
@@ -167,7 +52,7 @@ class Pump:
         depth: pieces under way per peer. large_per_job: large ones of one write.
         staging: None: sources are read in place (TCP).
         direct: ranges ``(start, stop)`` that are registered and need no staging.
-        overdue_s: a staged piece that is pending for longer fails its write; it stays leased.
+        overdue_s: where there is staging, a piece that is pending for longer is given up.
     """
 
     def __init__(
@@ -215,6 +100,18 @@ class Pump:
         """No further piece of this write is submitted."""
         self.call(lambda: self._stop(job, error))
 
+    def give_up(self, lane: Lane, error: PeerGone) -> None:
+        """Its peer is lost, and a piece under way may never end: others get its slot's place now, and not when it is
+        overdue. TCP pieces hold no slots and end by themselves."""
+
+        def give_up() -> None:
+            for flight in self._flights:
+                if flight.job.lane is lane and not flight.given_up:
+                    self._give_up(flight, error)
+
+        if self._staging is not None:
+            self.call(give_up)
+
     def finish(self, grace_s: float) -> None:
         """Submits nothing more, and ends the thread once nothing is under way, or after ``grace_s``."""
 
@@ -240,9 +137,11 @@ class Pump:
                     time.sleep(_SLOW_TICK_S)
         finally:
             self.abandoned = bool(self._flights)
+            for flight in self._flights:
+                flight.job.failed = True
             for job in {flight.job for flight in self._flights}.union(*(lane.jobs for lane in self._lanes)):
                 job.error = job.error or TransportClosed(self._name, "closed in mid-write", peer=job.lane.peer)
-                job.tell(job.ended)
+                job.tell(job.over)
 
     def _turn(self) -> None:
         while self._calls:
@@ -253,7 +152,7 @@ class Pump:
         self._lanes = [lane for lane in self._lanes if lane.jobs]
         if self._flights and self._poll():
             return  # there is room now
-        if all(flight.overdue for flight in self._flights):
+        if all(flight.given_up for flight in self._flights):
             self._wake.wait(_SLOW_TICK_S if self._flights or self._lanes or self._finish_at else None)
             self._wake.clear()
         else:
@@ -285,13 +184,14 @@ class Pump:
         job.large += large
         job.lane.large += large
         job.lane.under_way += change
+        job.lane.staged += change * (flight.slot is not None)
 
     def _submit(self, job: Job) -> bool:
         """One piece; False if there is no slot for it."""
         source, destination, size = job.pieces[0]
         slot = None
         if self._staging is not None and not any(lo <= source and source + size <= hi for lo, hi in self._direct):
-            slot = self._staging.take()
+            slot = self._staging.take(job.lane.staged, large=size > LARGE_BYTES)
             if slot is None:
                 return False
             ctypes.memmove(slot, source, size)  # releases the GIL
@@ -327,20 +227,21 @@ class Pump:
                 continue
             left.append(flight)
             overdue = self._staging is not None and now - flight.since_s > self._overdue_s
-            if not flight.overdue and (overdue or status != PENDING):
+            if not flight.given_up and (overdue or status != PENDING):
                 late.append(flight)
         self._flights = left  # before anybody is told
         for flight, done in landed:
             self._landed(flight, done)
         for flight in late:
-            self._give_up(flight)
+            text = f"no end of a transfer in {self._overdue_s:g} s"
+            self._give_up(flight, WriteFailed(self._name, text, peer=flight.job.lane.peer))
         return bool(landed)
 
     def _status(self, flight: _Flight) -> int:
         try:
             return self._engine.status(flight.transfer)
         except Exception:
-            if not flight.overdue:
+            if not flight.given_up:
                 log.exception("%s: nothing is known of a transfer to %s", self._name, flight.job.lane.peer)
             return OVERDUE
 
@@ -348,21 +249,21 @@ class Pump:
         job = flight.job
         job.under_way -= 1
         job.in_place -= flight.slot is None
-        if not flight.overdue:
+        if not flight.given_up:
             self._count(flight, -1)
         if flight.slot is not None and self._staging is not None:
-            self._staging.give(flight.slot)
+            (self._staging.find if flight.given_up else self._staging.give)(flight.slot)
         if not done:
+            job.failed = True
             self._stop(job, WriteFailed(self._name, "the engine reports a failure", peer=job.lane.peer))
         self._end_if_over(job)
 
-    def _give_up(self, flight: _Flight) -> None:
+    def _give_up(self, flight: _Flight, error: TransportError) -> None:
         job = flight.job
-        flight.overdue = True
+        flight.given_up = True
         self._count(flight, -1)
         if flight.slot is not None and self._staging is not None:
             self._staging.lose()
-        error = WriteFailed(self._name, f"no end of a transfer in {self._overdue_s:g} s", peer=job.lane.peer)
         self._stop(job, error)
         job.tell(lambda: job.fail(error))
 
@@ -377,6 +278,6 @@ class Pump:
         if job.pieces:
             return
         if not job.under_way:
-            job.tell(job.ended)
+            job.tell(job.over)
         elif not job.in_place:
             job.tell(job.freed)  # every piece has been copied into its slot

@@ -9,14 +9,19 @@ the receiver, apart from the control link, because a promise about memory must n
     writer    writes 8 random bytes to that place through the engine, then  Check(them)
     receiver  Checked(are they there?)        the data plane really leads to this life of this process
     writer    Ping()                          every heartbeat;  receiver  Pong()
-    receiver  Bar(ticket, leases)             writer: stop, wait for the pieces under way, then  Barred(ticket)
-    receiver  Closing()                       writer: stop, wait, then  Goodbye()
-    writer    Goodbye()                       sent only after its last byte; then the end
+    receiver  Bar(ticket, leases)             writer: stop, wait for the pieces under way, then  Barred(ticket, late?)
+    receiver  Closing()                       writer: stop, wait, then  Goodbye(late?)
+    writer    Goodbye(late?)                  sent only after its last byte; then the end
 
-One ``Bar`` is under way at a time. A connection that ends without ``Goodbye`` means that the writer's process is dead
-(its kernel ended the connection) or its host cut off for three minutes, after which ours gives up; what it sent before
-may still sit in a socket's buffer, so its leases stay quarantined for twice the progress time-out. Silence alone proves
-nothing: a stopped process goes on where it stopped. Its leases are held until it speaks or dies.
+One ``Bar`` is under way at a time, from ``Attached`` on. A connection that ends without ``Goodbye`` means that the
+writer's process is dead (its kernel ended the connection) or its host cut off for three minutes, after which ours gives
+up; what it sent before may still sit in a socket's buffer, so its leases stay quarantined for twice the progress
+time-out. Silence alone proves nothing: a stopped process goes on where it stopped. Its leases are held until it speaks
+or dies.
+
+``late`` says that a write under these leases failed with bytes in the kernels' buffers. The writer cannot know when
+they have landed, and how long ago it was says nothing to a receiver that was stopped: it may read this word before
+them. So it counts the quarantine itself, from the word on. Who does not know that field takes the word at once.
 """
 
 from __future__ import annotations
@@ -91,6 +96,7 @@ class Bar(msgspec.Struct, frozen=True, array_like=True, tag="bar"):
 
 class Barred(msgspec.Struct, frozen=True, array_like=True, tag="barred"):
     ticket: int
+    late: bool = False
 
 
 class Closing(msgspec.Struct, frozen=True, array_like=True, tag="closing"):
@@ -98,7 +104,7 @@ class Closing(msgspec.Struct, frozen=True, array_like=True, tag="closing"):
 
 
 class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
-    pass
+    late: bool = False
 
 
 Message = Attach | Attached | Refused | Check | Checked | Ping | Pong | Bar | Barred | Closing | Goodbye
@@ -144,13 +150,17 @@ class Wire:
 
 
 class Attachment:
-    """Receiver's side of one writer. It ends with the writer's goodbye, or a quarantine after its connection."""
+    """Receiver's side of one writer. It ends with the writer's goodbye, or a quarantine after its connection or after
+    words that are late."""
 
     def __init__(self, wire: Wire, peer: str, quarantine_s: float, on_end: Callable[[Attachment], None]) -> None:
         self.peer = peer
         self._wire, self._quarantine_s, self._on_end = wire, quarantine_s, on_end
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[tuple[Bar, asyncio.Future[None]]] = deque()
+        """Not answered yet; the first one was said."""
+        self._held: dict[asyncio.Future[None], int] = {}
+        """Leases of those and of what was answered late."""
         self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -162,8 +172,11 @@ class Attachment:
             for start in range(0, len(leases), LEASES_PER_MESSAGE):
                 self._tickets += 1
                 future: asyncio.Future[None] = self._loop.create_future()
+                future.add_done_callback(self._held.pop)
                 futures.append(future)
-                self._waiting.append((Bar(self._tickets, list(leases[start : start + LEASES_PER_MESSAGE])), future))
+                asked = list(leases[start : start + LEASES_PER_MESSAGE])
+                self._held[future] = len(asked)
+                self._waiting.append((Bar(self._tickets, asked), future))
                 if len(self._waiting) == 1:
                     self._wire.say(self._waiting[0][0])
         return futures
@@ -171,13 +184,13 @@ class Attachment:
     @property
     def held(self) -> int:
         """Leases whose revocation waits for this writer."""
-        return sum(len(bar.leases) for bar, _ in self._waiting)
+        return sum(self._held.values())
 
     def closing(self) -> None:
         self._wire.say(Closing())
 
     async def serve(self, check: Callable[[bytes], bool]) -> None:
-        """Listens until the connection ends. However that happens, if not by a goodbye, the quarantine begins."""
+        """Listens until the connection ends. If not by a goodbye that is not late, the quarantine begins."""
         try:
             await self._listen(check)
         finally:
@@ -192,13 +205,15 @@ class Attachment:
                     self._wire.say(Pong())
                 case Check(nonce):
                     self._wire.say(Checked(check(nonce)))
-                case Barred(ticket) if self._waiting and self._waiting[0][0].ticket == ticket:
+                case Barred(ticket, late) if self._waiting and self._waiting[0][0].ticket == ticket:
                     _, future = self._waiting.popleft()
-                    if not future.done():
-                        future.set_result(None)
+                    if late:
+                        self._loop.call_later(self._quarantine_s, _settle, future)
+                    else:
+                        _settle(future)
                     if self._waiting:
                         self._wire.say(self._waiting[0][0])
-                case Goodbye():
+                case Goodbye(late=False):
                     self.end()
                     return
                 case _:  # the end, or nonsense, after which its promises are worth nothing
@@ -212,11 +227,15 @@ class Attachment:
         if self.ended.done():
             return
         self.ended.set_result(None)
-        for _, future in self._waiting:
-            if not future.done():
-                future.set_result(None)
         self._waiting.clear()
+        for future in self._held:
+            _settle(future)
         self._on_end(self)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class Side:
@@ -224,7 +243,7 @@ class Side:
 
     Args:
         quarantine_s: as the receiver's own for its writers.
-        on_bar: called with leases; returns when nothing moves under them any more.
+        on_bar: called with leases; returns when nothing moves under them any more, and whether that is late.
         on_lost: called once, with why: the receiver closes, its connection ended, or it is silent.
     """
 
@@ -235,7 +254,7 @@ class Side:
         wire: Wire,
         heartbeat_s: float,
         quarantine_s: float,
-        on_bar: Callable[[frozenset[int]], Awaitable[None]],
+        on_bar: Callable[[frozenset[int]], Awaitable[bool]],
         on_lost: Callable[[PeerGone], None],
     ) -> None:
         self.lost: PeerGone | None = None
@@ -260,12 +279,12 @@ class Side:
             await self._news.wait()
         return self.lost is None
 
-    async def close(self, *, goodbye: bool) -> None:
-        """``goodbye`` promises that nothing moves any more. Idempotent."""
+    async def close(self, *, goodbye: Goodbye | None) -> None:
+        """A goodbye promises that nothing moves any more. Idempotent."""
         self.lost = self.lost or PeerGone(self._name, "disconnected", peer=self._peer)
         self._news.set()  # nobody listens any more: who asks whether the receiver lives would wait for ever
-        if goodbye:
-            self._wire.say(Goodbye())
+        if goodbye is not None:
+            self._wire.say(goodbye)
         tasks = [*self._tasks, *([self._bar] if self._bar is not None else [])]
         for task in tasks:
             task.cancel()
@@ -287,8 +306,7 @@ class Side:
         self._lose("ended", gone=True)
 
     async def _answer(self, ticket: int, leases: frozenset[int]) -> None:
-        await self._on_bar(leases)
-        self._wire.say(Barred(ticket))
+        self._wire.say(Barred(ticket, await self._on_bar(leases)))
 
     async def _beat(self) -> None:
         while not self.gone:

@@ -16,7 +16,8 @@ from aiodisagg.errors import ConfigError, PeerGone, TransportUnavailable, WriteR
 from aiodisagg.transport import mooncake_engine
 from aiodisagg.transport.base import Slice, Transport
 from aiodisagg.transport.description import pack, unpack
-from aiodisagg.transport.mooncake import MooncakeTcpTransport, MooncakeTransport, _Pool
+from aiodisagg.transport.mooncake import MooncakeTcpTransport, MooncakeTransport
+from aiodisagg.transport.mooncake_greeting import Pool
 from aiodisagg.transport.mooncake_side import Attached, Check, Checked, Message, Wire
 from aiodisagg.transport.testing import Kit
 from tests.transport.test_mooncake import engine_imported
@@ -78,7 +79,7 @@ async def impostor(talk: Callable[[Wire], Awaitable[None]]) -> AsyncIterator[byt
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
         port = server.sockets[0].getsockname()[1]
-        yield pack("mooncake-tcp", _Pool("127.0.0.1", port, "impostor", b"token"))
+        yield pack("mooncake-tcp", Pool("127.0.0.1", port, "impostor", b"token"))
     finally:
         server.close()
 
@@ -154,7 +155,7 @@ async def test_the_next_life_at_an_address_gets_an_engine_of_its_own(no_leaks: N
 
 async def test_strangers_at_the_side_port_are_no_trouble(no_leaks: None) -> None:
     async with KIT.pair() as (receiver, writer, remote, _):
-        pool = unpack("mooncake-tcp", _Pool, receiver.transport.describe())
+        pool = unpack("mooncake-tcp", Pool, receiver.transport.describe())
         for words in (b"", b"\xff" * 64, b"\0\0\0\x05hello", (2**31).to_bytes(4, "big"), b"\0\0\0\0"):
             reader, stream = await asyncio.open_connection(pool.host, pool.port)
             stream.write(words)

@@ -16,7 +16,7 @@ from aiodisagg.transport import mooncake_open
 from aiodisagg.transport.base import Slice, Transport
 from aiodisagg.transport.mooncake import MooncakeTcpTransport, MooncakeTransport
 from aiodisagg.transport.mooncake_engine import DONE, PENDING
-from aiodisagg.transport.mooncake_pump import Job, Lane
+from aiodisagg.transport.mooncake_job import Job, Lane
 from aiodisagg.transport.mooncake_remote import MooncakeRemote
 from aiodisagg.transport.mooncake_side import Attached, Message, Side, Wire
 from aiodisagg.transport.testing import Kit
@@ -174,8 +174,8 @@ class Writing:
         self.job.freed()
         self.remote.jobs.add(self.job)
 
-    async def _bar(self, leases: frozenset[int]) -> None:
-        pass
+    async def _bar(self, leases: frozenset[int]) -> bool:
+        return False
 
     async def settles(self) -> asyncio.Task[None]:
         settling = asyncio.get_running_loop().create_task(self.remote.settled())
@@ -195,7 +195,7 @@ async def test_a_fence_begun_before_the_peer_is_gone_ends_after_the_quarantine(n
     writing.reset()
     await asyncio.wait_for(settling, PATIENCE_S)
     assert not writing.job.end.done()
-    await writing.remote.side.close(goodbye=False)
+    await writing.remote.side.close(goodbye=None)
 
 
 async def test_a_reset_of_the_side_connection_alone_ends_no_fence(no_leaks: None) -> None:
@@ -206,7 +206,7 @@ async def test_a_reset_of_the_side_connection_alone_ends_no_fence(no_leaks: None
     assert writing.remote.side.gone and not settling.done()
     writing.job.ended()
     await asyncio.wait_for(settling, PATIENCE_S)
-    await writing.remote.side.close(goodbye=False)
+    await writing.remote.side.close(goodbye=None)
 
 
 async def test_a_source_that_is_read_in_place_is_waited_for_after_the_quarantine(no_leaks: None) -> None:
@@ -222,4 +222,4 @@ async def test_a_source_that_is_read_in_place_is_waited_for_after_the_quarantine
     assert not settling.done()
     job.freed()
     await asyncio.wait_for(settling, PATIENCE_S)
-    await writing.remote.side.close(goodbye=False)
+    await writing.remote.side.close(goodbye=None)

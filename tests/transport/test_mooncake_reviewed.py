@@ -14,7 +14,8 @@ from aiodisagg.errors import PeerGone, WriteFailed
 from aiodisagg.transport import mooncake_open
 from aiodisagg.transport.base import Slice
 from aiodisagg.transport.description import unpack
-from aiodisagg.transport.mooncake import MooncakeTcpTransport, MooncakeTransport, _Pool
+from aiodisagg.transport.mooncake import MooncakeTcpTransport, MooncakeTransport
+from aiodisagg.transport.mooncake_greeting import Pool
 from aiodisagg.transport.mooncake_open import Openers, Places
 from aiodisagg.transport.mooncake_remote import MooncakeRemote
 from aiodisagg.transport.mooncake_side import Attach, Attached, Check, Checked, Goodbye, Ping, Pong, Side, Wire
@@ -68,7 +69,7 @@ async def test_more_attaches_at_once_than_places_all_succeed(monkeypatch: pytest
 
 async def attach(receiver: Receiver) -> Wire:
     """A writer that has just asked."""
-    pool = unpack("mooncake-tcp", _Pool, receiver.transport.describe())
+    pool = unpack("mooncake-tcp", Pool, receiver.transport.describe())
     wire = Wire(*await asyncio.open_connection(pool.host, pool.port))
     wire.say(Attach(pool.token, "writer", receiver.incarnation))
     return wire
@@ -173,15 +174,15 @@ async def test_a_step_without_a_thread_has_ended(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_a_question_ends_when_its_side_closes(no_leaks: None) -> None:
-    async def bar(leases: frozenset[int]) -> None:
-        pass
+    async def bar(leases: frozenset[int]) -> bool:
+        return False
 
     never_s = 1000.0
     side = Side("mooncake", "p", cast(Wire, FakeWire()), never_s, never_s, bar, lambda error: None)
     asking = asyncio.ensure_future(side.alive())
     await turns()
     assert not asking.done()
-    await side.close(goodbye=True)
+    await side.close(goodbye=Goodbye())
     assert not await asyncio.wait_for(asking, PATIENCE_S)
     assert not await asyncio.wait_for(side.alive(), PATIENCE_S)
 
