@@ -29,12 +29,17 @@ from aiodisagg.link.link import Link
 
 logger = logging.getLogger(__name__)
 
+LEAVE_S = 30.0
+"""For what was begun for a link to end, when the server's context is left: longer than any write over TCP, but a fence
+over RDMA may have no end before its transport is closed, and that comes later."""
+
 
 class LinkServer:
     """Listens for links; an async context manager.
 
     ``on_link`` runs in a task of its own for each link; when it returns or raises, its link is closed and nothing
-    else happens. Leaving the context stops listening, cancels these tasks, waits for them and closes every link.
+    else happens. Leaving the context stops listening, cancels these tasks, waits for them (and cancels them once more
+    after ``LEAVE_S``) and closes every link.
 
     At most ``max_handshakes`` clients may be unproved at a time. One more drops the oldest, not the newest: silent
     clients then cannot lock out one that shakes hands at once.
@@ -118,7 +123,12 @@ class LinkServer:
         for task in serving:
             task.cancel()
         if serving:
-            await asyncio.wait(serving)
+            _, stuck = await asyncio.wait(serving, timeout=LEAVE_S)
+            for task in stuck:
+                logger.warning("a link to %s is left before all that was begun for it has ended", serving[task].peer)
+                task.cancel()
+            if stuck:
+                await asyncio.wait(stuck)
         for connection in serving.values():
             connection.abort()  # a task that was cancelled before its first step has not done it
             await connection.lost.wait()

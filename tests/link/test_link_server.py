@@ -330,3 +330,24 @@ async def test_a_hello_is_made_for_each_connection(address: str) -> None:
             link = await dial(server.address, hello(), secret=SECRET)
             assert link.remote.name == name
             await link.aclose()
+
+
+async def test_leaving_does_not_wait_for_ever_for_what_a_handler_has_begun(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("aiodisagg.link.server.LEAVE_S", 0.01)
+    here = asyncio.Event()
+
+    async def never_done(link: Link) -> None:
+        here.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.Event().wait()  # a fence that has no end
+
+    async with asyncio.timeout(30):
+        async with serve(address, on_link=never_done) as server:
+            link = await dial(server.address, hello("writer"), secret=SECRET)
+            await here.wait()
+        await link.aclose()
+    assert "is left before all that was begun for it has ended" in caplog.text
