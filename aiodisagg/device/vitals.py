@@ -2,9 +2,9 @@
 
 A device that is broken for good (a sticky CUDA error) fails whatever is tried, while the thread that tries goes on; and
 a thread that a bug has ended tries nothing. What is bad itself proves neither: it fails alone, once or again and again,
-and others work after it. So something that is known to be good is tried, when one has failed after others worked, and
-again when many different ones have failed in a row: who sends bad ones must not be able to end a peer, and one that has
-broken the device must not be taken to the next one as if nothing had happened.
+and others work after it. So something that is known to be good is tried after each failure: who sends bad ones must not
+be able to end a peer, and one that has broken the device must not be taken to the next one as if nothing had happened.
+Want of memory is another thing: what is small finds some where nothing else does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 LIMIT = 8
-"""So many different ones that failed, and nothing that worked between them, may not be their own fault."""
+"""So many different ones for which there was no memory, and nothing that worked between them: there is none."""
 
 
 class Vitals:
@@ -42,14 +42,13 @@ class Vitals:
         does not work either."""
         if self.why:
             return
-        first = not self._failed
         self._failed[name] = memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         count = len(self._failed)
-        if count < LIMIT and (memory or not first):
+        if memory and count < LIMIT:
             return
         try:
             if all(self._failed.values()):
-                raise error  # what is small finds memory where nothing else does
+                raise error
             probe()
         except Exception as ours:
             logger.error("what was tried failed, %d in a row, and so does what is good: %r", count, ours)

@@ -74,17 +74,3 @@ def test_the_engines_thread_steps_back_once_and_no_other() -> None:
     thread.join(PATIENCE_S)
     assert found == [min(before + NICE, 19)] * 3
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
-
-
-def test_the_engine_is_told_when_its_prompts_need_not_wait_any_more() -> None:
-    gate, told = CoreGate(), list[bool]()
-    gate.tell_when_free(lambda: told.append(gate.whole_prompts()))  # with no lock held
-    assert gate.wait() and gate.wait()
-    gate.spent(0.1)
-    assert not told, "one batch is at work still"
-    gate.spent(0.1)
-    assert told == [False]
-    assert gate.wait()
-    gate.gave_up()
-    gate.close()
-    assert told == [False] * 3

@@ -137,17 +137,3 @@ def test_who_gives_up_pays_nothing_for_whom_is_at_work() -> None:
     assert gate.open, "of 50 ms the one at work takes 30"
     assert gate.wait(block=False)
     assert not gate.open and not gate.wait(block=False) and gate.waits == 0
-
-
-def test_the_engine_is_told_when_its_prompts_need_not_wait_any_more() -> None:
-    gate, told = made(Clock()), list[bool]()
-    gate.tell_when_free(lambda: told.append(gate.whole_prompts()))  # with no lock held
-    assert gate.wait() and gate.wait()
-    gate.spent(0.1)
-    assert not told, "one batch is at work still"
-    gate.spent(0.1)
-    assert told == [False]
-    assert gate.wait()
-    gate.gave_up()
-    gate.close()
-    assert told == [False] * 3

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
+from aiodisagg.encode.core import CoreGate
+from aiodisagg.encode.device import DeviceGate
 from aiodisagg.encode.gate import InlineGate, SlackGate
 from aiodisagg.encode.steps import StepReader, StepSender, step_pair
 from aiodisagg.scheduler.slack import Slack
@@ -219,3 +221,18 @@ def test_inside_of_the_engines_loop_whoever_was_last_lets_the_other_go_first() -
         batch()
     engine.join(PATIENCE_S)
     assert order == ["batch", "step", "step", "batch"]
+
+
+@pytest.mark.parametrize("make", [CoreGate, lambda: DeviceGate(Slack(0.1, share=0.25))], ids=["core", "device"])
+def test_the_engine_is_told_when_its_prompts_need_not_wait_any_more(make: Callable[[], CoreGate | DeviceGate]) -> None:
+    gate, told = make(), list[bool]()
+    gate.tell_when_free(lambda: told.append(gate.whole_prompts()))  # with no lock held
+    assert gate.wait() and gate.wait()
+    gate.spent(0.1)
+    assert not told, "one batch is at work still"
+    gate.spent(0.1)
+    assert told == [False]
+    assert gate.wait()
+    gate.gave_up()
+    gate.close()
+    assert told == [False] * 3

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_engine import ask, make_engine
-from transformers import AutoConfig, Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
+from tiny_engine import ask, make_engine, monolith_and_half
+from transformers import AutoConfig
 
 from aiodisagg.models.base import ItemKind, PlannedItem, PromptPlan
-from aiodisagg.models.qwen3_text import Qwen3ForCausalLMWithDeepStack, Qwen3MoeForCausalLMWithDeepStack
 from aiodisagg.models.synthetic import build_tiny
 
 pytestmark = pytest.mark.anyio
@@ -78,12 +77,7 @@ def truth_and_inputs(mono: Any, parts: list[Any], seed: int) -> tuple[list[int],
 @pytest.mark.parametrize(("moe", "levels"), [(True, 3), (True, 1), (False, 2), (False, 0)])
 async def test_every_kind_of_prompt_in_one_batch(tmp_path: Path, moe: bool, levels: int) -> None:
     config = AutoConfig.from_pretrained(build_tiny(tmp_path, moe=moe, levels=levels))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        mono = (Qwen3VLMoeForConditionalGeneration if moe else Qwen3VLForConditionalGeneration)(config).eval()
-    half = (Qwen3MoeForCausalLMWithDeepStack if moe else Qwen3ForCausalLMWithDeepStack)(config.text_config).eval()
-    state = {k.replace("model.language_model.", "model."): v for k, v in mono.state_dict().items() if "visual" not in k}
-    half.load_state_dict(state)
+    mono, half = monolith_and_half(config, moe=moe)
     cases = [truth_and_inputs(mono, parts, seed) for seed, parts in enumerate(PROMPTS.values())]
     async with make_engine(half, token_budget=24, num_pages=10) as engine:
         answers = await asyncio.gather(*(ask(engine, plan, rows, max_tokens=NEW) for _, plan, rows in cases))

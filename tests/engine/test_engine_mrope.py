@@ -11,15 +11,13 @@ import pytest
 import torch
 from test_device_runner import GROUPED, on_device
 from test_engine_monolith import NEW, truth_and_inputs
-from tiny_engine import ask, make_engine, make_plan, plain_loop, tiny_model
+from tiny_engine import ask, make_engine, make_plan, monolith_and_half, plain_loop, tiny_model
 from transformers import (
     AutoConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeForConditionalGeneration,
 )
 
 from aiodisagg.engine.batch import EngineSequence, Runner, Work
@@ -30,7 +28,6 @@ from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.errors import EngineError
 from aiodisagg.models.base import PromptPlan
-from aiodisagg.models.qwen3_text import Qwen3ForCausalLMWithDeepStack, Qwen3MoeForCausalLMWithDeepStack
 from aiodisagg.models.synthetic import build_tiny
 
 pytestmark = pytest.mark.anyio
@@ -49,13 +46,7 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
     path.write_text(json.dumps(written), encoding="utf-8")
     config = AutoConfig.from_pretrained(tmp_path)
     assert "mrope_section" not in config.text_config.rope_parameters
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        mono = (Qwen3VLMoeForConditionalGeneration if moe else Qwen3VLForConditionalGeneration)(config).eval()
-    half = (Qwen3MoeForCausalLMWithDeepStack if moe else Qwen3ForCausalLMWithDeepStack)(config.text_config).eval()
-    state = {k.replace("model.language_model.", "model."): v for k, v in mono.state_dict().items() if "visual" not in k}
-    half.load_state_dict(state)
-    return mono, half
+    return monolith_and_half(config, moe=moe)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
 from aiodisagg.engine.config import EngineConfig
 from aiodisagg.engine.engine import Engine, EngineRequest
@@ -55,6 +57,17 @@ def tiny_model(kind: str) -> Any:
             return Qwen3ForCausalLMWithDeepStack(Qwen3VLTextConfig(**_SHAPE)).eval()
         rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
         return Qwen3ForCausalLM(Qwen3Config(**{**_SHAPE, **rope})).eval()
+
+
+def monolith_and_half(config: Any, *, moe: bool) -> tuple[Any, Any]:
+    """transformers' model of that configuration, with random weights, and its language half with the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        mono = (Qwen3VLMoeForConditionalGeneration if moe else Qwen3VLForConditionalGeneration)(config).eval()
+    half = (Qwen3MoeForCausalLMWithDeepStack if moe else Qwen3ForCausalLMWithDeepStack)(config.text_config).eval()
+    state = {k.replace("model.language_model.", "model."): v for k, v in mono.state_dict().items() if "visual" not in k}
+    half.load_state_dict(state)
+    return mono, half
 
 
 def make_plan(parts: Sequence[int | tuple[int, int, int]], seed: int = 0) -> PromptPlan:
