@@ -43,8 +43,8 @@ from aiodisagg.transport.ipc import IpcTransport
 MiB = 1 << 20
 SPAN = 256 * MiB
 SIZES = (16 * MiB, 256 * MiB)
-PIECES = (4 * MiB, 16 * MiB)
-"""A block of 256 rows of 16 KiB, and four of them."""
+PIECES = (4 * MiB, 16 * MiB, 64 * MiB)
+"""A block of 256 rows of 16 KiB, four of them, and sixteen."""
 STEADY = 1024 * MiB
 WINDOW = 8
 
