@@ -36,6 +36,8 @@ TOLD_AGAIN_S, TOLD_LONG_AGO_S = 5.0, 60.0
 """Heartbeats of a peer that are alike are not passed on. So what one told melts away for the first of these, in which
 the next one must have come; then it counts as told again, since a peer that hangs looked idle otherwise; and after the
 second it counts no more: perhaps nobody passes anything on."""
+MOST_PATCHES = 2**62
+"""That a heartbeat can tell of. What an older server passed on may be too large for a float."""
 TYPICAL_PATCHES = 4096
 """Of an item of which only patches are known, as in heartbeats."""
 
@@ -205,7 +207,7 @@ class PeerBook(Generic[K]):
 
     def heard(self, queued_patches: int, now: float) -> None:
         """A heartbeat: patches that the peer has not encoded yet, for whomever."""
-        self._foreign = (max(0, queued_patches - self._patches), now)
+        self._foreign = (min(max(0, queued_patches - self._patches), MOST_PATCHES), now)
 
     def knows(self, digest: str) -> bool:
         """Whether the peer has or is encoding it for this side, as far as is known here."""

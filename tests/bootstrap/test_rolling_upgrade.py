@@ -111,3 +111,39 @@ async def test_what_a_later_release_says_to_a_server_is_not_read() -> None:
         async with session.get(f"{server.url}/v1/peers") as response:
             (known,) = await response.json()
         assert (known["state"], known["load"], "said_later" in known["record"]) == ("draining", {"queued": 3}, False)
+
+
+HUGE = "1" + 400 * "0"
+"""Too large for a float."""
+
+
+async def test_a_load_that_nobody_can_have_is_refused() -> None:
+    """It was passed on to everybody, and placing an item failed with OverflowError at every language peer."""
+    async with BootstrapServer(port=0) as server, aiohttp.ClientSession() as session:
+        async with session.put(f"{server.url}/v1/peers/e-life", json=entry("e")["record"]) as response:
+            assert response.status == 200
+        for key in ("queued", "active", "patches"):
+            beat = f'{{"load": {{"{key}": {HUGE}}}}}'
+            async with session.post(f"{server.url}/v1/peers/e-life/heartbeat", data=beat) as response:
+                assert response.status == 422 and key in (await response.json())["error"]
+
+
+async def test_a_load_that_nobody_can_have_hides_its_peer_only() -> None:
+    """From a server that still passes it on."""
+    head = {"server": "s", "revision": 1, "snapshot": True, "settled": True}
+    mad = entry("mad")
+    mad["load"] = {"patches": 123}
+    line = json.dumps(head | {"entries": [mad, entry("good")]}).replace("123", HUGE)
+
+    async def watch(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(line.encode() + b"\n")
+        await asyncio.Event().wait()
+        return response
+
+    async with watched(watch) as url:
+        client = BootstrapClient(url, record("l", PeerRole.LANGUAGE))
+        async with client, watching(client) as changes:
+            await until(changes, "good")
+            assert set(client._there[url]) == {"good-life"}

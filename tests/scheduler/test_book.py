@@ -216,3 +216,11 @@ def test_a_video_that_lets_another_go_between_its_parts_teaches_nothing() -> Non
     through(at, "next", 120.0, 140.0)
     through(at, "last", 140.0, 160.0)
     assert at.costs.predict(Size(10, 0)).tower_s == pytest.approx(20.0, rel=0.1)
+
+
+def test_a_heartbeat_that_tells_of_more_work_than_there_can_be_is_only_a_peer_to_avoid() -> None:
+    """Whatever it says, items are placed."""
+    at = book()
+    at.heard(10**400, 0.0)
+    ask(at, "x", 10)
+    assert 1e12 < at.backlog(1.0).tower_s < float("inf")
