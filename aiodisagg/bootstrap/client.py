@@ -11,7 +11,7 @@ from types import TracebackType
 import aiohttp
 import msgspec
 
-from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
+from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState, host_name
 from aiodisagg.bootstrap.wire import Heartbeat, Lease, Watched, read_watched
 from aiodisagg.errors import BootstrapError, ConfigError
 from aiodisagg.link.hello import host_identity
@@ -71,7 +71,7 @@ class BootstrapClient:
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError("bootstrap", f"{url!r} is not an http(s) URL")
-        self.record = record if record.host else msgspec.structs.replace(record, host=host_identity()[0])
+        self.record = record if record.host else msgspec.structs.replace(record, host=host_name(*host_identity()))
         self._load, self._token = load, token
         self.registered = asyncio.Event()
         """Set once any server has this peer."""

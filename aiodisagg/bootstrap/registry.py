@@ -26,7 +26,7 @@ HISTORY = 1024
 """Changes kept for watchers; one that is further behind gets a snapshot."""
 
 Short = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Prefix = Annotated[str, msgspec.Meta(max_length=PREFIX)]
 
 
@@ -66,7 +66,8 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Items or requests it can work on at once; 0: not said."""
     http_url: str | None = None
     host: Annotated[str, msgspec.Meta(max_length=64)] = ""
-    """Boot id of its kernel; the client fills it in."""
+    """Where its local addresses mean what they say, see ``host_name``; the client fills it in. Older ones say the boot
+    id alone."""
     state: PeerState = PeerState.READY
     times: ServiceTimes | None = None
     """What its self-test measured, if it encodes."""
@@ -104,14 +105,13 @@ class Registry:
     def register(self, record: PeerRecord, now: float) -> PeerEntry:
         """Adds or replaces a peer. Another incarnation at one of its addresses is gone: a process has one life.
 
-        Unix sockets and loopback belong to a host: two hosts may use the same ones, and would push each other out
-        for ever.
+        Loopback, abstract sockets and socket files may be the same in two places (``_place``), whose peers would push
+        each other out for ever.
         """
+        places = {_place(address, record.host) for address in record.addresses}
         for other in list(self._entries.values()):
-            shares = [a for a in other.record.addresses if a in record.addresses]
-            if other.record.host != record.host:
-                shares = [a for a in shares if not _is_local(a)]
-            if shares and other.record.incarnation != record.incarnation:
+            shared = places.intersection(_place(address, other.record.host) for address in other.record.addresses)
+            if shared and other.record.incarnation != record.incarnation:
                 self.remove(other.record.incarnation)
         self._expires[record.incarnation] = now + self.lease_s
         known = self._entries.get(record.incarnation)
@@ -194,5 +194,17 @@ class Registry:
         return entry
 
 
-def _is_local(address: str) -> bool:
-    return address.startswith(("unix:", "tcp:127.", "tcp:localhost:", "tcp:[::1]:"))
+def host_name(boot_id: str, net_ns: str, mount_ns: str) -> str:
+    """``host`` of a record: in 64 characters, since longer ones are refused."""
+    net, mount = (name.partition("[")[2].rstrip("]") for name in (net_ns, mount_ns))  # of net:[4026531840]
+    return f"{boot_id}/{net}/{mount}"
+
+
+def _place(address: str, host: str) -> tuple[str, ...]:
+    """An address, and where it is one: loopback and abstract sockets belong to a network namespace, socket files to a
+    mount namespace."""
+    boot_id, _, namespaces = host.partition("/")
+    net_ns, _, mount_ns = namespaces.partition("/")
+    if address.startswith(("unix:@", "tcp:127.", "tcp:localhost:", "tcp:[::1]:")):
+        return address, boot_id, net_ns
+    return (address, boot_id, mount_ns) if address.startswith("unix:") else (address,)

@@ -80,7 +80,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         times: ServiceTimes | None = None,
     ) -> Hello:
         """The hello of this process: boot id and namespace are read from the kernel (blocking, microseconds)."""
-        boot_id, net_ns = host_identity()
+        boot_id, net_ns, _ = host_identity()
         return cls(
             name=name,
             incarnation=incarnation,
@@ -101,14 +101,14 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.boot_id) and (self.boot_id, self.net_ns) == (other.boot_id, other.net_ns)
 
 
-def host_identity() -> tuple[str, str]:
-    """(boot id, network namespace) of this process; empty strings where the kernel does not say."""
+def host_identity() -> tuple[str, str, str]:
+    """(boot id, network namespace, mount namespace) of this process; empty strings where the kernel does not say."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot_id = file.read().strip()
-        return boot_id, os.readlink("/proc/self/ns/net")
+        return boot_id, os.readlink("/proc/self/ns/net"), os.readlink("/proc/self/ns/mnt")
     except OSError:
-        return "", ""
+        return "", "", ""
 
 
 class _Greeting(msgspec.Struct, frozen=True, array_like=True):

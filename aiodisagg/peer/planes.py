@@ -116,7 +116,7 @@ class Planes:
         Raises:
             TransportUnavailable: none does; the message says why for each.
         """
-        same_host = bool(local.boot_id) and (local.boot_id, local.net_ns) == (remote.boot_id, remote.net_ns)
+        same_host = local.same_host(remote)
         order = sorted(self.open_transports, key=lambda name: (name in avoid, self._names.index(name)))
         if better_than:
             del order[order.index(better_than) :]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiodisagg.bootstrap.registry import HISTORY, Load, PeerRecord, PeerState, Registry
+from aiodisagg.bootstrap.registry import HISTORY, Load, PeerRecord, PeerState, Registry, host_name
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.protocol.rows import ModelFingerprint
 
@@ -76,6 +77,30 @@ def test_the_same_socket_path_on_two_hosts_is_two_peers() -> None:
         assert states(registry) == {"here": PeerState.READY, "there": PeerState.READY}
     registry.register(msgspec.structs.replace(record("again", address="tcp:127.0.0.1:7000"), host="here"), 0.0)
     assert states(registry) == {"again": PeerState.READY, "there": PeerState.READY}
+
+
+@pytest.mark.parametrize(
+    ("address", "apart", "one"),
+    [
+        ("unix:/run/encode.sock", ("boot/1/1", "boot/1/2"), ("boot/1/1", "boot/2/1")),
+        ("unix:@encode", ("boot/1/1", "boot/2/1"), ("boot/1/1", "boot/1/2")),
+        ("tcp:127.0.0.1:7000", ("boot/1/1", "boot/2/1"), ("boot/1/1", "boot/1/2")),
+        ("tcp:[::1]:7000", ("boot/1/1", "older"), ("older", "older")),
+        ("tcp:10.0.0.1:7000", (), ("boot/1/1", "other/2/2")),
+    ],
+)
+def test_two_containers_of_a_host_are_two_peers(address: str, apart: tuple[str, ...], one: tuple[str, ...]) -> None:
+    """They pushed each other out at every heartbeat, and one of them was known at a time."""
+    for hosts, together in ((apart, len(apart)), (one, 1)):
+        registry = Registry(5.0)
+        for number, host in enumerate(hosts):
+            registry.register(msgspec.structs.replace(record(f"p{number}", address=address), host=host), 0.0)
+        assert len(registry) == together
+
+
+def test_what_a_host_is_called_fits_the_field_of_every_release() -> None:
+    name = host_name("0b4c8d1e-0f5a-4a3c-9d2b-7e6f5a4b3c2d", "net:[4294967295]", "mnt:[4294967294]")
+    assert name == "0b4c8d1e-0f5a-4a3c-9d2b-7e6f5a4b3c2d/4294967295/4294967294" and len(name) <= 64
 
 
 def test_match_gives_ready_peers_of_the_same_model_least_busy_first() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import aiohttp
 import msgspec
@@ -74,6 +74,19 @@ async def test_peers_register_before_the_server_is_up_and_see_each_other() -> No
                 assert found.host == language.record.host != ""
                 await language.registered.wait()
                 assert await names(url, "/v1/match/l-life") == ["e"]
+
+
+@pytest.mark.parametrize("address", ["tcp:127.0.0.1:7000", "unix:/run/encode.sock"])
+async def test_two_containers_of_a_host_stay_registered_side_by_side(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with BootstrapServer(port=0) as server, AsyncExitStack() as stack:
+        for name, namespaces in (("one", ("net:[1]", "mnt:[1]")), ("two", ("net:[2]", "mnt:[2]"))):
+            monkeypatch.setattr("aiodisagg.bootstrap.client.host_identity", lambda at=namespaces: ("boot", *at))
+            client = BootstrapClient(server.url, record(name, address=address))
+            await stack.enter_async_context(client)
+            await client.registered.wait()
+        assert await names(server.url) == ["one", "two"]
 
 
 async def test_a_peer_that_leaves_is_gone_at_once() -> None:
