@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import ssl as tls
 from collections import deque
 from collections.abc import Callable
@@ -259,8 +260,8 @@ class EncodePeers:
                     if loop.time() - began > FIRST_RETRY_S:  # it was of use: first see whether somebody is still there
                         retry_s = FIRST_RETRY_S
                         continue
-                if peer.wanted:
-                    await self._pause(peer, retry_s)
+                if peer.wanted:  # not all at once: a peer that starts anew is dialled by everybody
+                    await self._pause(peer, retry_s * random.uniform(0.5, 1.0))
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
         finally:
             del self._by_address[peer.address]

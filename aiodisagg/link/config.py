@@ -33,8 +33,6 @@ class LinkConfig:
     """Received and not yet taken: past this the socket is not read. One read (256 KiB) may overshoot."""
     max_queued_bytes: int = 64 * MiB
     """The same bound, in bytes of payload; one message may overshoot."""
-    max_handshakes: int = 64
-    """Clients of a server that have not proved themselves; the oldest is dropped for the next one."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

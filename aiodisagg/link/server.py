@@ -26,6 +26,7 @@ from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.connection import Connection
 from aiodisagg.link.hello import NONCE_BYTES, Handshake, Hello, check_secret
 from aiodisagg.link.link import Link
+from aiodisagg.strangers import Strangers
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,7 @@ class LinkServer:
     else happens. Leaving the context stops listening, cancels these tasks, waits for them (and cancels them once more
     after ``LEAVE_S``) and closes every link.
 
-    At most ``max_handshakes`` clients may be unproved at a time. One more drops the oldest, not the newest: silent
-    clients then cannot lock out one that shakes hands at once.
+    How many clients may be unproved at a time, and for how long, is the rule of :mod:`aiodisagg.strangers`.
 
     Args:
         address: ``unix:`` (a fresh abstract name), ``unix:@name``, ``unix:/path``, ``tcp:host:port`` (0: any port).
@@ -74,7 +74,7 @@ class LinkServer:
         self._server: asyncio.Server | None = None
         self._tasks: dict[asyncio.Task[None], Connection] = {}
         self._closing = False
-        self._unproved: dict[Connection, None] = {}
+        self._unproved: Strangers[Connection] = Strangers(self._config.handshake_timeout_s, _send_away)
 
     @property
     def address(self) -> str:
@@ -129,6 +129,7 @@ class LinkServer:
                 task.cancel()
             if stuck:
                 await asyncio.wait(stuck)
+        self._unproved.close()
         for connection in serving.values():
             connection.abort()  # a task that was cancelled before its first step has not done it
             await connection.lost.wait()
@@ -157,11 +158,7 @@ class LinkServer:
         if self._closing:  # accepted by the loop before, handed over after the end
             connection.abort()
             return connection
-        if len(self._unproved) >= self._config.max_handshakes:
-            oldest = next(iter(self._unproved))
-            del self._unproved[oldest]
-            oldest.abort("too many clients that do not finish their handshake")
-        self._unproved[connection] = None
+        self._unproved.add(connection)
         task = asyncio.get_running_loop().create_task(self._serve(connection), name="link")
         self._tasks[task] = connection
         task.add_done_callback(self._tasks.pop)
@@ -178,17 +175,12 @@ class LinkServer:
 
     async def _proved(self, connection: Connection) -> bool:
         try:
-            async with asyncio.timeout(self._config.handshake_timeout_s):
-                await connection.ready
-        except TimeoutError:
-            logger.warning("%s: no handshake within %g s", connection.peer, self._config.handshake_timeout_s)
-            connection.abort()
-            return False
+            await connection.ready
         except AiodisaggError as error:
             logger.warning("no link: %s", error)
             return False
         finally:
-            self._unproved.pop(connection, None)
+            self._unproved.discard(connection)
         return True
 
     async def _use(self, link: Link) -> None:
@@ -200,3 +192,8 @@ class LinkServer:
             logger.exception("%r: its handler failed", link)
         finally:
             await link.aclose()
+
+
+def _send_away(connection: Connection, why: str) -> None:
+    if not connection.ready.done():  # else its task is about to say so
+        connection.abort(why)

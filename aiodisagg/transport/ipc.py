@@ -25,6 +25,7 @@ from typing import ClassVar
 import msgspec
 
 from aiodisagg.errors import PeerGone, TransportClosed, TransportUnavailable, WriteFailed
+from aiodisagg.strangers import Strangers
 from aiodisagg.transport import attach
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.attach import MAX_MESSAGE, Attach, Attached, Attachment, BarList, Goodbye, Refused
@@ -65,7 +66,7 @@ class IpcTransport(Transport):
         self._arena: Arena | None = None
         self._listener: socket.socket | None = None
         self._address = ""
-        self._greeting: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._greeting: Strangers[socket.socket] = Strangers(handshake_timeout_s, _end)
         self._attachments: set[Attachment] = set()
         self._barred: OrderedDict[str, BarList] = OrderedDict()
         self._remotes: set[IpcRemote] = set()
@@ -115,15 +116,12 @@ class IpcTransport(Transport):
             loop.remove_reader(self._listener.fileno())
             loop.call_later(1.0, self._listen)
             return
-        sock.setblocking(False)
-        self._greeting[sock] = loop.call_later(self._timeout_s, self._forget_greeting, sock, True)
-        loop.add_reader(sock.fileno(), self._greet, sock)
-
-    def _forget_greeting(self, sock: socket.socket, close: bool) -> None:
-        self._greeting.pop(sock).cancel()
-        asyncio.get_running_loop().remove_reader(sock.fileno())
-        if close:
+        if not attach.same_user(sock):
             sock.close()
+            return
+        sock.setblocking(False)
+        self._greeting.add(sock)
+        loop.add_reader(sock.fileno(), self._greet, sock)
 
     def _greet(self, sock: socket.socket) -> None:
         """Answers one ``Attach``; whatever is wrong with it ends this socket and nothing else."""
@@ -133,8 +131,6 @@ class IpcTransport(Transport):
             asked = attach.decode(sock.recv(MAX_MESSAGE))
             if not isinstance(asked, Attach):
                 raise ValueError("not an attach message")
-            if not attach.same_user(sock):
-                raise PermissionError("another user")
             if asked.expected != self._incarnation:
                 sock.send(attach.encode(Refused(True, f"incarnation {self._incarnation} answers there")))
                 raise ValueError("another incarnation is expected")
@@ -147,9 +143,11 @@ class IpcTransport(Transport):
         except (OSError, ValueError):
             if pidfd >= 0:
                 os.close(pidfd)
-            self._forget_greeting(sock, True)
+            self._greeting.discard(sock)
+            _end(sock)
             return
-        self._forget_greeting(sock, False)
+        self._greeting.discard(sock)
+        asyncio.get_running_loop().remove_reader(sock.fileno())
         self._attachments.add(Attachment(sock, pidfd, asked.writer, self._attachments.discard))
 
     async def revoke(self, peer: str, leases: Sequence[int]) -> None:
@@ -240,8 +238,7 @@ class IpcTransport(Transport):
             loop.remove_reader(self._listener.fileno())
             self._listener.close()
             self._listener = None
-        for sock in list(self._greeting):
-            self._forget_greeting(sock, True)
+        self._greeting.close()
         for attachment in list(self._attachments):
             attachment.end(TransportClosed(self.name, "closed before the writer was fenced", peer=attachment.peer))
         await self._threads.aclose(TransportClosed(self.name, "closed in mid-write"))
@@ -256,6 +253,11 @@ class IpcTransport(Transport):
         if not isinstance(remote, IpcRemote):
             raise TypeError(f"{remote!r} was not made by this transport")
         return remote
+
+
+def _end(sock: socket.socket, why: str = "") -> None:
+    asyncio.get_running_loop().remove_reader(sock.fileno())
+    sock.close()
 
 
 async def _connect(sock: socket.socket, address: str) -> None:

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from aiodisagg.errors import ConfigError, PeerGone, TransportClosed, TransportUnavailable, WriteFailed
+from aiodisagg.strangers import Strangers
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.attach import MAX_LEASE, BarList
 from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
@@ -102,6 +103,7 @@ class MooncakeTransport(Transport):
         self._openers = Openers(self.name)
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[object]] = set()
+        self._greeting: Strangers[Wire] = Strangers(connect_timeout_s, Wire.abort)
         self._attachments: set[Attachment] = set()
         self._barred: OrderedDict[str, BarList] = OrderedDict()
         self._remotes: set[MooncakeRemote] = set()
@@ -177,15 +179,18 @@ class MooncakeTransport(Transport):
         except asyncio.CancelledError:
             pass  # closed; asyncio's own server would report this as an error
         finally:
+            self._greeting.discard(wire)
             self._serving.discard(task)
             await wire.close()
 
     async def _greet(self, wire: Wire) -> None:
+        self._greeting.add(wire)
+        asked = await wire.hear()
+        in_time = self._greeting.discard(wire)
+        if not in_time or not isinstance(asked, Attach) or not hmac.compare_digest(asked.token, self._token):
+            return
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                asked = await wire.hear()
-                if not isinstance(asked, Attach) or not hmac.compare_digest(asked.token, self._token):
-                    return
                 place = await self._incoming_places.take()
         except TimeoutError:
             return

@@ -143,6 +143,9 @@ class Wire:
             return None
         return message
 
+    def abort(self, why: str) -> None:
+        self._writer.transport.abort()
+
     async def close(self) -> None:
         self._writer.close()
         with contextlib.suppress(OSError):

@@ -39,6 +39,7 @@ from aiodisagg.errors import (
     TransportUnavailable,
     WriteFailed,
 )
+from aiodisagg.strangers import Strangers
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Admit, Capabilities, FenceKind, Remote, Slice, Transport, check_slices
 from aiodisagg.transport.chunks import Chunk, Gone, Hello, Outgoing, Placed, Rejected, Welcome, Word
@@ -52,14 +53,6 @@ NAME = "stream"
 CHUNK_BYTES = 16 << 20
 SMALL_BYTES = 1 << 20
 _LINES = 2
-_MAX_UNPROVED = 64
-"""Connections that have not said the token in ``_GRACE_S``. One more ends the oldest, not the newest: silent strangers
-then cannot lock out a writer, who says it at once."""
-_GRACE_S = 1.0
-"""A loop accepts a hundred connections before it reads one, and what a writer says at once comes a round trip later:
-without this time, that many honest writers would end each other."""
-_MOST_UNPROVED = 1024
-"""Of any age: a descriptor each."""
 
 
 class _Pool(msgspec.Struct, frozen=True, array_like=True):
@@ -76,20 +69,17 @@ class _Receiving:
     def __init__(self, arena: Arena, admit: Admit, incarnation: str, greet_s: float) -> None:
         self._arena, self._admit, self._incarnation = arena, admit, incarnation
         self._session, self.token = secrets.randbits(62), secrets.token_bytes(16)
-        self._greet_s = greet_s
-        self._greeting: dict[Wire, tuple[float, asyncio.TimerHandle]] = {}
-        """Until when it is left alone, and the end of its time; oldest first."""
-        self._crowded: asyncio.TimerHandle | None = None
+        self.greeting: Strangers[Wire] = Strangers(greet_s, Wire.abort)
         self.wires: weakref.WeakSet[Wire] = weakref.WeakSet()  # of one whose TLS handshake fails we never hear again
 
     def heard(self, wire: Wire, word: Word) -> None:
         match word:
             case Hello(_, expected, token) if expected == self._incarnation and hmac.compare_digest(token, self.token):
-                self._end_greeting(wire)
+                self.greeting.discard(wire)
                 wire.say(Welcome(self._session, self._arena.size_bytes))
             case Hello():
                 wire.say(Gone("another incarnation answers there"))
-            case Chunk() if wire not in self._greeting:
+            case Chunk() if wire not in self.greeting:
                 pass
             case _:
                 wire.abort("not what a writer says")
@@ -114,40 +104,13 @@ class _Receiving:
             wire.say(Rejected(chunk.number, False, f"lease {chunk.lease} does not cover offset {chunk.offset}"))
 
     def made(self) -> Wire:
-        loop, wire = asyncio.get_running_loop(), Wire(self)
+        wire = Wire(self)
         self.wires.add(wire)
-        end = loop.call_later(self._greet_s, self._send_away, wire)
-        self._greeting[wire] = loop.time() + _GRACE_S, end
-        if self._crowded is None or len(self._greeting) > _MOST_UNPROVED:
-            self._make_room()
+        self.greeting.add(wire)
         return wire
 
-    def _make_room(self) -> None:
-        """Sends away the oldest of too many, if that one had its time, and comes back when it will have had it."""
-        self.forget_crowd()
-        loop = asyncio.get_running_loop()
-        while len(self._greeting) > _MAX_UNPROVED:
-            oldest, (until, _) = next(iter(self._greeting.items()))
-            if until > loop.time() and len(self._greeting) <= _MOST_UNPROVED:
-                self._crowded = loop.call_at(until, self._make_room)
-                return
-            self._send_away(oldest, "too many that do not greet")
-
-    def forget_crowd(self) -> None:
-        if self._crowded is not None:
-            self._crowded.cancel()
-            self._crowded = None
-
-    def _send_away(self, wire: Wire, why: str = "no greeting") -> None:
-        self._end_greeting(wire)
-        wire.abort(why)
-
-    def _end_greeting(self, wire: Wire) -> None:
-        if (greeting := self._greeting.pop(wire, None)) is not None:
-            greeting[1].cancel()
-
     def lost(self, wire: Wire) -> None:
-        self._end_greeting(wire)
+        self.greeting.discard(wire)
         self.wires.discard(wire)
 
 
@@ -356,9 +319,9 @@ class StreamTransport(Transport):
         if self._server is not None:
             self._server.close()
         if self._receiving is not None:
+            self._receiving.greeting.close()
             for wire in list(self._receiving.wires):
                 await wire.end()
-            self._receiving.forget_crowd()
         for remote in list(self._remotes):
             remote.lose(TransportClosed(NAME, "closed in mid-write", peer=remote.peer))
             await self.disconnect(remote)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from aiodisagg import strangers
 from aiodisagg.errors import AuthenticationFailed, ConfigError, LinkClosed, LinkError, RemoteProtocolError
 from aiodisagg.link import Hello, Link, LinkConfig, LinkServer, dial, framing
 from aiodisagg.link import connection as connection_module
@@ -24,6 +25,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
 CERTIFICATE = Path(__file__).parent / "localhost.pem"
 """Self-signed, with its key, for 127.0.0.1 and localhost; protects nothing."""
+
+LONG = LinkConfig(handshake_timeout_s=60.0)
 
 
 async def echo(link: Link) -> None:
@@ -71,7 +74,7 @@ async def test_a_silent_client_is_dropped(address: str) -> None:
 
 @pytest.mark.parametrize("junk", [b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 64, framing.frame(framing.GREETING, b"\x93")])
 async def test_a_client_that_sends_garbage_is_dropped_at_once(address: str, junk: bytes) -> None:
-    async with serve(address, config=LinkConfig(handshake_timeout_s=60.0)) as server:
+    async with serve(address, config=LONG) as server:
         raw = await RawPeer.connect(server)
         raw.writer.write(junk)
         assert b"protocol" in await raw.end()
@@ -87,8 +90,10 @@ async def test_a_large_frame_is_refused_before_the_handshake(address: str) -> No
         await raw.aclose()
 
 
-async def test_silent_clients_cannot_lock_others_out(address: str) -> None:
-    async with serve(address, config=LinkConfig(max_handshakes=2, handshake_timeout_s=60.0)) as server:
+async def test_silent_clients_cannot_lock_others_out(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strangers, "MANY", 2)
+    monkeypatch.setattr(strangers, "GRACE_S", 0.0)
+    async with serve(address, config=LONG) as server:
         silent = [await RawPeer.connect(server) for _ in range(3)]
         await silent[0].end()  # the oldest made room
         await check(server)
@@ -96,6 +101,14 @@ async def test_silent_clients_cannot_lock_others_out(address: str) -> None:
         assert server.links <= 3
         for raw in silent:
             await raw.aclose()
+
+
+async def test_any_number_of_honest_clients_may_come_at_once(address: str) -> None:
+    """The sixty-fifth ended the first, who was about to answer: of 200 that dialled at once, 136 failed."""
+    async with serve(address, config=LONG) as server, asyncio.timeout(60):
+        dialling = (dial(server.address, hello(f"e{n}"), secret=SECRET, config=LONG) for n in range(200))
+        links = await asyncio.gather(*dialling)
+        await asyncio.gather(*(link.aclose() for link in links))
 
 
 async def test_another_version_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +230,7 @@ async def test_something_else_listens() -> None:
 
 
 async def test_a_cancelled_dial_leaves_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serve(address, config=LinkConfig(handshake_timeout_s=60.0)) as server:
+    async with serve(address, config=LONG) as server:
         # A listener that accepts and never answers the greeting.
         asked = asyncio.Event()
         monkeypatch.setattr(hello_module.Handshake, "receive", lambda *_: asked.set())

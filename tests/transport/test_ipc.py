@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from aiodisagg import strangers
 from aiodisagg.errors import PeerGone, TransportClosed, TransportUnavailable, WriteRefused
 from aiodisagg.transport import attach
 from aiodisagg.transport import ipc as module
@@ -175,7 +177,7 @@ async def test_another_user_may_not_attach(monkeypatch: pytest.MonkeyPatch, no_l
         monkeypatch.setattr(attach, "same_user", lambda sock: False)
         with pytest.raises(TransportUnavailable, match="another user"):
             await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
-        answers = iter([True, False])  # the writer's look at the receiver, the receiver's look at the writer
+        answers = itertools.chain([True], itertools.repeat(False))  # the writer's look at the receiver, the receiver's look at the writer
         monkeypatch.setattr(attach, "same_user", lambda sock: next(answers))
         with pytest.raises(PeerGone):
             await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
@@ -259,3 +261,47 @@ def test_an_arena_outlives_its_close_for_those_who_look_at_it(anyio_backend: obj
     arena.close()
     with pytest.raises(ValueError):
         Arena(0)
+
+
+@asynccontextmanager
+async def sockets(receiver: Receiver, count: int) -> AsyncIterator[list[socket.socket]]:
+    """So many that connect and say nothing; the receiver has accepted those that it accepts."""
+    address = "\0" + unpack("ipc", module._Pool, receiver.transport.describe()).address
+    with ExitStack() as stack:
+        opened = []
+        for _ in range(count):
+            opened.append(stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)))
+            opened[-1].setblocking(False)
+            await module._connect(opened[-1], address)
+        yield opened
+
+
+async def is_sent_away(one: socket.socket) -> bool:
+    try:
+        return await asyncio.get_running_loop().sock_recv(one, 1) == b""
+    except ConnectionError:
+        return True
+
+
+async def test_other_users_hold_no_sockets(monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
+    """Each held one until its time to say something was over, and there could be any number."""
+    monkeypatch.setattr(attach, "same_user", lambda sock: False)
+    kit = Kit(lambda: IpcTransport(handshake_timeout_s=600))
+    async with kit.receiver() as receiver, sockets(receiver, 3) as silent, asyncio.timeout(20):
+        for one in silent:
+            assert await is_sent_away(one)
+
+
+async def test_silent_processes_make_room_for_each_other_and_for_writers(
+    monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    monkeypatch.setattr(strangers, "GRACE_S", 0.0)
+    kit = Kit(lambda: IpcTransport(handshake_timeout_s=600))
+    async with kit.pair() as (receiver, writer, remote, _), sockets(receiver, 80) as silent, asyncio.timeout(20):
+        for one in silent[:16]:
+            assert await is_sent_away(one)
+        late = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        assert await is_sent_away(silent[16])
+        await writer.write(late, [receiver.slice(b"late", 0)])
+        await writer.write(remote, [receiver.slice(b"fine", 4)])
+        assert receiver.holds(b"latefine", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from aiodisagg import strangers
 from aiodisagg.errors import ConfigError, PeerGone, TransportUnavailable, WriteRefused
 from aiodisagg.transport import mooncake_engine
 from aiodisagg.transport.base import Slice, Transport
@@ -167,6 +169,26 @@ async def test_strangers_at_the_side_port_are_no_trouble(no_leaks: None) -> None
             await writer.connect(pack("mooncake-tcp", thief), peer=receiver.incarnation)
         await writer.write(remote, [receiver.slice(b"as before", 0)])
         assert receiver.holds(b"as before", 0)
+
+
+async def test_silent_strangers_make_room_for_each_other_and_for_writers(
+    monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    """Each held a descriptor for ``connect_timeout_s``, however many came in that time."""
+    monkeypatch.setattr(strangers, "MANY", 4)
+    monkeypatch.setattr(strangers, "GRACE_S", 0.0)
+    kit = Kit(lambda: MooncakeTcpTransport(connect_timeout_s=60))
+    async with kit.receiver() as receiver, kit.writer() as (writer, _), asyncio.timeout(60):
+        pool = unpack("mooncake-tcp", Pool, receiver.transport.describe())
+        silent = [await asyncio.open_connection(pool.host, pool.port) for _ in range(6)]
+        for reader, _ in silent[:2]:
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+        await writer.write(remote, [receiver.slice(b"fine", 0)])
+        assert receiver.holds(b"fine", 0)
+        for _, stream in silent:
+            stream.close()
 
 
 async def test_closing_does_not_freeze_the_loop(no_leaks: None) -> None:

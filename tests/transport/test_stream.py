@@ -119,7 +119,7 @@ async def test_who_does_not_greet_is_sent_away_in_time(no_leaks: None) -> None:
                 if len(words) >= FRAME_BYTES:
                     assert isinstance(await other.hear(), Gone)
                 assert await other.is_sent_away()
-        assert not receiving(receiver)._greeting, "and those who did greet are not waited for"
+        assert not receiving(receiver).greeting, "and those who did greet are not waited for"
         await writer.write(remote, [receiver.slice(b"fine", 0)])
         assert receiver.holds(b"fine", 0)
 

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, contextmanager
 
 import pytest
 
-from aiodisagg.transport import stream
+from aiodisagg import strangers
 from aiodisagg.transport.chunks import Welcome, decode
 from aiodisagg.transport.description import unpack
 from aiodisagg.transport.stream import StreamTransport, _Pool
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", LOOPS,
 @pytest.fixture
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody has had the time to greet."""
-    monkeypatch.setattr(stream, "_GRACE_S", 0.0)
+    monkeypatch.setattr(strangers, "GRACE_S", 0.0)
 
 
 @pytest.mark.usefixtures("no_grace")
@@ -41,7 +41,7 @@ async def test_silent_strangers_make_room_for_each_other_and_for_writers(no_leak
             await writer.write(late, [receiver.slice(b"late", 0)])
             await writer.write(remote, [receiver.slice(b"fine", 4)])  # who has said the token is none of them
         assert receiver.holds(b"latefine", 0)
-        assert len(receiving(receiver)._greeting) == 63 and len(receiving(receiver).wires) == 63 + 4
+        assert len(receiving(receiver).greeting) == 63 and len(receiving(receiver).wires) == 63 + 4
         for other in silent[37:]:
             other.writer.write(hello(receiver))
             await other.hear()  # it was left alone
@@ -57,7 +57,7 @@ async def test_a_burst_of_strangers_is_ended_before_it_is_served(no_leaks: None)
             remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
             await writer.write(remote, [receiver.slice(b"fine", 0)])
         assert receiver.holds(b"fine", 0)
-        assert len(receiving(receiver)._greeting) == 63 and len(receiving(receiver).wires) == 63 + 2
+        assert len(receiving(receiver).greeting) == 63 and len(receiving(receiver).wires) == 63 + 2
 
 
 @contextmanager
@@ -98,13 +98,13 @@ async def test_more_writers_at_once_than_strangers_are_borne_are_all_welcome(no_
             async with asyncio.timeout(60):
                 answers = await asyncio.gather(*map(answer, writers))
             assert [type(one) for one in answers] == [Welcome] * 100
-            assert not receiving(receiver)._greeting
+            assert not receiving(receiver).greeting
 
 
 async def test_of_a_crowd_of_strangers_the_oldest_go_when_they_had_their_time(
     no_leaks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_GRACE_S", 0.2)
+    monkeypatch.setattr(strangers, "GRACE_S", 0.2)
     kit = Kit(lambda: StreamTransport(connect_timeout_s=600))
     async with kit.pair() as (receiver, writer, remote, _), AsyncExitStack() as stack:
         silent = [await stack.enter_async_context(stranger(receiver)) for _ in range(70)]
@@ -112,16 +112,16 @@ async def test_of_a_crowd_of_strangers_the_oldest_go_when_they_had_their_time(
             for other in silent[:6]:
                 assert await other.is_sent_away()
             await writer.write(remote, [receiver.slice(b"fine", 0)])
-        assert len(receiving(receiver)._greeting) == 64
-        assert receiver.holds(b"fine", 0) and receiving(receiver)._crowded is None
+        assert len(receiving(receiver).greeting) == 64
+        assert receiver.holds(b"fine", 0)
 
 
 async def test_there_are_never_more_strangers_than_descriptors_for_them(
     no_leaks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However young they are."""
-    for name, value in (("_GRACE_S", 600.0), ("_MAX_UNPROVED", 4), ("_MOST_UNPROVED", 8)):
-        monkeypatch.setattr(stream, name, value)
+    for name, value in (("GRACE_S", 600.0), ("MANY", 4), ("MOST", 8)):
+        monkeypatch.setattr(strangers, name, value)
     kit = Kit(lambda: StreamTransport(connect_timeout_s=600))
     async with kit.pair() as (receiver, writer, remote, _), AsyncExitStack() as stack:
         silent = [await stack.enter_async_context(stranger(receiver)) for _ in range(12)]
@@ -131,7 +131,7 @@ async def test_there_are_never_more_strangers_than_descriptors_for_them(
             late = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
             await writer.write(late, [receiver.slice(b"late", 0)])
             await writer.write(remote, [receiver.slice(b"fine", 4)])
-        assert receiver.holds(b"latefine", 0) and len(receiving(receiver)._greeting) == 7
+        assert receiver.holds(b"latefine", 0) and len(receiving(receiver).greeting) == 7
         for other in silent[5:]:
             other.writer.write(hello(receiver))
             await other.hear()
