@@ -19,11 +19,11 @@ from aiodisagg.scheduler.admission import AdmissionConfig
 
 MiB = 1 << 20
 
-TRANSPORTS = ("memory", "ipc", "mooncake", "stream", "zmq")
+TRANSPORTS = ("memory", "ipc", "mooncake", "stream")
 """Names of the transports that are used unless told otherwise, best first. ``mooncake`` is RDMA: it opens only where
 an RDMA device is found, so that two peers use it only if both have one."""
-ON_REQUEST = ("mooncake-tcp",)
-"""Transports that are used only where they are named."""
+ON_REQUEST = ("zmq", "mooncake-tcp")
+"""Transports that are used only where they are named. ``zmq`` cannot send strangers away."""
 
 
 def check(key: str, value: float, *, low: float = 0.0, high: float = math.inf, exclusive: bool = True) -> None:

@@ -8,6 +8,9 @@ Memory beyond the pools: a receiver buffers at most ``window + 4`` chunks per co
 writer has two), honest or not, because of its high-water mark and its limit on a message's size; a writer buffers
 nothing but its kernel sockets. A connection that is lost is not made again, because ZMQ would silently drop chunks and
 might find another process at the address: the remote is gone, and the caller connects anew.
+
+ZMQ has no way to end one connection of a ROUTER. Who does not begin with a greeting, or with CURVE does not know the
+key, is sent away in ``connect_timeout_s``; any other stranger keeps a descriptor for as long as it likes.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ class ZmqTransport(Transport):
         chunk_bytes: largest piece of a write; the same on both sides.
         window: unanswered chunks per connection.
         heartbeat_s: a peer that is silent for five times as long is gone.
-        connect_timeout_s: for the connection and the peer's answer.
+        connect_timeout_s: for the connection and the peer's answer, and for ZMQ's handshake with those who connect.
         stall_s: a peer that answers no chunk for so long is given up, though its connection lives.
     """
 
@@ -92,8 +95,9 @@ class ZmqTransport(Transport):
         if chunk_bytes < 1 or window < 1:
             raise ConfigError("chunk_bytes" if chunk_bytes < 1 else "window", "must be positive")
         self._options = Options(
-            _address("host", host), port, encrypt, chunk_bytes, window, max(0.05, heartbeat_s), stall_s
-        )
+            _address("host", host), port, encrypt, chunk_bytes, window, max(0.05, heartbeat_s), stall_s,
+            greet_s=connect_timeout_s,
+        )  # fmt: skip
         self._advertise = _address("advertise", advertise or host)
         self._connect_timeout_s = connect_timeout_s
         self._state = "new"

@@ -60,6 +60,7 @@ class Options:
     window: int
     heartbeat_s: float
     stall_s: float
+    greet_s: float
 
 
 def has_curve() -> bool:
@@ -174,6 +175,7 @@ class Pump:
         router.setsockopt(zmq.RCVHWM, 2 * (self._options.window + 4))  # header and payload count one each
         router.setsockopt(zmq.MAXMSGSIZE, self._options.chunk_bytes + chunks.MAX_HEADER)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        router.setsockopt(zmq.HANDSHAKE_IVL, int(self._options.greet_s * 1000))
         if self._options.encrypt:
             router.curve_server, router.curve_secretkey = True, self._secret_key
         router.bind(endpoint(self._options.host, self._options.port or "*"))

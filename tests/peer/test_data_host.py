@@ -120,3 +120,17 @@ def test_a_short_secret_is_refused_at_the_start(kind: type, tmp_path: Path) -> N
     """It was found at the first link, over and over, in the log of a peer that seemed to be well."""
     with pytest.raises(ConfigError, match=r"^secret: must have at least 16 bytes, not 5 \(--secret-file\)$"):
         kind(model=tmp_path, secret=b"short")
+
+
+async def test_strangers_of_other_hosts_find_only_ports_that_send_them_away(tmp_path: Path) -> None:
+    """``zmq`` cannot, and was open to every host beside ``stream``, which is preferred to it."""
+    arena = Arena(4096)
+    for named in ({}, {"transports": ("stream", "zmq")}):
+        config = LanguageConfig(model=tmp_path, secret=SECRET, **named)
+        opened = Planes(config.transports, config.data_host)
+        try:
+            await opened.open(arena, lambda *_: True, incarnation="L")
+            assert "stream" in opened.describe() and ("zmq" in opened.describe()) == bool(named)
+        finally:
+            await opened.aclose()
+    arena.close()

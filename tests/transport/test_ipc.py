@@ -177,7 +177,9 @@ async def test_another_user_may_not_attach(monkeypatch: pytest.MonkeyPatch, no_l
         monkeypatch.setattr(attach, "same_user", lambda sock: False)
         with pytest.raises(TransportUnavailable, match="another user"):
             await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
-        answers = itertools.chain([True], itertools.repeat(False))  # the writer's look at the receiver, the receiver's look at the writer
+        answers = itertools.chain(
+            [True], itertools.repeat(False)
+        )  # the writer's look at the receiver, the receiver's look at the writer
         monkeypatch.setattr(attach, "same_user", lambda sock: next(answers))
         with pytest.raises(PeerGone):
             await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -264,3 +265,16 @@ async def test_a_peer_with_curve_and_one_without_never_connect(encrypt: bool, no
     async with theirs.receiver() as receiver, ours.writer() as (writer, _):
         with pytest.raises(TransportUnavailable, match="CURVE"):
             await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
+
+
+async def test_who_says_nothing_is_sent_away_in_time(no_leaks: None) -> None:
+    """libzmq would wait for 30 seconds."""
+    async with Kit(lambda: ZmqTransport(connect_timeout_s=0.5)).receiver() as receiver:
+        silent = [await asyncio.open_connection("127.0.0.1", port_of(receiver)) for _ in range(3)]
+        silent[0][1].write(b"\xff\0\0\0")
+        async with asyncio.timeout(20):
+            for reader, writer in silent:
+                with contextlib.suppress(ConnectionError):
+                    while await reader.read(1024):
+                        pass
+                writer.close()
