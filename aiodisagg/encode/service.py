@@ -86,8 +86,8 @@ class EncodeService:
         self._encoder = encoder
         self._labels = PeerLabels()
         self._sessions: dict[str, Session] = {}
-        self._waiting: list[Session] = []
-        """Of peers that have a session: further links through which nothing was said yet."""
+        self._waiting: dict[str, Session] = {}
+        """Of peers that have a session: the latest further link, through which nothing was said yet."""
         self._writers: dict[tuple[str, ItemKey], Session] = {}
         self._stack = AsyncExitStack()
         self._stopped = asyncio.Event()
@@ -263,7 +263,9 @@ class EncodeService:
         """A peer has one session. It may dial anew since it gave the older link up, and then says so by its first
         word; or because it knows two addresses of this process, and then closes the new link without one."""
         session = Session(link, self._planes, self._answer, checksum=self.config.checksum, handoff=self._handoff)
-        self._waiting.append(session)
+        if (other := self._waiting.get(session.peer)) is not None:
+            other.link.abort()
+        self._waiting[session.peer] = session
         try:
             before = self._sessions.get(session.peer)
             if before is None or before.link.closed:
@@ -278,14 +280,14 @@ class EncodeService:
             await session.aclose()
 
     def _heard(self, session: Session, message: Message) -> None:
-        if session in self._waiting:
+        if self._waiting.get(session.peer) is session:
             self._begin_session(session)
         if self._sessions.get(session.peer) is session:  # else it was given up
             self._feed(MessageReceived(session.peer, message))
 
     def _begin_session(self, session: Session) -> None:
         peer = session.peer
-        self._waiting.remove(session)
+        del self._waiting[peer]
         before, self._sessions[peer] = self._sessions.get(peer), session
         if before is not None:
             before.link.abort()  # not closed: a goodbye into a dead network takes a second
@@ -295,15 +297,15 @@ class EncodeService:
         self._feed(LinkUp(peer))
 
     def _end_session(self, session: Session) -> None:
-        if session in self._waiting:
-            self._waiting.remove(session)
+        if self._waiting.get(session.peer) is session:
+            del self._waiting[session.peer]
         elif self._sessions.get(session.peer) is session:
             del self._sessions[session.peer]
             self._labels.lost(session.peer, gone=False)
             self._feed(LinkLost(session.peer))
-            waiting = [other for other in self._waiting if other.peer == session.peer and not other.link.closed]
-            if waiting:
-                self._begin_session(waiting[-1])
+            waiting = self._waiting.get(session.peer)
+            if waiting is not None and not waiting.link.closed:
+                self._begin_session(waiting)
 
     # -- actions -------------------------------------------------------------------------------------------------
 

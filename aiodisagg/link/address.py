@@ -170,11 +170,8 @@ def check_user(sock: socket.socket, peer: str) -> None:
         raise AuthenticationFailed(peer, f"its process runs as another user ({uid}); configure a secret on both sides")
 
 
-def tune_tcp(sock: socket.socket, timeout_s: float) -> None:
-    """Small words leave at once, and the kernel gives a vanished host up about when the link does."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(2 * timeout_s * 1000)))
+def tune_tcp(sock: socket.socket) -> None:
+    """Small words leave at once. When a host has vanished is for the link's pulse to say: TCP_USER_TIMEOUT also ends a
+    connection whose other side lives and does not read."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

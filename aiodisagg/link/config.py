@@ -24,7 +24,8 @@ class LinkConfig:
     """How long a closing side tries to get its last bytes out before it cuts the connection."""
     max_frame_bytes: int = 256 * MiB
     """Largest frame, sent or accepted; the smaller one of both sides counts. A ``Want`` carries the encoded files of an
-    item."""
+    item. Also what the large frames that come through all links of a server may take together, before they are whole.
+    Who dials accepts no frame of more than 1 MiB."""
     high_water_bytes: int = MiB
     """``send`` waits while more than this many written bytes have not left the process."""
     max_unsent_bytes: int = 64 * MiB

@@ -8,6 +8,7 @@ Life: ``connection_made`` -> handshake -> ``ready`` -> messages -> ``fail``, ``a
   socket; it never stops heartbeats, which are answered in the read callback and sent by a timer.
 * Messages leave in the order of the calls. Above the high-water mark they wait in ``_outbox``, not yet encoded, so a
   hundred large messages that wait cost their references only. A cancelled ``send`` that still waits is taken out.
+* A large frame that comes to a server waits for room (:mod:`aiodisagg.link.room`); its socket is not read meanwhile.
 * Every end goes through ``_end``: the first reason stays and is what ``recv`` and ``send`` report.
 """
 
@@ -33,6 +34,7 @@ from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.framing import frame
 from aiodisagg.link.hello import MAX_HANDSHAKE_FRAME_BYTES, Handshake, Hello, bye, decode_bye
 from aiodisagg.link.pulse import Beat, Pulse
+from aiodisagg.link.room import SMALL_BYTES, Room
 from aiodisagg.protocol.messages import Message, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -48,13 +50,18 @@ class Connection(asyncio.Protocol):
         handshake: not started.
         peer: the address, until the peer has said its name.
         same_user: refuse other users' processes at the other end of a unix socket.
+        room: for large frames, shared with other connections.
     """
 
-    def __init__(self, handshake: Handshake, config: LinkConfig, *, peer: str, same_user: bool = False) -> None:
+    def __init__(
+        self, handshake: Handshake, config: LinkConfig, *, peer: str, same_user: bool = False, room: Room | None = None
+    ) -> None:
         self.peer = peer
         self.handshake = handshake
         self._config = config
         self._same_user = same_user
+        self._room = room
+        self._in_room = self._waits_for_room = False
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self._loop.create_future()
         """Done when messages may be exchanged; else LinkError, AuthenticationFailed or RemoteProtocolError."""
@@ -74,7 +81,7 @@ class Connection(asyncio.Protocol):
         self._heard = self._said = True
         self._inbox: deque[tuple[Message, int]] = deque()
         self._inbox_bytes = 0
-        self._reading = True
+        self._reading, self._queue_full = True, False
         self._receiver: asyncio.Future[None] | None = None
         self._handler: Callable[[Message], None] | None = None
         self._outbox: OrderedDict[asyncio.Future[None] | object, Message | bytes] = OrderedDict()
@@ -98,7 +105,7 @@ class Connection(asyncio.Protocol):
             except AuthenticationFailed as error:
                 self.fail("auth", "runs as another user; configure a secret on both sides", error)
                 return
-        tune_tcp(sock, self._config.timeout_s)
+        tune_tcp(sock)
         self.far_host = far_host(transport.get_extra_info("peername"))
         self._put(self.handshake.greeting)
 
@@ -120,6 +127,9 @@ class Connection(asyncio.Protocol):
                         self._handler(message)
                     except Exception as error:  # it belongs to the caller of ``deliver``, not to the loop
                         self._end_delivery(error)
+                self._leave_room()
+            if self._room is not None and not self._in_room and reader.part_bytes > SMALL_BYTES:
+                self._ask_for_room(self._room, reader.part_bytes)
         except AuthenticationFailed as error:
             self.fail("auth", "the other side does not know our shared secret", error)
         except RemoteProtocolError as error:
@@ -194,10 +204,9 @@ class Connection(asyncio.Protocol):
                 self._receiver = None
         message, size = self._inbox.popleft()
         self._inbox_bytes -= size
-        if not self._reading and not self._full(half=True) and self.reason is None:
-            self._reading = True
-            assert self._transport is not None
-            self._transport.resume_reading()
+        if self._queue_full and not self._full(half=True):
+            self._queue_full = False
+            self._read_or_not()
         return message
 
     async def deliver(self, handle: Callable[[Message], None]) -> NoReturn:
@@ -253,6 +262,7 @@ class Connection(asyncio.Protocol):
         if self.reason is not None:
             return
         self.reason, self._cause = reason, cause
+        self._leave_room()
         if self._timer is not None:
             self._timer.cancel()
         if not self.ready.done():
@@ -295,7 +305,8 @@ class Connection(asyncio.Protocol):
 
     def _open(self, remote: Hello) -> None:
         self.peer = self._reader.peer = f"{remote.name} ({remote.incarnation})"
-        self._reader.limit_bytes = own = self._config.max_frame_bytes
+        self._reader.limit_bytes = self.handshake.local.max_frame_bytes
+        own = self._config.max_frame_bytes
         self._max_sent_bytes = min(own, remote.max_frame_bytes or own)
         self._timer = self._loop.call_later(self._config.heartbeat_s, self._tick)
         if not self.ready.done():
@@ -316,10 +327,34 @@ class Connection(asyncio.Protocol):
         self._inbox_bytes += size_bytes
         if self._receiver is not None and not self._receiver.done():
             self._receiver.set_result(None)
-        if self._reading and self._full():
-            self._reading = False
-            assert self._transport is not None
+        if not self._queue_full and self._full():
+            self._queue_full = True
+            self._read_or_not()
+
+    def _read_or_not(self) -> None:
+        reading = not (self._queue_full or self._waits_for_room)
+        if reading == self._reading or self.reason is not None:
+            return
+        self._reading = reading
+        assert self._transport is not None
+        if reading:
+            self._transport.resume_reading()
+        else:
             self._transport.pause_reading()
+
+    def _ask_for_room(self, room: Room, size_bytes: int) -> None:
+        self._in_room = True
+        self._waits_for_room = not room.enter(self, size_bytes, self._has_room)
+        self._read_or_not()
+
+    def _has_room(self) -> None:
+        self._waits_for_room = False
+        self._read_or_not()
+
+    def _leave_room(self) -> None:
+        if self._room is not None and self._in_room:
+            self._in_room = self._waits_for_room = False
+            self._room.leave(self)
 
     def _full(self, *, half: bool = False) -> bool:
         share = 2 if half else 1

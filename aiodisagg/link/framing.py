@@ -50,6 +50,11 @@ class FrameReader:
         self._part: bytearray | None = None
         self._size_bytes = self._kind = 0
 
+    @property
+    def part_bytes(self) -> int:
+        """Size of the frame of which a part came; 0: there is none."""
+        return 0 if self._part is None else self._size_bytes
+
     def feed(self, data: bytes) -> None:
         """The next bytes of the stream. ``next`` has returned None since the last."""
         if self._start != self._end:  # a part of a header, four bytes at most

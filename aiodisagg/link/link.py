@@ -13,6 +13,7 @@ from aiodisagg.link.address import TcpAddress, UnixAddress, check_user, connect_
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.connection import Connection
 from aiodisagg.link.hello import NONCE_BYTES, Handshake, Hello, check_secret
+from aiodisagg.link.room import SMALL_BYTES
 from aiodisagg.protocol.messages import Message
 
 
@@ -154,7 +155,7 @@ async def dial(
         nonlocal connection
         handshake = Handshake(
             dialling=True,
-            hello=hello.accepting(config.max_frame_bytes),
+            hello=hello.accepting(min(config.max_frame_bytes, SMALL_BYTES)),
             secret=secret,
             nonce=secrets.token_bytes(NONCE_BYTES),
             peer=address,

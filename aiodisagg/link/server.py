@@ -26,6 +26,7 @@ from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.connection import Connection
 from aiodisagg.link.hello import NONCE_BYTES, Handshake, Hello, check_secret
 from aiodisagg.link.link import Link
+from aiodisagg.link.room import Room
 from aiodisagg.strangers import Strangers
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class LinkServer:
         self._server: asyncio.Server | None = None
         self._tasks: dict[asyncio.Task[None], Connection] = {}
         self._closing = False
+        self._room = Room(self._config.max_frame_bytes)
         self._unproved: Strangers[Connection] = Strangers(self._config.handshake_timeout_s, _send_away)
 
     @property
@@ -153,7 +155,7 @@ class LinkServer:
             peer=f"a client of {self._actual}",
         )
         connection = Connection(
-            handshake, self._config, peer=f"a client of {self._actual}", same_user=self._secret is None
+            handshake, self._config, peer=f"a client of {self._actual}", same_user=self._secret is None, room=self._room
         )
         if self._closing:  # accepted by the loop before, handed over after the end
             connection.abort()

@@ -97,7 +97,8 @@ class EncodeConfig(PeerConfig):
 
     source_bytes: int = 1024 * MiB
     """Memory for encoded items: those in transfer and, as far as it goes, a cache of earlier ones. Up to 256 MiB of
-    files come on top, of items that are not encoded yet; the files of more wait where they come from."""
+    files come on top, of items that are not encoded yet, and ``link.max_frame_bytes`` of those that are on their way;
+    the files of more wait where they come from."""
     batch_patches: int | None = None
     """Patches of one tower batch; an image with more goes alone. None: as the device gains from batching, few on a CPU.
     Rows leave batch by batch."""

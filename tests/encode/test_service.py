@@ -106,3 +106,18 @@ async def test_a_second_link_is_used_when_the_first_ends(tmp_path: Path) -> None
         assert [await made.events.get(), await made.events.get()] == [LinkLost("l"), LinkUp("l")]
         await made.ask(second)
         await second.aclose()
+
+
+async def test_a_peer_has_two_links_at_most(tmp_path: Path) -> None:
+    """Any number of them could lie there, each with a frame that had come in part."""
+    async with serving(tmp_path) as made:
+        first = await made.dial()
+        await made.ask(first)
+        further = [await made.dial() for _ in range(4)]
+        for link in further[:-1]:
+            await link.wait_closed()
+        await made.ask(first)
+        assert not further[-1].closed
+        await first.aclose()
+        await made.ask(further[-1])
+        await further[-1].aclose()

@@ -113,6 +113,17 @@ async def test_a_message_above_the_limit_is_refused_here_and_the_link_goes_on(ad
         assert await far.recv() == word(2)
 
 
+async def test_who_dials_takes_no_large_frame(address: str) -> None:
+    """What an encode peer says is small: one that says more is not to fill a language peer's memory."""
+    async with linked(address) as (near, far):
+        for far_send in (far.send(large(1 << 20)), far.send(large(4 << 20))):
+            with pytest.raises(MessageTooLarge) as caught:
+                await far_send
+            assert caught.value.limit_bytes == 1 << 20
+        await near.send(large(4 << 20))
+        assert await far.recv() == large(4 << 20)
+
+
 # -- back-pressure ----------------------------------------------------------------------------------------------
 
 SMALL_QUEUES = LinkConfig(max_queued_messages=4, high_water_bytes=64 << 10)
@@ -138,13 +149,13 @@ async def stuck(link: Link) -> tuple[asyncio.Task[None], list[int]]:
 
 async def test_what_the_other_side_does_not_accept_is_not_sent(address: str) -> None:
     """It was sent, and the other side closed the link."""
-    small = LinkConfig(max_frame_bytes=1 << 20)
+    small = LinkConfig(max_frame_bytes=1 << 19)
     for here, there in ((LinkConfig(), small), (small, LinkConfig())):
         async with linked(address, there, here) as links:
             for link in links:
                 with pytest.raises(MessageTooLarge) as caught:
-                    await link.send(large(1 << 20))
-                assert caught.value.limit_bytes == 1 << 20 < caught.value.size_bytes
+                    await link.send(large(1 << 19))
+                assert caught.value.limit_bytes == 1 << 19 < caught.value.size_bytes
                 await link.send(word(2))
             assert [await link.recv() for link in links] == [word(2)] * 2
 
@@ -372,6 +383,30 @@ async def test_the_bytes_of_a_large_frame_count_as_life(address: str) -> None:
             raw.writer.write(b"x")
         assert not link.closed
         await raw.aclose()
+
+
+async def test_a_peer_that_lives_and_does_not_read_is_not_lost(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After twice the timeout the kernel ended the connection: to it a closed window is like a host that vanished."""
+    busy = LinkConfig(heartbeat_s=0.02, timeout_s=0.06, max_queued_messages=4, high_water_bytes=64 << 10)
+    ticks, enough = 0, asyncio.Event()
+    real = Pulse.tick
+
+    def tick(pulse: Pulse, *, heard: bool, said: bool, reading: bool) -> Beat:
+        nonlocal ticks
+        ticks += 1
+        if ticks > 200:  # of both sides: two seconds, and the kernel looks twice in the first of them
+            enough.set()
+        return real(pulse, heard=heard, said=said, reading=reading)
+
+    async with linked(address, busy) as (near, far):
+        task, _ = await stuck(near)
+        monkeypatch.setattr(Pulse, "tick", tick)
+        await enough.wait()
+        assert not task.done() and not near.closed and not far.closed
+        assert await far.recv() == large(64 << 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_two_sides_of_unlike_heartbeats_keep_each_other_alive(
