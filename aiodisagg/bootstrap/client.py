@@ -14,7 +14,7 @@ import msgspec
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState, host_name
 from aiodisagg.bootstrap.wire import Heartbeat, Lease, Watched, read_watched
 from aiodisagg.errors import BootstrapError, ConfigError
-from aiodisagg.link.hello import host_identity
+from aiodisagg.link.hello import PeerRole, host_identity
 
 logger = logging.getLogger(__name__)
 
@@ -161,18 +161,24 @@ class BootstrapClient:
 
     # -- membership ----------------------------------------------------------------------------------------------
 
-    async def watch(self) -> AsyncIterator[MembershipChange]:
+    async def watch(self, role: PeerRole | None = None) -> AsyncIterator[MembershipChange]:
         """Changes of membership over all servers, for ever. A peer is gone when the last server that had it says so.
 
         A server that just started knows nobody yet; what it does not list counts as gone only after two leases. What
         a server said that cannot be reached any more stands until a reachable one that had the peer says otherwise.
 
         One consumer at a time, which is first told everybody. What it has not taken yet is one state per peer.
+
+        Args:
+            role: who else there is need not be told; older servers do.
         """
         self._there, self._told = {url: {} for url in self.urls}, {}
         changed = asyncio.Event()
         news: dict[str, Watched] = {}
-        followers = [asyncio.create_task(self._follow(url, news, changed), name=f"watch {url}") for url in self.urls]
+        query = "" if role is None else f"?role={role}"
+        followers = [
+            asyncio.create_task(self._follow(url, query, news, changed), name=f"watch {url}") for url in self.urls
+        ]
         try:
             while True:
                 await changed.wait()
@@ -224,12 +230,13 @@ class BootstrapClient:
         """Whether a server that can be reached has the peer."""
         return any(incarnation in self._there[url] for url in self._reached)
 
-    async def _follow(self, url: str, news: dict[str, Watched], changed: asyncio.Event) -> None:
+    async def _follow(self, url: str, query: str, news: dict[str, Watched], changed: asyncio.Event) -> None:
         retry_s, warned = FIRST_RETRY_S, False
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=QUIET_S)
         while True:
             try:
-                async with self._session.get(f"{url}/v1/watch", timeout=timeout, read_bufsize=MAX_LINE_BYTES) as stream:
+                target = f"{url}/v1/watch{query}"
+                async with self._session.get(target, timeout=timeout, read_bufsize=MAX_LINE_BYTES) as stream:
                     if stream.status != 200:
                         raise BootstrapError(url, f"{stream.status}")
                     self._reached.add(url)

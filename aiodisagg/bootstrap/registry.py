@@ -6,7 +6,8 @@ A peer is a record under a lease. It renews the lease by heartbeats that carry i
     joining -> ready <-> suspect -> gone          ready | joining -> draining -> gone
 
 The registry holds soft state only: whoever it forgot registers again within a lease. Every change has a revision; a
-watcher that knows revision r is told what happened since, or everything if that is no longer known.
+watcher that knows revision r is told how everybody is now who changed since, or everything if it is not known any more
+who went since.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from aiodisagg.scheduler.advertise import ADVERTISED, PREFIX
 from aiodisagg.scheduler.cost import ServiceTimes
 
 HISTORY = 1024
-"""Changes kept for watchers; one that is further behind gets a snapshot."""
+"""Peers that went, kept for watchers; one that is further behind gets a snapshot."""
 
 Short = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -92,9 +93,13 @@ class Registry:
     def __init__(self, lease_s: float) -> None:
         self.lease_s = lease_s
         self.revision = 0
+        self.turned = 0
+        """Revision of the last change of more than a load: somebody came, went, or changed its state."""
         self._entries: dict[str, PeerEntry] = {}
         self._expires: dict[str, float] = {}
-        self._changes: deque[PeerEntry] = deque(maxlen=HISTORY)
+        self._gone: deque[PeerEntry] = deque()
+        self._forgotten = 0
+        """Revision of the last of them that is not kept any more."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -128,7 +133,7 @@ class Registry:
         state = state or (known.record.state if known.state is PeerState.SUSPECT else known.state)
         if (state, load) == (known.state, known.load):
             return known
-        return self._put(known.record, state, load)
+        return self._put(known.record, state, load, only_load=state is known.state)
 
     def remove(self, incarnation: str) -> bool:
         """The peer is gone; whether it was known."""
@@ -136,7 +141,9 @@ class Registry:
         if known is None:
             return False
         del self._expires[incarnation]
-        self._note(known.record, PeerState.GONE, known.load)
+        self._gone.append(self._next(known.record, PeerState.GONE, known.load))
+        if len(self._gone) > HISTORY:
+            self._forgotten = self._gone.popleft().revision
         return True
 
     def expire(self, now: float) -> None:
@@ -157,7 +164,7 @@ class Registry:
 
     def peers(self, role: PeerRole | None = None) -> list[PeerEntry]:
         """Known peers, by name; ``both`` counts for either role."""
-        found = (e for e in self._entries.values() if role in (None, e.record.role) or e.record.role is PeerRole.BOTH)
+        found = (entry for entry in self._entries.values() if _plays(entry, role))
         return sorted(found, key=lambda entry: (entry.record.name, entry.record.incarnation))
 
     def match(self, incarnation: str) -> list[PeerEntry] | None:
@@ -174,24 +181,29 @@ class Registry:
         ]
         return sorted(able, key=lambda entry: (entry.load.queued + entry.load.active, entry.record.name))
 
-    def changes_since(self, revision: int) -> list[PeerEntry] | None:
-        """Entries changed after ``revision``, oldest first; None: too long ago, or of another registry."""
-        if revision > self.revision or (self.revision > revision and self._oldest() > revision + 1):
+    def changes_since(self, revision: int, role: PeerRole | None = None) -> list[PeerEntry] | None:
+        """Those that changed after ``revision``, as they are now, and those that went, in the order of the changes;
+        None: too long ago, or of another registry."""
+        if not self._forgotten <= revision <= self.revision:
             return None
-        return [entry for entry in self._changes if entry.revision > revision]
+        known = (*self._gone, *self._entries.values())
+        changed = [entry for entry in known if entry.revision > revision and _plays(entry, role)]
+        return sorted(changed, key=lambda entry: entry.revision)
 
-    def _oldest(self) -> int:
-        return self._changes[0].revision if self._changes else self.revision + 1
-
-    def _put(self, record: PeerRecord, state: PeerState, load: Load) -> PeerEntry:
-        entry = self._entries[record.incarnation] = self._note(record, state, load)
+    def _put(self, record: PeerRecord, state: PeerState, load: Load, *, only_load: bool = False) -> PeerEntry:
+        entry = self._entries[record.incarnation] = self._next(record, state, load, only_load=only_load)
         return entry
 
-    def _note(self, record: PeerRecord, state: PeerState, load: Load) -> PeerEntry:
+    def _next(self, record: PeerRecord, state: PeerState, load: Load, *, only_load: bool = False) -> PeerEntry:
         self.revision += 1
-        entry = PeerEntry(record=record, state=state, load=load, revision=self.revision)
-        self._changes.append(entry)
-        return entry
+        if not only_load:
+            self.turned = self.revision
+        return PeerEntry(record=record, state=state, load=load, revision=self.revision)
+
+
+def _plays(entry: PeerEntry, role: PeerRole | None) -> bool:
+    """``both`` counts for either role."""
+    return role in (None, entry.record.role) or entry.record.role is PeerRole.BOTH
 
 
 def host_name(boot_id: str, net_ns: str, mount_ns: str) -> str:

@@ -5,7 +5,7 @@ POST   /v1/peers/{incarnation}/heartbeat  renew (Heartbeat)                -> Le
 DELETE /v1/peers/{incarnation}            leave
 GET    /v1/peers?role=encode              everyone                         -> [PeerEntry]
 GET    /v1/match/{incarnation}            who can encode for this peer     -> [PeerEntry], least busy first
-GET    /v1/watch                          membership, one Watched a line: a snapshot, then changes
+GET    /v1/watch?role=encode              membership, one Watched a line: a snapshot, then changes
 GET    /health, /metrics
 """
 
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_PEERS = 10_000
+TOGETHER_S = 0.5
+"""For so long changes of loads are collected. Who comes, goes, drains or is suspect is told at once."""
 STUCK_S = 10.0
 """A watcher that takes no line for this long is dropped; it comes back for a snapshot."""
 
@@ -59,6 +61,14 @@ class BootstrapConfig:
         check_token("token", self.token)
 
 
+class _Known(NamedTuple):
+    """How far a watcher is, and what it asked for. ``revision`` -1: it knows nothing."""
+
+    revision: int
+    role: PeerRole | None
+    settled: bool
+
+
 class BootstrapServer:
     """Serves while it is entered. ``port`` 0 takes a free one; see ``url``.
 
@@ -69,10 +79,15 @@ class BootstrapServer:
         self._host, self._port, self._config = host, port, config or BootstrapConfig()
         self.registry = Registry(self._config.lease_s)
         self._life = secrets.token_hex(8)
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
+        """Set, and replaced, when there is something to tell."""
         self._timer: asyncio.TimerHandle | None = None
+        self._telling: asyncio.TimerHandle | None = None
         self._watchers: set[asyncio.Task[object]] = set()
         self._told = 0
+        self._lines: dict[_Known, tuple[bytes, bool]] = {}
+        """Of this revision, for all watchers that are as far."""
+        self._lines_at = 0
 
     async def __aenter__(self) -> BootstrapServer:
         literal = await self._literal_host()
@@ -106,8 +121,9 @@ class BootstrapServer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._telling):
+            if timer is not None:
+                timer.cancel()
         for watcher in self._watchers:
             watcher.cancel()
         await self._runner.cleanup()
@@ -153,7 +169,7 @@ class BootstrapServer:
         if len(self.registry) >= MAX_PEERS and record.incarnation not in self.registry:
             return _json(Failure(f"{MAX_PEERS} peers are registered already"), 429)
         self.registry.register(record, self._now())
-        await self._publish()
+        self._publish()
         return _json(self._lease())
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
@@ -161,43 +177,37 @@ class BootstrapServer:
         entry = self.registry.heartbeat(request.match_info["incarnation"], beat.load, beat.state, self._now())
         if entry is None:
             return _json(Failure("not registered here"), 404)
-        await self._publish()
+        self._publish()
         return _json(self._lease())
 
     async def _leave(self, request: web.Request) -> web.Response:
         known = self.registry.remove(request.match_info["incarnation"])
-        await self._publish()
+        self._publish()
         return web.Response(status=204) if known else _json(Failure("not registered here"), 404)
 
     async def _list(self, request: web.Request) -> web.Response:
-        role = request.query.get("role")
-        if role is not None and role not in PeerRole.__members__.values():
-            return _json(Failure(f"role: there is no {role!r}"), 422)
-        return _json(self.registry.peers(PeerRole(role) if role is not None else None))
+        return _json(self.registry.peers(_role(request)))
 
     async def _match(self, request: web.Request) -> web.Response:
         found = self.registry.match(request.match_info["incarnation"])
         return _json(Failure("not registered here"), 404) if found is None else _json(found)
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
+        known = _Known(-1, _role(request), False)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await response.prepare(request)
         task = asyncio.current_task()
         assert task is not None
         self._watchers.add(task)
-        revision, settled = -1, False
         try:
             while True:
-                if self._settled() and not settled:
-                    revision, settled = -1, True
-                changes = self.registry.changes_since(revision) if revision >= 0 else None
-                now = self.registry.revision
-                entries = self.registry.peers() if changes is None else changes
-                line = Watched(self._life, now, changes is None, settled, tuple(entries))
+                if self._settled() and not known.settled:
+                    known = known._replace(revision=-1, settled=True)
+                (line, _), now = self._line(known), self.registry.revision
                 async with asyncio.timeout(STUCK_S):
-                    await response.write(msgspec.json.encode(line) + b"\n")
-                revision = now
-                await self._next_change(revision)
+                    await response.write(line)
+                known = known._replace(revision=now)
+                await self._next_change(known)
         except (ConnectionResetError, asyncio.CancelledError):
             return response
         except TimeoutError:
@@ -210,11 +220,23 @@ class BootstrapServer:
     def _settled(self) -> bool:
         return self._now() >= self._born + 2 * self._config.lease_s
 
-    async def _next_change(self, revision: int) -> None:
+    def _line(self, known: _Known) -> tuple[bytes, bool]:
+        """What a watcher is told next, and whether that is news."""
+        if self._lines_at != self.registry.revision:
+            self._lines_at, self._lines = self.registry.revision, {}
+        if known not in self._lines:
+            changes = self.registry.changes_since(known.revision, known.role) if known.revision >= 0 else None
+            entries = self.registry.peers(known.role) if changes is None else changes
+            line = Watched(self._life, self.registry.revision, changes is None, known.settled, tuple(entries))
+            self._lines[known] = msgspec.json.encode(line) + b"\n", bool(entries) or line.snapshot
+        return self._lines[known]
+
+    async def _next_change(self, known: _Known) -> None:
         """Returns at the next change, or after a third of a lease: a line a watcher can tell a live server by."""
         try:
-            async with asyncio.timeout(self._config.lease_s / 3), self._changed:
-                await self._changed.wait_for(lambda: self.registry.revision > revision)
+            async with asyncio.timeout(self._config.lease_s / 3):
+                while not (self._told > known.revision and self._line(known)[1]):
+                    await self._changed.wait()
         except TimeoutError:
             return
 
@@ -238,12 +260,12 @@ class BootstrapServer:
     def _lease(self) -> Lease:
         return Lease(self._config.lease_s, self._life)
 
-    async def _publish(self) -> None:
-        """Wakes watchers if there is news, and sets the one timer to the next lease that may run out."""
-        if self.registry.revision != self._told:
-            self._told = self.registry.revision
-            async with self._changed:
-                self._changed.notify_all()
+    def _publish(self) -> None:
+        """Wakes watchers if there is news, now or soon, and sets the one timer to the next lease that may run out."""
+        if self.registry.turned > self._told:
+            self._tell()
+        elif self.registry.revision > self._told and self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TOGETHER_S, self._tell)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -253,9 +275,22 @@ class BootstrapServer:
 
     def _expire(self) -> None:
         self.registry.expire(self._now())
-        task = asyncio.get_running_loop().create_task(self._publish())
-        self._watchers.add(task)
-        task.add_done_callback(self._watchers.discard)
+        self._publish()
+
+    def _tell(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        self._told = self.registry.revision
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _role(request: web.Request) -> PeerRole | None:
+    role = request.query.get("role")
+    if role is not None and role not in PeerRole.__members__.values():
+        raise web.HTTPUnprocessableEntity(reason=f"role: there is no {role!a}")
+    return PeerRole(role) if role is not None else None
 
 
 async def _body(request: web.Request, kind: type[T]) -> T:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from aiodisagg.bootstrap.client import BootstrapClient
 from aiodisagg.bootstrap.registry import Load, PeerRecord
 from aiodisagg.language.rows import RowReceiver
+from aiodisagg.link.hello import PeerRole
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ async def follow(client: BootstrapClient, rows: RowReceiver) -> None:
     """Tells ``rows`` who is there, for ever."""
     strangers: set[str] = set()
     homes: dict[str, str] = {}  # of who is there, by incarnation
-    async for change in client.watch():
+    async for change in client.watch(PeerRole.ENCODE):
         for record in change.present:
             if record.role.encodes and record.model == rows.model:
                 news = homes.get(record.incarnation) != record.addresses[0]  # and not its load

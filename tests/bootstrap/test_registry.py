@@ -132,9 +132,25 @@ def test_a_watcher_gets_what_changed_or_everything() -> None:
     changes = registry.changes_since(seen)
     assert changes is not None and [entry.record.name for entry in changes] == ["b"]
     assert registry.changes_since(seen + 100) is None, "a revision of another life"
-    for beat in range(HISTORY + 1):
+    for beat in range(2 * HISTORY):
         registry.heartbeat("a-life", Load(queued=1 + beat % 2), None, 1.0)
-    assert registry.changes_since(seen) is None, "too far behind"
+    changes = registry.changes_since(seen)
+    assert changes is not None and [entry.record.name for entry in changes] == ["b", "a"], "each once, as it is now"
+    for _ in range(HISTORY + 1):
+        registry.register(record("guest"), 1.0)
+        registry.remove("guest-life")
+    assert registry.changes_since(seen) is None, "too far behind to be told who went"
+
+
+def test_a_watcher_of_one_role_is_told_of_no_others() -> None:
+    registry = Registry(5.0)
+    for role in PeerRole:
+        registry.register(record(role.value, role), 0.0)
+    registry.remove("language-life")
+    registry.remove("encode-life")
+    for role, names in ((PeerRole.ENCODE, ["both", "encode"]), (PeerRole.LANGUAGE, ["both", "language"])):
+        changes = registry.changes_since(0, role)
+        assert changes is not None and [entry.record.name for entry in changes] == names
 
 
 @given(st.lists(st.tuples(st.sampled_from(["reg", "beat", "leave", "wait"]), st.integers(0, 3), st.floats(0, 4))))

@@ -31,12 +31,14 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def watching(client: BootstrapClient) -> AsyncIterator[asyncio.Queue[MembershipChange]]:
+async def watching(
+    client: BootstrapClient, role: PeerRole | None = None
+) -> AsyncIterator[asyncio.Queue[MembershipChange]]:
     """The client's changes in a queue."""
     queue: asyncio.Queue[MembershipChange] = asyncio.Queue()
 
     async def follow() -> None:
-        async for change in client.watch():
+        async for change in client.watch(role):
             queue.put_nowait(change)
 
     task = asyncio.create_task(follow())

@@ -35,7 +35,7 @@ class Following:
         self._told: asyncio.Queue[MembershipChange] = asyncio.Queue()
         self._rows = Mock(peers=peers, model=MODEL, told=self._told.put_nowait)
 
-    async def watch(self) -> AsyncIterator[MembershipChange]:
+    async def watch(self, role: PeerRole | None = None) -> AsyncIterator[MembershipChange]:
         while True:
             yield await self._changes.get()
 
