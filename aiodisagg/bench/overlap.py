@@ -97,7 +97,7 @@ class Compared(msgspec.Struct, frozen=True):
     passes: list[Pass]
 
     def median(self, mode: str, what: str) -> float:
-        return statistics.median(getattr(one, what) for one in self.passes if one.mode == mode)
+        return float(statistics.median(getattr(one, what) for one in self.passes if one.mode == mode))
 
 
 class OverlapReport(msgspec.Struct, frozen=True):
