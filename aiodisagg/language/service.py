@@ -271,10 +271,11 @@ class LanguageService:
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
             if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
-            if not (self.peers.linked or self._needs_no_peer(plan, page_keys)):
+            work = work_of(plan, self.engine.held(plan, page_keys), self.rows.sharing.has)
+            if work.patches and not self.peers.linked:
                 await self.peers.wait_any(self.config.peer_wait_s)
             spent_s = trace.since()
-            await self.admission.take(Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=spent_s))
+            await self.admission.take(Turn(request_id, work, tenant, priority, timeout_s, spent_s=spent_s))
             name, waited_s = self.engine.name_for(request_id), trace.since() - spent_s
             handle = request.handle = self.engine.submit(
                 EngineRequest(name, plan, sampling, request.priority, waited_s, page_keys)
@@ -311,9 +312,6 @@ class LanguageService:
     def _plan(self, messages: Sequence[ChatMessage]) -> tuple[PromptPlan, PageKeys | None]:
         plan = self._planner.plan(messages, limit=self.engine.limit)
         return plan, self.engine.keys(plan)
-
-    def _needs_no_peer(self, plan: PromptPlan, page_keys: PageKeys | None) -> bool:
-        return all(self.rows.sharing.has(item.digest) for item in plan.items) or self.engine.holds(plan, page_keys)
 
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None

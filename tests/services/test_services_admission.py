@@ -23,7 +23,7 @@ from aiodisagg.scheduler.admission import AdmissionConfig
 from aiodisagg.scheduler.shares import Tenant
 from tests.models.halves import chat, png
 from tests.services.openai_chat import chat_body
-from tests.services.system import Held, System, eventually, finished, system
+from tests.services.system import PATIENCE_S, Held, System, eventually, finished, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -116,6 +116,39 @@ async def test_a_flooding_tenant_delays_another_by_one_request_only(moe: Path, v
     # The tokens that were generated meanwhile decide between a1 and b1.
     assert line.done[:3] == ["first", "a0", "b0"] and set(line.done[3:5]) == {"a1", "b1"}
     assert line.done[5:] == ["a2", "a3", "a4"]
+
+
+@pytest.mark.parametrize("kept", [{"cache_bytes": 0}, {"prefix_cache": False}], ids=["pages", "rows"])
+async def test_pictures_that_are_here_cost_a_chat_nothing(
+    moe: Path, vision: Qwen3VLVisionEncoder, kept: dict[str, Any]
+) -> None:
+    """Its next turn waits behind no pictures, is not predicted to be late, and its tenant pays for what is done."""
+    turn = (picture(0), "A harbour, early in the day.")
+    admission = AdmissionConfig(min_in_flight=1, max_ttft_s=20.0)
+    held = Held(vision)
+    async with system(moe, encoder=held, admission=admission, **kept) as made:
+        line, lanes = Line(made), made.language.admission._queue.lanes
+        try:
+            held.gate.set()
+            await line.ask("first turn", *turn)
+            await line.all()
+            held.gate.clear()
+            for lane in lanes:  # a slow machine's
+                lane.prices.known, lane.prices.patch_s, lane.prices.token_s, lane.latency_s = True, 1.0, 0.001, 0.0
+            await line.ask("another", picture(1), "?", tenant=Tenant("bob"))
+            await eventually(lambda: held.entered["encode"] == 2)
+            await line.ask("second turn", *turn, "What do you see in it?", tenant=Tenant("alice"))
+            async with asyncio.timeout(PATIENCE_S):
+                await line.tasks["second turn"]
+            assert line.done == ["first turn", "second turn"]
+            assert held.entered == {"prepare": 2, "encode": 2}
+            charged = made.language.admission._charged
+            assert 0 < charged["alice"] < 1.0 < charged["bob"]
+            held.gate.set()
+            await line.all()
+        finally:
+            held.gate.set()
+            await finished(*line.tasks.values())
 
 
 async def test_a_deadline_in_line_is_kept_without_any_encoding(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
