@@ -172,6 +172,13 @@ class Tower:
             elif self._closing:
                 return
 
+    def _patience_s(self) -> float:
+        """For how much longer all that is here can wait for prompts."""
+        waited_s, now = self._gate.waited_s, time.monotonic()
+        with self._wake:
+            left = (min(item.due - now, item.waited_s + LONGEST_S - waited_s) for item in self._items.values())
+            return min(left, default=0.0)
+
     def _next(self, *, block: bool) -> tuple[list[Piece], list[_Item]] | None:
         """What may begin now, or, to ``block``, as soon as there is work and slack; what is chosen is what is wanted
         most by then."""
@@ -195,13 +202,6 @@ class Tower:
             self._gate.gave_up()
             return None
         return pieces, items
-
-    def _patience_s(self) -> float:
-        """For how much longer all that is here can wait for prompts."""
-        waited_s, now = self._gate.waited_s, time.monotonic()
-        with self._wake:
-            left = (min(item.due - now, item.waited_s + LONGEST_S - waited_s) for item in self._items.values())
-            return min(left, default=0.0)
 
     def _launch(self, pieces: list[Piece], items: list[_Item]) -> _Launched | None:
         self._began(pieces)

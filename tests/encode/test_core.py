@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import os
-import queue
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
 
 import pytest
-import torch
+from stepped import Stepped, bench
 
-from aiodisagg.device.vitals import Vitals
-from aiodisagg.encode import tower as tower_module
+from aiodisagg.encode import tower
 from aiodisagg.encode.core import NICE, CoreGate
-from aiodisagg.encode.tower import Tower
-from aiodisagg.models.base import Patches
-from aiodisagg.protocol.rows import RowLayout
-from aiodisagg.scheduler.order import Claim
+from aiodisagg.protocol.events import RowsReady
+from aiodisagg.protocol.messages import Urgency
+from tests.services.system import eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 PATIENCE_S = 60.0
+PATIENT = Urgency(PATIENCE_S)
 
 
 def test_a_batch_waits_for_a_prefill_and_for_decodes_it_does_not() -> None:
@@ -99,63 +93,42 @@ def test_the_engines_thread_steps_back_once_and_no_other() -> None:
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
-class Zeros:
-    """A VisionEncoder whose rows exist as soon as they are asked for."""
-
-    layout = RowLayout(8, 0, "float32")
-
-    def encode(self, batch: list[Patches]) -> list[torch.Tensor]:
-        return [torch.zeros(patches.count, 8) for patches in batch]
-
-
-@contextmanager
-def tower_beside_prompts() -> Iterator[tuple[Tower, CoreGate, queue.Queue[str]]]:
-    """A tower whose batches are one picture or frame pair each, beside an engine that has prompts all the time; and the
-    items of its batches, as they are made."""
-    made, encoder, gate = queue.Queue[str](), cast(Any, Zeros()), CoreGate()
-    gate.prefill_waits(True)
-    tower = Tower(
-        encoder, batch_patches=4, began=lambda pieces: None, gate=gate, to_host=False, device="cpu",
-        made=lambda batch: made.put(batch.pieces[0].digest), vitals=Vitals(made.put), probe=lambda: None,
-    )  # fmt: skip
-    try:
-        yield tower, gate, made
-    finally:
-        tower.close()
-
-
-def add(tower: Tower, digest: str, *, frame_pairs: int = 1, due_s: float = PATIENCE_S) -> None:
-    patches = Patches(torch.zeros(4 * frame_pairs, 8), (frame_pairs, 2, 2))
-    tower.add(digest, Claim(time.monotonic(), time.monotonic() + due_s), patches, 4 * frame_pairs)
-
-
-@pytest.mark.parametrize("items", [{"a": 4}, {"a": 1, "b": 1, "c": 1, "d": 1}], ids=["a video", "four pictures"])
-def test_of_many_batches_only_the_first_waits_for_prompts(
-    monkeypatch: pytest.MonkeyPatch, items: dict[str, int]
+@pytest.mark.anyio
+@pytest.mark.parametrize("sizes", [[4], [1, 1, 1, 1]], ids=["a video", "four pictures"])
+async def test_of_many_batches_only_the_first_waits_for_prompts(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int]
 ) -> None:
-    monkeypatch.setattr(tower_module, "LONGEST_S", 0.05)
-    with tower_beside_prompts() as (tower, gate, made):
-        for digest, frame_pairs in items.items():
-            add(tower, digest, frame_pairs=frame_pairs)
-        tower.start()
-        assert "".join(made.get(timeout=PATIENCE_S) for _ in range(4)) in ("aaaa", "abcd")
+    monkeypatch.setattr(tower, "LONGEST_S", 0.05)
+    gate, encoder = CoreGate(), Stepped()
+    async with bench(encoder, batch_patches=16, gate=gate) as made:
+        made.start(100)
+        await made.call()
+        for number, frame_pairs in enumerate(sizes):
+            await made.prepared(made.start(number, t=frame_pairs, urgency=PATIENT))
+        gate.prefill_waits(True)
+        encoder.permits.release(5)
+        numbers = [number for _ in range(4) for number, _ in await made.call()]
+        assert numbers == [number for number, frame_pairs in enumerate(sizes) for _ in range(frame_pairs)]
         assert gate.waits == 1 and gate.waited_s >= 0.05
-        add(tower, "later")
-        assert made.get(timeout=PATIENCE_S) == "later"
+        made.start(101, urgency=PATIENT)
+        await made.call()
         assert gate.waits == 2, "what comes then has a patience of its own"
 
 
-def test_what_is_due_waits_for_no_prompts_and_is_waited_for_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tower_module, "LONGEST_S", PATIENCE_S)
-    with tower_beside_prompts() as (tower, gate, made):
-        add(tower, "due", due_s=0.0)
-        tower.start()
-        assert made.get(timeout=PATIENCE_S / 2) == "due" and gate.waits == 0
-        add(tower, "patient")
-        while not gate.whole_prompts():
-            pass
-        assert made.empty()
-        add(tower, "also due", due_s=0.0)
-        gate.prefill_waits(True)
-        assert made.get(timeout=PATIENCE_S / 2) == "also due"
-        assert gate.waits == 1 and made.empty()
+@pytest.mark.anyio
+async def test_what_is_due_waits_for_no_prompts_nor_for_who_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower, "LONGEST_S", PATIENCE_S)
+    gate, encoder = CoreGate(), Stepped(permits=9)
+    gate.prefill_waits(True)
+    async with bench(encoder, batch_patches=16, gate=gate) as made:
+        due = made.start(1, urgency=Urgency(0.0))
+        assert await made.call() == [(1, 16)] and gate.waits == 0
+        await made.until(RowsReady(due, 4))
+        await made.prepared(made.start(2, urgency=PATIENT))
+        await eventually(gate.whole_prompts, "it waits for prompts")
+        await made.prepared(made.start(3, urgency=Urgency(0.0)))
+        assert encoder.calls.empty()
+        gate.prefill_waits(True)  # another step with prompts
+        assert await made.call() == [(3, 16)] and gate.waits == 1
+        gate.prefill_waits(False)
+        assert await made.call() == [(2, 16)]
