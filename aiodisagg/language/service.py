@@ -39,7 +39,6 @@ from aiodisagg.language.items import Item, Items, spec_of
 from aiodisagg.language.loading import load_language_half
 from aiodisagg.language.membership import LocalEncoder, follow
 from aiodisagg.language.memory import kv_bytes
-from aiodisagg.language.planning import Planning
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
 from aiodisagg.link.address import parse
@@ -48,7 +47,7 @@ from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
-from aiodisagg.peer.turns import Closed
+from aiodisagg.peer.turns import Closed, Workers
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.scheduler.shares import Tenant
@@ -57,6 +56,9 @@ if TYPE_CHECKING:
     from aiodisagg.models.language import LanguageHalf
 
 logger = logging.getLogger(__name__)
+
+PLANNERS = 2
+"""Prompts that are planned at once, mostly in Python: a whole burst at once would be done at its end, none before."""
 
 
 @dataclass(slots=True)
@@ -165,7 +167,7 @@ class LanguageService:
         self._stack.push_async_callback(self.admission.aclose)
         self._tasks = Tasks(self.name)
         self._stack.push_async_callback(self._tasks.aclose)
-        self._planning = Planning(self._plan)
+        self._planning = Workers(PLANNERS, "aiodisagg-plan")
         self._stack.push_async_callback(asyncio.to_thread, self._planning.close)
         if self.local is not None:
             self.add_tower(self.local.record.addresses[0], self.local.record.incarnation)
@@ -265,7 +267,7 @@ class LanguageService:
         request = _Request(priority if tenant.name == DEFAULT_TENANT.name else 0)
         try:
             try:
-                plan, page_keys = await self._planning.plan(messages, tenant.name)
+                plan, page_keys = await self._planning.run(tenant.name, lambda: self._plan(messages))
             except Closed:
                 raise EngineError(request_id, "the service is closed") from None
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"

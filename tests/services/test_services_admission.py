@@ -16,8 +16,8 @@ import pytest
 from aiodisagg import LanguageService
 from aiodisagg.api import ApiKey, HttpConfig, HttpServer
 from aiodisagg.errors import DeadlineExceeded, EngineError, InvalidRequest, Overloaded, PromptTooLong
-from aiodisagg.language.planning import PLANNERS
-from aiodisagg.models.base import ChatMessage, ImagePart, Planner, PromptPlan
+from aiodisagg.language.service import PLANNERS
+from aiodisagg.models.base import ChatMessage, ImagePart, Planner, PromptPlan, TextPart
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from aiodisagg.scheduler.admission import AdmissionConfig
 from aiodisagg.scheduler.shares import Tenant
@@ -276,19 +276,20 @@ async def test_many_tenants_share_a_few_labels(moe: Path) -> None:
 
 
 class Counting:
-    """A planner that says how many prompts it plans at once, and waits until it may go on."""
+    """A planner that says what it plans, how many prompts at once, and waits until it may go on."""
 
     def __init__(self, planner: Planner) -> None:
         self._planner, self._lock = planner, threading.Lock()
         self.now = self.most = 0
-        self.gate = threading.Event()
+        self.let, self.begun = threading.Semaphore(0), list[str]()
         self.eos_ids, self.decode = planner.eos_ids, planner.decode
 
     def plan(self, messages: Sequence[ChatMessage], *, limit: int | None = None) -> PromptPlan:
         with self._lock:
             self.now += 1
             self.most = max(self.most, self.now)
-        assert self.gate.wait(60)
+            self.begun += [part.text for part in messages[0].parts if isinstance(part, TextPart)]
+        assert self.let.acquire(timeout=60)
         with self._lock:
             self.now -= 1
         return self._planner.plan(messages, limit=limit)
@@ -300,9 +301,22 @@ async def test_of_a_burst_the_first_is_not_planned_with_the_last(moe: Path) -> N
         made.language._planner = counting
         asked = [asyncio.ensure_future(made.ask(chat("What?"), 1)) for _ in range(4 * PLANNERS)]
         await eventually(lambda: counting.now == PLANNERS)
-        counting.gate.set()
+        counting.let.release(4 * PLANNERS)
         await asyncio.gather(*asked)
         assert counting.most == PLANNERS
+
+
+async def test_who_floods_the_planners_keeps_no_other_tenant_out(moe: Path) -> None:
+    async with system(moe) as made:
+        counting = made.language._planner = Counting(made.language._planner)
+        names = [*(f"a{n}" for n in range(PLANNERS + 2)), "b"]
+        asked = [asyncio.ensure_future(made.ask(chat(name), 1, tenant=Tenant(name[0]))) for name in names]
+        await eventually(lambda: "aiodisagg_planning_waiting 3.0" in made.language.metrics())
+        counting.let.release()
+        await eventually(lambda: len(counting.begun) == PLANNERS + 1)
+        assert counting.begun[-1] == "b"
+        counting.let.release(len(names))
+        await asyncio.gather(*asked)
 
 
 async def test_who_asks_a_service_that_is_closed_is_told_so(moe: Path) -> None:
