@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LONGEST_S = 1.0
+"""An item waits for prompts no longer in all, while it is next or behind others, and not at all once it is due."""
+
 
 class WrongRows(AiodisaggError):
     """An encoder made other rows than the plan says."""
@@ -42,11 +45,14 @@ class NotFinite(AiodisaggError):
 
 @dataclass(slots=True)
 class _Item:
-    """An item in the tower's hands. ``whole``: room for all its rows, filled as its pieces are computed."""
+    """An item in the tower's hands. ``waited_s``: by the gate, when it came; it waits for prompts no more once ``due``.
+    ``whole``: room for all its rows, filled as its pieces are computed."""
 
     patches: Patches
     frames: int
     rows: int
+    due: float
+    waited_s: float
     whole: torch.Tensor | None = None
 
 
@@ -111,8 +117,9 @@ class Tower:
         ``time.monotonic``."""
         t = patches.grid_thw[0]
         frames = t if rows % t == 0 else 1
+        item = _Item(patches, frames, rows, claim.due, self._gate.waited_s)
         with self._wake:
-            self._items[digest] = _Item(patches, frames, rows)
+            self._items[digest] = item
             self._queue.add(digest, claim, frames, patches.count // frames)
             self._wake.notify()
 
@@ -165,6 +172,13 @@ class Tower:
             elif self._closing:
                 return
 
+    def _patience_s(self) -> float:
+        """For how much longer all that is here can wait for prompts."""
+        waited_s, now = self._gate.waited_s, time.monotonic()
+        with self._wake:
+            left = (min(item.due - now, item.waited_s + LONGEST_S - waited_s) for item in self._items.values())
+            return min(left, default=0.0)
+
     def _next(self, *, block: bool) -> tuple[list[Piece], list[_Item]] | None:
         """What may begin now, or, to ``block``, as soon as there is work and slack; what is chosen is what is wanted
         most by then."""
@@ -173,7 +187,7 @@ class Tower:
                 self._wake.wait_for(lambda: self._queue or self._closing)
             elif not self._queue:
                 return None
-        if not self._gate.wait(block=block):
+        if not self._gate.wait(self._patience_s, block=block):
             return None
         with self._wake:
             if self._closing:

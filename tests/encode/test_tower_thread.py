@@ -14,7 +14,7 @@ import torch
 
 from aiodisagg.device.vitals import LIMIT, Vitals
 from aiodisagg.encode import tower as tower_module
-from aiodisagg.encode.gate import OpenGate
+from aiodisagg.encode.gate import OpenGate, endless
 from aiodisagg.encode.tower import Made, NotFinite, Tower
 from aiodisagg.models.base import Patches
 from aiodisagg.protocol.rows import RowLayout
@@ -37,13 +37,14 @@ class Script:
     """A gate: lets as many begin as it has permits. ``second``: called before the second answer."""
 
     open = True  # what it said a moment ago
+    waited_s = 0.0
 
     def __init__(self, permits: int, second: Callable[[], object] = lambda: None) -> None:
         self.permits = threading.Semaphore(permits)
         self._before = iter((lambda: None, second))
         self.gave_ups = 0
 
-    def wait(self, *, block: bool = True) -> bool:
+    def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
         next(self._before, lambda: None)()
         return self.permits.acquire(blocking=block)
 
