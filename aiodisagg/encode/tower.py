@@ -153,9 +153,7 @@ class Tower:
         launched: _Launched | None = None
         while True:
             if batch := self._next(block=launched is None):
-                before, launched = launched, self._launch(*batch)
-                if before is not None:
-                    self._finish(before)
+                launched = self._launch(*batch, launched)
                 if launched is not None and launched.event is None:
                     self._finish(launched)
                     launched = None
@@ -189,14 +187,22 @@ class Tower:
             return None
         return pieces, items
 
-    def _launch(self, pieces: list[Piece], items: list[_Item]) -> _Launched | None:
+    def _launch(self, pieces: list[Piece], items: list[_Item], before: _Launched | None) -> _Launched | None:
+        """Launches a batch and finishes the one ``before``: a video's pieces are brought in order, also if this one
+        cannot be launched."""
         self._began(pieces)
         began = time.monotonic()
+        made: _Launched | Exception
         try:
-            return self._encode(pieces, items, began)
+            made = self._encode(pieces, items, began)
         except Exception as error:
-            self._again(pieces, items, began, error)
+            made = error
+        if before is not None:
+            self._finish(before)
+        if isinstance(made, Exception):
+            self._again(pieces, items, began, made)
             return None
+        return made
 
     def _encode(self, pieces: list[Piece], items: list[_Item], began: float) -> _Launched:
         batch = [item.patches.frame_pairs(piece.start, piece.stop) for piece, item in zip(pieces, items, strict=True)]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections.abc import Sequence
 
 import pytest
+import torch
 from stepped import PATIENCE_S, Stepped, bench
 
 from aiodisagg.encode import pipeline as pipeline_module
 from aiodisagg.encode import tower as tower_module
 from aiodisagg.encode.gate import SlackGate
+from aiodisagg.models.base import Patches
 from aiodisagg.protocol.events import EncodeStopped, RowsReady, StageEntered, StartEncode
 from aiodisagg.scheduler.slack import Slack
 
@@ -259,3 +262,39 @@ async def test_a_video_that_is_given_up_and_fails_is_not_complete_by_its_last_pi
         await made._told(lambda: not made.pipeline.waiting)
         assert made.ends() == {video: "encode_failed"}
         assert not made.pipeline._rows and made.pipeline.prepared_patches == 0
+
+
+@pytest.mark.parametrize("sick", [False, True])
+async def test_a_videos_pieces_come_in_order_though_the_next_batch_cannot_be_launched(
+    monkeypatch: pytest.MonkeyPatch, sick: bool
+) -> None:
+    """The last piece came before the one that was still in the tower: as if all rows were there and finite."""
+
+    class Sick(Stepped):
+        def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+            rows = super().encode(batch)
+            if sick and len(batch) == 1 and rows[0].shape == (8, 2):
+                rows[0][3] = torch.nan
+            return rows
+
+    def event_behind(rows: object) -> Event:
+        event = Event()
+        event.done.set()
+        return event
+
+    monkeypatch.setattr(tower_module, "_event_behind", event_behind)
+    async with bench(encoder := Sick(), batch_patches=32) as made:
+        first = made.start(0)
+        assert await made.call() == [(0, 16)]
+        video = await made.in_order(5, t=3)
+        made.pipeline.start(StartEncode("9", "image", (1, 4, 4), 5, 0.0, (b"9",)))  # of other rows than are made
+        await made.prepared("9")
+        encoder.permits.release(10)
+        await made._told(lambda: not made.pipeline.waiting)
+        assert [await made.call(), await made.call()] == [[(5, 32)], [(5, 16), (9, 16)]]
+        ready = [(e.digest, e.stop) for e in made.told if isinstance(e, RowsReady)]
+        assert ready == ([(first, 4)] if sick else [(first, 4), (video, 8), (video, 12)])
+        assert made.ends() == ({video: "encode_failed"} if sick else {}) | {"9": "wrong_shape"}
+        assert made.pipeline.prepared_patches == 0
+        if not sick:
+            assert made.read(video, 0, 12) == [[5, i] for i in range(12)]
