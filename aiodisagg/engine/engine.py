@@ -115,8 +115,8 @@ class Engine:
     async def __aenter__(self) -> Self:
         if self._steps is not None:
             raise RuntimeError("an engine is entered once")
+        await asyncio.to_thread(self._runner.warm_up)
         if self._runner.device_runner is not None:
-            await asyncio.to_thread(self._runner.warm_up)
             self._pace.reads = self._runner.device_runner.reads
         self._loop = asyncio.get_running_loop()
         self._steps = StepThread(
