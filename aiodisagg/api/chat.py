@@ -23,7 +23,7 @@ from aiohttp import web
 
 from aiodisagg.api.backend import ChatBackend
 from aiodisagg.api.budget import Budget, Share
-from aiodisagg.api.callers import Caller, tenant_of, timeout_of
+from aiodisagg.api.callers import timeout_of
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
@@ -74,14 +74,14 @@ class ChatHandler:
         self._in_use: set[str] = set()
         self._budget = Budget(config.max_held_bytes)
 
-    async def __call__(self, request: web.Request, request_id: str, caller: Caller) -> web.StreamResponse:
+    async def __call__(self, request: web.Request, request_id: str, tenant: Tenant) -> web.StreamResponse:
         """The backend gets ``request_id`` too, so that its traces have the client's name for the request; while
         another request of that name is being answered, a number is appended."""
         own_id = next(name for name in self._names(request_id) if name not in self._in_use)
         self._in_use.add(own_id)
         try:
             with self._budget.share() as share:
-                return await self._answer(request, request_id, own_id, caller, share)
+                return await self._answer(request, request_id, own_id, tenant, share)
         finally:
             self._in_use.remove(own_id)
 
@@ -91,9 +91,9 @@ class ChatHandler:
         yield from (f"{request_id}-{n}" for n in itertools.count(2))
 
     async def _answer(
-        self, request: web.Request, request_id: str, own_id: str, caller: Caller, share: Share
+        self, request: web.Request, request_id: str, own_id: str, tenant: Tenant, share: Share
     ) -> web.StreamResponse:
-        tenant, timeout_s = tenant_of(request, caller), timeout_of(request, self._config.request_timeout_s)
+        timeout_s = timeout_of(request, self._config.request_timeout_s)
         chat = await self._parse(await self._read_body(request, share), tenant)
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         logger.info("%s is %s: %d messages", own_id, completion_id, len(chat.messages))

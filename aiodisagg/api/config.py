@@ -60,10 +60,10 @@ class HttpConfig:
     ``/debug/*`` this key. ``/health`` and ``/metrics`` stay open."""
     api_keys: tuple[ApiKey, ...] = field(default=(), repr=False)
     """Keys of tenants. A tenant may have several."""
-    max_requests: int = 256
-    """Chat requests at once, reading the body included; one more gets a 429. If there are ``api_keys``, half of it is
-    divided evenly among their tenants, and the operator if it has a key, and kept for them; the other half is for
-    whoever comes first."""
+    max_requests: int = 2048
+    """Chat requests at once, reading the body included; one more gets a 429, unless its tenant has less than an equal
+    share of this among the tenants that have any (so n of them may have up to 1 + 1/2 + ... + 1/n times as many). More
+    than what the engine runs and ``max_queue``: a line that never fills asks nobody to make room."""
     max_body_bytes: int = 64 * MiB
     """Largest request body; more is a 413."""
     max_held_bytes: int = 4096 * MiB
@@ -130,5 +130,3 @@ class HttpConfig:
         names = [tenant.name for tenant in tenants]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError("http.api_keys", f"{', '.join(sorted(twice))}: more than one weight")
-        if self.api_keys and self.max_requests < 2 * (len(names) + 1):
-            raise ConfigError("http.max_requests", f"is too small for {len(names)} tenants")

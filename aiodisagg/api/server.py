@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver
 
 from aiodisagg.api.backend import ChatBackend
-from aiodisagg.api.callers import Caller, Callers
+from aiodisagg.api.callers import Caller, Callers, tenant_of
 from aiodisagg.api.chat import ChatHandler, EventStream, model_not_found
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.counters import HttpCounters
@@ -170,8 +170,9 @@ class HttpServer:
             raise Draining
         running = self._running[id(request)]
         assert running.caller is not None
-        with self._callers.chat(running.caller):
-            return await self._chat(request, running.request_id, running.caller)
+        tenant = tenant_of(request, running.caller)
+        with self._callers.chat(tenant):
+            return await self._chat(request, running.request_id, tenant)
 
     async def _models(self, request: web.Request) -> web.Response:
         return _json(ModelList([self._described()]))

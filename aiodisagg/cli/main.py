@@ -129,6 +129,10 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
     return LanguageConfig(**_settings(options, *same, admission=AdmissionConfig(**line), **sizes))
 
 
+_BEFORE_THE_LINE = 1024
+"""Requests that are read, or whose media are fetched, or that are planned, when those behind have no room."""
+
+
 def http_config(options: dict[str, Any]) -> HttpConfig:
     """Raises ConfigError."""
     from aiodisagg.api.config import PRIVATE_NETWORKS, HttpConfig, MiB, read_keys
@@ -137,7 +141,7 @@ def http_config(options: dict[str, Any]) -> HttpConfig:
     return HttpConfig(
         api_key=options["api_key"],
         api_keys=() if file is None else read_keys(file.read_bytes(), str(file)),
-        max_requests=options["max_requests"],
+        max_requests=options["max_requests"] or options["max_queue"] + options["max_running"] + _BEFORE_THE_LINE,
         media_cache_bytes=options["media_cache_mib"] * MiB,
         allowed_media_domains=options["media_domains"] or None,
         allow_private_media_hosts=PRIVATE_NETWORKS if options["allow_private_media"] else (),
@@ -253,7 +257,10 @@ def encode(
     help="Memory for rows of earlier images; 0: they are fetched again.",
 )
 @click.option("--hedge-s", default=2.0, help="Lateness after which a second encode peer is asked too; 0: never.")
-@click.option("--max-requests", default=256, type=click.IntRange(min=1), help="Chat requests at once.")
+@click.option(
+    "--max-requests", type=click.IntRange(min=1), show_default="--max-queue, --max-running and 1024 more",
+    help="Chat requests at once; with as many, a tenant is refused that has its share of them.",
+)  # fmt: skip
 @click.option(
     "--media-domain", "media_domains", multiple=True,
     help="Fetch media of requests from this host and its subdomains only; may be given several times.",

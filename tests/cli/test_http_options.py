@@ -1,0 +1,32 @@
+"""What options of the HTTP API come to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import pytest
+
+from aiodisagg.cli import main
+from aiodisagg.cli.main import http_config
+
+
+def options(command: str, *arguments: str) -> dict[str, Any]:
+    """Those of a command, as they are when it runs."""
+    found = main.commands[command]
+    assert isinstance(found, click.Command)
+    return found.make_context(command, ["--model", ".", *arguments]).params
+
+
+@pytest.mark.parametrize("command", ["language", "both"])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), 1024 + 64 + 1024),
+        (("--max-queue", "5000", "--max-running", "200"), 5000 + 200 + 1024),
+        (("--max-requests", "7", "--max-queue", "5000"), 7),
+    ],
+    ids=["default", "a long line", "given"],
+)
+def test_the_door_is_wider_than_the_line(command: str, arguments: tuple[str, ...], expected: int) -> None:
+    assert http_config(options(command, *arguments)).max_requests == expected
