@@ -78,8 +78,10 @@ class HttpConfig:
     """A client that takes nothing of its stream for this long counts as gone."""
     request_timeout_s: float = 600.0
     """From the parsed request to the last token, fetching media included; more is a 504."""
-    default_max_tokens: int = 128
-    """For requests without ``max_completion_tokens`` and ``max_tokens``."""
+    default_max_tokens: int = 4096
+    """For requests without ``max_completion_tokens`` and ``max_tokens``, or what the context leaves if that is less.
+    KV pages are taken as an answer grows, so this bounds only answers that do not end by themselves: at 100 ms a token
+    they end as ``length``, and not as a 504 of ``request_timeout_s``."""
     grace_s: float = 10.0
     """How long a stopping server lets running requests finish before it cuts them; may be 0."""
 

@@ -78,8 +78,10 @@ def sampling_of(request: ChatRequest, default_max_tokens: int) -> SamplingParams
     _refuse_unsupported(request)
     default = SamplingParams()
     stop = request.stop if request.stop is not None else ()
+    asked = request.max_completion_tokens or request.max_tokens
     return SamplingParams(
-        max_tokens=request.max_completion_tokens or request.max_tokens or default_max_tokens,
+        max_tokens=asked or default_max_tokens,
+        as_fits=asked is None,
         temperature=default.temperature if request.temperature is None else request.temperature,
         top_p=default.top_p if request.top_p is None else request.top_p,
         top_k=max(0, request.top_k or 0),

@@ -142,6 +142,7 @@ def http_config(options: dict[str, Any]) -> HttpConfig:
         api_key=options["api_key"],
         api_keys=() if file is None else read_keys(file.read_bytes(), str(file)),
         max_requests=options["max_requests"] or options["max_queue"] + options["max_running"] + _BEFORE_THE_LINE,
+        default_max_tokens=options["default_max_tokens"],
         media_cache_bytes=options["media_cache_mib"] * MiB,
         allowed_media_domains=options["media_domains"] or None,
         allow_private_media_hosts=PRIVATE_NETWORKS if options["allow_private_media"] else (),
@@ -260,6 +261,10 @@ def encode(
 @click.option(
     "--max-requests", type=click.IntRange(min=1), show_default="--max-queue, --max-running and 1024 more",
     help="Chat requests at once; with as many, a tenant is refused that has its share of them.",
+)  # fmt: skip
+@click.option(
+    "--default-max-tokens", default=4096, type=click.IntRange(min=1),
+    help="Of an answer where a request names no limit, or what the context leaves if that is less.",
 )  # fmt: skip
 @click.option(
     "--media-domain", "media_domains", multiple=True,

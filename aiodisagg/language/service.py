@@ -31,7 +31,6 @@ from aiodisagg.errors import (
     InvalidRequest,
     Overloaded,
     PeerBroken,
-    PromptTooLong,
 )
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.counters import engine_metrics
@@ -269,8 +268,7 @@ class LanguageService:
             except Closed:
                 raise EngineError(request_id, "the service is closed") from None
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
-                raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
+            sampling.fitted(plan.tokens, self.engine.limit)  # who does not fit is not worth a place in the line
             if not (self.peers.linked or self._needs_no_peer(plan, page_keys)):
                 await self.peers.wait_any(self.config.peer_wait_s)
             spent_s = trace.since()

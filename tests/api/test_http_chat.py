@@ -34,7 +34,7 @@ async def test_a_whole_answer() -> None:
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (7, 3, 10)
     (call,) = backend.calls
     assert call.messages == [ChatMessage("user", (TextPart("hello"),))]
-    assert call.sampling == SamplingParams(max_tokens=128)
+    assert call.sampling == SamplingParams(max_tokens=4096, as_fits=True)
     assert completion.id.startswith("chatcmpl-")
 
 
@@ -148,8 +148,8 @@ async def test_sampling_parameters_pass_through() -> None:
     assert [call.sampling for call in backend.calls] == [
         SamplingParams(max_tokens=5, temperature=0.5, top_p=0.25, top_k=40, seed=-3, stop=("a", "bc")),
         SamplingParams(max_tokens=6, stop=("x",)),
-        SamplingParams(max_tokens=9, ignore_eos=True),
-        SamplingParams(max_tokens=9),
+        SamplingParams(max_tokens=9, ignore_eos=True, as_fits=True),
+        SamplingParams(max_tokens=9, as_fits=True),
     ]
     took = time.monotonic() - began
     assert all(call.timeout_s is not None and 599.9 - took <= call.timeout_s < 600.1 for call in backend.calls)
