@@ -41,6 +41,11 @@ class ChatBackend(Protocol):
         EncodeFailed, NoEncodePeer, EngineError.
         """
 
+    @property
+    def broken(self) -> str:
+        """Why nothing will be answered any more, whatever is asked, so that the process should be started anew; or
+        empty."""
+
     def ready(self) -> tuple[bool, str]:
         """Whether requests can be answered now, and why not."""
 

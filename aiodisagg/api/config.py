@@ -57,7 +57,7 @@ class HttpConfig:
 
     api_key: str | None = field(default=None, repr=False)
     """The operator's key. If it or ``api_keys`` are set, ``/v1/*`` wants ``Authorization: Bearer <key>``, and
-    ``/debug/*`` this key. ``/health`` and ``/metrics`` stay open."""
+    ``/debug/*`` this key. ``/live``, ``/health`` and ``/metrics`` stay open."""
     api_keys: tuple[ApiKey, ...] = field(default=(), repr=False)
     """Keys of tenants. A tenant may have several."""
     max_requests: int = 2048

@@ -160,6 +160,7 @@ class HttpServer:
         app.router.add_post(_CHAT, self._complete)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{name:.+}", self._model)
+        app.router.add_get("/live", self._live)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/debug/{name}", self._show)
@@ -186,9 +187,12 @@ class HttpServer:
     def _described(self) -> ModelBody:
         return ModelBody(self._backend.model_name, self._backend.created)
 
+    async def _live(self, request: web.Request) -> web.Response:
+        broken = self._backend.broken
+        return _probed(not broken, broken or "ok")
+
     async def _health(self, request: web.Request) -> web.Response:
-        ready, reason = (False, "stopping") if self._stopping else self._backend.ready()
-        return _json({"status": "ok" if ready else "unavailable", "reason": reason}, 200 if ready else 503)
+        return _probed(*((False, "stopping") if self._stopping else self._backend.ready()))
 
     async def _show(self, request: web.Request) -> web.Response:
         show = self._debug.get(request.match_info["name"])
@@ -267,6 +271,10 @@ class HttpServer:
         if request.path.startswith("/debug/") and not caller.is_operator:
             raise Refused(403, "this is for the operator's key", code="operator_only")
         return caller
+
+
+def _probed(ok: bool, reason: str) -> web.Response:
+    return _json({"status": "ok" if ok else "unavailable", "reason": reason}, 200 if ok else 503)
 
 
 def _json(body: object, status: int = 200) -> web.Response:

@@ -127,6 +127,11 @@ class BothService:
             messages, sampling, request_id=request_id, timeout_s=timeout_s, tenant=tenant, priority=priority
         )
 
+    @property
+    def broken(self) -> str:
+        """Why one of the halves will do nothing any more, or empty."""
+        return self.encode.broken or self.language.broken
+
     def ready(self) -> tuple[bool, str]:
         """Can requests be served now, by both halves, and if not, why."""
         ready, why = self.encode.ready()  # whose end the other would tell as one of a link

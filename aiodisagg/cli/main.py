@@ -180,7 +180,7 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @click.option("--batch-patches", type=int, help="Patches of one tower batch; by device if not given.")
 @click.option("--prepare-threads", default=2)
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
-@click.option("--http-port", type=int, help="Serve /health and /metrics there; 0 takes a free port.")
+@click.option("--http-port", type=int, help="Serve /live, /health and /metrics there; 0 takes a free port.")
 @click.option("--http-host", default="127.0.0.1")
 @click.option("--retain-s", default=30.0, help="How long rows are kept for a receiver whose link is lost.")
 @click.option("--self-test-s", default=1.0, help="How long the tower may be measured at the start.")
@@ -225,7 +225,9 @@ def encode(
             if http_port is not None:
                 from aiodisagg.peer.http import MetricsServer
 
-                server = MetricsServer(service.metrics, service.ready, http_host, http_port)
+                server = MetricsServer(
+                    service.metrics, service.ready, http_host, http_port, broken=lambda: service.broken
+                )
                 facts["url"] = (await stack.enter_async_context(server)).url
             announce(facts)
             await until(stop, service)

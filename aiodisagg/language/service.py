@@ -370,12 +370,17 @@ class LanguageService:
         self._broken = why
         self._served.set()
 
+    @property
+    def broken(self) -> str:
+        """Why no request will be served any more, or empty."""
+        return f"the engine is broken: {self.engine.broken}" if self.engine.broken else ""
+
     def ready(self) -> tuple[bool, str]:
         """Can all requests be served now, and if not, why."""
         if self._draining:
             return False, "draining"
-        if self.engine.broken:
-            return False, f"the engine is broken: {self.engine.broken}"
+        if self.broken:
+            return False, self.broken
         return (True, "ok") if self._text_only or self.peers.linked else (False, "no encode peer is linked")
 
     def metrics(self) -> str:

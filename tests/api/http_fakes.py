@@ -78,6 +78,7 @@ class ScriptedBackend:
         self.script = script or answer("Hello", " there")
         self.calls: list[Call] = []
         self.is_ready = (True, "")
+        self.broken = ""
         self.started: asyncio.Queue[Call] = asyncio.Queue()
 
     async def generate(

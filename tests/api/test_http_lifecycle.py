@@ -292,6 +292,11 @@ async def test_health_and_metrics() -> None:
         backend.is_ready = (False, "no encode peer")
         async with served.session.get("/health") as response:
             assert (response.status, (await response.json())["reason"]) == (503, "no encode peer")
+        async with served.session.get("/live") as response:
+            assert (response.status, await response.json()) == (200, {"status": "ok", "reason": "ok"})
+        backend.broken = "the engine is broken"
+        async with served.session.get("/live") as response:
+            assert (response.status, (await response.json())["reason"]) == (503, "the engine is broken")
         backend.is_ready = (True, "")
         async with served.session.get("/health") as response:
             assert response.status == 200
