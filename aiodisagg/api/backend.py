@@ -14,8 +14,8 @@ class ChatBackend(Protocol):
     """Answers chats. All methods are called on the server's event loop; any number of answers runs at once."""
 
     @property
-    def model_name(self) -> str:
-        """The ``model`` that clients must ask for."""
+    def model_names(self) -> Sequence[str]:
+        """What clients may ask for as ``model``; answers have the first. Always the same."""
 
     @property
     def created(self) -> int:

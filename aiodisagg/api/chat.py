@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -97,8 +97,8 @@ class ChatHandler:
         chat = await self._parse(await self._read_body(request, share), tenant)
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         logger.info("%s is %s: %d messages", own_id, completion_id, len(chat.messages))
-        if chat.model != self._backend.model_name:
-            raise model_not_found(chat.model, self._backend.model_name)
+        if chat.model not in self._backend.model_names:
+            raise model_not_found(chat.model, self._backend.model_names)
         sampling = sampling_of(chat, self._config.default_max_tokens)
         limits = _Limits(tenant, chat.priority or 0, timeout_s, asyncio.get_running_loop().time() + timeout_s)
         body_bytes = share.held
@@ -111,7 +111,7 @@ class ChatHandler:
         del messages
         async with aclosing(answer) as deltas:
             if stream:
-                writer = _Stream(request, completion_id, self._backend.model_name, with_usage, self._config)
+                writer = _Stream(request, completion_id, self._backend.model_names[0], with_usage, self._config)
                 return await writer.run(deltas, request_id)
             return await self._whole(deltas, completion_id)
 
@@ -197,7 +197,7 @@ class ChatHandler:
         if last is None or last.finish_reason is None or last.usage is None:
             raise EngineError(completion_id, "the answer ended without usage")
         choice = Choice(AnswerMessage("".join(text)), last.finish_reason.value)
-        name, created = self._backend.model_name, int(time.time())
+        name, created = self._backend.model_names[0], int(time.time())
         completion = ChatCompletion(completion_id, created, name, [choice], _usage(last.usage))
         return web.Response(body=_encode(completion), content_type="application/json")
 
@@ -265,8 +265,8 @@ class _Stream:
             raise ConnectionResetError(f"the client took nothing for {self._timeout_s:g} s") from error
 
 
-def model_not_found(name: str, served: str) -> Refused:
-    text = f"the model {name[:128]!r} does not exist here; served is {served!r}"
+def model_not_found(name: str, served: Sequence[str]) -> Refused:
+    text = f"the model {name[:128]!r} does not exist here; served is {' or '.join(map(repr, served))}"
     return Refused(404, text, code="model_not_found", param="model")
 
 

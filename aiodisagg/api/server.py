@@ -121,7 +121,7 @@ class HttpServer:
             self._port = int(runner.addresses[0][1])
             stack.push_async_callback(self._drain, site)
             self._stack = stack.pop_all()
-        logger.info("serving %s on %s", self._backend.model_name, self.url)
+        logger.info("serving %s on %s", self._backend.model_names[0], self.url)
         return self
 
     async def __aexit__(
@@ -176,16 +176,16 @@ class HttpServer:
             return await self._chat(request, running.request_id, tenant)
 
     async def _models(self, request: web.Request) -> web.Response:
-        return _json(ModelList([self._described()]))
+        return _json(ModelList([self._described(name) for name in self._backend.model_names]))
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        if name != self._backend.model_name:
-            raise model_not_found(name, self._backend.model_name)
-        return _json(self._described())
+        if name not in self._backend.model_names:
+            raise model_not_found(name, self._backend.model_names)
+        return _json(self._described(name))
 
-    def _described(self) -> ModelBody:
-        return ModelBody(self._backend.model_name, self._backend.created)
+    def _described(self, name: str) -> ModelBody:
+        return ModelBody(name, self._backend.created)
 
     async def _live(self, request: web.Request) -> web.Response:
         broken = self._backend.broken

@@ -71,7 +71,8 @@ class BothService:
         overlap = language.overlap and not inline
         self._language = dataclasses.replace(language, name=name, transports=of_language, overlap=overlap)
         encode = dataclasses.replace(encode, name=name, bootstrap=(), transports=of_encode)
-        self.name, self.model_name = name, language.model.resolve().name
+        self.name, self.model_names = name, language.model_names
+        self.model_name = self.model_names[0]
         self.gate: InlineGate | CoreGate | SlackGate
         if inline:
             self.gate = InlineGate()

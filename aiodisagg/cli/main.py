@@ -110,6 +110,7 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
     from aiodisagg.scheduler.admission import AdmissionConfig
 
     same = (
+        "served_names",
         "block_rows",
         "window_blocks",
         "failover_s",
@@ -239,6 +240,10 @@ def encode(
 @main.command()
 @click.option("--host", default="127.0.0.1", help="Of the HTTP API.")
 @click.option("--port", default=8000, help="Of the HTTP API; 0 takes a free one.")
+@click.option(
+    "--served-model-name", "served_names", multiple=True, show_default="the last part of --model",
+    help="What clients may call the model; answers have the first. May be given several times.",
+)  # fmt: skip
 @click.option("--api-key", envvar=KEY_VARIABLE, show_envvar=True, help="Clients must send it as a bearer token.")
 @click.option("--keys-file", type=GIVEN_FILE, help="Keys of tenants, see docs/http.md.")
 @click.option(

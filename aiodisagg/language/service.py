@@ -93,7 +93,8 @@ class LanguageService:
     ) -> None:
         self.config, self._loaded, self.local, self._watcher = config, loaded, local, watcher
         self.name = config.name or f"language-{config.incarnation[:6]}"
-        self.model_name = config.model.resolve().name
+        self.model_names = config.model_names
+        self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.traces = Traces()
         self._stack = AsyncExitStack()

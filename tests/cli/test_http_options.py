@@ -7,8 +7,9 @@ from typing import Any
 import click
 import pytest
 
+from aiodisagg.api import HttpConfig
 from aiodisagg.cli import main
-from aiodisagg.cli.main import http_config
+from aiodisagg.cli.main import http_config, language_config
 
 
 def options(command: str, *arguments: str) -> dict[str, Any]:
@@ -30,3 +31,15 @@ def options(command: str, *arguments: str) -> dict[str, Any]:
 )
 def test_the_door_is_wider_than_the_line(command: str, arguments: tuple[str, ...], expected: int) -> None:
     assert http_config(options(command, *arguments)).max_requests == expected
+
+
+@pytest.mark.parametrize("command", ["language", "both"])
+def test_names_of_the_model(command: str) -> None:
+    given = options(command, "--served-model-name", "qwen", "--served-model-name", "qwen-latest")
+    assert language_config(given).model_names == ("qwen", "qwen-latest")
+
+
+@pytest.mark.parametrize("command", ["language", "both"])
+def test_how_long_an_answer_is_whose_length_nobody_named(command: str) -> None:
+    assert http_config(options(command)).default_max_tokens == HttpConfig().default_max_tokens
+    assert http_config(options(command, "--default-max-tokens", "77")).default_max_tokens == 77
