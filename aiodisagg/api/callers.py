@@ -45,12 +45,17 @@ class Callers:
         self._chats: Counter[str] = Counter()
         """By tenant; of those only that have some."""
 
+    @property
+    def anybody(self) -> bool:
+        """Whether no key is needed."""
+        return not self._by_key
+
     def _hash(self, key: bytes) -> bytes:
         return hashlib.blake2b(key, key=self._salt).digest()
 
     def recognize(self, request: web.Request) -> Caller:
         """Raises Refused (401)."""
-        if not self._by_key:
+        if self.anybody:
             return self._operator
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         caller = self._by_key.get(self._hash(given.strip().encode(errors="surrogateescape")))

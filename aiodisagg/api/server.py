@@ -28,6 +28,7 @@ from aiodisagg.api.media_cache import MediaCache
 from aiodisagg.api.schema import ModelBody, ModelList
 from aiodisagg.bootstrap.server import KEEPALIVE_S
 from aiodisagg.errors import ConfigError, Draining
+from aiodisagg.link.address import is_loopback
 from aiodisagg.peer.metrics import render
 from aiodisagg.peer.turns import Workers
 
@@ -122,6 +123,8 @@ class HttpServer:
             stack.push_async_callback(self._drain, site)
             self._stack = stack.pop_all()
         logger.info("serving %s on %s", self._backend.model_names[0], self.url)
+        if self._callers.anybody and not all(is_loopback(address[0]) for address in runner.addresses):
+            logger.warning("%s:%d can be reached from other hosts, and needs no key", self._host, self._port)
         return self
 
     async def __aexit__(

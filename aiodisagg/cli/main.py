@@ -138,6 +138,8 @@ def http_config(options: dict[str, Any]) -> HttpConfig:
     """Raises ConfigError."""
     from aiodisagg.api.config import PRIVATE_NETWORKS, HttpConfig, MiB, read_keys
 
+    if options["api_key"] is None and KEY_VARIABLE in os.environ:  # click takes an empty one for none
+        raise ConfigError(KEY_VARIABLE, "is set but empty; unset it if nobody shall need a key")
     file: Path | None = options["keys_file"]
     return HttpConfig(
         api_key=options["api_key"],

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from aiodisagg.api import HttpConfig
 from aiodisagg.cli import main
@@ -31,6 +32,19 @@ def options(command: str, *arguments: str) -> dict[str, Any]:
 )
 def test_the_door_is_wider_than_the_line(command: str, arguments: tuple[str, ...], expected: int) -> None:
     assert http_config(options(command, *arguments)).max_requests == expected
+
+
+@pytest.mark.parametrize("command", ["language", "both"])
+def test_a_key_that_is_set_but_empty_does_not_open_the_api(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a secret that a container was not given."""
+    monkeypatch.setenv("AIODISAGG_API_KEY", "")
+    found = CliRunner().invoke(main, [command, "--model", "."])
+    assert found.exit_code == 1 and found.output.startswith("Error: AIODISAGG_API_KEY: is set but empty"), found.output
+    assert http_config(options(command, "--api-key", "given")).api_key == "given"
+    monkeypatch.setenv("AIODISAGG_API_KEY", "set")
+    assert http_config(options(command)).api_key == "set"
+    monkeypatch.delenv("AIODISAGG_API_KEY")
+    assert http_config(options(command)).api_key is None
 
 
 @pytest.mark.parametrize("command", ["language", "both"])
