@@ -71,7 +71,8 @@ class BothService:
         overlap = language.overlap and not inline
         self._language = dataclasses.replace(language, name=name, transports=of_language, overlap=overlap)
         encode = dataclasses.replace(encode, name=name, bootstrap=(), transports=of_encode)
-        self.name, self.model_name = name, language.model.resolve().name
+        self.name, self.model_names = name, language.model_names
+        self.model_name = self.model_names[0]
         self.gate: InlineGate | CoreGate | SlackGate
         if inline:
             self.gate = InlineGate()
@@ -126,6 +127,11 @@ class BothService:
         return self.language.generate(
             messages, sampling, request_id=request_id, timeout_s=timeout_s, tenant=tenant, priority=priority
         )
+
+    @property
+    def broken(self) -> str:
+        """Why one of the halves will do nothing any more, or empty."""
+        return self.encode.broken or self.language.broken
 
     def ready(self) -> tuple[bool, str]:
         """Can requests be served now, by both halves, and if not, why."""

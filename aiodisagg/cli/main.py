@@ -110,6 +110,7 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
     from aiodisagg.scheduler.admission import AdmissionConfig
 
     same = (
+        "served_names",
         "block_rows",
         "window_blocks",
         "failover_s",
@@ -129,15 +130,22 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
     return LanguageConfig(**_settings(options, *same, admission=AdmissionConfig(**line), **sizes))
 
 
+_BEFORE_THE_LINE = 1024
+"""Requests that are read, or whose media are fetched, or that are planned, when those behind have no room."""
+
+
 def http_config(options: dict[str, Any]) -> HttpConfig:
     """Raises ConfigError."""
     from aiodisagg.api.config import PRIVATE_NETWORKS, HttpConfig, MiB, read_keys
 
+    if options["api_key"] is None and KEY_VARIABLE in os.environ:  # click takes an empty one for none
+        raise ConfigError(KEY_VARIABLE, "is set but empty; unset it if nobody shall need a key")
     file: Path | None = options["keys_file"]
     return HttpConfig(
         api_key=options["api_key"],
         api_keys=() if file is None else read_keys(file.read_bytes(), str(file)),
-        max_requests=options["max_requests"],
+        max_requests=options["max_requests"] or options["max_queue"] + options["max_running"] + _BEFORE_THE_LINE,
+        default_max_tokens=options["default_max_tokens"],
         media_cache_bytes=options["media_cache_mib"] * MiB,
         allowed_media_domains=options["media_domains"] or None,
         allow_private_media_hosts=PRIVATE_NETWORKS if options["allow_private_media"] else (),
@@ -175,7 +183,7 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @click.option("--batch-patches", type=int, help="Patches of one tower batch; by device if not given.")
 @click.option("--prepare-threads", default=2)
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
-@click.option("--http-port", type=int, help="Serve /health and /metrics there; 0 takes a free port.")
+@click.option("--http-port", type=int, help="Serve /live, /health and /metrics there; 0 takes a free port.")
 @click.option("--http-host", default="127.0.0.1")
 @click.option("--retain-s", default=30.0, help="How long rows are kept for a receiver whose link is lost.")
 @click.option("--self-test-s", default=1.0, help="How long the tower may be measured at the start.")
@@ -220,7 +228,9 @@ def encode(
             if http_port is not None:
                 from aiodisagg.peer.http import MetricsServer
 
-                server = MetricsServer(service.metrics, service.ready, http_host, http_port)
+                server = MetricsServer(
+                    service.metrics, service.ready, http_host, http_port, broken=lambda: service.broken
+                )
                 facts["url"] = (await stack.enter_async_context(server)).url
             announce(facts)
             await until(stop, service)
@@ -232,6 +242,10 @@ def encode(
 @main.command()
 @click.option("--host", default="127.0.0.1", help="Of the HTTP API.")
 @click.option("--port", default=8000, help="Of the HTTP API; 0 takes a free one.")
+@click.option(
+    "--served-model-name", "served_names", multiple=True, show_default="the last part of --model",
+    help="What clients may call the model; answers have the first. May be given several times.",
+)  # fmt: skip
 @click.option("--api-key", envvar=KEY_VARIABLE, show_envvar=True, help="Clients must send it as a bearer token.")
 @click.option("--keys-file", type=GIVEN_FILE, help="Keys of tenants, see docs/http.md.")
 @click.option(
@@ -253,7 +267,14 @@ def encode(
     help="Memory for rows of earlier images; 0: they are fetched again.",
 )
 @click.option("--hedge-s", default=2.0, help="Lateness after which a second encode peer is asked too; 0: never.")
-@click.option("--max-requests", default=256, type=click.IntRange(min=1), help="Chat requests at once.")
+@click.option(
+    "--max-requests", type=click.IntRange(min=1), show_default="--max-queue, --max-running and 1024 more",
+    help="Chat requests at once; with as many, a tenant is refused that has its share of them.",
+)  # fmt: skip
+@click.option(
+    "--default-max-tokens", default=4096, type=click.IntRange(min=1),
+    help="Of an answer where a request names no limit, or what the context leaves if that is less.",
+)  # fmt: skip
 @click.option(
     "--media-domain", "media_domains", multiple=True,
     help="Fetch media of requests from this host and its subdomains only; may be given several times.",

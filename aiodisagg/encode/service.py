@@ -204,12 +204,17 @@ class EncodeService:
         if self._server is not None:
             self._server.cut()
 
+    @property
+    def broken(self) -> str:
+        """Why no item will be encoded any more, or empty."""
+        why = self._broken or self.pipeline.broken
+        return f"the tower is broken: {why}" if why else ""
+
     def ready(self) -> tuple[bool, str]:
         """Can items be encoded now, and if not, why."""
         if self._draining:
             return False, "draining"
-        broken = self._broken or self.pipeline.broken
-        return (False, f"the tower is broken: {broken}") if broken else (True, "ok")
+        return (False, self.broken) if self.broken else (True, "ok")
 
     def load(self) -> Load:
         """How busy this peer is, for the bootstrap server."""

@@ -31,7 +31,6 @@ from aiodisagg.errors import (
     InvalidRequest,
     Overloaded,
     PeerBroken,
-    PromptTooLong,
 )
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.counters import engine_metrics
@@ -96,7 +95,8 @@ class LanguageService:
     ) -> None:
         self.config, self._loaded, self.local, self._watcher = config, loaded, local, watcher
         self.name = config.name or f"language-{config.incarnation[:6]}"
-        self.model_name = config.model.resolve().name
+        self.model_names = config.model_names
+        self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.traces = Traces()
         self._stack = AsyncExitStack()
@@ -271,8 +271,7 @@ class LanguageService:
             except Closed:
                 raise EngineError(request_id, "the service is closed") from None
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
-                raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
+            sampling.fitted(plan.tokens, self.engine.limit)  # who does not fit is not worth a place in the line
             work = work_of(plan, self.engine.held(plan, page_keys), self.rows.sharing.has)
             if work.patches and not self.peers.linked:
                 await self.peers.wait_any(self.config.peer_wait_s)
@@ -372,12 +371,17 @@ class LanguageService:
         self._broken = why
         self._served.set()
 
+    @property
+    def broken(self) -> str:
+        """Why no request will be served any more, or empty."""
+        return f"the engine is broken: {self.engine.broken}" if self.engine.broken else ""
+
     def ready(self) -> tuple[bool, str]:
         """Can all requests be served now, and if not, why."""
         if self._draining:
             return False, "draining"
-        if self.engine.broken:
-            return False, f"the engine is broken: {self.engine.broken}"
+        if self.broken:
+            return False, self.broken
         return (True, "ok") if self._text_only or self.peers.linked else (False, "no encode peer is linked")
 
     def metrics(self) -> str:

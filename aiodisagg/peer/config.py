@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,8 @@ class EncodeConfig(PeerConfig):
 class LanguageConfig(PeerConfig):
     """Settings of a language peer."""
 
+    served_names: tuple[str, ...] = ()
+    """What clients may call the model; answers have the first. Empty: the last part of ``model``, as it is written."""
     dtype: str | None = None
     """Of the language half's weights; None: float32 on a CPU, bfloat16 elsewhere."""
     pool_bytes: int | None = None
@@ -163,6 +166,9 @@ class LanguageConfig(PeerConfig):
 
     def __post_init__(self) -> None:
         PeerConfig.__post_init__(self)
+        names = self.served_names
+        if not all(map(str.strip, names)) or len(set(names)) < len(names):
+            raise ConfigError("served_names", f"one is empty or there twice: {', '.join(map(repr, names))}")
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}")
         for key in ("pool_bytes", "block_rows", "kv_bytes", "token_budget"):
@@ -175,6 +181,11 @@ class LanguageConfig(PeerConfig):
         for key in ("failover_s", "cache_bytes", "hedge_s"):
             check(key, getattr(self, key), exclusive=False)
         check("itl_budget_ms", self.pace_ms, exclusive=False)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """``served_names``, or what stands for them: not what a link points to, which in a cache is a commit's hash."""
+        return self.served_names or (os.path.basename(os.path.abspath(self.model)),)
 
     @property
     def step_tokens(self) -> int:
