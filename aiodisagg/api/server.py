@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import re
 import time
@@ -27,8 +26,8 @@ from aiodisagg.api.fetch import MediaFetcher
 from aiodisagg.api.media_cache import MediaCache
 from aiodisagg.api.schema import ModelBody, ModelList
 from aiodisagg.bootstrap.server import KEEPALIVE_S
-from aiodisagg.errors import ConfigError, Draining
-from aiodisagg.link.address import is_loopback
+from aiodisagg.errors import Draining
+from aiodisagg.link.address import cannot_listen, check_port, is_loopback
 from aiodisagg.peer.metrics import render
 from aiodisagg.peer.turns import Workers
 
@@ -74,8 +73,7 @@ class HttpServer:
         debug: Mapping[str, Callable[[], object]] | None = None,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        if not 0 <= port <= 65535:
-            raise ConfigError("port", f"must be between 0 and 65535, not {port}")
+        check_port(port)
         self._backend, self._host, self._port = backend, host, port
         self._config = config or HttpConfig()
         self._resolver = resolver
@@ -118,7 +116,10 @@ class HttpServer:
             stack.push_async_callback(runner.cleanup)
             await runner.setup()
             site = web.TCPSite(runner, self._host, self._port)
-            await self._listen(site)
+            try:
+                await site.start()
+            except (OSError, UnicodeError) as error:
+                raise cannot_listen(self._host, self._port, error) from error
             self._port = int(runner.addresses[0][1])
             stack.push_async_callback(self._drain, site)
             self._stack = stack.pop_all()
@@ -131,16 +132,6 @@ class HttpServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
-
-    async def _listen(self, site: web.TCPSite) -> None:
-        try:
-            await site.start()
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError("port", f"{self._port} is in use on {self._host}") from error
-            if error.errno == errno.EACCES:
-                raise ConfigError("port", f"{self._port} needs more rights than this process has") from error
-            raise ConfigError("host", f"{self._host} cannot be listened on: {error.strerror or error}") from error
 
     async def _drain(self, site: web.TCPSite) -> None:
         self._stopping = True

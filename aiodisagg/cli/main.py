@@ -20,8 +20,9 @@ from aiodisagg.cli.process import (
     GIVEN_FILE,
     KEY_VARIABLE,
     NEW_FILE,
+    PORT,
     POSITIVE,
-    announcer,
+    Announce,
     begin,
     check_address,
     order_option,
@@ -32,7 +33,9 @@ from aiodisagg.cli.process import (
 )
 from aiodisagg.cli.simulate import bench_simulate, plan_command, simulate
 from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.link.address import check_bind
 from aiodisagg.peer.tls import Tls
+from aiodisagg.protocol.rows import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from aiodisagg.api.config import HttpConfig
@@ -44,7 +47,10 @@ Command = Callable[..., None]
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(aiodisagg.__version__)
 def main() -> None:
-    """Encode/language disaggregation for vision-language models on asyncio."""
+    """Encode/language disaggregation for vision-language models on asyncio.
+
+    On a CPU every process computes on one thread, unless the variable OMP_NUM_THREADS says on how many.
+    """
     # A torch process with as many threads as cores collapses when the cores are busy elsewhere. Before torch is loaded.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -154,22 +160,21 @@ def http_config(options: dict[str, Any]) -> HttpConfig:
 
 @main.command()
 @click.option("--host", default="127.0.0.1")
-@click.option("--port", default=8500, help="0 takes a free one.")
+@click.option("--port", default=8500, type=PORT, help="0 takes a free one.")
 @click.option("--token", envvar=TOKEN_VARIABLE, show_envvar=True, help="Bearer token that peers must send.")
 @process_options
 def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: int | None, parent: int | None) -> None:
     """Run a bootstrap server: peers register there and learn of each other."""
     begin("bootstrap", verbose, parent)
-    announce = announcer(ready_fd)
 
-    async def serve(stop: asyncio.Event) -> None:
+    async def serve(stop: asyncio.Event, announce: Announce) -> None:
         from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
 
         async with BootstrapServer(host, port, BootstrapConfig(token=token)) as server:
             announce({"url": server.url})
             await stop.wait()
 
-    run(serve)
+    run(serve, ready_fd)
 
 
 @main.command()
@@ -183,7 +188,7 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @click.option("--batch-patches", type=int, help="Patches of one tower batch; by device if not given.")
 @click.option("--prepare-threads", default=2)
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
-@click.option("--http-port", type=int, help="Serve /live, /health and /metrics there; 0 takes a free port.")
+@click.option("--http-port", type=PORT, help="Serve /live, /health and /metrics there; 0 takes a free port.")
 @click.option("--http-host", default="127.0.0.1")
 @click.option("--retain-s", default=30.0, help="How long rows are kept for a receiver whose link is lost.")
 @click.option("--self-test-s", default=1.0, help="How long the tower may be measured at the start.")
@@ -203,10 +208,11 @@ def encode(
 ) -> None:
     """Run an encode peer: it runs the vision tower for language peers."""
     begin(options["name"] or "encode", verbose, parent)
-    announce = announcer(ready_fd)
 
-    async def serve(stop: asyncio.Event) -> None:
+    async def serve(stop: asyncio.Event, announce: Announce) -> None:
         config = encode_config(options)
+        if http_port is not None:
+            await check_bind(http_host, http_port, "http_")
         from aiodisagg.encode.gate import SlackGate
         from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
         from aiodisagg.encode.steps import StepReader
@@ -236,12 +242,12 @@ def encode(
             await until(stop, service)
             await service.drain()
 
-    run(serve)
+    run(serve, ready_fd)
 
 
 @main.command()
 @click.option("--host", default="127.0.0.1", help="Of the HTTP API.")
-@click.option("--port", default=8000, help="Of the HTTP API; 0 takes a free one.")
+@click.option("--port", default=8000, type=PORT, help="Of the HTTP API; 0 takes a free one.")
 @click.option(
     "--served-model-name", "served_names", multiple=True, show_default="the last part of --model",
     help="What clients may call the model; answers have the first. May be given several times.",
@@ -314,10 +320,10 @@ def language(
 ) -> None:
     """Run a language peer with an OpenAI-compatible HTTP API."""
     begin(options["name"] or "language", verbose, parent)
-    announce = announcer(ready_fd)
 
-    async def serve(stop: asyncio.Event) -> None:
+    async def serve(stop: asyncio.Event, announce: Announce) -> None:
         config, http = language_config(options), http_config(options)
+        await check_bind(host, port)
         from aiodisagg.api import HttpServer  # after the checks: torch takes seconds
         from aiodisagg.language.service import LanguageService
 
@@ -329,7 +335,7 @@ def language(
                 await until(stop, service)
                 await service.drain()
 
-    run(serve)
+    run(serve, ready_fd)
 
 
 @main.command()
@@ -344,6 +350,8 @@ def language(
 @click.option("--compare/--no-compare", default=None, help="Run the monolith too; by default only without --model.")
 @click.option("--transports", default="ipc", help="Data planes, best first.")
 @click.option("--encoders", default=2, type=click.IntRange(min=1), help="Encode peers.")
+@click.option("--device", default="cpu", help="Of every peer, as torch names it.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), help="Of the language half; by device if left out.")
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack and see the answers fail.")
 @click.option("--kill-encoder", is_flag=True, help="Kill an encode peer in the middle and see its items move.")
 @click.option("--json", "json_file", type=NEW_FILE, help="Write what the table shows as JSON.")

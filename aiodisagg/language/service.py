@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -46,6 +46,7 @@ from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
+from aiodisagg.peer.once import EnteredOnce
 from aiodisagg.peer.turns import Closed, Workers
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
@@ -71,7 +72,7 @@ class _Request:
     keys: list[ItemKey] = field(default_factory=list)
 
 
-class LanguageService:
+class LanguageService(EnteredOnce):
     """Answers chats whose images and videos are encoded by other peers.
 
     ::
@@ -93,13 +94,13 @@ class LanguageService:
         local: LocalEncoder | None = None,
         watcher: StepWatcher | None = None,
     ) -> None:
+        super().__init__()
         self.config, self._loaded, self.local, self._watcher = config, loaded, local, watcher
         self.name = config.name or f"language-{config.incarnation[:6]}"
         self.model_names = config.model_names
         self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.traces = Traces()
-        self._stack = AsyncExitStack()
         self._stopped, self._served = asyncio.Event(), asyncio.Event()
         self._broken = ""
         self._client: BootstrapClient | None = None
@@ -107,14 +108,7 @@ class LanguageService:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def __aenter__(self) -> LanguageService:
-        try:
-            return await self._open()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-
-    async def _open(self) -> LanguageService:
+    async def _open(self) -> None:
         config = self.config
         loaded = self._loaded
         if loaded is None:
@@ -173,7 +167,6 @@ class LanguageService:
             self.add_tower(self.local.record.addresses[0], self.local.record.incarnation)
         if config.bootstrap:
             await self._join(model)
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

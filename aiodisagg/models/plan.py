@@ -110,9 +110,9 @@ class Qwen3VLPlanner:
     def plan(self, messages: Sequence[ChatMessage], *, limit: int | None = None) -> PromptPlan:
         """Renders the folder's chat template with a generation prompt, and plans every item. Thread-safe.
 
-        Raises InvalidRequest (unknown role, nothing to say, placeholders in text, a system message that the template
-        leaves out) or MediaError naming ``messages[i].content[j]``; PromptTooLong for more than ``limit`` tokens,
-        before anything of that length is made: pictures may be many and large in a small request.
+        Raises InvalidRequest (unknown role or part, nothing to say, placeholders in text, a system message that the
+        template leaves out) or MediaError naming ``messages[i].content[j]``; PromptTooLong for more than ``limit``
+        tokens, before anything of that length is made: pictures may be many and large in a small request.
         """
         chat, items = self._read(messages)
         try:
@@ -153,9 +153,15 @@ class Qwen3VLPlanner:
         chat: list[dict[str, Any]] = []
         items: list[PlannedItem] = []
         for i, message in enumerate(messages):
+            if not isinstance(message, ChatMessage):
+                raise InvalidRequest(f"messages[{i}]", f"a {type(message).__name__} is no ChatMessage")
             if message.role not in ROLES:
                 raise InvalidRequest(
                     f"messages[{i}].role", f"{message.role!r} is not one of {', '.join(sorted(ROLES))}"
+                )
+            if not isinstance(message.parts, tuple | list):
+                raise InvalidRequest(
+                    f"messages[{i}].content", f"must be a tuple of parts, not a {type(message.parts).__name__}"
                 )
             content: list[dict[str, str]] = []
             for j, part in enumerate(message.parts):
@@ -163,10 +169,12 @@ class Qwen3VLPlanner:
                 if isinstance(part, TextPart):
                     self._check_text(part.text, param)
                     content.append({"type": "text", "text": part.text})
-                else:
+                elif isinstance(part, ImagePart | VideoPart):
                     item = self._item(part, param)
                     items.append(item)
                     content.append({"type": item.kind.value})
+                else:
+                    raise InvalidRequest(param, f"a {type(part).__name__} is no TextPart, ImagePart or VideoPart")
             only_text = all(part["type"] == "text" for part in content)
             chat.append(
                 {"role": message.role, "content": "".join(p["text"] for p in content) if only_text else content}

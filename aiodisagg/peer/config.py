@@ -9,7 +9,7 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiodisagg.bootstrap.wire import check_token
+from aiodisagg.bootstrap.wire import check_token, check_url
 from aiodisagg.errors import ConfigError
 from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
@@ -40,7 +40,7 @@ class PeerConfig:
     """What every peer needs to know."""
 
     model: Path
-    """Folder of a Qwen3-VL(-MoE) checkpoint."""
+    """Folder of a Qwen3-VL(-MoE) checkpoint; a string becomes a path."""
     bootstrap: tuple[str, ...] = ()
     """URLs of bootstrap servers; none: peers are joined by hand (``LanguageService.add_peer``)."""
     name: str = ""
@@ -73,10 +73,15 @@ class PeerConfig:
             raise ConfigError("transports", f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
         if not self.transports:
             raise ConfigError("transports", "at least one is needed")
+        object.__setattr__(self, "model", Path(self.model))
         if not self.model.is_dir():
             raise ConfigError("model", f"no such folder: {self.model}")
         if self.row_dtype not in DTYPE_BYTES:
             raise ConfigError("row_dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.row_dtype}")
+        for url in self.bootstrap:
+            check_url("bootstrap", url)
+        if self.tls is not None:
+            self.tls.contexts()
         check_secret(self.secret)
         check_token("bootstrap_token", self.bootstrap_token)
         try:

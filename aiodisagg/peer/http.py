@@ -8,7 +8,7 @@ from types import TracebackType
 from aiohttp import web
 
 from aiodisagg.bootstrap.server import KEEPALIVE_S
-from aiodisagg.errors import ConfigError
+from aiodisagg.link.address import cannot_listen, check_port
 
 
 class MetricsServer:
@@ -28,6 +28,7 @@ class MetricsServer:
         self, metrics: Callable[[], str], ready: Callable[[], tuple[bool, str]], host: str, port: int, *,
         broken: Callable[[], str] = str,
     ) -> None:  # fmt: skip
+        check_port(port, "http_")
         self._metrics, self._ready, self._broken, self._host, self._port = metrics, ready, broken, host, port
 
     @property
@@ -44,9 +45,9 @@ class MetricsServer:
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self._host, self._port).start()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             await self._runner.cleanup()
-            raise ConfigError("http_port", f"cannot listen on {self.url}: {error.strerror or error}") from error
+            raise cannot_listen(self._host, self._port, error, "http_") from error
         self._port = int(self._runner.addresses[0][1])
         return self
 

@@ -74,6 +74,16 @@ async def test_where_it_cannot_listen_the_setting_is_named(tmp_path: Path) -> No
             pass
 
 
+async def test_it_is_entered_once(tmp_path: Path) -> None:
+    config = EncodeConfig(model=tmp_path, transports=("memory",), self_test_s=0.0)
+    service = EncodeService(config, encoder=SyntheticEncoder(MODEL))
+    async with service:
+        with pytest.raises(RuntimeError, match="EncodeService is entered once"):
+            await service.__aenter__()
+    with pytest.raises(RuntimeError, match="EncodeService is entered once"):
+        await service.__aenter__()
+
+
 async def test_a_second_link_that_is_closed_without_a_word_does_not_cut_the_first(tmp_path: Path) -> None:
     async with serving(tmp_path) as made:
         first = await made.dial()
