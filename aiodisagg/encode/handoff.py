@@ -35,8 +35,8 @@ from aiodisagg.transport.base import Slice
 
 logger = logging.getLogger(__name__)
 
-COPY_THREADS = 2
-"""While one wakes up and commits, the other's copy keeps the device's copy engine busy."""
+COPY_THREADS = 4
+"""While some wake up, commit or hash what they copied, the copies of others keep the device's copy engine busy."""
 STAGED_WRITES = 16
 """Bounds the memory of staging buffers: a buffer is as large as the largest chunk that it held, and a chunk at most a
 block. That is 16 MiB for 1024 rows of Qwen3-VL-30B-A3B, so 256 MiB."""
