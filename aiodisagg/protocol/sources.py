@@ -85,8 +85,8 @@ class SourceTable:
         return sum(prod(source.job.grid_thw) for source in self._sources.values() if not source.complete)
 
     def newest(self) -> Iterator[str]:
-        """Digests whose rows exist or are in the making, the last used first."""
-        return (digest for digest, source in reversed(self._sources.items()) if not source.cancelled)
+        """Digests whose rows all exist, the last used first. What waits here may take longer than elsewhere."""
+        return (digest for digest, source in reversed(self._sources.items()) if source.complete)
 
     def acquire(self, want: Want, user: User) -> Source | None:
         """The source for a want, made from its media if there is none; None if the media are needed first."""
