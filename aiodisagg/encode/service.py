@@ -29,6 +29,7 @@ from aiodisagg.peer.planes import Planes
 from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import (
     CancelEncode,
+    ChangeEncode,
     DrainBegan,
     Drained,
     DropSource,
@@ -327,6 +328,8 @@ class EncodeService:
                         logger.debug("%s: not sent: %s", self.name, error)
             case StartEncode():
                 self.pipeline.start(action)
+            case ChangeEncode():
+                self.pipeline.change(action)
             case CancelEncode(digest):
                 self.pipeline.cancel(digest)
             case DropSource(digest):

@@ -146,16 +146,8 @@ class Placing:
         """As ``choose``, and nothing comes of it."""
         digest, never = errand.spec.digest, errand.avoid | errand.drained
         views = [view for view in self._views(self._peers.linked, [digest], now) if view.peer not in never]
-        if self.poison.suspect(digest, now):
-            views = [view for view in views if not self._tries_another(view.peer, digest, now)]
         placed = place_together([Wanted(digest, errand.size)], views, avoid)
         return placed[0] if placed else None
-
-    def _tries_another(self, peer: str, digest: str, now: float) -> bool:
-        """Whether the peer has a suspect already: two at once, and nobody would know which of them killed it."""
-        at = self._peers.get(peer)
-        others = [] if at is None else [item.digest for item in at.book.open.values() if item.digest != digest]
-        return any(self.poison.suspect(other, now) for other in others)
 
     def _candidates(self, digests: Sequence[str], now: float) -> list[PeerView]:
         """The peers that are compared for new items: all, or of many the next ones in turn, the own tower, and who may
@@ -302,7 +294,7 @@ class Placing:
         if errand is not None and errand.book is not None:
             errand.book.arrived(key, rows * self._row_bytes, now)
 
-    def asking(self, peer: str, want: Want) -> Want:
+    def asking(self, peer: str, want: Want, now: float) -> Want:
         """The question as it is to be sent. Not the first epoch: what is timed from here on is not the usual way of an
         item."""
         errand = self.errands.get(want.key)
@@ -313,7 +305,7 @@ class Placing:
         if want.media is None and peer in errand.unsent:
             want = msgspec.structs.replace(want, media=errand.spec.media)
         errand.unsent.discard(peer)
-        return want
+        return msgspec.structs.replace(want, alone=self.poison.suspect(want.digest, now))
 
     def unsent(self, peer: str, key: ItemKey) -> None:
         """The item's media did not get out to the peer: the next question has to bring them."""

@@ -28,6 +28,7 @@ from aiodisagg.protocol.events import (
     Fail,
     Finish,
     ItemCancelled,
+    ItemHurried,
     ItemRequested,
     ItemSpec,
     LeasesRevoked,
@@ -135,6 +136,7 @@ class RowReceiver:
         self.sharing = Sharing(
             self._fetch,
             self._drop,
+            lambda key, urgency: self.driver.feed(ItemHurried(key, urgency)),
             deliver=self._deliver_rows,
             ended=self._tell_end,
             cache_bytes=config.cache_bytes,
@@ -248,7 +250,7 @@ class RowReceiver:
         match action:
             case Send(peer, message):
                 if isinstance(message, Want):
-                    message = self.placing.asking(peer, message)
+                    message = self.placing.asking(peer, message, self._now())
                 if self.peers.send(peer, message):
                     self.placing.unsent(peer, message.key)
             case Place():

@@ -50,8 +50,10 @@ class Gated(Zeros):
     def __init__(self) -> None:
         super().__init__(MODEL)
         self.gate = threading.Event()
+        self.encoded: list[int] = []
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        self.encoded += [int(patches.pixel_values[0]) for patches in batch]
         assert self.gate.wait(PATIENCE_S)
         return super().encode(batch)
 
@@ -259,6 +261,25 @@ async def test_items_fail_when_there_has_been_no_encode_peer_for_as_long_as_one_
         for failed in one.ends.values():
             assert failed is not None and (failed.code, failed.message) == ("unreachable", "no encode peer is linked")
         assert not one.receiver.unplaced
+
+
+async def test_who_shares_a_picture_of_a_large_batch_does_not_wait_for_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept the place of who came first, however low that was."""
+    encoder = Gated()
+    batch = [(ItemKey(1, n), dataclasses.replace(item_of(n, 64), urgency=Urgency(600.0, 0, 4096))) for n in range(8)]
+    async with made(tmp_path, monkeypatch, encoder) as one:
+        one.receiver.request(batch, 600.0)
+        await eventually(lambda: one.at(ItemKey(1, 0)) is not None)
+        last = dataclasses.replace(item_of(7, 64), urgency=Urgency(600.0, -1, 256))
+        one.receiver.request([(B, last)], 600.0)
+        job = one.encoders[0].pipeline._jobs[last.digest]
+        await eventually(lambda: job.claim.priority == -1 and job.stage == "prepared")
+        encoder.gate.set()
+        await eventually(lambda: len(one.ends) == 9)
+        assert set(one.ends.values()) == {None}
+        assert encoder.encoded == [0, 7, *range(1, 7)]
 
 
 async def test_no_item_fails_while_a_peer_is_linked_that_encodes(
