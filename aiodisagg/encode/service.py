@@ -31,6 +31,7 @@ from aiodisagg.peer.planes import Planes
 from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import (
     CancelEncode,
+    ChangeEncode,
     DrainBegan,
     Drained,
     DropSource,
@@ -335,6 +336,8 @@ class EncodeService(EnteredOnce):
                         logger.debug("%s: not sent: %s", self.name, error)
             case StartEncode():
                 self.pipeline.start(action)
+            case ChangeEncode():
+                self.pipeline.change(action)
             case CancelEncode(digest):
                 self.pipeline.cancel(digest)
             case DropSource(digest):

@@ -17,7 +17,7 @@ from aiodisagg.peer import metrics
 from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import ItemSpec
 from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress, Refuse, Want
-from aiodisagg.scheduler.advertise import advertised
+from aiodisagg.scheduler.advertise import PREFIX, advertised
 from aiodisagg.scheduler.book import PeerBook
 from aiodisagg.scheduler.cost import PrefillCosts, Size
 from aiodisagg.scheduler.health import NO_FAULT, HealthConfig, Hedges, Poison, Standings
@@ -40,10 +40,6 @@ STANDINGS = {
     PeerState.SUSPECT: Standing.SUSPECT,
     PeerState.DRAINING: Standing.DRAINING,
 }
-
-
-def _may_hold(peer: EncodePeer, digests: Sequence[str]) -> bool:
-    return any(peer.book.knows(digest) or (peer.digests and advertised(digest, peer.digests)) for digest in digests)
 
 
 @dataclass(slots=True)
@@ -125,7 +121,7 @@ class Placing:
         token_s = self.prefill.token_s + self.prefill.pair_s * half
         placed = place_together(
             [Wanted(errand.spec.digest, errand.size, token_s * errand.spec.rows) for errand in free],
-            self._candidates([errand.spec.digest for errand in free], now),
+            self._candidates(self._peers.linked, [errand.spec.digest for errand in free], now),
             own=self.own,
             step_s=self.prefill.step_s,
         )
@@ -145,36 +141,29 @@ class Placing:
     def best(self, errand: Errand, avoid: frozenset[str], now: float) -> Placement | None:
         """As ``choose``, and nothing comes of it."""
         digest, never = errand.spec.digest, errand.avoid | errand.drained
-        views = [view for view in self._views(self._peers.linked, [digest], now) if view.peer not in never]
-        if self.poison.suspect(digest, now):
-            views = [view for view in views if not self._tries_another(view.peer, digest, now)]
-        placed = place_together([Wanted(digest, errand.size)], views, avoid)
+        linked = [peer for peer in self._peers.linked if peer.incarnation not in never]
+        better = [peer for peer in linked if peer.incarnation not in avoid]
+        placed = place_together([Wanted(digest, errand.size)], self._candidates(better or linked, [digest], now))
         return placed[0] if placed else None
 
-    def _tries_another(self, peer: str, digest: str, now: float) -> bool:
-        """Whether the peer has a suspect already: two at once, and nobody would know which of them killed it."""
-        at = self._peers.get(peer)
-        others = [] if at is None else [item.digest for item in at.book.open.values() if item.digest != digest]
-        return any(self.poison.suspect(other, now) for other in others)
-
-    def _candidates(self, digests: Sequence[str], now: float) -> list[PeerView]:
-        """The peers that are compared for new items: all, or of many the next ones in turn, the own tower, and who may
-        hold an item.
+    def _candidates(self, linked: Sequence[EncodePeer], digests: Sequence[str], now: float) -> list[PeerView]:
+        """Which of these peers are compared: all, or of many the next ones in turn, the own tower, and who may hold an
+        item.
 
         The best of sixteen is about as good as the best of all, and all would be looked at for every item.
         """
-        linked, count = self._peers.linked, max(COMPARED, 2 * len(digests))
+        count = max(COMPARED, 2 * len(digests))
         if len(linked) <= count:
             return self._views(linked, digests, now)
         start = self._turn = self._turn % len(linked)
         self._turn += count
         chosen = [*linked[start : start + count], *linked[: max(0, start + count - len(linked))]]
         names = {peer.incarnation for peer in chosen}
-        chosen += [
-            peer
-            for peer in linked
-            if peer.incarnation not in names and (peer.incarnation == self.own or _may_hold(peer, digests))
-        ]
+        prefixes = {digest[:PREFIX] for digest in digests}
+        for peer in linked:
+            may_hold = not prefixes.isdisjoint(peer.digests) or any(map(peer.book.knows, digests))
+            if (may_hold or peer.incarnation == self.own) and peer.incarnation not in names:
+                chosen.append(peer)
         views = self._views(chosen, digests, now)
         return views if any(view.standing is Standing.READY for view in views) else self._views(linked, digests, now)
 
@@ -302,7 +291,7 @@ class Placing:
         if errand is not None and errand.book is not None:
             errand.book.arrived(key, rows * self._row_bytes, now)
 
-    def asking(self, peer: str, want: Want) -> Want:
+    def asking(self, peer: str, want: Want, now: float) -> Want:
         """The question as it is to be sent. Not the first epoch: what is timed from here on is not the usual way of an
         item."""
         errand = self.errands.get(want.key)
@@ -313,7 +302,7 @@ class Placing:
         if want.media is None and peer in errand.unsent:
             want = msgspec.structs.replace(want, media=errand.spec.media)
         errand.unsent.discard(peer)
-        return want
+        return msgspec.structs.replace(want, alone=self.poison.suspect(want.digest, now))
 
     def unsent(self, peer: str, key: ItemKey) -> None:
         """The item's media did not get out to the peer: the next question has to bring them."""

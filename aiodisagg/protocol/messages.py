@@ -112,7 +112,9 @@ class Want(msgspec.Struct, frozen=True, tag="want", array_like=True):
     media: tuple[bytes, ...] | None
     """The encoded file(s); None if the sender should still have them or the rows."""
     urgency: Urgency = ARRIVAL
-    """Older peers neither say nor read it."""
+    """Older peers neither say nor read it, nor what follows."""
+    alone: bool = False
+    """Perhaps encoders die of it: nothing else shall be in the tower with it."""
 
 
 class Grant(msgspec.Struct, frozen=True, tag="grant", array_like=True):

@@ -15,11 +15,13 @@ from aiodisagg.protocol.blocks import BlockPool, LentBlock
 from aiodisagg.protocol.counters import ByteCounters
 from aiodisagg.protocol.events import (
     ItemCancelled,
+    ItemHurried,
     ItemRequested,
     LeasesRevoked,
     LinkLost,
     LinkUp,
     MessageReceived,
+    Place,
     Placed,
     ReceiverAction,
     ReceiverEvent,
@@ -82,8 +84,8 @@ class Receiver:
                     raise InvalidTransition(self.items[key].state.value, "ItemRequested")
                 item = IncomingItem(key, spec, self.model, self.pool, self.config, now, timeout_s)
                 self.items[key] = item
-                actions = self._after(item, item.begin())
-            case Placed(key, _) | ItemCancelled(key):
+                actions = self._after(item, [Place(key, frozenset())])
+            case Placed(key, _) | ItemCancelled(key) | ItemHurried(key, _):
                 found = self.items.get(key)
                 if isinstance(event, Placed):
                     self._linked.add(event.peer)

@@ -159,9 +159,11 @@ class Sender:
         if item is None:
             item = OutgoingItem(peer, want, self.model, self._row_bytes, self.counters, self.config, now)
             self.items[peer, want.key] = item
+        actions: list[SenderAction] = []
         if want.epoch > item.epoch:
+            actions = self.sources.heed(want)
             item.source = self.sources.acquire(want, (peer, want.key))
-        return self._step(item, want, now)
+        return actions + self._step(item, want, now)
 
     def _refuse(self, item: OutgoingItem | None, peer: str, want: Want, why: str, now: float) -> list[SenderAction]:
         """Another peer said something else of this digest. Nobody knows who of them lies, and who is honest must not

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from aiodisagg.protocol.events import CancelEncode, DropSource, SenderAction, StartEncode
+from aiodisagg.protocol.events import CancelEncode, ChangeEncode, DropSource, SenderAction, StartEncode
 from aiodisagg.protocol.messages import ItemKey, Want
 
 User = tuple[str, ItemKey]
@@ -85,8 +85,8 @@ class SourceTable:
         return sum(prod(source.job.grid_thw) for source in self._sources.values() if not source.complete)
 
     def newest(self) -> Iterator[str]:
-        """Digests whose rows exist or are in the making, the last used first."""
-        return (digest for digest, source in reversed(self._sources.items()) if not source.cancelled)
+        """Digests whose rows all exist, the last used first. What waits here may take longer than elsewhere."""
+        return (digest for digest, source in reversed(self._sources.items()) if source.complete)
 
     def acquire(self, want: Want, user: User) -> Source | None:
         """The source for a want, made from its media if there is none; None if the media are needed first."""
@@ -94,18 +94,28 @@ class SourceTable:
         if source is None:
             if want.media is None:
                 return None
-            job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency)
+            job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency, want.alone)
             source = self._sources[want.digest] = Source(job, want.rows * self._row_bytes)
             self._aside[want.digest] = _size_of(want.media)
         elif user not in source.users:
             self.hits += 1
-        if source.cancelled or (not source.started and want.urgency.before(source.job.urgency)):
-            source.job = replace(source.job, urgency=want.urgency)
         source.users.add(user)
         self._away.discard(user)
         source.leaving = False
         self._sources.move_to_end(want.digest)
         return self._take_files(source, want) if want.digest in self._aside else source
+
+    def heed(self, want: Want) -> list[SenderAction]:
+        """What a want for a source that is here says of its job: the best place counts, and that it is to be alone."""
+        source = self._sources.get(want.digest)
+        if source is None or source.complete:
+            return []
+        before, again = source.job, source.cancelled
+        urgency = want.urgency if again or want.urgency.before(before.urgency) else before.urgency
+        source.job = replace(before, urgency=urgency, alone=before.alone or want.alone)
+        if source.job == before or again or not source.started:
+            return []
+        return [ChangeEncode(want.digest, urgency, source.job.alone)]
 
     def _take_files(self, source: Source, want: Want) -> Source | None:
         """Queues a source that was put aside if its turn has come; None: its files are needed for that."""

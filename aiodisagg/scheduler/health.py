@@ -4,12 +4,12 @@
 finish. It is then fetched a second time, from another peer that is predicted to deliver sooner than the wait so far
 went on; the first to land wins. At most one hedge an item, and few at once, so that a slow day is not doubled.
 
-**Poison.** An item that was in the tower when its encoder died is a *suspect*. Suspects are tried one at a time a
-peer, so that a bystander that shared a batch with a killer does not share the next one; a suspect that is encoded is
-cleared; one with which a second encoder dies is refused, and remembered for a while: its clients will try again. A
-link that is lost is no death yet: the process is known to be dead when nobody listens where it did, when another life
-of it answers there, or when membership says so. One that nothing is heard of is waited for a little, where its death
-would be one too many, and then the item is tried on: a network that is cut makes no poison.
+**Poison.** An item that was in the tower when its encoder died is a *suspect*. It is alone in the next tower, so that
+a bystander that shared a batch with a killer does not share one with another, whoever asked for that; a suspect that
+is encoded is cleared; one with which a second encoder dies is refused, and remembered for a while: its clients will
+try again. A link that is lost is no death yet: the process is known to be dead when nobody listens where it did, when
+another life of it answers there, or when membership says so. One that nothing is heard of is waited for a little,
+where its death would be one too many, and then the item is tried on: a network that is cut makes no poison.
 
 **Standing.** A peer stands as membership says, and is a suspect for a while once it failed several times in a row:
 refused items that others may take, was left because it did not deliver, lost hedges. A peer that fails at once has
@@ -154,7 +154,7 @@ class Poison:
         self._accused.pop(digest, None)
 
     def suspect(self, digest: str, now: float) -> bool:
-        """It may share a peer with no other suspect."""
+        """It is to be alone in a tower."""
         return self._of(digest, now) is not None
 
     def refuses(self, digest: str, now: float) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
 from aiodisagg.language.peers import EncodePeer, EncodePeers
-from aiodisagg.language.placing import Placing
+from aiodisagg.language.placing import COMPARED, Placing
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.peer import metrics
 from aiodisagg.protocol.events import ItemSpec
@@ -111,6 +111,31 @@ def test_the_own_tower_is_compared_for_every_item() -> None:
         key, spec = _item(i)
         assert _place(placing, key, spec) == "37"
         placing.over(key)
+
+
+def test_an_item_that_is_placed_again_is_compared_with_few_of_many_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All were looked at for each: a peer that died with a hundred items held the loop up for a tenth of a second."""
+    peers = _Many(200)
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    keys = [_item(number) for number in range(50)]
+    for key, spec in keys:
+        _place(placing, key, spec)
+    looked = Mock(side_effect=PeerBook.backlog, autospec=True)
+    monkeypatch.setattr(PeerBook, "backlog", lambda book, now: looked(book, now))
+    placing.poison.cut("00", [keys[0][1].digest], 0.0)
+    again = Counter(_ask(placing, key, frozenset({"00"}), 0.0) for key, _ in keys)
+    assert looked.call_count <= 2 * COMPARED * len(keys)
+    assert "00" not in again and max(again.values()) <= 2
+
+
+def test_one_peer_that_an_item_need_not_avoid_is_found_among_many() -> None:
+    peers = _Many(50)
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    for number in range(8):
+        key, spec = _item(number)
+        _place(placing, key, spec)
+        assert _ask(placing, key, frozenset(peer.incarnation for peer in peers.linked[:-1]), 0.0) == "49"
+    assert _ask(placing, key, frozenset(peer.incarnation for peer in peers.linked), 0.0), "better than none"
 
 
 @pytest.mark.parametrize(("step_s", "token_s", "own"), [(1e-3, 1.0, 1), (1.0, 1e-3, 2)])

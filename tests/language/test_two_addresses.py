@@ -70,7 +70,7 @@ def test_who_was_asked_is_who_is_blamed_and_forgiven() -> None:
 def test_what_arrives_and_what_is_asked_again_is_in_the_book_of_who_was_asked() -> None:
     moved = _Moved()
     want = Want(KEY, 2, SPEC.digest, SPEC.kind, SPEC.grid_thw, SPEC.rows, 0.0, (), (), MODEL, 9.0, None)
-    moved.placing.asking("old", want)
+    moved.placing.asking("old", want, 0.0)
     moved.placing.arrived(KEY, SPEC.rows, 1.0)
     item = moved.book.open[KEY]
     assert item.missing_bytes == 0 and not item.clean

@@ -33,6 +33,7 @@ EVENTS: dict[type, Any] = {
     ev.LinkUp: ev.LinkUp("A"),
     ev.TimerFired: ev.TimerFired(),
     ev.ItemCancelled: ev.ItemCancelled(KEY),
+    ev.ItemHurried: ev.ItemHurried(KEY, ms.Urgency(1.0)),
     ms.Want: want(epoch=2),
     ms.Grant: ms.Grant(KEY, 1, (ms.Lend(9, 0, 4, 6),), ()),
     ms.Release: ms.Release(KEY, 1),

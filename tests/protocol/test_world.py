@@ -36,6 +36,15 @@ def test_every_world_is_safe_and_comes_to_rest(random: Random) -> None:
 @pytest.mark.timeout(0)
 @given(st.randoms(use_true_random=False))
 @settings(max_examples=max(1, settings().max_examples // 2))
+def test_items_that_are_hurried_are_as_safe(random: Random) -> None:
+    world = World(draw(random, strict=False), hurried=True)
+    world.run()
+    _count(world)
+
+
+@pytest.mark.timeout(0)
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=max(1, settings().max_examples // 2))
 def test_single_messages_may_vanish_repeat_or_come_late(random: Random) -> None:
     """More than a link promises: single messages are lost, repeated, and delivered on a later connection."""
     world = World(draw(random, strict=True))
