@@ -62,7 +62,8 @@ class PeerConfig:
     row_dtype: str = "bfloat16"
     """Element type of rows on the wire, and of the vision tower."""
     checksum: bool = True
-    """xxh3-64 of every chunk, checked before it counts."""
+    """xxh3-64 of every chunk, checked before it counts. Who receives rows decides: an encode peer's own setting is for
+    language peers that do not say whether they check."""
     link: LinkConfig = field(default_factory=LinkConfig)
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
 

@@ -126,8 +126,8 @@ class IncomingItem:
     def _placed(self, event: Placed, now: float) -> Actions:
         if self.peer is not None:
             raise InvalidTransition(self.state.value, "Placed")
-        if self._patience.cannot_write(event.peer):
-            return self.fail(now, "unreachable", f"no encode peer can write here: {self._patience.why_unwritten}")
+        if hopeless := self._patience.hopeless(event.peer):
+            return self.fail(now, *hopeless)
         self.peer, self._linked = event.peer, True
         self._patience.answered()
         return self._new_epoch(now, f"placed on {event.peer}")
@@ -334,13 +334,13 @@ class IncomingItem:
         chunk = event.chunk
         self.pending.remove(chunk.start, chunk.stop)
         self.claimed.remove(chunk.start, chunk.stop)
-        rows = f"rows {chunk.start}-{chunk.stop}"
-        self._story.tell(now, f"{rows} undelivered" if event.why else f"checksum of {rows} is wrong")
-        if not self._patience.spoiled():
-            return []
+        what = "could not be delivered" if event.why else "have a wrong checksum"
+        self._story.tell(now, f"rows {chunk.start}-{chunk.stop} {what}")
         if event.why:
-            return self.fail(now, "undelivered", f"rows could not be delivered: {event.why}")
-        return self.fail(now, "corrupt", "rows arrived with wrong checksums again and again")
+            gone = self._patience.undelivered()
+            return self.fail(now, "undelivered", f"rows could not be delivered: {event.why}") if gone else []
+        leave = self._patience.spoiled(event.peer) and event.peer == self.peer
+        return self._fail_over(now, "wrong checksums again and again") if leave else []
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
