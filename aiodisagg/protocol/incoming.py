@@ -309,7 +309,7 @@ class IncomingItem:
 
     def _give_up_on(self, now: float, code: str, message: str, retryable: bool) -> Actions:
         """The current peer will not provide the item: another one may, unless that was said too often."""
-        if self._patience.refused(str(self.peer)) or not retryable:
+        if self._patience.refused(str(self.peer), code) or not retryable:
             return self.fail(now, code, message)
         return self._fail_over(now, f"{code}: {message}")
 

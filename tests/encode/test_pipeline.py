@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections.abc import Sequence
 
 import pytest
+import torch
 from stepped import PATIENCE_S, Stepped, bench
 
 from aiodisagg.encode import pipeline as pipeline_module
 from aiodisagg.encode import tower as tower_module
 from aiodisagg.encode.gate import SlackGate
+from aiodisagg.models.base import Patches
 from aiodisagg.protocol.events import EncodeStopped, RowsReady, StageEntered, StartEncode
 from aiodisagg.scheduler.slack import Slack
 
@@ -124,6 +127,18 @@ async def test_a_bad_item_fails_alone() -> None:
             await made.until(RowsReady(digest, 4))
         assert made.ends() == {"2": "encode_failed"}
         assert [await made.call() for _ in range(4)] == [[(1, 16), (2, 16), (3, 16)], [(1, 16)], [(2, 16)], [(3, 16)]]
+
+
+async def test_rows_that_are_not_finite_are_told_apart_from_other_failures() -> None:
+    """A receiver has another rule for them: what two towers say is the item's fault."""
+
+    class Overflowing(Stepped):
+        def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+            return [rows / 0 for rows in super().encode(batch)]
+
+    async with bench(Overflowing(permits=1)) as made:
+        digest = made.start(1)
+        await made.until(EncodeStopped(digest, "not_finite", "the encoder made values that are not finite", True))
 
 
 async def test_a_video_that_fails_in_the_middle_stops_there() -> None:
