@@ -282,7 +282,7 @@ class IncomingItem:
         block = self._pool.get(chunk.lease)
         if block is None or any(s.overlaps(chunk.start, chunk.stop) for s in (self.held, self.pending, block.spent)):
             return []
-        block.pins += 1
+        block.pin(chunk)
         self.pending.add(chunk.start, chunk.stop)
         self.claimed.add(chunk.start, chunk.stop)
         row_bytes = self._pool.row_bytes

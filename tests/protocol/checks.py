@@ -32,7 +32,7 @@ def receiver(world: World) -> None:
     process = world.receiver
     machine, pool = process.machine, process.machine.pool
     lent = [pool._lent[lease] for lease in pool._lent]
-    numbers = pool._free + [block.lend.lease % pool.blocks for block in lent]
+    numbers = pool._free + [block.lend.offset // pool.block_bytes for block in lent]
     _demand(sorted(numbers) == list(range(pool.blocks)), f"blocks are lost or have two owners: {numbers}")
     for block in lent:
         owner = machine.items.get(block.owner)
@@ -45,7 +45,7 @@ def receiver(world: World) -> None:
         else:
             _demand(block.epoch == owner.epoch and block.peer == owner.peer, f"a lend outlived its epoch: {block}")
     world.quarantined = max(world.quarantined, pool.quarantined)
-    world.windows = max(world.windows, max(pool._generation))
+    world.windows = max(world.windows, -(-pool._lends // pool.blocks))
     history = world.history
     for key, item in machine.items.items():
         _demand(not item.state.final, f"{key} is over but remembered")
