@@ -98,7 +98,8 @@ class EncodeConfig(PeerConfig):
 
     source_bytes: int = 1024 * MiB
     """Memory for encoded items: those in transfer and, as far as it goes, a cache of earlier ones. Up to 256 MiB of
-    files come on top, of items that are not encoded yet; the files of more wait where they come from."""
+    files come on top, of items that are not encoded yet; the files of more wait where they come from. An item that
+    needs more is refused (``too_large``). Linked language peers share it: none gets what the others would need."""
     batch_patches: int | None = None
     """Patches of one tower batch; an image with more goes alone. None: as the device gains from batching, few on a CPU.
     Rows leave batch by batch."""
@@ -106,7 +107,8 @@ class EncodeConfig(PeerConfig):
     self_test_s: float = 1.0
     """How long the tower may be measured at the start; 0: not at all."""
     retain_s: float = 30.0
-    """How long rows are kept for a receiver whose link is lost."""
+    """How long rows are kept for a receiver whose link is lost. One that is linked and takes none of the rows that
+    exist for so long yields its room to others that need it, as one without a link does at once."""
 
     def __post_init__(self) -> None:
         PeerConfig.__post_init__(self)

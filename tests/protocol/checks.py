@@ -115,7 +115,11 @@ def sender(world: World, process: Process) -> None:
     started = {digest: source for digest, source in table._sources.items() if source.started}
     used = sum(source.size_bytes for source in started.values())
     _demand(used == table.used_bytes, f"{process.name} counts {table.used_bytes} bytes of sources, has {used}")
-    _demand(used <= table.capacity_bytes or len(started) == 1, f"{process.name} is over its capacity: {used}")
+    _demand(used <= table.capacity_bytes, f"{process.name} is over its capacity: {used}")
+    idle = sum(source.size_bytes for source in started.values() if source.idle)
+    _demand(idle == table._idle_bytes, f"{process.name} counts {table._idle_bytes} bytes of cached sources, has {idle}")
+    shares = Counter(peer for source in started.values() for peer in source.receivers for _ in range(source.size_bytes))
+    _demand(shares == table._held, f"{process.name} counts {table._held} bytes by receiver, has {shares}")
     filed = [source.file_bytes for source in table._sources.values() if source.file_bytes]
     _demand(sum(filed) == table.file_bytes, f"{process.name} counts {table.file_bytes} bytes of files, has {filed}")
     _demand(sum(filed) <= table.capacity_file_bytes or len(filed) == 1, f"{process.name} has too many files: {filed}")
