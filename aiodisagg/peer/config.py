@@ -14,6 +14,7 @@ from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.hello import check_secret
 from aiodisagg.peer.tls import Tls
+from aiodisagg.protocol.messages import MOST_LENDS
 from aiodisagg.protocol.rows import DTYPE_BYTES
 from aiodisagg.scheduler.admission import AdmissionConfig
 
@@ -171,8 +172,9 @@ class LanguageConfig(PeerConfig):
         for key in ("pool_bytes", "block_rows", "kv_bytes", "token_budget"):
             if (value := getattr(self, key)) is not None:
                 check(key, value)
-        for key in ("window_blocks", "stall_s", "max_running"):
+        for key in ("stall_s", "max_running"):
             check(key, getattr(self, key))
+        check("window_blocks", self.window_blocks, high=MOST_LENDS)
         check("request_timeout_s", self.request_timeout_s, high=1e9)
         check("peer_wait_s", self.peer_wait_s, exclusive=False)
         for key in ("failover_s", "cache_bytes", "hedge_s"):

@@ -145,7 +145,7 @@ class IncomingItem:
         self._has_media.add(self.peer)
         self._sent_media = media is not None
         want = Want(
-            self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.spans(),
+            self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.told(),
             self.meta.lacking, self.model, max(0.0, self.deadline - now), media,
             spec.urgency.later(self.timeout_s - (self.deadline - now)),
         )  # fmt: skip

@@ -41,6 +41,8 @@ from aiodisagg.protocol.events import (
     WritesFenced,
 )
 from aiodisagg.protocol.messages import (
+    MOST_LENDS,
+    MOST_WRITTEN,
     Cancel,
     Chunk,
     Commit,
@@ -61,7 +63,7 @@ from aiodisagg.protocol.sources import Source
 
 Actions = list[SenderAction]
 REASON_CHARS = 1000
-"""So much of a write's error is told to the receiver: it names each plane that was tried, and is kept in stories."""
+"""So much of an error is told to the receiver: a write's names each plane that was tried, and is kept in stories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,9 @@ class OutgoingItem:
     def _offer(self) -> SenderAction:
         source = self.source
         ready = source.ready if source is not None else 0
-        offer = Offer(self.key, self.epoch, self.rows, self._model, source is None, ready, tuple(self.written))
+        offer = Offer(
+            self.key, self.epoch, self.rows, self._model, source is None, ready, tuple(self.written[-MOST_WRITTEN:])
+        )
         return Send(self.peer, offer)
 
     def _forget(self, held: tuple[tuple[int, int], ...]) -> None:
@@ -200,9 +204,12 @@ class OutgoingItem:
         for lend in event.lends:
             if not 0 <= lend.start < lend.stop <= self.rows:
                 raise RemoteProtocolError(self.peer, f"item {self.key}: {lend} is outside its {self.rows} rows")
+        new = [lend for lend in event.lends if lend.lease not in self._seen]
+        if len(self.lends) + len(new) > MOST_LENDS or len(self._seen) + len(new) > self.rows + MOST_LENDS:
+            raise RemoteProtocolError(self.peer, f"item {self.key}: more blocks are lent than it can use")
         self._forget(event.held)
-        self.lends += [lend for lend in event.lends if lend.lease not in self._seen]
-        self._seen.update(lend.lease for lend in event.lends)
+        self.lends += new
+        self._seen.update(lend.lease for lend in new)
         self.lends.sort(key=lambda lend: lend.start)
         return self._pump(now)
 
@@ -292,7 +299,7 @@ class OutgoingItem:
         return self._end(State.SUCCESS, "released", lambda _: [], now)
 
     def _stopped(self, event: EncodeStopped, now: float) -> Actions:
-        refuse = Refuse(self.key, self.epoch, event.code, event.message, event.retryable)
+        refuse = Refuse(self.key, self.epoch, event.code, event.message[:REASON_CHARS], event.retryable)
         return self._end(State.FAILED, f"{event.code}: {event.message}", lambda _: [Send(self.peer, refuse)], now)
 
     def _timer(self, event: TimerFired, now: float) -> Actions:

@@ -262,7 +262,7 @@ class Receiver:
         for key, lends in grants.items():
             item = self.items[key]
             assert item.peer is not None
-            actions.append(Send(item.peer, Grant(key, item.epoch, tuple(lends), item.held.spans())))
+            actions.append(Send(item.peer, Grant(key, item.epoch, tuple(lends), item.held.told())))
         return actions
 
     def __repr__(self) -> str:
