@@ -148,11 +148,11 @@ class Sender:
         sane = 0 < want.rows <= t * h * w and max(want.rows, t, h, w) < 2**31
         if not sane or any(not 0 <= a < b <= want.rows for a, b in want.held):
             raise RemoteProtocolError(peer, f"item {want.key}: {want.rows} rows do not fit the grid {want.grid_thw}")
-        if (size_bytes := want.rows * self._row_bytes) > self.config.capacity_bytes:
-            said = f"its {want.rows} rows take {size_bytes} bytes, and all items here {self.config.capacity_bytes}"
-            return [Send(peer, Refuse(want.key, want.epoch, "too_large", said, True))]
         if item is not None and (item.digest, item.rows) != (want.digest, want.rows):
             raise RemoteProtocolError(peer, f"item {want.key} was {item.digest}, now {want.digest}")
+        if (size_bytes := want.rows * self._row_bytes) > (most := self.config.capacity_bytes):
+            said = f"its {want.rows} rows take {size_bytes} bytes, and the peer keeps {most} at most (source_bytes)"
+            return [Send(peer, Refuse(want.key, want.epoch, "too_large", said, True))]
         known = self.sources.get(want.digest)
         shape = (want.kind, want.grid_thw, want.rows)
         if known is not None and (known.job.kind, known.job.grid_thw, known.job.rows) != shape:
