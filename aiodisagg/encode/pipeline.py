@@ -25,10 +25,11 @@ from aiodisagg.encode.gate import Gate, OpenGate
 from aiodisagg.encode.prepare import Preparer
 from aiodisagg.encode.queue import Piece
 from aiodisagg.encode.selftest import small_picture
-from aiodisagg.encode.tower import Made, Tower, WrongRows
+from aiodisagg.encode.tower import Made, NotFinite, Tower, WrongRows
 from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import ItemKind, Patches, VisionEncoder
 from aiodisagg.protocol.events import ChangeEncode, EncodeStopped, RowsReady, StageEntered, StartEncode
+from aiodisagg.protocol.patience import NOT_FINITE
 from aiodisagg.scheduler.order import Claim
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ class EncodePipeline:
         logger.error("item %s: the tower failed", digest, exc_info=error)
         what = str(error) if isinstance(error, AiodisaggError) else f"{type(error).__name__}: {error}"
         wrong = isinstance(error, WrongRows)
-        code = "wrong_shape" if wrong else "encode_failed"
+        code = "wrong_shape" if wrong else NOT_FINITE if isinstance(error, NotFinite) else "encode_failed"
         if entry.end is None or entry.end.code == "cancelled":  # its later pieces do not make it complete
             entry.end = EncodeStopped(digest, code, what, retryable=not wrong)
 

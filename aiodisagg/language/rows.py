@@ -124,6 +124,7 @@ class RowReceiver:
             role=PeerRole.LANGUAGE,
             model=self.model,
             transports={**self.planes.describe(), **memory.describe()},
+            checksum=config.checksum,
         )
         self.peers = EncodePeers(
             lambda: hello, self._heard, model=self.model, secret=config.secret, config=config.link,

@@ -15,6 +15,7 @@ from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.hello import check_secret
 from aiodisagg.peer.tls import Tls
+from aiodisagg.protocol.messages import MOST_LENDS
 from aiodisagg.protocol.rows import DTYPE_BYTES
 from aiodisagg.scheduler.admission import AdmissionConfig
 
@@ -63,7 +64,8 @@ class PeerConfig:
     row_dtype: str = "bfloat16"
     """Element type of rows on the wire, and of the vision tower."""
     checksum: bool = True
-    """xxh3-64 of every chunk, checked before it counts."""
+    """xxh3-64 of every chunk, checked before it counts. Who receives rows decides: an encode peer's own setting is for
+    language peers that do not say whether they check."""
     link: LinkConfig = field(default_factory=LinkConfig)
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
 
@@ -103,7 +105,8 @@ class EncodeConfig(PeerConfig):
 
     source_bytes: int = 1024 * MiB
     """Memory for encoded items: those in transfer and, as far as it goes, a cache of earlier ones. Up to 256 MiB of
-    files come on top, of items that are not encoded yet; the files of more wait where they come from."""
+    files come on top, of items that are not encoded yet; the files of more wait where they come from. An item that
+    needs more is refused (``too_large``). Linked language peers share it: none gets what the others would need."""
     batch_patches: int | None = None
     """Patches of one tower batch; an image with more goes alone. None: as the device gains from batching, few on a CPU.
     Rows leave batch by batch."""
@@ -111,7 +114,8 @@ class EncodeConfig(PeerConfig):
     self_test_s: float = 1.0
     """How long the tower may be measured at the start; 0: not at all."""
     retain_s: float = 30.0
-    """How long rows are kept for a receiver whose link is lost."""
+    """How long rows are kept for a receiver whose link is lost. One that is linked and takes none of the rows that
+    exist for so long yields its room to others that need it, as one without a link does at once."""
 
     def __post_init__(self) -> None:
         PeerConfig.__post_init__(self)
@@ -179,8 +183,9 @@ class LanguageConfig(PeerConfig):
         for key in ("pool_bytes", "block_rows", "kv_bytes", "token_budget"):
             if (value := getattr(self, key)) is not None:
                 check(key, value)
-        for key in ("window_blocks", "stall_s", "max_running"):
+        for key in ("stall_s", "max_running"):
             check(key, getattr(self, key))
+        check("window_blocks", self.window_blocks, high=MOST_LENDS)
         check("request_timeout_s", self.request_timeout_s, high=1e9)
         check("peer_wait_s", self.peer_wait_s, exclusive=False)
         for key in ("failover_s", "cache_bytes", "hedge_s"):

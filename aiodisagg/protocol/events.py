@@ -125,6 +125,8 @@ class RowsRefused:
     key: ItemKey
     chunk: Chunk
     why: str = ""
+    peer: str = ""
+    """Whose rows they were, as the Receiver fills in: by now the item may be another peer's."""
 
 
 @dataclass(frozen=True, slots=True)

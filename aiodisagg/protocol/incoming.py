@@ -119,8 +119,8 @@ class IncomingItem:
     def _placed(self, event: Placed, now: float) -> Actions:
         if self.peer is not None:
             raise InvalidTransition(self.state.value, "Placed")
-        if self._patience.cannot_write(event.peer):
-            return self.fail(now, "unreachable", f"no encode peer can write here: {self._patience.why_unwritten}")
+        if hopeless := self._patience.hopeless(event.peer):
+            return self.fail(now, *hopeless)
         self.peer, self._linked = event.peer, True
         self._patience.answered()
         return self._new_epoch(now, f"placed on {event.peer}")
@@ -138,7 +138,7 @@ class IncomingItem:
         self._has_media.add(self.peer)
         self._sent_media = media is not None
         want = Want(
-            self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.spans(),
+            self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.told(),
             self.meta.lacking, self.model, max(0.0, self.deadline - now), media, self._urgency.later(now - self._urged),
         )  # fmt: skip
         return [*actions, Send(self.peer, want)]
@@ -281,7 +281,7 @@ class IncomingItem:
         block = self._pool.get(chunk.lease)
         if block is None or any(s.overlaps(chunk.start, chunk.stop) for s in (self.held, self.pending, block.spent)):
             return []
-        block.pins += 1
+        block.pin(chunk)
         self.pending.add(chunk.start, chunk.stop)
         self.claimed.add(chunk.start, chunk.stop)
         row_bytes = self._pool.row_bytes
@@ -308,7 +308,7 @@ class IncomingItem:
 
     def _give_up_on(self, now: float, code: str, message: str, retryable: bool) -> Actions:
         """The current peer will not provide the item: another one may, unless that was said too often."""
-        if self._patience.refused(str(self.peer)) or not retryable:
+        if self._patience.refused(str(self.peer), code) or not retryable:
             return self.fail(now, code, message)
         return self._fail_over(now, f"{code}: {message}")
 
@@ -333,13 +333,13 @@ class IncomingItem:
         chunk = event.chunk
         self.pending.remove(chunk.start, chunk.stop)
         self.claimed.remove(chunk.start, chunk.stop)
-        rows = f"rows {chunk.start}-{chunk.stop}"
-        self._story.tell(now, f"{rows} undelivered" if event.why else f"checksum of {rows} is wrong")
-        if not self._patience.spoiled():
-            return []
+        what = "could not be delivered" if event.why else "have a wrong checksum"
+        self._story.tell(now, f"rows {chunk.start}-{chunk.stop} {what}")
         if event.why:
-            return self.fail(now, "undelivered", f"rows could not be delivered: {event.why}")
-        return self.fail(now, "corrupt", "rows arrived with wrong checksums again and again")
+            gone = self._patience.undelivered()
+            return self.fail(now, "undelivered", f"rows could not be delivered: {event.why}") if gone else []
+        leave = self._patience.spoiled(event.peer) and event.peer == self.peer
+        return self._fail_over(now, "wrong checksums again and again") if leave else []
 
     # -- ends ----------------------------------------------------------------------------------------------------
 

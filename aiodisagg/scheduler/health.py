@@ -12,8 +12,10 @@ another life of it answers there, or when membership says so. One that nothing i
 where its death would be one too many, and then the item is tried on: a network that is cut makes no poison.
 
 **Standing.** A peer stands as membership says, and is a suspect for a while once it failed several times in a row:
-refused items that others may take, was left because it did not deliver, lost hedges. A peer that fails at once has
-nothing to do and would look like the fastest of all. When the while is over one item is tried; it is twice as long
+refused items that others then delivered, was left because it did not deliver, lost hedges. A peer that fails at once
+has nothing to do and would look like the fastest of all. Until somebody delivers it may be the item: who refused one is
+only *doubted* until it delivers another, and items that were refused are not taken to doubted peers if there are
+others. When the while is over one item is tried; it is twice as long
 each time. One delivered item forgives everything: a busy peer is not a dead one. A peer that refuses an item because
 it drains does so for the rest of its life: where peers are listed, instead of registered, nobody else tells of it.
 """
@@ -198,12 +200,14 @@ class Standings:
         self._told: dict[str, Standing] = {}
         self._drains: OrderedDict[str, None] = OrderedDict()
         self._records: OrderedDict[str, _Record] = OrderedDict()
+        self.doubted: OrderedDict[str, None] = OrderedDict()
 
     def told(self, peer: str, standing: Standing | None) -> None:
         """Membership says so; None: the peer is gone, and what was known of it with it."""
         if standing is None:
             self._told.pop(peer, None)
             self._records.pop(peer, None)
+            self.doubted.pop(peer, None)
         else:
             self._told[peer] = standing
 
@@ -241,8 +245,15 @@ class Standings:
         record.spells += 1
         return seconds
 
+    def refused(self, peer: str) -> None:
+        """It refused an item, and nobody knows yet whether another may take it."""
+        self.doubted[peer] = None
+        if len(self.doubted) > REMEMBERED:
+            self.doubted.popitem(last=False)
+
     def delivered(self, peer: str) -> bool:
         """An item of the peer is complete. Returns whether it was a suspect until now."""
+        self.doubted.pop(peer, None)
         record = self._records.pop(peer, None)
         return record is not None and record.spells > 0
 

@@ -103,14 +103,20 @@ class Made:
 
 
 @asynccontextmanager
-async def made(folder: Path, monkeypatch: pytest.MonkeyPatch, *encoders: SyntheticEncoder) -> AsyncIterator[Made]:
-    config = LanguageConfig(model=folder, transports=("memory",), failover_s=0.0, hedge_s=0.0, cache_bytes=0)
+async def made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *encoders: SyntheticEncoder, checksum: bool = True,
+    their_checksum: bool = True,
+) -> AsyncIterator[Made]:  # fmt: skip
+    config = LanguageConfig(
+        model=folder, transports=("memory",), failover_s=0.0, hedge_s=0.0, cache_bytes=0, checksum=checksum
+    )
     async with AsyncExitStack() as stack:
         services = []
         for number, encoder in enumerate(encoders):
             at = EncodeConfig(
-                model=folder, transports=("memory",), self_test_s=0.0, name=f"e{number}", incarnation=f"life-{number}"
-            )
+                model=folder, transports=("memory",), self_test_s=0.0, name=f"e{number}", incarnation=f"life-{number}",
+                checksum=their_checksum,
+            )  # fmt: skip
             services.append(await stack.enter_async_context(EncodeService(at, encoder=encoder)))
             if isinstance(encoder, Gated):
                 stack.callback(encoder.gate.set)

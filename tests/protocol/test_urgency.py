@@ -27,7 +27,7 @@ def test_a_want_says_what_is_left_of_the_time_until_its_request_is_due() -> None
 
 
 def test_a_job_has_the_best_place_of_those_that_wanted_it_before_it_began() -> None:
-    sending = Sending(capacity_bytes=1)  # one job at a time
+    sending = Sending(capacity_bytes=24 * truth.ROW_BYTES)  # of the first job
     first = only(sending.want(ms.ItemKey(9, 0), number=7), ev.StartEncode)
     for room, urgency in ((1, ms.Urgency(8.0, 0, 64)), (2, ms.Urgency(9.0, -1, 4096)), (3, ms.Urgency(2.0, 0, 4))):
         assert not every(sending.want(ms.ItemKey(room, 0), urgency=urgency), ev.StartEncode)
@@ -37,7 +37,7 @@ def test_a_job_has_the_best_place_of_those_that_wanted_it_before_it_began() -> N
 
 
 def test_who_waits_on_says_how_little_time_is_left_of_it() -> None:
-    sending = Sending(capacity_bytes=1)
+    sending = Sending(capacity_bytes=24 * truth.ROW_BYTES)
     first = only(sending.want(ms.ItemKey(9, 0), number=7), ev.StartEncode)
     for epoch, due_s in ((1, 9.0), (2, 4.0)):
         sending.want(epoch=epoch, urgency=ms.Urgency(due_s, 0, 4))

@@ -56,7 +56,7 @@ def test_the_worlds_are_wild_enough() -> None:
     """Every kind of fault strikes and every kind of consequence is seen, so that the tests above mean something."""
     struck: Counter[str] = Counter()
     seen: Counter[str] = Counter()
-    for seed in range(150):
+    for seed in range(300):
         world = World(draw(Random(seed)))
         world.run()
         struck.update(world.struck)

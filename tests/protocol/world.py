@@ -109,7 +109,7 @@ class World:
         config = SenderConfig(
             retain_s=30.0,
             capacity_bytes=self.plan.capacity_rows * truth.ROW_BYTES,
-            file_bytes=2 * self.plan.capacity_rows,  # of the smallest: one file
+            file_bytes=self.plan.capacity_rows // 3,  # of the smallest: one file
             placeholders=truth.PLACEHOLDERS,
         )
         process = Process(f"E{index}.{life}", Sender(truth.MODEL, config), life)
