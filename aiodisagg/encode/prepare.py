@@ -25,7 +25,7 @@ class Preparer:
         prepare: called on the threads; what it raises goes to ``done``.
         began: called on a thread before ``prepare``.
         done: called on the same thread with the patches or the error, and the seconds it took.
-        room_patches: nothing is begun while as many are prepared.
+        room_patches: nothing is begun while as many are prepared, by the memory that they take.
     """
 
     def __init__(
@@ -58,6 +58,13 @@ class Preparer:
             self._waiting[job.digest] = job
             self._line.add(job.digest, claim)
             self._wake.notify()
+
+    def change(self, digest: str, claim: Claim) -> None:
+        """From now on this is the claim of a job, if it waits."""
+        with self._wake:
+            if digest in self._waiting:
+                self._line.remove(digest)
+                self._line.add(digest, claim)
 
     def cancel(self, job: StartEncode) -> bool:
         """Takes a job off the line; False: it has begun."""
@@ -97,7 +104,7 @@ class Preparer:
                 outcome = error
             else:
                 with self._wake:
-                    self._prepared_patches += outcome.count
+                    self._prepared_patches += outcome.room
             self._done(job, outcome, time.monotonic() - began)
 
     def _next(self) -> StartEncode | None:

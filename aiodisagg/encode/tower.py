@@ -4,6 +4,9 @@ It decides when it may start and what to start then, under one lock and at the l
 needed sooner, is known by then. On an accelerator a batch is launched while the one before is still computed, on a
 stream of the thread's own; a batch's rows exist when they are brought, so that copies on other streams need not wait.
 
+What is to be alone begins when nothing is in the tower and all that was there has been dealt with, and nothing begins
+before the same is true of it: if the process dies, it is known whether that was in the tower.
+
 A batch that fails is run again piece by piece, so that one bad item fails alone. Rows that are not finite fail their
 item here: in a prompt they would spoil keys and values that other requests share.
 """
@@ -22,7 +25,8 @@ from aiodisagg.device.streams import Priority, own_stream
 from aiodisagg.device.vitals import Vitals
 from aiodisagg.encode.gate import Gate
 from aiodisagg.encode.queue import Piece, TowerQueue
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.encode.selftest import encode_one
+from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import Patches, VisionEncoder
 from aiodisagg.scheduler.order import Claim
 
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+LONGEST_S = 1.0
+"""An item waits for prompts no longer in all, while it is next or behind others, and not at all once it is due."""
 
 
 class WrongRows(AiodisaggError):
@@ -42,11 +49,14 @@ class NotFinite(AiodisaggError):
 
 @dataclass(slots=True)
 class _Item:
-    """An item in the tower's hands. ``whole``: room for all its rows, filled as its pieces are computed."""
+    """An item in the tower's hands. ``waited_s``: by the gate, when it came; it waits for prompts no more once ``due``.
+    ``whole``: room for all its rows, filled as its pieces are computed."""
 
     patches: Patches
     frames: int
     rows: int
+    due: float
+    waited_s: float
     whole: torch.Tensor | None = None
 
 
@@ -84,20 +94,24 @@ class Tower:
         gate: asked before each batch.
         to_host: bring the rows to the host at once; else they stay where the tower made them.
         device: as torch names it; on an accelerator the thread has a stream of its own.
-        vitals: are told of items that were computed, and of those that failed by themselves. probe: encodes an item
-        that nothing is wrong with, on the tower's thread, and raises what the encoder raises.
+        vitals: are told of items that were computed, and of those that failed by themselves; what worked before is
+        tried then. picture: makes something to try while nothing has worked yet; called on the tower's thread.
     """
 
     def __init__(
         self, encoder: VisionEncoder, *, batch_patches: int, began: Callable[[list[Piece]], None],
         made: Callable[[Made], None], gate: Gate, to_host: bool, device: str, vitals: Vitals,
-        probe: Callable[[], object],
+        picture: Callable[[], Patches],
     ) -> None:  # fmt: skip
         self._encoder, self._began, self._made, self._gate, self._vitals = encoder, began, made, gate, vitals
-        self._to_host, self._device, self._probe = to_host, device, probe
+        self._to_host, self._device, self._picture = to_host, device, picture
         self._queue = TowerQueue(batch_patches)
         self._items: dict[str, _Item] = {}
         self._running: Counter[str] = Counter()
+        self._alone = False
+        """What began last is to be alone."""
+        self._good: Patches | None = None
+        """The smallest that was computed so far."""
         self._wake = threading.Condition()
         self._closing = False
         self._idle_since = 0.0
@@ -106,14 +120,23 @@ class Tower:
     def start(self) -> None:
         self._thread.start()
 
-    def add(self, digest: str, claim: Claim, patches: Patches, rows: int) -> None:
+    def add(self, digest: str, claim: Claim, patches: Patches, rows: int, *, alone: bool = False) -> None:
         """Queues an item of ``rows``; it is cut between frame pairs if they have equally many. ``claim``: on
-        ``time.monotonic``."""
+        ``time.monotonic``. ``alone``: nothing else shall be in the tower with it."""
         t = patches.grid_thw[0]
         frames = t if rows % t == 0 else 1
+        item = _Item(patches, frames, rows, claim.due, self._gate.waited_s)
         with self._wake:
-            self._items[digest] = _Item(patches, frames, rows)
-            self._queue.add(digest, claim, frames, patches.count // frames)
+            self._items[digest] = item
+            self._queue.add(digest, claim, frames, patches.count // frames, alone=alone)
+            self._wake.notify()
+
+    def change(self, digest: str, claim: Claim, *, alone: bool) -> None:
+        """From now on this counts for what has not begun of an item."""
+        with self._wake:
+            if (item := self._items.get(digest)) is not None:
+                item.due = claim.due
+            self._queue.change(digest, claim, alone=alone)
             self._wake.notify()
 
     def cancel(self, digest: str) -> bool:
@@ -129,6 +152,7 @@ class Tower:
             self._running[piece.digest] -= 1
             if not self._running[piece.digest]:
                 del self._running[piece.digest]
+            self._wake.notify()
 
     def close(self) -> None:
         """Returns when the thread has ended, after the batch it is in; what waits is dropped. Blocking."""
@@ -153,9 +177,7 @@ class Tower:
         launched: _Launched | None = None
         while True:
             if batch := self._next(block=launched is None):
-                before, launched = launched, self._launch(*batch)
-                if before is not None:
-                    self._finish(before)
+                launched = self._launch(*batch, launched)
                 if launched is not None and launched.event is None:
                     self._finish(launched)
                     launched = None
@@ -165,38 +187,60 @@ class Tower:
             elif self._closing:
                 return
 
+    def _patience_s(self) -> float:
+        """For how much longer all that is here can wait for prompts."""
+        waited_s, now = self._gate.waited_s, time.monotonic()
+        with self._wake:
+            left = (min(item.due - now, item.waited_s + LONGEST_S - waited_s) for item in self._items.values())
+            return min(left, default=0.0)
+
     def _next(self, *, block: bool) -> tuple[list[Piece], list[_Item]] | None:
         """What may begin now, or, to ``block``, as soon as there is work and slack; what is chosen is what is wanted
         most by then."""
         with self._wake:
             if block:
-                self._wake.wait_for(lambda: self._queue or self._closing)
-            elif not self._queue:
+                self._wake.wait_for(lambda: self._may_begin() or self._closing)
+            elif not self._may_begin():
                 return None
-        if not self._gate.wait(block=block):
+        if not self._gate.wait(self._patience_s, block=block):
             return None
         with self._wake:
             if self._closing:
                 return None
-            pieces = self._queue.take(time.monotonic())
+            pieces = self._queue.take(time.monotonic()) if self._may_begin() else []
             items = [self._items[piece.digest] for piece in pieces]
             for piece in pieces:
                 self._running[piece.digest] += 1
+                self._alone = piece.alone
                 if piece.last:
                     del self._items[piece.digest]
-        if not pieces:  # cancelled meanwhile
+        if not pieces:  # cancelled meanwhile, or it is to be alone now
             self._gate.gave_up()
             return None
         return pieces, items
 
-    def _launch(self, pieces: list[Piece], items: list[_Item]) -> _Launched | None:
+    def _may_begin(self) -> bool:
+        """Whether something waits, and nothing in the tower keeps it out."""
+        if not self._queue:
+            return False
+        return not self._running or not (self._alone or self._queue.alone(time.monotonic()))
+
+    def _launch(self, pieces: list[Piece], items: list[_Item], before: _Launched | None) -> _Launched | None:
+        """Launches a batch and finishes the one ``before``: a video's pieces are brought in order, also if this one
+        cannot be launched."""
         self._began(pieces)
         began = time.monotonic()
+        made: _Launched | Exception
         try:
-            return self._encode(pieces, items, began)
+            made = self._encode(pieces, items, began)
         except Exception as error:
-            self._again(pieces, items, began, error)
+            made = error
+        if before is not None:
+            self._finish(before)
+        if isinstance(made, Exception):
+            self._again(pieces, items, began, made)
             return None
+        return made
 
     def _encode(self, pieces: list[Piece], items: list[_Item], began: float) -> _Launched:
         batch = [item.patches.frame_pairs(piece.start, piece.stop) for piece, item in zip(pieces, items, strict=True)]
@@ -230,7 +274,7 @@ class Tower:
         except Exception as error:
             self._again(launched.pieces, launched.items, launched.began, error)
             return
-        self._bring(launched.pieces, rows, launched.began)
+        self._bring(launched.pieces, launched.items, rows, launched.began)
 
     def _await(self, launched: _Launched) -> list[torch.Tensor | Exception]:
         """What became of each piece. Raises what the device raises."""
@@ -246,7 +290,7 @@ class Tower:
     def _again(self, pieces: list[Piece], items: list[_Item], began: float, error: Exception) -> None:
         if len(pieces) == 1:
             self.cancel(pieces[0].digest)  # before the loop knows of it: the next batch is chosen at once
-            self._bring(pieces, [error], began)
+            self._bring(pieces, items, [error], began)
             return
         logger.warning("a batch of %d items raised %r; doing them one by one", len(pieces), error)
         for piece, item in zip(pieces, items, strict=True):
@@ -255,21 +299,37 @@ class Tower:
                 rows = self._await(self._encode([piece], [item], began))
             except Exception as alone:
                 self.cancel(piece.digest)
-                self._bring([piece], [alone], began)
+                self._bring([piece], [item], [alone], began)
             else:
-                self._bring([piece], rows, began)
+                self._bring([piece], [item], rows, began)
 
-    def _bring(self, pieces: list[Piece], rows: Sequence[torch.Tensor | Exception], began: float) -> None:
+    def _bring(
+        self, pieces: list[Piece], items: list[_Item], rows: Sequence[torch.Tensor | Exception], began: float
+    ) -> None:
         now = time.monotonic()
         seconds = now - max(began, self._idle_since)  # a batch that was launched early waited for the one before
         self._idle_since = now
         self._gate.spent(seconds)
-        for piece, found in zip(pieces, rows, strict=True):
+        for piece, item, found in zip(pieces, items, rows, strict=True):
             if not isinstance(found, Exception):
                 self._vitals.worked()
+                self._remember(item.patches.frame_pairs(piece.start, piece.stop))
             elif not isinstance(found, WrongRows | NotFinite):  # they say nothing of the device
                 self._vitals.failed(piece.digest, found, self._probe)
         self._made(Made(pieces, rows, seconds))
+
+    def _remember(self, patches: Patches) -> None:
+        if self._good is None or patches.room < self._good.room:
+            self._good = Patches(patches.pixel_values.clone(), patches.grid_thw)  # its item's are soon freed
+
+    def _probe(self) -> None:
+        """Encodes what worked before, or a picture if nothing did yet. Raises what the encoder raises, but not that the
+        picture is none for it: then nothing is known to be good."""
+        try:
+            good = self._good or self._picture()
+        except MediaError:
+            return
+        encode_one(self._encoder, good)
 
 
 def _finite(rows: Sequence[torch.Tensor]) -> torch.Tensor:

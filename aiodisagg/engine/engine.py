@@ -27,7 +27,7 @@ from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import Outbox, RequestHandle
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.engine.worker import StepThread
-from aiodisagg.errors import AiodisaggError, ConfigError, EngineError, InvalidRequest, Overloaded, PromptTooLong
+from aiodisagg.errors import AiodisaggError, ConfigError, EngineError, InvalidRequest, Overloaded
 from aiodisagg.models.base import PromptPlan
 from aiodisagg.protocol.rows import RowLayout
 
@@ -115,8 +115,8 @@ class Engine:
     async def __aenter__(self) -> Self:
         if self._steps is not None:
             raise RuntimeError("an engine is entered once")
+        await asyncio.to_thread(self._runner.warm_up)
         if self._runner.device_runner is not None:
-            await asyncio.to_thread(self._runner.warm_up)
             self._pace.reads = self._runner.device_runner.reads
         self._loop = asyncio.get_running_loop()
         self._steps = StepThread(
@@ -156,14 +156,13 @@ class Engine:
             return None
         return PageKeys(plan, self.config.page_size)
 
-    def holds(self, plan: PromptPlan, keys: PageKeys | None) -> bool:
-        """Whether all items of such a prompt lie in KV pages that it would share, so that none would be asked for. True
-        now; pages may be gone when it is admitted. May be called on any thread. ``keys``: of the plan."""
+    def held(self, plan: PromptPlan, keys: PageKeys | None) -> int:
+        """How many tokens of such a prompt, from the first, lie in KV pages that it would share. True now; pages may be
+        gone when it is admitted. May be called on any thread. ``keys``: of the plan."""
         if keys is None:
-            return not plan.items
+            return 0
         known = keys.keys[: (plan.tokens - 1) // self.config.page_size]
-        held = len(self._scheduler.pages.find(known)) * self.config.page_size
-        return all(stop <= held for item in plan.items for _, stop in item.spans)
+        return len(self._scheduler.pages.find(known)) * self.config.page_size
 
     @property
     def broken(self) -> str:
@@ -192,8 +191,7 @@ class Engine:
             raise EngineError(request_id, "the engine is not running")
         if plan.tokens < 1:
             raise InvalidRequest("messages", "the prompt has no tokens")
-        if plan.tokens + sampling.max_tokens > self._limit:
-            raise PromptTooLong(plan.tokens + sampling.max_tokens, self._limit)
+        sampling = sampling.fitted(plan.tokens, self._limit)
         if len(self._live) >= self.config.max_waiting + self.config.max_running:
             raise Overloaded(1.0, f"{len(self._live)} requests are in the engine already")
         if plan.input_ids.shape != (plan.tokens,) or plan.positions.shape != (3, plan.tokens):

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -31,7 +31,6 @@ from aiodisagg.errors import (
     InvalidRequest,
     Overloaded,
     PeerBroken,
-    PromptTooLong,
 )
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.counters import engine_metrics
@@ -39,7 +38,6 @@ from aiodisagg.language.items import Item, Items, spec_of
 from aiodisagg.language.loading import load_language_half
 from aiodisagg.language.membership import LocalEncoder, follow
 from aiodisagg.language.memory import kv_bytes
-from aiodisagg.language.planning import Planning
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
 from aiodisagg.link.address import parse
@@ -48,7 +46,8 @@ from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
-from aiodisagg.peer.turns import Closed
+from aiodisagg.peer.once import EnteredOnce
+from aiodisagg.peer.turns import Closed, Workers
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.scheduler.shares import Tenant
@@ -57,6 +56,9 @@ if TYPE_CHECKING:
     from aiodisagg.models.language import LanguageHalf
 
 logger = logging.getLogger(__name__)
+
+PLANNERS = 2
+"""Prompts that are planned at once, mostly in Python: a whole burst at once would be done at its end, none before."""
 
 
 @dataclass(slots=True)
@@ -70,7 +72,7 @@ class _Request:
     keys: list[ItemKey] = field(default_factory=list)
 
 
-class LanguageService:
+class LanguageService(EnteredOnce):
     """Answers chats whose images and videos are encoded by other peers.
 
     ::
@@ -92,12 +94,13 @@ class LanguageService:
         local: LocalEncoder | None = None,
         watcher: StepWatcher | None = None,
     ) -> None:
+        super().__init__()
         self.config, self._loaded, self.local, self._watcher = config, loaded, local, watcher
         self.name = config.name or f"language-{config.incarnation[:6]}"
-        self.model_name = config.model.resolve().name
+        self.model_names = config.model_names
+        self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.traces = Traces()
-        self._stack = AsyncExitStack()
         self._stopped, self._served = asyncio.Event(), asyncio.Event()
         self._broken = ""
         self._client: BootstrapClient | None = None
@@ -105,14 +108,7 @@ class LanguageService:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def __aenter__(self) -> LanguageService:
-        try:
-            return await self._open()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-
-    async def _open(self) -> LanguageService:
+    async def _open(self) -> None:
         config = self.config
         loaded = self._loaded
         if loaded is None:
@@ -165,13 +161,12 @@ class LanguageService:
         self._stack.push_async_callback(self.admission.aclose)
         self._tasks = Tasks(self.name)
         self._stack.push_async_callback(self._tasks.aclose)
-        self._planning = Planning(self._plan)
+        self._planning = Workers(PLANNERS, "aiodisagg-plan")
         self._stack.push_async_callback(asyncio.to_thread, self._planning.close)
         if self.local is not None:
             self.add_tower(self.local.record.addresses[0], self.local.record.incarnation)
         if config.bootstrap:
             await self._join(model)
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -265,16 +260,16 @@ class LanguageService:
         request = _Request(priority if tenant.name == DEFAULT_TENANT.name else 0)
         try:
             try:
-                plan, page_keys = await self._planning.plan(messages, tenant.name)
+                plan, page_keys = await self._planning.run(tenant.name, lambda: self._plan(messages))
             except Closed:
                 raise EngineError(request_id, "the service is closed") from None
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
-                raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
-            if not (self.peers.linked or self._needs_no_peer(plan, page_keys)):
+            sampling.fitted(plan.tokens, self.engine.limit)  # who does not fit is not worth a place in the line
+            work = work_of(plan, self.engine.held(plan, page_keys), self.rows.sharing.has)
+            if work.patches and not self.peers.linked:
                 await self.peers.wait_any(self.config.peer_wait_s)
             spent_s = trace.since()
-            await self.admission.take(Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=spent_s))
+            await self.admission.take(Turn(request_id, work, tenant, priority, timeout_s, spent_s=spent_s))
             name, waited_s = self.engine.name_for(request_id), trace.since() - spent_s
             handle = request.handle = self.engine.submit(
                 EngineRequest(name, plan, sampling, request.priority, waited_s, page_keys)
@@ -311,9 +306,6 @@ class LanguageService:
     def _plan(self, messages: Sequence[ChatMessage]) -> tuple[PromptPlan, PageKeys | None]:
         plan = self._planner.plan(messages, limit=self.engine.limit)
         return plan, self.engine.keys(plan)
-
-    def _needs_no_peer(self, plan: PromptPlan, page_keys: PageKeys | None) -> bool:
-        return all(self.rows.sharing.has(item.digest) for item in plan.items) or self.engine.holds(plan, page_keys)
 
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None
@@ -372,12 +364,17 @@ class LanguageService:
         self._broken = why
         self._served.set()
 
+    @property
+    def broken(self) -> str:
+        """Why no request will be served any more, or empty."""
+        return f"the engine is broken: {self.engine.broken}" if self.engine.broken else ""
+
     def ready(self) -> tuple[bool, str]:
         """Can all requests be served now, and if not, why."""
         if self._draining:
             return False, "draining"
-        if self.engine.broken:
-            return False, f"the engine is broken: {self.engine.broken}"
+        if self.broken:
+            return False, self.broken
         return (True, "ok") if self._text_only or self.peers.linked else (False, "no encode peer is linked")
 
     def metrics(self) -> str:

@@ -14,14 +14,20 @@ import torch
 
 from aiodisagg.device.vitals import LIMIT, Vitals
 from aiodisagg.encode import tower as tower_module
-from aiodisagg.encode.gate import OpenGate
+from aiodisagg.encode.gate import OpenGate, endless
+from aiodisagg.encode.queue import Piece
 from aiodisagg.encode.tower import Made, NotFinite, Tower
+from aiodisagg.errors import MediaError
 from aiodisagg.models.base import Patches
 from aiodisagg.protocol.rows import RowLayout
 from aiodisagg.scheduler.order import Claim
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 PATIENCE_S = 60.0
+
+
+def nothing() -> Patches:
+    raise MediaError("image", "not one of mine")
 
 
 class Zeros:
@@ -37,13 +43,14 @@ class Script:
     """A gate: lets as many begin as it has permits. ``second``: called before the second answer."""
 
     open = True  # what it said a moment ago
+    waited_s = 0.0
 
     def __init__(self, permits: int, second: Callable[[], object] = lambda: None) -> None:
         self.permits = threading.Semaphore(permits)
         self._before = iter((lambda: None, second))
         self.gave_ups = 0
 
-    def wait(self, *, block: bool = True) -> bool:
+    def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
         next(self._before, lambda: None)()
         return self.permits.acquire(blocking=block)
 
@@ -57,7 +64,9 @@ class Script:
 
 
 @contextmanager
-def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tower, queue.Queue[str]]]:
+def running(
+    gate: Script, monkeypatch: pytest.MonkeyPatch, began: Callable[[list[Piece]], None] = lambda pieces: None
+) -> Iterator[tuple[Tower, queue.Queue[str]]]:
     """A tower whose batches are one item each and can be launched ahead, and the items that were brought, or why there
     will be no more."""
 
@@ -73,8 +82,8 @@ def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tow
     monkeypatch.setattr(tower_module, "_event_behind", lambda rows: Event())
     encoder: Any = Zeros()
     tower = Tower(
-        encoder, batch_patches=4, began=lambda pieces: None, made=made, gate=gate, to_host=False, device="cpu",
-        vitals=Vitals(brought.put), probe=lambda: None,
+        encoder, batch_patches=4, began=began, made=made, gate=gate, to_host=False, device="cpu",
+        vitals=Vitals(brought.put), picture=nothing,
     )  # fmt: skip
     for n, digest in enumerate(("first", "second")):
         tower.add(digest, Claim(n), Patches(torch.zeros(4, 8), (1, 2, 2)), 4)
@@ -100,6 +109,17 @@ def test_a_launched_batch_is_brought_when_the_next_one_is_cancelled(monkeypatch:
         tower.start()
         assert brought.get(timeout=PATIENCE_S) == "first"
     assert gate.gave_ups == 1 and brought.empty()
+
+
+def test_what_is_to_be_alone_is_not_launched_before_the_rest_was_dealt_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Piece] = []
+    with running(Script(permits=3), monkeypatch, launched.extend) as (tower, brought):
+        tower.change("second", Claim(1), alone=True)
+        tower.start()
+        assert brought.get(timeout=PATIENCE_S) == "first"
+        (first,) = launched
+        tower.brought(first)
+        assert brought.get(timeout=PATIENCE_S) == "second"
 
 
 def test_a_thread_that_ends_by_a_bug_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +161,7 @@ def test_rows_that_are_not_finite_fail_their_item_and_not_the_batch(
     tower = Tower(
         encoder, batch_patches=64, began=lambda pieces: None, gate=OpenGate(), to_host=False, device="cpu",
         made=take,
-        vitals=Vitals(lambda why: None), probe=lambda: None,
+        vitals=Vitals(lambda why: None), picture=nothing,
     )  # fmt: skip
     for n, value in enumerate((1.0, 7.0, 2.0)):
         tower.add(f"{n}", Claim(n), Patches(torch.full((4, 8), value), (1, 2, 2)), 4)

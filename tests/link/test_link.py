@@ -401,7 +401,8 @@ async def test_a_peer_that_lives_and_does_not_read_is_not_lost(address: str, mon
     async with linked(address, busy) as (near, far):
         task, _ = await stuck(near)
         monkeypatch.setattr(Pulse, "tick", tick)
-        await enough.wait()
+        waiting = asyncio.create_task(enough.wait())
+        await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
         assert not task.done() and not near.closed and not far.closed
         assert await far.recv() == large(64 << 10)
         task.cancel()
