@@ -13,7 +13,7 @@ import pytest
 from aiodisagg.bench.synthetic import SyntheticEncoder, item_of, synthetic_model
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.errors import LinkClosed, NoEncodePeer
-from aiodisagg.language.peers import EncodePeers, LinkEvent
+from aiodisagg.language.peers import EncodePeer, EncodePeers, LinkEvent
 from aiodisagg.link import Hello, Link, LinkServer, PeerRole
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.peer.config import EncodeConfig
@@ -214,3 +214,28 @@ async def test_nobody_waits_for_a_peer_when_the_links_are_closed() -> None:
         for wait in (waiting, peers.wait_any(1e6)):
             with pytest.raises(NoEncodePeer, match="closed"):
                 await wait
+
+
+async def test_peers_that_dial_the_same_address_in_vain_do_not_come_back_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When an encode peer starts anew all dial it, and those that it sent away did so again at the same moment."""
+    pauses: dict[str, list[float]] = {"unix:@no-one": [], "unix:@nobody": []}
+    enough = asyncio.Event()
+
+    async def pause(self: EncodePeers, peer: EncodePeer, seconds: float) -> bool:
+        pauses[peer.address].append(seconds)
+        if all(len(each) >= 8 for each in pauses.values()):
+            enough.set()
+            await peer.moved.wait()
+        await asyncio.sleep(0)
+        return True
+
+    monkeypatch.setattr(EncodePeers, "_pause", pause)
+    async with dialling() as (peers, _):
+        for address in pauses:
+            peers.add(address)
+        await enough.wait()
+    one, other = (each[:8] for each in pauses.values())
+    assert not set(one) & set(other)
+    assert all(nominal / 2 <= each <= nominal for each, nominal in zip(one, (0.05, 0.1, 0.2, 0.4, 0.8), strict=False))
