@@ -189,6 +189,8 @@ async def test_silent_strangers_make_room_for_each_other_and_for_writers(
         assert receiver.holds(b"fine", 0)
         for _, stream in silent:
             stream.close()
+            with contextlib.suppress(ConnectionError):
+                await stream.wait_closed()
 
 
 async def test_closing_does_not_freeze_the_loop(no_leaks: None) -> None:

@@ -278,3 +278,5 @@ async def test_who_says_nothing_is_sent_away_in_time(no_leaks: None) -> None:
                     while await reader.read(1024):
                         pass
                 writer.close()
+                with contextlib.suppress(ConnectionError):
+                    await writer.wait_closed()
