@@ -332,7 +332,7 @@ async def test_a_draining_peer_gets_nothing_new_until_it_is_ready_again(
 
         async def tell(state: PeerState) -> None:
             server.registry.heartbeat(drains.config.incarnation, Load(), state, asyncio.get_running_loop().time())
-            await server._publish()
+            server._publish()
             standing = {PeerState.DRAINING: 2, PeerState.READY: 0}[state]
             standings, who = language.rows.placing.standings, drains.config.incarnation
             await eventually(lambda: standings.of(who, 0.0) == standing)
