@@ -50,6 +50,10 @@ class Source:
     def file_bytes(self) -> int:
         return _size_of(self.job.media)
 
+    @property
+    def patches(self) -> int:
+        return prod(self.job.grid_thw)
+
 
 def _size_of(files: tuple[bytes, ...]) -> int:
     return sum(map(len, files))
@@ -66,6 +70,7 @@ class SourceTable:
         self.file_bytes = 0
         self.hits = 0
         self.started = 0
+        self._waiting_patches = 0
         self._sources: OrderedDict[str, Source] = OrderedDict()
         self._queue: deque[str] = deque()
         self._aside: OrderedDict[str, int] = OrderedDict()
@@ -82,7 +87,7 @@ class SourceTable:
     @property
     def waiting_patches(self) -> int:
         """Patches of the items whose rows do not all exist yet."""
-        return sum(prod(source.job.grid_thw) for source in self._sources.values() if not source.complete)
+        return self._waiting_patches
 
     def newest(self) -> Iterator[str]:
         """Digests whose rows exist or are in the making, the last used first."""
@@ -96,6 +101,7 @@ class SourceTable:
                 return None
             job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency)
             source = self._sources[want.digest] = Source(job, want.rows * self._row_bytes)
+            self._waiting_patches += source.patches
             self._aside[want.digest] = _size_of(want.media)
         elif user not in source.users:
             self.hits += 1
@@ -157,6 +163,7 @@ class SourceTable:
         """The rows up to ``stop`` exist. When all do, the job is never started again, and its files go."""
         source.ready, source.cancelled = stop, False
         if source.complete:
+            self._waiting_patches -= source.patches
             self._drop_files(source)
 
     def release(self, digest: str, user: User) -> list[SenderAction]:
@@ -175,8 +182,7 @@ class SourceTable:
             return [CancelEncode(digest)]
         if self._aside.pop(digest, None) is None:
             self._queue.remove(digest)
-        self._drop_files(source)
-        del self._sources[digest]
+        self._remove(source)
         return []
 
     def linked(self, user: User, up: bool) -> None:
@@ -253,6 +259,11 @@ class SourceTable:
             source.ready, source.started, source.cancelled = 0, False, False
             self._queue.append(digest)
             return set(), [DropSource(digest)]
-        self._drop_files(source)
-        del self._sources[digest]
+        self._remove(source)
         return source.users, [DropSource(digest)]
+
+    def _remove(self, source: Source) -> None:
+        """One that never was complete."""
+        self._drop_files(source)
+        self._waiting_patches -= source.patches
+        del self._sources[source.job.digest]
