@@ -44,11 +44,11 @@ bench-overlap: $(STAMP)
 	$(BIN)/aiodisagg bench overlap --json docs/overlap.json
 	$(BIN)/aiodisagg bench overlap --itl-budget-ms 0 --json docs/overlap-no-budget.json
 
-# Shapes of the same two cores under the same load, and what the simulator says of them: an hour of a quiet machine.
+# Shapes of the same two cores under the same load, and what the simulator says of them: half an hour of a quiet machine.
 bench-system: $(STAMP)
 	$(BIN)/aiodisagg bench times --json docs/times.json
-	$(BIN)/aiodisagg bench system --shapes dp2-inline,dp2,1+1-waits,1+1,2both --mixes images-1-8,servegen --seeds 0,1,2 \
-		--requests 24 --json docs/system.json --plot docs/system.png
+	$(BIN)/aiodisagg bench system --shapes dp2-inline,1+1-waits,1+1,2both --mixes images-1-8,servegen --seeds 0 \
+		--requests 32 --json docs/system.json --plot docs/system.png
 	$(BIN)/aiodisagg simulate --compare docs/system.json --small --times docs/times.json --json docs/system-simulated.json
 
 # Pictures that come again, with caches and without; two cores, a quarter of an hour.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from aiodisagg import (
 from aiodisagg.models.base import ImagePart, TextPart
 
 MiB = 1 << 20
+THREADS = min(8, os.cpu_count() or 1)
+"""That prepare pictures, in every shape."""
 
 
 def picture(seed: int, height: int, width: int) -> bytes:
@@ -50,12 +54,12 @@ def picture(seed: int, height: int, width: int) -> bytes:
     return out.getvalue()
 
 
-def encode_config(model: Random, encoder: Any, device: str, *, prepare_threads: int = 8) -> EncodeConfig:
+def encode_config(model: Random, encoder: Any, device: str) -> EncodeConfig:
     return EncodeConfig(
         model=model.folder,
         device=device,
         row_dtype=encoder.layout.dtype,
-        prepare_threads=prepare_threads,
+        prepare_threads=THREADS,
         source_bytes=2048 * MiB if device != "cpu" else 64 * MiB,
     )
 
@@ -77,13 +81,13 @@ def encode_peer(folder: Path, device: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Of one request, in seconds from its start."""
+    """Of one request, in seconds from when it was due."""
 
     first_s: float
     end_s: float
     tokens: int
     gaps_s: Sequence[float] = ()
-    """Between its tokens."""
+    """Between pieces of its answer, as ``aiodisagg bench serve`` counts them; a piece may hold several tokens."""
 
 
 def text_of(service_planner: Any, tokens: int) -> str:
@@ -98,19 +102,18 @@ def text_of(service_planner: Any, tokens: int) -> str:
             return text
 
 
-async def ask(service: LanguageService, text: str, images: Sequence[bytes], tokens: int) -> Answered:
-    began, first, count, gaps, last = time.perf_counter(), 0.0, 0, list[float](), 0.0
+async def ask(
+    service: LanguageService, text: str, images: Sequence[bytes], tokens: int, due_s: float | None = None
+) -> Answered:
+    """``due_s``: by ``time.perf_counter``; now unless given."""
+    due_s, count, pieces = time.perf_counter() if due_s is None else due_s, 0, list[float]()
     message = ChatMessage("user", (*(ImagePart(data) for data in images), TextPart(text)))
     async with aclosing(service.generate([message], SamplingParams(max_tokens=tokens, ignore_eos=True))) as deltas:
         async for delta in deltas:
             if delta.token_ids:
-                now = time.perf_counter() - began
-                if count:
-                    gaps += [now - last, *[0.0] * (len(delta.token_ids) - 1)]
-                else:
-                    first = now
-                last, count = now, count + len(delta.token_ids)
-    return Answered(first, time.perf_counter() - began, count, gaps)
+                pieces.append(time.perf_counter() - due_s)
+                count += len(delta.token_ids)
+    return Answered(pieces[0], time.perf_counter() - due_s, count, [b - a for a, b in pairwise(pieces)])
 
 
 def serve(bench: Any, found: dict[str, Any]) -> None:
@@ -173,8 +176,7 @@ async def start(bench: Any, stack: AsyncExitStack, shape: str, planner: Any) -> 
     loaded = planner, bench.half, model.fingerprint
     if shape in ("both", "inside"):
         encoder = await asyncio.to_thread(model.encoder, there)
-        threads = 8 if shape == "both" or bench.options.closed or bench.options.open else 1
-        settings = encode_config(model, encoder, there, prepare_threads=threads)
+        settings = encode_config(model, encoder, there)
         peer = BothService(config, settings, inline=shape == "inside", encoder=encoder, loaded=loaded)
         service = (await stack.enter_async_context(peer)).language
         address = peer.address if shape == "both" else ""

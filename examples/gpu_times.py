@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import torch
 import uvloop
-from gpu_serve import ask, free_runner, picture, start, text_of
+from gpu_serve import THREADS, ask, free_runner, picture, start, text_of
 
 from aiodisagg.bench.times import fit, overheads, value_of
 from aiodisagg.bench.workload import ImageSpec, WorkloadRequest
@@ -37,7 +37,6 @@ BESIDE, PROMPT = (1, 4, 16, 32), 512
 ALONE = ((0, 0, 0), (1, 720, 1280), (2, 720, 1280), (4, 720, 1280), (8, 720, 1280), (1, 360, 640), (1, 1080, 1920))
 """Requests sent one at a time: pictures, their height and width."""
 TEXT = 64
-THREADS = 8
 Points = tuple[tuple[float, float], ...]
 
 

@@ -96,8 +96,8 @@ class Compared(msgspec.Struct, frozen=True):
     throughput_ratios: list[float]
     passes: list[Pass]
 
-    def mean(self, mode: str, what: str) -> float:
-        return statistics.fmean(getattr(one, what) for one in self.passes if one.mode == mode)
+    def median(self, mode: str, what: str) -> float:
+        return float(statistics.median(getattr(one, what) for one in self.passes if one.mode == mode))
 
 
 class OverlapReport(msgspec.Struct, frozen=True):
@@ -237,12 +237,12 @@ async def _compare(
 
 
 def table(report: OverlapReport) -> str:
-    """Means over rounds as text; the ratios are medians over rounds."""
+    """Medians over rounds as text; the ratios are of each round's two."""
     lines = [f"{'clients':>8}{'':>9}{'TTFT s':>8}{'last row s':>12}{'after s':>9}{'e2e s':>8}{'req/s':>8}{'tok/s':>8}"]
     for one in report.compared:
         for mode in MODES:
             columns = ("ttft_s", "last_row_s", "after_last_row_s", "e2e_s", "requests_per_s", "tokens_per_s")
-            ttft, row, after, e2e, requests, tokens = (one.mean(mode, what) for what in columns)
+            ttft, row, after, e2e, requests, tokens = (one.median(mode, what) for what in columns)
             lines.append(
                 f"{one.concurrency:8}{mode:>9}{ttft:8.3f}{row:12.3f}{after:9.3f}{e2e:8.2f}{requests:8.3f}{tokens:8.1f}"
             )

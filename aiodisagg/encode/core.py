@@ -5,6 +5,8 @@ is shared out by its operating system in slices of milliseconds, better than any
 
 * **Prefill goes before the tower.** Two kinds of work that share a core both end late; one after the other, the first
   ends twice as early and the second no later. A prompt that can be computed is nearest to its first token.
+* **No item gives way for ever.** A stream of prompts without images must not stop all images: the tower goes on when
+  an item's patience is at its end, which is one for all its batches and those before it.
 * **While the tower has work, prompts are computed in one piece.** A chunk takes the core from the tower that the rest
   of the prompt may be waiting for, and pays once more for reading the weights. Rows from elsewhere for a peer whose
   tower is idle are computed as they come.
@@ -21,26 +23,24 @@ import threading
 import time
 from collections.abc import Callable
 
+from aiodisagg.encode.gate import endless
 from aiodisagg.engine.steps import StepWatcher
 
 NICE = 4
 """Of the engine's thread: seven tenths of a core for the tower while both work."""
-LONGEST_S = 1.0
-"""A batch does not wait longer for prefills: a stream of prompts without images must not stop all images."""
 
 
 class CoreGate(StepWatcher):
     """Between an engine's step thread and a tower's thread of one process, on a CPU."""
 
-    def __init__(self, *, longest_s: float = LONGEST_S) -> None:
-        self._longest_s = longest_s
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         self._prefills = self._wants = self._closed = self._stepped_back = False
         self._batches = 0
         self._free: Callable[[], None] = lambda: None
         self.waits = 0
         """How often a batch had to wait for a prefill."""
-        self.waited_s = 0.0
+        self._waited_s = self._began = 0.0
 
     # -- the engine's thread -------------------------------------------------------------------------------------
 
@@ -52,8 +52,7 @@ class CoreGate(StepWatcher):
     def prefill_waits(self, waits: bool) -> None:
         with self._changed:
             self._prefills = waits
-            if not waits:
-                self._changed.notify_all()
+            self._changed.notify_all()  # also if they do: meanwhile somebody may have come who is due
 
     def whole_prompts(self) -> bool:
         with self._changed:
@@ -68,16 +67,21 @@ class CoreGate(StepWatcher):
     def open(self) -> bool:
         return self._closed or not self._prefills
 
-    def wait(self, *, block: bool = True) -> bool:
+    @property
+    def waited_s(self) -> float:
+        with self._changed:
+            return self._waited_s + (time.monotonic() - self._began if self._wants else 0.0)
+
+    def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
         with self._changed:
             if not (block or self.open):
                 return False
-            self._wants = True
-            if not self.open:
-                began = time.monotonic()
-                self.waits += 1
-                self._changed.wait_for(lambda: self.open, self._longest_s)
-                self.waited_s += time.monotonic() - began
+            self._wants, self._began, waited = True, time.monotonic(), False
+            while not self.open and (left_s := patience_s()) > 0:
+                waited = True
+                self._changed.wait(left_s)
+            self.waits += waited
+            self._waited_s = self.waited_s
             self._wants = False
             self._batches += not self._closed
             return not self._closed

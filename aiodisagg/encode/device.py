@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from aiodisagg.encode.gate import SlackGate
+from aiodisagg.encode.gate import SlackGate, endless
 from aiodisagg.scheduler.slack import Slack
 
 LONGEST_S = 0.5
@@ -76,9 +76,9 @@ class DeviceGate(SlackGate):
 
     # -- the tower's thread --------------------------------------------------------------------------------------
 
-    def wait(self, *, block: bool = True) -> bool:
+    def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
         with self._changed:
-            may = super().wait(block=block)
+            may = super().wait(patience_s, block=block)
             self._mark(working=self._working - may)
             return may
 

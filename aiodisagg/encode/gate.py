@@ -11,6 +11,10 @@ from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.scheduler.slack import Slack
 
 
+def endless() -> float:
+    return threading.TIMEOUT_MAX
+
+
 class Gate(Protocol):
     """Asked by the tower's thread before each sub-batch, told after it."""
 
@@ -18,8 +22,15 @@ class Gate(Protocol):
     def open(self) -> bool:
         """Whether ``wait`` would return at once."""
 
-    def wait(self, *, block: bool = True) -> bool:
-        """Blocks until a sub-batch may begin. False: the gate was closed, or, without ``block``, none may begin now."""
+    @property
+    def waited_s(self) -> float:
+        """How long sub-batches have waited, in all and up to now."""
+
+    def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
+        """Blocks until a sub-batch may begin. False: the gate was closed, or, without ``block``, none may begin now.
+
+        ``patience_s``: how much longer it can be kept waiting for prompts; asked again at each step, with a lock held.
+        """
 
     def spent(self, tower_s: float) -> None:
         """A sub-batch kept the tower busy for so long."""
@@ -35,8 +46,9 @@ class OpenGate:
     """A tower that shares nothing with anybody."""
 
     open = True
+    waited_s = 0.0
 
-    def wait(self, *, block: bool = True) -> bool:
+    def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
         return True
 
     def spent(self, tower_s: float) -> None: ...
@@ -88,7 +100,7 @@ class SlackGate(StepWatcher):
         slack = self._slack
         return self._closed or not slack.decodes or slack.earned_s > self._working * self._batch_s
 
-    def wait(self, *, block: bool = True) -> bool:
+    def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
         with self._changed:
             if not self.open:
                 if not block:
@@ -159,7 +171,7 @@ class InlineGate(StepWatcher):
     def open(self) -> bool:
         return self._closed or not (self._stepping or self._batches or self._step_next)
 
-    def wait(self, *, block: bool = True) -> bool:
+    def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
         with self._changed:
             if not (block or self.open):
                 return False

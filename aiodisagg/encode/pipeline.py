@@ -24,7 +24,7 @@ from aiodisagg.device.vitals import Vitals
 from aiodisagg.encode.gate import Gate, OpenGate
 from aiodisagg.encode.prepare import Preparer
 from aiodisagg.encode.queue import Piece
-from aiodisagg.encode.selftest import encode_one
+from aiodisagg.encode.selftest import small_picture
 from aiodisagg.encode.tower import Made, Tower, WrongRows
 from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import ItemKind, Patches, VisionEncoder
@@ -110,7 +110,7 @@ class EncodePipeline:
             to_host=not keep_on_device,
             device=device,
             vitals=self._vitals,
-            probe=lambda: encode_one(encoder),
+            picture=lambda: small_picture(encoder),
         )
 
     async def __aenter__(self) -> EncodePipeline:
@@ -182,7 +182,7 @@ class EncodePipeline:
         entry = self._jobs[job.digest]
         entry.prepare_s, entry.prepared_at = seconds, time.monotonic()
         if isinstance(outcome, Patches):
-            entry.prepared = outcome.count
+            entry.prepared = outcome.room
             if entry.end is None:  # cancelled in this very moment, it is taken out again
                 self._tower.add(job.digest, entry.claim, outcome, job.rows)
             self._on_loop(self._prepared, entry)
@@ -242,7 +242,7 @@ class EncodePipeline:
         for piece, rows in zip(made.pieces, made.rows, strict=True):
             entry = self._jobs[piece.digest]
             self._tower.brought(piece)
-            self._make_room(entry, piece.patches)
+            self._make_room(entry, entry.prepared if piece.last else piece.patches)
             if isinstance(rows, Exception):
                 self._failed(entry, rows)
             elif entry.end is None or (piece.last and entry.end.code == "cancelled"):

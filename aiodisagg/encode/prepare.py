@@ -25,7 +25,7 @@ class Preparer:
         prepare: called on the threads; what it raises goes to ``done``.
         began: called on a thread before ``prepare``.
         done: called on the same thread with the patches or the error, and the seconds it took.
-        room_patches: nothing is begun while as many are prepared.
+        room_patches: nothing is begun while as many are prepared, by the memory that they take.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Preparer:
                 outcome = error
             else:
                 with self._wake:
-                    self._prepared_patches += outcome.count
+                    self._prepared_patches += outcome.room
             self._done(job, outcome, time.monotonic() - began)
 
     def _next(self) -> StartEncode | None:

@@ -44,7 +44,7 @@ def self_test(
                 began = clock()
                 patches = encoder.prepare(ItemKind.IMAGE, (media,), grid, 0.0)
                 prepared = clock()
-                _encode(encoder, patches)
+                encode_one(encoder, patches)
                 ended = clock()
         except Exception as error:  # whatever it is, a request will say it better
             logger.warning("no self-test with a grid of %s: %r", grid, error)
@@ -54,9 +54,9 @@ def self_test(
     return ServiceTimes(tuple(prepare), tuple(tower), prepare_threads)
 
 
-def encode_one(encoder: VisionEncoder) -> None:
-    """A small image from a file to rows. Raises what the encoder raises."""
-    _encode(encoder, encoder.prepare(ItemKind.IMAGE, (_picture(GRIDS[0]),), GRIDS[0], 0.0))
+def small_picture(encoder: VisionEncoder) -> Patches:
+    """The first picture of the self-test, prepared. Raises what the encoder raises."""
+    return encoder.prepare(ItemKind.IMAGE, (_picture(GRIDS[0]),), GRIDS[0], 0.0)
 
 
 def _picture(grid_thw: tuple[int, int, int]) -> bytes:
@@ -69,7 +69,7 @@ def _picture(grid_thw: tuple[int, int, int]) -> bytes:
     return file.getvalue()
 
 
-def _encode(encoder: VisionEncoder, patches: Patches) -> None:
+def encode_one(encoder: VisionEncoder, patches: Patches) -> None:
     """Returns when the rows exist."""
     import torch
 

@@ -22,7 +22,8 @@ from aiodisagg.device.streams import Priority, own_stream
 from aiodisagg.device.vitals import Vitals
 from aiodisagg.encode.gate import Gate
 from aiodisagg.encode.queue import Piece, TowerQueue
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.encode.selftest import encode_one
+from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import Patches, VisionEncoder
 from aiodisagg.scheduler.order import Claim
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+LONGEST_S = 1.0
+"""An item waits for prompts no longer in all, while it is next or behind others, and not at all once it is due."""
 
 
 class WrongRows(AiodisaggError):
@@ -42,11 +46,14 @@ class NotFinite(AiodisaggError):
 
 @dataclass(slots=True)
 class _Item:
-    """An item in the tower's hands. ``whole``: room for all its rows, filled as its pieces are computed."""
+    """An item in the tower's hands. ``waited_s``: by the gate, when it came; it waits for prompts no more once ``due``.
+    ``whole``: room for all its rows, filled as its pieces are computed."""
 
     patches: Patches
     frames: int
     rows: int
+    due: float
+    waited_s: float
     whole: torch.Tensor | None = None
 
 
@@ -84,20 +91,22 @@ class Tower:
         gate: asked before each batch.
         to_host: bring the rows to the host at once; else they stay where the tower made them.
         device: as torch names it; on an accelerator the thread has a stream of its own.
-        vitals: are told of items that were computed, and of those that failed by themselves. probe: encodes an item
-        that nothing is wrong with, on the tower's thread, and raises what the encoder raises.
+        vitals: are told of items that were computed, and of those that failed by themselves; what worked before is
+        tried then. picture: makes something to try while nothing has worked yet; called on the tower's thread.
     """
 
     def __init__(
         self, encoder: VisionEncoder, *, batch_patches: int, began: Callable[[list[Piece]], None],
         made: Callable[[Made], None], gate: Gate, to_host: bool, device: str, vitals: Vitals,
-        probe: Callable[[], object],
+        picture: Callable[[], Patches],
     ) -> None:  # fmt: skip
         self._encoder, self._began, self._made, self._gate, self._vitals = encoder, began, made, gate, vitals
-        self._to_host, self._device, self._probe = to_host, device, probe
+        self._to_host, self._device, self._picture = to_host, device, picture
         self._queue = TowerQueue(batch_patches)
         self._items: dict[str, _Item] = {}
         self._running: Counter[str] = Counter()
+        self._good: Patches | None = None
+        """The smallest that was computed so far."""
         self._wake = threading.Condition()
         self._closing = False
         self._idle_since = 0.0
@@ -111,8 +120,9 @@ class Tower:
         ``time.monotonic``."""
         t = patches.grid_thw[0]
         frames = t if rows % t == 0 else 1
+        item = _Item(patches, frames, rows, claim.due, self._gate.waited_s)
         with self._wake:
-            self._items[digest] = _Item(patches, frames, rows)
+            self._items[digest] = item
             self._queue.add(digest, claim, frames, patches.count // frames)
             self._wake.notify()
 
@@ -153,9 +163,7 @@ class Tower:
         launched: _Launched | None = None
         while True:
             if batch := self._next(block=launched is None):
-                before, launched = launched, self._launch(*batch)
-                if before is not None:
-                    self._finish(before)
+                launched = self._launch(*batch, launched)
                 if launched is not None and launched.event is None:
                     self._finish(launched)
                     launched = None
@@ -165,6 +173,13 @@ class Tower:
             elif self._closing:
                 return
 
+    def _patience_s(self) -> float:
+        """For how much longer all that is here can wait for prompts."""
+        waited_s, now = self._gate.waited_s, time.monotonic()
+        with self._wake:
+            left = (min(item.due - now, item.waited_s + LONGEST_S - waited_s) for item in self._items.values())
+            return min(left, default=0.0)
+
     def _next(self, *, block: bool) -> tuple[list[Piece], list[_Item]] | None:
         """What may begin now, or, to ``block``, as soon as there is work and slack; what is chosen is what is wanted
         most by then."""
@@ -173,7 +188,7 @@ class Tower:
                 self._wake.wait_for(lambda: self._queue or self._closing)
             elif not self._queue:
                 return None
-        if not self._gate.wait(block=block):
+        if not self._gate.wait(self._patience_s, block=block):
             return None
         with self._wake:
             if self._closing:
@@ -189,14 +204,22 @@ class Tower:
             return None
         return pieces, items
 
-    def _launch(self, pieces: list[Piece], items: list[_Item]) -> _Launched | None:
+    def _launch(self, pieces: list[Piece], items: list[_Item], before: _Launched | None) -> _Launched | None:
+        """Launches a batch and finishes the one ``before``: a video's pieces are brought in order, also if this one
+        cannot be launched."""
         self._began(pieces)
         began = time.monotonic()
+        made: _Launched | Exception
         try:
-            return self._encode(pieces, items, began)
+            made = self._encode(pieces, items, began)
         except Exception as error:
-            self._again(pieces, items, began, error)
+            made = error
+        if before is not None:
+            self._finish(before)
+        if isinstance(made, Exception):
+            self._again(pieces, items, began, made)
             return None
+        return made
 
     def _encode(self, pieces: list[Piece], items: list[_Item], began: float) -> _Launched:
         batch = [item.patches.frame_pairs(piece.start, piece.stop) for piece, item in zip(pieces, items, strict=True)]
@@ -230,7 +253,7 @@ class Tower:
         except Exception as error:
             self._again(launched.pieces, launched.items, launched.began, error)
             return
-        self._bring(launched.pieces, rows, launched.began)
+        self._bring(launched.pieces, launched.items, rows, launched.began)
 
     def _await(self, launched: _Launched) -> list[torch.Tensor | Exception]:
         """What became of each piece. Raises what the device raises."""
@@ -246,7 +269,7 @@ class Tower:
     def _again(self, pieces: list[Piece], items: list[_Item], began: float, error: Exception) -> None:
         if len(pieces) == 1:
             self.cancel(pieces[0].digest)  # before the loop knows of it: the next batch is chosen at once
-            self._bring(pieces, [error], began)
+            self._bring(pieces, items, [error], began)
             return
         logger.warning("a batch of %d items raised %r; doing them one by one", len(pieces), error)
         for piece, item in zip(pieces, items, strict=True):
@@ -255,21 +278,37 @@ class Tower:
                 rows = self._await(self._encode([piece], [item], began))
             except Exception as alone:
                 self.cancel(piece.digest)
-                self._bring([piece], [alone], began)
+                self._bring([piece], [item], [alone], began)
             else:
-                self._bring([piece], rows, began)
+                self._bring([piece], [item], rows, began)
 
-    def _bring(self, pieces: list[Piece], rows: Sequence[torch.Tensor | Exception], began: float) -> None:
+    def _bring(
+        self, pieces: list[Piece], items: list[_Item], rows: Sequence[torch.Tensor | Exception], began: float
+    ) -> None:
         now = time.monotonic()
         seconds = now - max(began, self._idle_since)  # a batch that was launched early waited for the one before
         self._idle_since = now
         self._gate.spent(seconds)
-        for piece, found in zip(pieces, rows, strict=True):
+        for piece, item, found in zip(pieces, items, rows, strict=True):
             if not isinstance(found, Exception):
                 self._vitals.worked()
+                self._remember(item.patches.frame_pairs(piece.start, piece.stop))
             elif not isinstance(found, WrongRows | NotFinite):  # they say nothing of the device
                 self._vitals.failed(piece.digest, found, self._probe)
         self._made(Made(pieces, rows, seconds))
+
+    def _remember(self, patches: Patches) -> None:
+        if self._good is None or patches.room < self._good.room:
+            self._good = Patches(patches.pixel_values.clone(), patches.grid_thw)  # its item's are soon freed
+
+    def _probe(self) -> None:
+        """Encodes what worked before, or a picture if nothing did yet. Raises what the encoder raises, but not that the
+        picture is none for it: then nothing is known to be good."""
+        try:
+            good = self._good or self._picture()
+        except MediaError:
+            return
+        encode_one(self._encoder, good)
 
 
 def _finite(rows: Sequence[torch.Tensor]) -> torch.Tensor:

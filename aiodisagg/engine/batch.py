@@ -153,22 +153,9 @@ class Runner:
             device=self.device,
         )
         self._attention_before = use_paged_attention(model)
+        self._config, self._row_width = config, row_width
         self.device_runner: DeviceRunner | None = None
-        if self.device.type == "cuda":
-            self.device_runner = self._on_device(config, row_width)
-
-    def _on_device(self, config: EngineConfig, row_width: int | None) -> DeviceRunner | None:
-        """The same model in few launches. Imported here: Triton is only there, and needed, with a GPU."""
-        from aiodisagg.engine.device_runner import DeviceRunner
-
-        return DeviceRunner.of(
-            self._model,
-            self.pool,
-            token_budget=most_tokens(config.token_budget),
-            max_running=min(config.max_running, config.token_budget),
-            max_context=self.max_context,
-            row_width=row_width,
-        )
+        """The same model in few launches, on a GPU after ``warm_up``."""
 
     def probe(self, pages: Sequence[int]) -> None:
         """Computes a prompt over a page that nobody uses, the way of prompts. Raises what the model or the device
@@ -183,10 +170,23 @@ class Runner:
         logits.sum().item()  # a device says only now what it thinks of it
 
     def warm_up(self) -> None:
-        """Compiles kernels and captures graphs, on a GPU; takes seconds to a minute there, and no time elsewhere.
+        """Chooses and compiles kernels and captures graphs, on a GPU; takes seconds to a minute there, and no time
+        elsewhere.
 
         Call it before the first step, on any thread; the pool's contents stay as they are.
         """
+        if self.device.type == "cuda":
+            from aiodisagg.engine.device_runner import DeviceRunner  # Triton is only there, and needed, with a GPU
+
+            self.device_runner = DeviceRunner.of(
+                self._model,
+                self.pool,
+                token_budget=most_tokens(self._config.token_budget),
+                max_running=min(self._config.max_running, self._config.token_budget),
+                max_context=self.max_context,
+                row_width=self._row_width,
+            )
+            torch.cuda.empty_cache()  # of weights before they were joined: gigabytes, when memory is shared out already
         if self.device_runner is not None:
             self.device_runner.warm_up()
 

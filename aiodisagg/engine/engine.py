@@ -115,8 +115,8 @@ class Engine:
     async def __aenter__(self) -> Self:
         if self._steps is not None:
             raise RuntimeError("an engine is entered once")
+        await asyncio.to_thread(self._runner.warm_up)
         if self._runner.device_runner is not None:
-            await asyncio.to_thread(self._runner.warm_up)
             self._pace.reads = self._runner.device_runner.reads
         self._loop = asyncio.get_running_loop()
         self._steps = StepThread(
@@ -156,14 +156,13 @@ class Engine:
             return None
         return PageKeys(plan, self.config.page_size)
 
-    def holds(self, plan: PromptPlan, keys: PageKeys | None) -> bool:
-        """Whether all items of such a prompt lie in KV pages that it would share, so that none would be asked for. True
-        now; pages may be gone when it is admitted. May be called on any thread. ``keys``: of the plan."""
+    def held(self, plan: PromptPlan, keys: PageKeys | None) -> int:
+        """How many tokens of such a prompt, from the first, lie in KV pages that it would share. True now; pages may be
+        gone when it is admitted. May be called on any thread. ``keys``: of the plan."""
         if keys is None:
-            return not plan.items
+            return 0
         known = keys.keys[: (plan.tokens - 1) // self.config.page_size]
-        held = len(self._scheduler.pages.find(known)) * self.config.page_size
-        return all(stop <= held for item in plan.items for _, stop in item.spans)
+        return len(self._scheduler.pages.find(known)) * self.config.page_size
 
     @property
     def broken(self) -> str:

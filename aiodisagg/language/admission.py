@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections import Counter as Tally
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -53,9 +53,13 @@ _WAITS_S = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 _ERRORS_S = (-30, -10, -3, -1, -0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 
 
-def work_of(plan: PromptPlan) -> Work:
-    """What a prompt asks for, as far as its plan says."""
-    return Work(plan.tokens, _patches(plan.items))
+def work_of(plan: PromptPlan, held: int, has: Callable[[str], bool]) -> Work:
+    """What is to be done for a prompt whose first ``held`` tokens are in KV pages; ``has``: whether the rows of an item
+    are here, by its digest."""
+    missing = {
+        item.digest: item for item in plan.items if any(stop > held for _, stop in item.spans) and not has(item.digest)
+    }
+    return Work(plan.tokens - held, _patches(missing.values()))
 
 
 def _patches(items: Iterable[PlannedItem]) -> int:

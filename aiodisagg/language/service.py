@@ -39,7 +39,6 @@ from aiodisagg.language.items import Item, Items, spec_of
 from aiodisagg.language.loading import load_language_half
 from aiodisagg.language.membership import LocalEncoder, follow
 from aiodisagg.language.memory import kv_bytes
-from aiodisagg.language.planning import Planning
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.language.trace import ItemTrace, RequestTrace, Traces
 from aiodisagg.link.address import parse
@@ -48,7 +47,7 @@ from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
-from aiodisagg.peer.turns import Closed
+from aiodisagg.peer.turns import Closed, Workers
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.scheduler.shares import Tenant
@@ -57,6 +56,9 @@ if TYPE_CHECKING:
     from aiodisagg.models.language import LanguageHalf
 
 logger = logging.getLogger(__name__)
+
+PLANNERS = 2
+"""Prompts that are planned at once, mostly in Python: a whole burst at once would be done at its end, none before."""
 
 
 @dataclass(slots=True)
@@ -165,7 +167,7 @@ class LanguageService:
         self._stack.push_async_callback(self.admission.aclose)
         self._tasks = Tasks(self.name)
         self._stack.push_async_callback(self._tasks.aclose)
-        self._planning = Planning(self._plan)
+        self._planning = Workers(PLANNERS, "aiodisagg-plan")
         self._stack.push_async_callback(asyncio.to_thread, self._planning.close)
         if self.local is not None:
             self.add_tower(self.local.record.addresses[0], self.local.record.incarnation)
@@ -265,16 +267,17 @@ class LanguageService:
         request = _Request(priority if tenant.name == DEFAULT_TENANT.name else 0)
         try:
             try:
-                plan, page_keys = await self._planning.plan(messages, tenant.name)
+                plan, page_keys = await self._planning.run(tenant.name, lambda: self._plan(messages))
             except Closed:
                 raise EngineError(request_id, "the service is closed") from None
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
             if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
                 raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
-            if not (self.peers.linked or self._needs_no_peer(plan, page_keys)):
+            work = work_of(plan, self.engine.held(plan, page_keys), self.rows.sharing.has)
+            if work.patches and not self.peers.linked:
                 await self.peers.wait_any(self.config.peer_wait_s)
             spent_s = trace.since()
-            await self.admission.take(Turn(request_id, work_of(plan), tenant, priority, timeout_s, spent_s=spent_s))
+            await self.admission.take(Turn(request_id, work, tenant, priority, timeout_s, spent_s=spent_s))
             name, waited_s = self.engine.name_for(request_id), trace.since() - spent_s
             handle = request.handle = self.engine.submit(
                 EngineRequest(name, plan, sampling, request.priority, waited_s, page_keys)
@@ -311,9 +314,6 @@ class LanguageService:
     def _plan(self, messages: Sequence[ChatMessage]) -> tuple[PromptPlan, PageKeys | None]:
         plan = self._planner.plan(messages, limit=self.engine.limit)
         return plan, self.engine.keys(plan)
-
-    def _needs_no_peer(self, plan: PromptPlan, page_keys: PageKeys | None) -> bool:
-        return all(self.rows.sharing.has(item.digest) for item in plan.items) or self.engine.holds(plan, page_keys)
 
     async def _fetch(
         self, handle: RequestHandle, plan: PromptPlan, request: _Request, trace: RequestTrace, timeout_s: float | None

@@ -120,6 +120,10 @@ class Planner(Protocol):
     def eos_ids(self) -> frozenset[int]: ...
 
 
+PATCH_BYTES = 3 * 2 * 16 * 16 * 4
+"""Of a patch's values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Patches:
     """A preprocessed item and its grid in patches.
@@ -135,6 +139,11 @@ class Patches:
     def count(self) -> int:
         t, h, w = self.grid_thw
         return t * h * w
+
+    @property
+    def room(self) -> int:
+        """What it counts where memory is bounded, in patches: a decoded picture may be much larger than its grid."""
+        return max(self.count, -(-self.pixel_values.nbytes // PATCH_BYTES))
 
     def frame_pairs(self, start: int, stop: int) -> Patches:
         """Those of the frame pairs ``[start, stop)`` alone; nothing is copied."""

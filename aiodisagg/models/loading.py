@@ -93,7 +93,8 @@ def load_vision(
     family = Qwen3VLMoeVisionModel if info.is_moe else Qwen3VLVisionModel
     with Weights(info.folder) as weights:
         names = {name.removeprefix(VISION_PREFIX): name for name in weights.names(VISION_PREFIX)}
-        tower = _build(info, family, info.config.vision_config, weights, names, VISION_PREFIX, as_dtype(dtype))
+        config = info.config.vision_config
+        tower = _build(info, family, config, weights, names, VISION_PREFIX, as_dtype(dtype), device)
     tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)
     return _finish(info, tower, device)
 
@@ -137,7 +138,7 @@ def _load_deepstack(info: ModelInfo, dtype: torch.dtype, device: str | torch.dev
     with Weights(info.folder) as weights:
         names = {"model." + name.removeprefix(TEXT_PREFIX): name for name in weights.names(TEXT_PREFIX)}
         names[HEAD] = TEXT_PREFIX + "embed_tokens.weight" if tied else HEAD
-        causal = _build(info, family, config, weights, names, TEXT_PREFIX, dtype)
+        causal = _build(info, family, config, weights, names, TEXT_PREFIX, dtype, device)
     if tied:
         causal.lm_head.weight = causal.model.embed_tokens.weight
     causal.model.rotary_emb = type(causal.model.rotary_emb)(config)
@@ -244,8 +245,10 @@ def _build(
     names: dict[str, str],
     prefix: str,
     dtype: torch.dtype,
+    device: str | torch.device,
 ) -> Any:
-    """``family(config)`` with parameter ``p`` taken from the tensor ``names[p]``."""
+    """``family(config)`` with parameter ``p`` taken from the tensor ``names[p]``, and brought to ``device`` before the
+    next one is read: a host may have less memory than a GPU."""
     with torch.device("meta"):
         module = family._from_config(copy.deepcopy(config))
     wanted = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
@@ -259,7 +262,7 @@ def _build(
             found = (found[0], found[2], found[1])
         if found != shape:
             fail(info.folder, stored, f"tensor has shape {weights.shape(stored)}, the model needs {shape}")
-        tensor = weights.tensor(stored).to(dtype)
+        tensor = weights.tensor(stored).to(device, dtype)
         state[name] = tensor.transpose(1, 2).contiguous() if turned else tensor
     module.load_state_dict(state, assign=True)
     return module

@@ -86,7 +86,8 @@ def load_settings(folder: Path) -> tuple[PixelSettings, PixelSettings]:
     image_name, video_name = "preprocessor_config.json", "video_preprocessor_config.json"
     both = read_json(folder, "processor_config.json", {})  # where newer transformers save them
     image = both.get("image_processor") or read_json(folder, image_name)
-    video = both.get("video_processor") or read_json(folder, video_name, {})
+    video = both.get("video_processor") or read_json(folder, video_name, read_json(folder, image_name, {}))
+    video = {**video, "min_pixels": None, "max_pixels": None}  # size alone counts, other than for images
     of_image = _settings(folder, image_name, image, 56 * 56, 28 * 28 * 1280, 14, _CLIP_MEAN, _CLIP_STD)
     of_video = _settings(folder, video_name, video, 128 * 32 * 32, 768 * 32 * 32, of_image.patch, _HALF, _HALF)
     if (of_image.patch, of_image.temporal_patch, of_image.merge) != (
@@ -202,6 +203,8 @@ def _open(data: bytes, param: str) -> Image.Image:
         raise MediaError(param, f"{width} x {height} pixels are more than {MAX_SOURCE_PIXELS}")
     if min(width, height) < 1:
         raise MediaError(param, f"{width} x {height} pixels")
+    if image.mode.startswith(("I", "F")):  # Pillow makes nearly all of it white
+        raise MediaError(param, f"grey of more than 8 bits (mode {image.mode}) is not supported, RGB is")
     return image
 
 

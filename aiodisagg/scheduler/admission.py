@@ -3,9 +3,9 @@
 Theory. Little is let through to the engine at a time and the rest waits here, where it can still be put in order,
 refused, or given up at no cost. What decides:
 
-* **Lanes.** Requests with media and requests without wait for different things first, the tower and the engine. Each
-  lane lets a little through ahead (:mod:`~aiodisagg.scheduler.lanes`). A full lane does not hold up the other.
-  ``max_running`` bounds both together. First come, first served knows one lane only.
+* **Lanes.** Requests with media to be encoded and all others wait for different things first, the tower and the
+  engine. Each lane lets a little through ahead (:mod:`~aiodisagg.scheduler.lanes`). A full lane does not hold up the
+  other. ``max_running`` bounds both together. First come, first served knows one lane only.
 * **Tenants** share the lanes, and the places behind them, as :mod:`~aiodisagg.scheduler.shares` says: by weights,
   whoever floods the queue. When the queue is full, the tenant with most in it for its weight makes room.
 * **Within a tenant** it is :mod:`~aiodisagg.scheduler.order`, the rule of the engine as well. A newcomer passes those
@@ -177,7 +177,7 @@ class AdmissionQueue:
     def __init__(self, config: AdmissionConfig, max_running: int) -> None:
         self.config, self.max_running = config, max_running
         self.lanes = (self._lane(False), self._lane(True))
-        """By whether requests have media; where all go as they come they are in the first, whatever they have."""
+        """By whether requests have media to be encoded; where all go as they come they are in the first in any case."""
         self._shares = Shares()
         self._waiting: dict[str, Entry] = {}
         self._running: dict[str, Entry] = {}

@@ -1,4 +1,5 @@
-"""How much is let through ahead: work on its way to a first token, of the requests with media or of those without.
+"""How much is let through ahead: work on its way to a first token, of the requests with media to be encoded or of all
+others.
 
 Too little starves what works in batches and on several peers; too much makes a queue behind the queue, in which
 whoever comes late waits for all. A lane has room while less than ``window_s`` of predicted work is in flight in it, or

@@ -39,7 +39,8 @@ _FIRST = (2e-3, 2e-5, 5e-6)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a request asks for, or several: prompt tokens (visual ones included) and patches to be encoded."""
+    """What is to be done for a request, or several: prompt tokens to be computed (visual ones included) and patches to
+    be encoded; what is held of a prompt costs nothing."""
 
     tokens: int
     patches: int = 0

@@ -25,7 +25,7 @@ class Peer:
 
     async def run(self, load: Sequence[Any], concurrency: int, draw: Random) -> Pass:
         self.asked.append((list(load), draw.random()))
-        turn, waits = len(self.asked), self.mode == "wait"
+        turn, waits = len(self.asked) ** 2, self.mode == "wait"
         ttft, rate = turn * (2.0 if waits else 1.0), turn * (1.1 if waits else 1.0)
         return Pass(self.mode, ttft, 0.5, ttft - 0.5, 9.0, rate, 10 * rate, [ttft])
 
@@ -42,6 +42,7 @@ async def test_ratios_are_of_one_round_whoever_went_first() -> None:
     assert len(set(pixels)) == 6, "a picture comes twice"
     text = table(OverlapReport(3, 2, 128, 200.0, "ipc", [0, 1], [found]))
     assert "0.50" in text and "0.909" in text and len(said) == 6
+    assert "4.000" in text and "8.000" in text, "seconds are medians over rounds as well"
 
 
 def test_a_load_has_one_to_eight_images_of_differing_sizes() -> None:

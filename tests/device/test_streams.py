@@ -65,7 +65,7 @@ def test_the_towers_thread_and_the_engines_ask_for_their_own(monkeypatch: pytest
     monkeypatch.setattr(worker, "own_stream", ask)
     thread = tower.Tower(
         NOBODY, batch_patches=1, began=NOBODY, made=NOBODY, gate=OpenGate(), to_host=True, device="cpu",
-        vitals=Vitals(NOBODY), probe=lambda: None,
+        vitals=Vitals(NOBODY), picture=NOBODY,
     )  # fmt: skip
     thread.start()
     thread.close()

@@ -7,15 +7,21 @@ import sys
 import threading
 
 import pytest
+from stepped import Stepped, bench
 
+from aiodisagg.encode import tower
 from aiodisagg.encode.core import NICE, CoreGate
+from aiodisagg.protocol.events import RowsReady
+from aiodisagg.protocol.messages import Urgency
+from tests.services.system import eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 PATIENCE_S = 60.0
+PATIENT = Urgency(PATIENCE_S)
 
 
 def test_a_batch_waits_for_a_prefill_and_for_decodes_it_does_not() -> None:
-    gate, told = CoreGate(longest_s=PATIENCE_S), list[bool]()
+    gate, told = CoreGate(), list[bool]()
     gate.step_ended(3)
     assert gate.wait(), "streams that decode hold nothing up"
     gate.spent(0.1)
@@ -30,10 +36,21 @@ def test_a_batch_waits_for_a_prefill_and_for_decodes_it_does_not() -> None:
     assert told == [True] and gate.waits == 1
 
 
-def test_prefills_without_end_do_not_stop_all_images() -> None:
-    gate = CoreGate(longest_s=0.01)
+@pytest.mark.parametrize("left", [(0.01,), (PATIENCE_S, 0.0)], ids=["in time", "at the next step"])
+def test_prefills_without_end_do_not_stop_all_images(left: tuple[float, ...]) -> None:
+    """``left``: the patience of what waits for the tower, as it is asked; then there is none."""
+    gate, told, patience_s = CoreGate(), list[bool](), iter(left)
     gate.prefill_waits(True)
-    assert gate.wait() and gate.waits == 1
+    assert gate.wait(lambda: 0.0) and gate.waits == 0, "it had none"
+    gate.gave_up()
+    thread = threading.Thread(target=lambda: told.append(gate.wait(lambda: next(patience_s, 0.0))))
+    thread.start()
+    if len(left) > 1:
+        while not gate.whole_prompts():
+            pass
+        gate.prefill_waits(True)
+    thread.join(PATIENCE_S)
+    assert told == [True] and gate.waits == 1
 
 
 def test_prompts_are_computed_in_one_piece_while_the_tower_has_work() -> None:
@@ -49,7 +66,7 @@ def test_prompts_are_computed_in_one_piece_while_the_tower_has_work() -> None:
 
 
 def test_closing_ends_a_wait() -> None:
-    gate, told = CoreGate(longest_s=PATIENCE_S), list[bool]()
+    gate, told = CoreGate(), list[bool]()
     gate.prefill_waits(True)
     thread = threading.Thread(target=lambda: told.append(gate.wait()))
     thread.start()
@@ -74,3 +91,44 @@ def test_the_engines_thread_steps_back_once_and_no_other() -> None:
     thread.join(PATIENCE_S)
     assert found == [min(before + NICE, 19)] * 3
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("sizes", [[4], [1, 1, 1, 1]], ids=["a video", "four pictures"])
+async def test_of_many_batches_only_the_first_waits_for_prompts(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(tower, "LONGEST_S", 0.05)
+    gate, encoder = CoreGate(), Stepped()
+    async with bench(encoder, batch_patches=16, gate=gate) as made:
+        made.start(100)
+        await made.call()
+        for number, frame_pairs in enumerate(sizes):
+            await made.prepared(made.start(number, t=frame_pairs, urgency=PATIENT))
+        gate.prefill_waits(True)
+        encoder.permits.release(5)
+        numbers = [number for _ in range(4) for number, _ in await made.call()]
+        assert numbers == [number for number, frame_pairs in enumerate(sizes) for _ in range(frame_pairs)]
+        assert gate.waits == 1 and gate.waited_s >= 0.05
+        made.start(101, urgency=PATIENT)
+        await made.call()
+        assert gate.waits == 2, "what comes then has a patience of its own"
+
+
+@pytest.mark.anyio
+async def test_what_is_due_waits_for_no_prompts_nor_for_who_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower, "LONGEST_S", PATIENCE_S)
+    gate, encoder = CoreGate(), Stepped(permits=9)
+    gate.prefill_waits(True)
+    async with bench(encoder, batch_patches=16, gate=gate) as made:
+        due = made.start(1, urgency=Urgency(0.0))
+        assert await made.call() == [(1, 16)] and gate.waits == 0
+        await made.until(RowsReady(due, 4))
+        await made.prepared(made.start(2, urgency=PATIENT))
+        await eventually(gate.whole_prompts, "it waits for prompts")
+        await made.prepared(made.start(3, urgency=Urgency(0.0)))
+        assert encoder.calls.empty()
+        gate.prefill_waits(True)  # another step with prompts
+        assert await made.call() == [(3, 16)] and gate.waits == 1
+        gate.prefill_waits(False)
+        assert await made.call() == [(2, 16)]

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
+import torch
 from stepped import PATIENCE_S, Stepped, bench
 
 from aiodisagg.encode import pipeline as pipeline_module
 from aiodisagg.encode import tower as tower_module
 from aiodisagg.encode.gate import SlackGate
+from aiodisagg.errors import MediaError
+from aiodisagg.models.base import PATCH_BYTES, Patches
 from aiodisagg.protocol.events import EncodeStopped, RowsReady, StageEntered, StartEncode
 from aiodisagg.scheduler.slack import Slack
 
@@ -123,7 +128,31 @@ async def test_a_bad_item_fails_alone() -> None:
         for digest in ("0", "1", "3"):
             await made.until(RowsReady(digest, 4))
         assert made.ends() == {"2": "encode_failed"}
-        assert [await made.call() for _ in range(4)] == [[(1, 16), (2, 16), (3, 16)], [(1, 16)], [(2, 16)], [(3, 16)]]
+        one_by_one = [[(1, 16)], [(2, 16)], [(0, 16)], [(3, 16)]]  # after the one that failed, what worked before
+        assert [await made.call() for _ in range(5)] == [[(1, 16), (2, 16), (3, 16)], *one_by_one]
+
+
+async def test_a_bad_item_does_not_end_an_encoder_that_takes_only_grids_of_its_own() -> None:
+    """The picture that is tried after a failure was refused, and that was taken for a device that is broken."""
+
+    class Own(Stepped):
+        def prepare(self, *arguments: Any) -> Patches:
+            if arguments[2] != (1, 4, 4):
+                raise MediaError("image", f"{arguments[2]} is no grid of mine")
+            return super().prepare(*arguments)
+
+    encoder, broke = Own(100), list[str]()
+    async with bench(encoder, broke=broke.append) as made:
+        encoder.bad = {1, 3}
+        for number, end in ((1, "encode_failed"), (2, ""), (3, "encode_failed")):
+            digest = made.start(number)
+            await made._told(lambda: not made.pipeline.waiting)
+            assert made.ends().get(digest, "") == end
+            assert not broke and not made.pipeline.broken
+        encoder.bad = {2, 4}  # also what worked before
+        made.start(4)
+        await made._told(lambda: bool(made.ends().get("4")))
+        assert broke == [made.pipeline.broken] == ["what it tried failed, 2 in a row, this one with ValueError"]
 
 
 async def test_a_video_that_fails_in_the_middle_stops_there() -> None:
@@ -134,9 +163,9 @@ async def test_a_video_that_fails_in_the_middle_stops_there() -> None:
         await made.until(RowsReady(video, 4))
         await made.call()
         encoder.bad = {5}
-        encoder.permits.release()
+        encoder.permits.release(2)  # and for what worked before
         await made.until(EncodeStopped(video, "encode_failed", "ValueError: cannot encode {5}", True))
-        assert made.pipeline.waiting == 0 and encoder.calls.empty()
+        assert await made.call() == [(5, 16)] and encoder.calls.empty() and made.pipeline.waiting == 0
         assert made.pipeline.prepared_patches == 0
 
 
@@ -166,6 +195,36 @@ async def test_preparing_waits_while_enough_is_prepared(monkeypatch: pytest.Monk
             assert len(seen) <= 2 + 1 + n
             encoder.permits.release()
             await made.until(RowsReady(digests[n], 4))
+
+
+async def test_preparing_waits_for_what_decoded_pictures_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(Stepped):
+        """Its patches are made of pictures that have eight times as many pixels."""
+
+        prepared, encoded = set[int](), set[int]()
+
+        def prepare(self, *arguments: Any) -> Patches:
+            patches = super().prepare(*arguments)
+            assert not self.prepared - self.encoded, "there is no room"
+            self.prepared.add(int(arguments[1][0]))
+            values = torch.nn.functional.pad(patches.pixel_values, (0, 6144))
+            assert values.nbytes > 127 * PATCH_BYTES
+            return Patches(values, patches.grid_thw)
+
+        def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+            rows = super().encode([Patches(patches.pixel_values[:, :2], patches.grid_thw) for patches in batch])
+            self.encoded |= {int(one[0, 0]) for one in rows}
+            return rows
+
+    monkeypatch.setattr(pipeline_module, "PREPARED_PATCHES", 0)
+    async with bench(encoder := Large(), batch_patches=32, prepare_threads=1) as made:
+        digests = [made.start(n) for n in range(3)]
+        await made.call()
+        assert made.pipeline.prepared_patches == 129
+        encoder.permits.release(3)
+        for digest in digests:
+            await made.until(RowsReady(digest, 4))
+        assert made.pipeline.prepared_patches == 0
 
 
 async def test_a_tower_without_slack_waits_and_then_takes_what_is_wanted_most() -> None:
@@ -259,3 +318,39 @@ async def test_a_video_that_is_given_up_and_fails_is_not_complete_by_its_last_pi
         await made._told(lambda: not made.pipeline.waiting)
         assert made.ends() == {video: "encode_failed"}
         assert not made.pipeline._rows and made.pipeline.prepared_patches == 0
+
+
+@pytest.mark.parametrize("sick", [False, True])
+async def test_a_videos_pieces_come_in_order_though_the_next_batch_cannot_be_launched(
+    monkeypatch: pytest.MonkeyPatch, sick: bool
+) -> None:
+    """The last piece came before the one that was still in the tower: as if all rows were there and finite."""
+
+    class Sick(Stepped):
+        def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+            rows = super().encode(batch)
+            if sick and len(batch) == 1 and rows[0].shape == (8, 2):
+                rows[0][3] = torch.nan
+            return rows
+
+    def event_behind(rows: object) -> Event:
+        event = Event()
+        event.done.set()
+        return event
+
+    monkeypatch.setattr(tower_module, "_event_behind", event_behind)
+    async with bench(encoder := Sick(), batch_patches=32) as made:
+        first = made.start(0)
+        assert await made.call() == [(0, 16)]
+        video = await made.in_order(5, t=3)
+        made.pipeline.start(StartEncode("9", "image", (1, 4, 4), 5, 0.0, (b"9",)))  # of other rows than are made
+        await made.prepared("9")
+        encoder.permits.release(10)
+        await made._told(lambda: not made.pipeline.waiting)
+        assert [await made.call(), await made.call()] == [[(5, 32)], [(5, 16), (9, 16)]]
+        ready = [(e.digest, e.stop) for e in made.told if isinstance(e, RowsReady)]
+        assert ready == ([(first, 4)] if sick else [(first, 4), (video, 8), (video, 12)])
+        assert made.ends() == ({video: "encode_failed"} if sick else {}) | {"9": "wrong_shape"}
+        assert made.pipeline.prepared_patches == 0
+        if not sick:
+            assert made.read(video, 0, 12) == [[5, i] for i in range(12)]

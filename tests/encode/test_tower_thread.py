@@ -14,14 +14,19 @@ import torch
 
 from aiodisagg.device.vitals import LIMIT, Vitals
 from aiodisagg.encode import tower as tower_module
-from aiodisagg.encode.gate import OpenGate
+from aiodisagg.encode.gate import OpenGate, endless
 from aiodisagg.encode.tower import Made, NotFinite, Tower
+from aiodisagg.errors import MediaError
 from aiodisagg.models.base import Patches
 from aiodisagg.protocol.rows import RowLayout
 from aiodisagg.scheduler.order import Claim
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 PATIENCE_S = 60.0
+
+
+def nothing() -> Patches:
+    raise MediaError("image", "not one of mine")
 
 
 class Zeros:
@@ -37,13 +42,14 @@ class Script:
     """A gate: lets as many begin as it has permits. ``second``: called before the second answer."""
 
     open = True  # what it said a moment ago
+    waited_s = 0.0
 
     def __init__(self, permits: int, second: Callable[[], object] = lambda: None) -> None:
         self.permits = threading.Semaphore(permits)
         self._before = iter((lambda: None, second))
         self.gave_ups = 0
 
-    def wait(self, *, block: bool = True) -> bool:
+    def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
         next(self._before, lambda: None)()
         return self.permits.acquire(blocking=block)
 
@@ -74,7 +80,7 @@ def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tow
     encoder: Any = Zeros()
     tower = Tower(
         encoder, batch_patches=4, began=lambda pieces: None, made=made, gate=gate, to_host=False, device="cpu",
-        vitals=Vitals(brought.put), probe=lambda: None,
+        vitals=Vitals(brought.put), picture=nothing,
     )  # fmt: skip
     for n, digest in enumerate(("first", "second")):
         tower.add(digest, Claim(n), Patches(torch.zeros(4, 8), (1, 2, 2)), 4)
@@ -141,7 +147,7 @@ def test_rows_that_are_not_finite_fail_their_item_and_not_the_batch(
     tower = Tower(
         encoder, batch_patches=64, began=lambda pieces: None, gate=OpenGate(), to_host=False, device="cpu",
         made=take,
-        vitals=Vitals(lambda why: None), probe=lambda: None,
+        vitals=Vitals(lambda why: None), picture=nothing,
     )  # fmt: skip
     for n, value in enumerate((1.0, 7.0, 2.0)):
         tower.add(f"{n}", Claim(n), Patches(torch.full((4, 8), value), (1, 2, 2)), 4)

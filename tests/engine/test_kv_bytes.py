@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_engine import HIDDEN, make_engine, tiny_model
+from tiny_engine import HIDDEN, ask, make_engine, make_plan, tiny_model
 
+from aiodisagg.engine import device_runner
+from aiodisagg.engine.device_runner import DeviceRunner
+from aiodisagg.engine.kernels import Kernels
 from aiodisagg.errors import ConfigError
 from aiodisagg.language import service
 from aiodisagg.language.memory import kv_bytes, receive_pool
@@ -84,3 +90,35 @@ async def test_a_peer_gives_its_engine_what_was_found(monkeypatch: pytest.Monkey
     async with LanguageService(LanguageConfig(model=build_tiny(tmp_path), pool_bytes=1 << 20)) as peer:
         pool = peer.engine._runner.pool
         assert pool.keys.nbytes + pool.values.nbytes == 1 << 20
+
+
+@pytest.mark.anyio
+async def test_an_engine_is_made_ready_off_the_loop_and_gives_back_what_weights_took_before_they_were_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Links were not read meanwhile; and the torch allocator kept what others of the process should have."""
+    model, cpu = copy.deepcopy(tiny_model("dense")), torch.device("cpu")
+    query = model.model.layers[0].self_attn.q_proj
+    said: list[tuple[str, bool, bool]] = []
+
+    def say(what: str) -> None:
+        joined = query.weight.untyped_storage().nbytes() > query.weight.nbytes
+        said.append((what, joined, threading.current_thread() is threading.main_thread()))
+
+    class OnDevice(DeviceRunner):
+        def __init__(self, *arguments: Any, **sizes: Any) -> None:
+            engine._runner.device = cpu  # a GPU's as far as is needed here
+            say("chosen")
+            super().__init__(*arguments, **sizes, kernels=Kernels())
+
+        def warm_up(self) -> None:
+            say("captured")
+
+    monkeypatch.setattr(device_runner, "DeviceRunner", OnDevice)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: say("given back"))
+    engine = make_engine(model)
+    monkeypatch.setattr(engine._runner, "device", SimpleNamespace(type="cuda"))
+    async with engine:
+        assert said == [("chosen", False, False), ("given back", True, False), ("captured", True, False)]
+        answer = await ask(engine, make_plan([5]), max_tokens=2)
+    assert len(answer.tokens) == 2

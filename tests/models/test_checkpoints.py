@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -21,7 +23,7 @@ from transformers import (
 
 from aiodisagg import LanguageConfig, LanguageService
 from aiodisagg.errors import CheckpointError, InvalidRequest
-from aiodisagg.models import checkpoint
+from aiodisagg.models import checkpoint, loading
 from aiodisagg.models.base import ImagePart
 from aiodisagg.models.loading import fingerprint, load_language, load_monolith, load_vision
 from aiodisagg.models.plan import Qwen3VLPlanner
@@ -100,6 +102,37 @@ def test_square_experts_are_told_apart(tmp_path: Path, intermediate: int, layout
     asked = build_synthetic(tmp_path / "asked", dims, layout=layout, seed=3)
     wanted, found = (load_language(f, dtype=F32).causal.state_dict() for f in (same, asked))
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+class HostCopies(TorchDispatchMode):
+    """Notes what operations make on the host, but not views of what lies in files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        inputs = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        for one in tree_leaves(made):
+            on_host = isinstance(one, torch.Tensor) and one.device.type == "cpu"
+            if on_host and one.untyped_storage()._cdata not in inputs:
+                self.sizes.append((str(func), one.nbytes))
+        return made
+
+
+@pytest.mark.parametrize("layout", ["hub", "transformers"])
+def test_weights_for_a_device_are_turned_and_cast_there(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """A host would need as much memory as the model has."""
+    monkeypatch.setattr(loading, "_finish", lambda info, module, device: module)  # a meta device holds nothing
+    folder = tiny(moe=True, levels=3, layout=layout)
+    with HostCopies() as copies:
+        half = load_language(folder, device="meta")
+        tower = load_vision(folder, device="meta")
+    assert {one.device.type for one in (*half.causal.parameters(), *tower.parameters())} == {"meta"}
+    assert max(size for _, size in copies.sizes) <= 256, copies.sizes  # rope frequencies
 
 
 def test_equal_seeds_give_equal_folders_and_leave_the_global_seed(tmp_path: Path) -> None:

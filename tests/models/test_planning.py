@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -134,6 +135,33 @@ def test_a_plan_equals_transformers_processor_and_positions(
                 assert torch.equal(pixels, expected[name])
             else:  # transformers folds rescaling into the normalization: another rounding
                 torch.testing.assert_close(pixels, expected[name], rtol=0, atol=5e-7)
+
+
+def _no_video_file(folder: Path) -> None:
+    (folder / "video_preprocessor_config.json").unlink()
+
+
+def _limits_beside_size(folder: Path) -> None:
+    file = folder / "video_preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"min_pixels": 64 * 64, "max_pixels": 96 * 96}))
+
+
+def _nested(folder: Path) -> None:
+    size = {"shortest_edge": 1 << 14, "longest_edge": 1 << 16}
+    (folder / "processor_config.json").write_text(json.dumps({"video_processor": {"size": size}}))
+
+
+@pytest.mark.parametrize("change", [_no_video_file, _limits_beside_size, _nested])
+def test_limits_of_videos_are_those_that_transformers_finds_in_a_folder(
+    tiny: Tiny, tmp_path: Path, processor: Qwen3VLProcessor, change: Callable[[Path], None]
+) -> None:
+    folder = Path(shutil.copytree(tiny(moe=True, levels=3), tmp_path / "folder"))
+    change(folder)
+    theirs = Qwen3VLVideoProcessor.from_pretrained(folder, cap_pixels_per_frame=False, do_convert_rgb=False)
+    processor.video_processor = theirs
+    messages = chat(video(4, 64, 48), video(6, 300, 200), video(9, 20, 200), "?")
+    plan = Qwen3VLPlanner(folder, group_patches=1 << 20).plan(messages)
+    assert [list(item.grid_thw) for item in plan.items] == processed(processor, messages)["video_grid_thw"].tolist()
 
 
 def test_a_single_frame_counts_twice(tiny: Tiny) -> None:

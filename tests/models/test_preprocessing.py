@@ -18,10 +18,10 @@ from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from aiodisagg.errors import MediaError
-from aiodisagg.models.base import ItemKind
+from aiodisagg.models.base import ImagePart, ItemKind
 from aiodisagg.models.preprocessing import MAX_SOURCE_PIXELS, decode_rgb, header_size, image_grid, load_settings
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
-from tests.models.halves import encoded, halves, noise, png
+from tests.models.halves import chat, encoded, halves, noise, png
 
 Tiny = Callable[..., Path]
 
@@ -95,6 +95,15 @@ def test_pixels_are_counted_before_any_is_decoded(tiny: Tiny, size: tuple[int, i
     assert caught.value.param == "messages[3].content[1]"
     with pytest.raises(MediaError):
         halves(tiny(moe=True, levels=3)).encoder.prepare(ItemKind.IMAGE, [bomb], (1, 2, 2), 0.0)
+
+
+def test_grey_of_sixteen_bits_is_refused_and_not_read_as_white(tiny: Tiny) -> None:
+    deep = encoded(Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16), "PNG")
+    both = halves(tiny(moe=True, levels=3))
+    with pytest.raises(MediaError, match=r"content\[0\]: grey of more than 8 bits \(mode I;16"):
+        both.planner.plan(chat(ImagePart(deep)))
+    with pytest.raises(MediaError, match="grey of more than 8 bits"):
+        both.encoder.prepare(ItemKind.IMAGE, [deep], (1, 4, 4), 0.0)
 
 
 def test_broken_files_are_media_errors_wherever_they_break(tiny: Tiny) -> None:

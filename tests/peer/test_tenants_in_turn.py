@@ -149,6 +149,7 @@ async def test_a_thread_keeps_its_place_when_nobody_waits_for_it_any_more() -> N
         assert begun == ["slow", "b"]
         with pytest.raises(ZeroDivisionError):
             await workers.run("a", lambda: 1 // 0)
+        assert await workers.run("a", lambda: 1) == 1
 
 
 async def test_who_waits_when_it_is_closed_is_told() -> None:

@@ -16,14 +16,14 @@ import pytest
 from aiodisagg import LanguageService
 from aiodisagg.api import ApiKey, HttpConfig, HttpServer
 from aiodisagg.errors import DeadlineExceeded, EngineError, InvalidRequest, Overloaded, PromptTooLong
-from aiodisagg.language.planning import PLANNERS
-from aiodisagg.models.base import ChatMessage, ImagePart, Planner, PromptPlan
+from aiodisagg.language.service import PLANNERS
+from aiodisagg.models.base import ChatMessage, ImagePart, Planner, PromptPlan, TextPart
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from aiodisagg.scheduler.admission import AdmissionConfig
 from aiodisagg.scheduler.shares import Tenant
 from tests.models.halves import chat, png
 from tests.services.openai_chat import chat_body
-from tests.services.system import Held, System, eventually, finished, system
+from tests.services.system import PATIENCE_S, Held, System, eventually, finished, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -116,6 +116,39 @@ async def test_a_flooding_tenant_delays_another_by_one_request_only(moe: Path, v
     # The tokens that were generated meanwhile decide between a1 and b1.
     assert line.done[:3] == ["first", "a0", "b0"] and set(line.done[3:5]) == {"a1", "b1"}
     assert line.done[5:] == ["a2", "a3", "a4"]
+
+
+@pytest.mark.parametrize("kept", [{"cache_bytes": 0}, {"prefix_cache": False}], ids=["pages", "rows"])
+async def test_pictures_that_are_here_cost_a_chat_nothing(
+    moe: Path, vision: Qwen3VLVisionEncoder, kept: dict[str, Any]
+) -> None:
+    """Its next turn waits behind no pictures, is not predicted to be late, and its tenant pays for what is done."""
+    turn = (picture(0), "A harbour, early in the day.")
+    admission = AdmissionConfig(min_in_flight=1, max_ttft_s=20.0)
+    held = Held(vision)
+    async with system(moe, encoder=held, admission=admission, **kept) as made:
+        line, lanes = Line(made), made.language.admission._queue.lanes
+        try:
+            held.gate.set()
+            await line.ask("first turn", *turn)
+            await line.all()
+            held.gate.clear()
+            for lane in lanes:  # a slow machine's
+                lane.prices.known, lane.prices.patch_s, lane.prices.token_s, lane.latency_s = True, 1.0, 0.001, 0.0
+            await line.ask("another", picture(1), "?", tenant=Tenant("bob"))
+            await eventually(lambda: held.entered["encode"] == 2)
+            await line.ask("second turn", *turn, "What do you see in it?", tenant=Tenant("alice"))
+            async with asyncio.timeout(PATIENCE_S):
+                await line.tasks["second turn"]
+            assert line.done == ["first turn", "second turn"]
+            assert held.entered == {"prepare": 2, "encode": 2}
+            charged = made.language.admission._charged
+            assert 0 < charged["alice"] < 1.0 < charged["bob"]
+            held.gate.set()
+            await line.all()
+        finally:
+            held.gate.set()
+            await finished(*line.tasks.values())
 
 
 async def test_a_deadline_in_line_is_kept_without_any_encoding(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
@@ -243,19 +276,20 @@ async def test_many_tenants_share_a_few_labels(moe: Path) -> None:
 
 
 class Counting:
-    """A planner that says how many prompts it plans at once, and waits until it may go on."""
+    """A planner that says what it plans, how many prompts at once, and waits until it may go on."""
 
     def __init__(self, planner: Planner) -> None:
         self._planner, self._lock = planner, threading.Lock()
         self.now = self.most = 0
-        self.gate = threading.Event()
+        self.let, self.begun = threading.Semaphore(0), list[str]()
         self.eos_ids, self.decode = planner.eos_ids, planner.decode
 
     def plan(self, messages: Sequence[ChatMessage], *, limit: int | None = None) -> PromptPlan:
         with self._lock:
             self.now += 1
             self.most = max(self.most, self.now)
-        assert self.gate.wait(60)
+            self.begun += [part.text for part in messages[0].parts if isinstance(part, TextPart)]
+        assert self.let.acquire(timeout=60)
         with self._lock:
             self.now -= 1
         return self._planner.plan(messages, limit=limit)
@@ -267,9 +301,22 @@ async def test_of_a_burst_the_first_is_not_planned_with_the_last(moe: Path) -> N
         made.language._planner = counting
         asked = [asyncio.ensure_future(made.ask(chat("What?"), 1)) for _ in range(4 * PLANNERS)]
         await eventually(lambda: counting.now == PLANNERS)
-        counting.gate.set()
+        counting.let.release(4 * PLANNERS)
         await asyncio.gather(*asked)
         assert counting.most == PLANNERS
+
+
+async def test_who_floods_the_planners_keeps_no_other_tenant_out(moe: Path) -> None:
+    async with system(moe) as made:
+        counting = made.language._planner = Counting(made.language._planner)
+        names = [*(f"a{n}" for n in range(PLANNERS + 2)), "b"]
+        asked = [asyncio.ensure_future(made.ask(chat(name), 1, tenant=Tenant(name[0]))) for name in names]
+        await eventually(lambda: "aiodisagg_planning_waiting 3.0" in made.language.metrics())
+        counting.let.release()
+        await eventually(lambda: len(counting.begun) == PLANNERS + 1)
+        assert counting.begun[-1] == "b"
+        counting.let.release(len(names))
+        await asyncio.gather(*asked)
 
 
 async def test_who_asks_a_service_that_is_closed_is_told_so(moe: Path) -> None:
