@@ -45,7 +45,7 @@ SPAN = 256 * MiB
 SIZES = (16 * MiB, 256 * MiB)
 PIECES = (4 * MiB, 16 * MiB, 64 * MiB)
 """A block of 256 rows of 16 KiB, four of them, and sixteen."""
-STEADY = 1024 * MiB
+STEADY = 4096 * MiB
 WINDOW = 8
 
 
@@ -78,7 +78,7 @@ async def receive(device: int) -> None:
 
     words = {name: data.hex() for name, data in memory.describe().items()}
     say(description=transport.describe().hex(), words=words)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(4) as pool:
         while line := await asyncio.to_thread(sys.stdin.readline):
             what, *numbers = line.split()
             if what == "free":  # as a receiver that closes while somebody still has its pool open

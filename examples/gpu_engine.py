@@ -137,16 +137,15 @@ class Bench:
                 self.half.causal, self.runner.pool, token_budget=tokens, max_running=64, max_context=4096
             )
             self.runner.device_runner = made
+        self.runner.warm_up()
         assert self.runner.device_runner is not None
         self.stepper = self.runner.device_runner
         experts = self.stepper.decoder.experts
         self.results["kernels"] = sorted(self.stepper.decoder.kernels.fast)
         self.results["experts"] = {"table": experts.table, "ms": {str(k): dict(v) for k, v in experts.measured.items()}}
-        self.say(f"kernels {self.results['kernels']}, experts {experts.table} in {time.monotonic() - began:.1f} s")
+        self.say(f"kernels {self.results['kernels']}, experts {experts.table}")
         for size, ms in experts.measured.items():
             self.say(f"  experts of {size} tokens: " + ", ".join(f"{name} {t:.3f} ms" for name, t in ms.items()))
-        began = time.monotonic()
-        self.runner.warm_up()
         self.say(f"graphs {self.stepper.graphs is not None}, warm in {time.monotonic() - began:.1f} s")
         self.save()
 

@@ -14,8 +14,8 @@ class ChatBackend(Protocol):
     """Answers chats. All methods are called on the server's event loop; any number of answers runs at once."""
 
     @property
-    def model_name(self) -> str:
-        """The ``model`` that clients must ask for."""
+    def model_names(self) -> Sequence[str]:
+        """What clients may ask for as ``model``; answers have the first. Always the same."""
 
     @property
     def created(self) -> int:
@@ -40,6 +40,11 @@ class ChatBackend(Protocol):
         Raises InvalidRequest (MediaError, PromptTooLong), Overloaded, DeadlineExceeded after ``timeout_s``,
         EncodeFailed, NoEncodePeer, EngineError.
         """
+
+    @property
+    def broken(self) -> str:
+        """Why nothing will be answered any more, whatever is asked, so that the process should be started anew; or
+        empty."""
 
     def ready(self) -> tuple[bool, str]:
         """Whether requests can be answered now, and why not."""

@@ -41,21 +41,21 @@ class Callers:
         self._operator = Caller(tenants.get(default.name, default), True, tenants)
         if config.api_key is not None:
             self._by_key[self._hash(config.api_key.encode())] = self._operator
-        parties = len(tenants) + (config.api_key is not None)
-        self._kept = config.max_requests // (2 * parties) if tenants else 0
-        self._shared = config.max_requests - self._kept * parties
+        self._most = config.max_requests
         self._chats: Counter[str] = Counter()
+        """By tenant; of those only that have some."""
 
     @property
-    def chats(self) -> int:
-        return self._chats.total()
+    def anybody(self) -> bool:
+        """Whether no key is needed."""
+        return not self._by_key
 
     def _hash(self, key: bytes) -> bytes:
         return hashlib.blake2b(key, key=self._salt).digest()
 
     def recognize(self, request: web.Request) -> Caller:
         """Raises Refused (401)."""
-        if not self._by_key:
+        if self.anybody:
             return self._operator
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         caller = self._by_key.get(self._hash(given.strip().encode(errors="surrogateescape")))
@@ -64,17 +64,19 @@ class Callers:
         return caller
 
     @contextmanager
-    def chat(self, caller: Caller) -> Iterator[None]:
-        """Around one chat. Raises Overloaded if this caller has more of them than may be."""
-        who = "" if caller.is_operator else caller.tenant.name
-        taken = sum(max(0, count - self._kept) for count in self._chats.values())
-        if self._chats[who] >= self._kept and taken >= self._shared:
-            raise Overloaded(1.0, f"{self._chats[who]} requests are being answered already")
-        self._chats[who] += 1
+    def chat(self, tenant: Tenant) -> Iterator[None]:
+        """Around one chat. Raises Overloaded where there are ``max_requests``, unless the tenant has less than an equal
+        share of them: then another one has more, and is refused until it has not."""
+        name, chats = tenant.name, self._chats
+        if chats.total() >= self._most and chats[name] >= self._most // len(chats.keys() | {name}):
+            raise Overloaded(1.0, f"{chats.total()} requests are being answered already, {chats[name]} of this tenant")
+        chats[name] += 1
         try:
             yield
         finally:
-            self._chats[who] -= 1
+            chats[name] -= 1
+            if not chats[name]:
+                del chats[name]
 
 
 def tenant_of(request: web.Request, caller: Caller) -> Tenant:

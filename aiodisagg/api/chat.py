@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from aiohttp import web
 
 from aiodisagg.api.backend import ChatBackend
 from aiodisagg.api.budget import Budget, Share
-from aiodisagg.api.callers import Caller, tenant_of, timeout_of
+from aiodisagg.api.callers import timeout_of
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
@@ -74,14 +74,14 @@ class ChatHandler:
         self._in_use: set[str] = set()
         self._budget = Budget(config.max_held_bytes)
 
-    async def __call__(self, request: web.Request, request_id: str, caller: Caller) -> web.StreamResponse:
+    async def __call__(self, request: web.Request, request_id: str, tenant: Tenant) -> web.StreamResponse:
         """The backend gets ``request_id`` too, so that its traces have the client's name for the request; while
         another request of that name is being answered, a number is appended."""
         own_id = next(name for name in self._names(request_id) if name not in self._in_use)
         self._in_use.add(own_id)
         try:
             with self._budget.share() as share:
-                return await self._answer(request, request_id, own_id, caller, share)
+                return await self._answer(request, request_id, own_id, tenant, share)
         finally:
             self._in_use.remove(own_id)
 
@@ -91,14 +91,14 @@ class ChatHandler:
         yield from (f"{request_id}-{n}" for n in itertools.count(2))
 
     async def _answer(
-        self, request: web.Request, request_id: str, own_id: str, caller: Caller, share: Share
+        self, request: web.Request, request_id: str, own_id: str, tenant: Tenant, share: Share
     ) -> web.StreamResponse:
-        tenant, timeout_s = tenant_of(request, caller), timeout_of(request, self._config.request_timeout_s)
+        timeout_s = timeout_of(request, self._config.request_timeout_s)
         chat = await self._parse(await self._read_body(request, share), tenant)
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         logger.info("%s is %s: %d messages", own_id, completion_id, len(chat.messages))
-        if chat.model != self._backend.model_name:
-            raise model_not_found(chat.model, self._backend.model_name)
+        if chat.model not in self._backend.model_names:
+            raise model_not_found(chat.model, self._backend.model_names)
         sampling = sampling_of(chat, self._config.default_max_tokens)
         limits = _Limits(tenant, chat.priority or 0, timeout_s, asyncio.get_running_loop().time() + timeout_s)
         body_bytes = share.held
@@ -111,7 +111,7 @@ class ChatHandler:
         del messages
         async with aclosing(answer) as deltas:
             if stream:
-                writer = _Stream(request, completion_id, self._backend.model_name, with_usage, self._config)
+                writer = _Stream(request, completion_id, self._backend.model_names[0], with_usage, self._config)
                 return await writer.run(deltas, request_id)
             return await self._whole(deltas, completion_id)
 
@@ -197,7 +197,7 @@ class ChatHandler:
         if last is None or last.finish_reason is None or last.usage is None:
             raise EngineError(completion_id, "the answer ended without usage")
         choice = Choice(AnswerMessage("".join(text)), last.finish_reason.value)
-        name, created = self._backend.model_name, int(time.time())
+        name, created = self._backend.model_names[0], int(time.time())
         completion = ChatCompletion(completion_id, created, name, [choice], _usage(last.usage))
         return web.Response(body=_encode(completion), content_type="application/json")
 
@@ -265,8 +265,8 @@ class _Stream:
             raise ConnectionResetError(f"the client took nothing for {self._timeout_s:g} s") from error
 
 
-def model_not_found(name: str, served: str) -> Refused:
-    text = f"the model {name[:128]!r} does not exist here; served is {served!r}"
+def model_not_found(name: str, served: Sequence[str]) -> Refused:
+    text = f"the model {name[:128]!r} does not exist here; served is {' or '.join(map(repr, served))}"
     return Refused(404, text, code="model_not_found", param="model")
 
 

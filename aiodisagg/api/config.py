@@ -57,13 +57,13 @@ class HttpConfig:
 
     api_key: str | None = field(default=None, repr=False)
     """The operator's key. If it or ``api_keys`` are set, ``/v1/*`` wants ``Authorization: Bearer <key>``, and
-    ``/debug/*`` this key. ``/health`` and ``/metrics`` stay open."""
+    ``/debug/*`` this key. ``/live``, ``/health`` and ``/metrics`` stay open."""
     api_keys: tuple[ApiKey, ...] = field(default=(), repr=False)
     """Keys of tenants. A tenant may have several."""
-    max_requests: int = 256
-    """Chat requests at once, reading the body included; one more gets a 429. If there are ``api_keys``, half of it is
-    divided evenly among their tenants, and the operator if it has a key, and kept for them; the other half is for
-    whoever comes first."""
+    max_requests: int = 2048
+    """Chat requests at once, reading the body included; one more gets a 429, unless its tenant has less than an equal
+    share of this among the tenants that have any (so n of them may have up to 1 + 1/2 + ... + 1/n times as many). More
+    than what the engine runs and ``max_queue``: a line that never fills asks nobody to make room."""
     max_body_bytes: int = 64 * MiB
     """Largest request body; more is a 413."""
     max_held_bytes: int = 4096 * MiB
@@ -78,8 +78,10 @@ class HttpConfig:
     """A client that takes nothing of its stream for this long counts as gone."""
     request_timeout_s: float = 600.0
     """From the parsed request to the last token, fetching media included; more is a 504."""
-    default_max_tokens: int = 128
-    """For requests without ``max_completion_tokens`` and ``max_tokens``."""
+    default_max_tokens: int = 4096
+    """For requests without ``max_completion_tokens`` and ``max_tokens``, or what the context leaves if that is less.
+    KV pages are taken as an answer grows, so this bounds only answers that do not end by themselves: at 100 ms a token
+    they end as ``length``, and not as a 504 of ``request_timeout_s``."""
     grace_s: float = 10.0
     """How long a stopping server lets running requests finish before it cuts them; may be 0."""
 
@@ -130,5 +132,3 @@ class HttpConfig:
         names = [tenant.name for tenant in tenants]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError("http.api_keys", f"{', '.join(sorted(twice))}: more than one weight")
-        if self.api_keys and self.max_requests < 2 * (len(names) + 1):
-            raise ConfigError("http.max_requests", f"is too small for {len(names)} tenants")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -39,6 +40,8 @@ _PER_REQUEST = 16
 _INLINE_BYTES = 1 << 16  # decoded and hashed on the loop: below this a thread costs more than the work
 _INLINE_TOTAL_BYTES = 1 << 18  # of one request, whose tasks do not suspend in between: 2-3 ms
 _LONGEST_URL = 8192
+_IS_URI = re.compile(r"(?:[\w.~:/?#\[\]@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*", re.ASCII)
+"""In RFC 3986's characters: fetched as it is written, of which it may bear a signature. What is none is quoted."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _OPAQUE_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})  # what object stores say
 
@@ -170,7 +173,8 @@ class MediaFetcher:
 
     def _parse(self, text: str, param: str, base: URL | None = None) -> URL:
         try:
-            url = base.join(URL(text)) if base else URL(text)
+            url = URL(text, encoded=_IS_URI.fullmatch(text) is not None)
+            url = base.join(url) if base else url
         except ValueError as error:
             raise MediaError(param, "not a URL") from error
         if url.scheme not in ("http", "https"):

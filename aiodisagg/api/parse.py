@@ -11,16 +11,26 @@ from typing import NoReturn
 
 import msgspec
 
-from aiodisagg.api.schema import ChatRequest, ImageUrl, Message, Part, Text, Video, VideoUrl
+from aiodisagg.api.schema import (
+    ChatRequest,
+    ImageUrl,
+    Message,
+    Part,
+    Text,
+    Unsupported,
+    UnsupportedOfMessage,
+    Video,
+    VideoUrl,
+)
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.errors import InvalidRequest
 from aiodisagg.models import base
 
 _decoder = msgspec.json.Decoder(ChatRequest)
+_decode_value = msgspec.json.Decoder().decode
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _BAD_BYTE = re.compile(r"\(byte (\d+)\)")
 _NOT_JSON_NUMBER = re.compile(rb'"(\w+)"\s*:\s*(-?(?:NaN|Infinity))\b')
-_NOTHING = re.compile(rb"\s*(null|\[\s*\])?\s*")
 _LONGEST_NOTHING = 64
 _LONGEST_MESSAGE = 300
 MOST_COMMAS = 1 << 21
@@ -78,8 +88,10 @@ def sampling_of(request: ChatRequest, default_max_tokens: int) -> SamplingParams
     _refuse_unsupported(request)
     default = SamplingParams()
     stop = request.stop if request.stop is not None else ()
+    asked = request.max_completion_tokens or request.max_tokens
     return SamplingParams(
-        max_tokens=request.max_completion_tokens or request.max_tokens or default_max_tokens,
+        max_tokens=asked or default_max_tokens,
+        as_fits=asked is None,
         temperature=default.temperature if request.temperature is None else request.temperature,
         top_p=default.top_p if request.top_p is None else request.top_p,
         top_k=max(0, request.top_k or 0),
@@ -90,27 +102,34 @@ def sampling_of(request: ChatRequest, default_max_tokens: int) -> SamplingParams
 
 
 def _refuse_unsupported(request: ChatRequest) -> None:
-    asked = {
-        "n": request.n not in (None, 1),
-        "logprobs": bool(request.logprobs),
-        "tools": _says_something(request.tools),
-        "functions": _says_something(request.functions),
-        "response_format": request.response_format is not None and request.response_format.type != "text",
-        "presence_penalty": bool(request.presence_penalty),
-        "frequency_penalty": bool(request.frequency_penalty),
-        "logit_bias": bool(request.logit_bias),
-    }
-    for param, is_asked in asked.items():
-        if is_asked:
-            message = "must be 1" if param == "n" else "is not supported"
-            raise InvalidRequest(param, message, code="unsupported_value")
+    _refuse(request, Unsupported, "")
+    if request.min_tokens:
+        most = request.max_completion_tokens or request.max_tokens or 0
+        if request.min_tokens > most or request.stop or not request.ignore_eos:
+            message = "is supported up to max_tokens only, with ignore_eos and without stop"
+            raise InvalidRequest("min_tokens", message, code="unsupported_value")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options", "is only allowed when stream is true")
 
 
-def _says_something(raw: msgspec.Raw) -> bool:
-    """Whether it is more than nothing, or an empty list. What is long says something, if only spaces."""
-    return len(raw) > _LONGEST_NOTHING or not _NOTHING.fullmatch(raw)
+def _refuse(given: msgspec.Struct, unsupported: type[msgspec.Struct], where: str) -> None:
+    """Raises InvalidRequest if ``given`` asks for something by one of the fields of ``unsupported``."""
+    for name, nothing in zip(unsupported.__struct_fields__, unsupported.__struct_defaults__, strict=True):
+        said = getattr(given, name)
+        if said is not nothing and not _is_nothing(said, nothing):
+            message = f"other values than {bytes(nothing).decode()} are not supported"
+            raise InvalidRequest(f"{where}{name}", message, code="unsupported_value")
+
+
+def _is_nothing(said: msgspec.Raw, nothing: msgspec.Raw) -> bool:
+    """Whether it is null or what ``nothing`` is. What is long says something, if only spaces."""
+    if len(said) > _LONGEST_NOTHING:
+        return False
+    try:
+        value, default = map(_decode_value, (said, nothing))
+    except ValueError:
+        return False
+    return value is None or (value == default and isinstance(value, bool) is isinstance(default, bool))
 
 
 def check_parts(request: ChatRequest, max_parts: int) -> None:
@@ -138,6 +157,7 @@ def media_urls(request: ChatRequest, max_files: int) -> list[MediaUrl]:
         where = f"messages[{i}]"
         if message.role not in _ROLES:
             raise InvalidRequest(f"{where}.role", f"{message.role[:64]!r} is not one of {', '.join(_ROLES)}")
+        _refuse(message, UnsupportedOfMessage, f"{where}.")
         if message.content is None or (not message.content and not isinstance(message.content, str)):
             raise InvalidRequest(f"{where}.content", "must be text or a list of parts that is not empty")
         for j, part in enumerate(_parts(message)):

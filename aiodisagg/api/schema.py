@@ -10,7 +10,7 @@ costs the event loop's thread more than all the rest of the body.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
@@ -50,7 +50,57 @@ class VideoUrl(msgspec.Struct, tag_field="type", tag="video_url"):
 Part: TypeAlias = Text | ImageUrl | Video | VideoUrl
 
 
-class Message(msgspec.Struct):
+NOTHING, NO_LIST, NO_OBJECT, NO, YES, ZERO, ONE = map(Raw, (b"null", b"[]", b"{}", b"false", b"true", b"0", b"1"))
+
+
+class Unsupported(msgspec.Struct):
+    """What OpenAI, vLLM or SGLang heed and this does not. Read to be refused where it is neither null nor what is the
+    default here, which changes nothing: ignoring it would give the client something else than it asked for. Raw, as a
+    value of two bytes would be one of ninety."""
+
+    n: Raw = ONE
+    use_beam_search: Raw = NO
+    presence_penalty: Raw = ZERO
+    frequency_penalty: Raw = ZERO
+    repetition_penalty: Raw = ONE
+    min_p: Raw = ZERO
+    logit_bias: Raw = NO_OBJECT
+    allowed_token_ids: Raw = NO_LIST
+    bad_words: Raw = NO_LIST
+    stop_token_ids: Raw = NO_LIST
+    stop_regex: Raw = NO_LIST
+    include_stop_str_in_output: Raw = NO
+    no_stop_trim: Raw = NO
+    skip_special_tokens: Raw = YES
+    response_format: Raw = Raw(b'{"type":"text"}')
+    structured_outputs: Raw = NOTHING
+    guided_json: Raw = NOTHING
+    guided_regex: Raw = NOTHING
+    guided_choice: Raw = NOTHING
+    guided_grammar: Raw = NOTHING
+    regex: Raw = NOTHING
+    ebnf: Raw = NOTHING
+    tools: Raw = NO_LIST
+    functions: Raw = NO_LIST
+    logprobs: Raw = NO
+    prompt_logprobs: Raw = NOTHING
+    echo: Raw = NO
+    chat_template: Raw = NOTHING
+    chat_template_kwargs: Raw = NO_OBJECT
+    add_generation_prompt: Raw = YES
+    continue_final_message: Raw = NO
+    truncate_prompt_tokens: Raw = NOTHING
+    mm_processor_kwargs: Raw = NO_OBJECT
+
+
+class UnsupportedOfMessage(msgspec.Struct):
+    """The same in a message."""
+
+    tool_calls: Raw = NO_LIST
+    function_call: Raw = NOTHING
+
+
+class Message(UnsupportedOfMessage, kw_only=True):
     role: str
     content: str | list[Part] | None = None
 
@@ -59,11 +109,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct):
-    type: str
-
-
-class ChatRequest(msgspec.Struct):
+class ChatRequest(Unsupported, kw_only=True):
     model: str
     messages: list[Message]
     stream: bool | None = None
@@ -80,16 +126,11 @@ class ChatRequest(msgspec.Struct):
     """Extension: the answer ends by its length or a stop string only, as load generators ask."""
     priority: Annotated[int, Meta(ge=-8, le=8)] | None = None
     """Extension: among the requests of one tenant, lower goes first."""
-    # Read to be refused: ignoring one of these would give the client something else than it asked for.
-    n: int | None = None
-    logprobs: bool | None = None
-    tools: msgspec.Raw = msgspec.Raw()
-    """Not decoded: a value of two bytes would be one of ninety."""
-    functions: msgspec.Raw = msgspec.Raw()
-    response_format: ResponseFormat | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    """Only where nothing could end the answer before, as load generators ask; else it is refused."""
+    tool_choice: Literal["none", "auto"] | None = None
+    """Nothing follows from these, as there are no tools."""
+    function_call: Literal["none", "auto"] | None = None
 
 
 # -- out ----------------------------------------------------------------------------------------------------------

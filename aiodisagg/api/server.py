@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import re
 import time
@@ -18,7 +17,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver
 
 from aiodisagg.api.backend import ChatBackend
-from aiodisagg.api.callers import Caller, Callers
+from aiodisagg.api.callers import Caller, Callers, tenant_of
 from aiodisagg.api.chat import ChatHandler, EventStream, model_not_found
 from aiodisagg.api.config import HttpConfig
 from aiodisagg.api.counters import HttpCounters
@@ -27,7 +26,8 @@ from aiodisagg.api.fetch import MediaFetcher
 from aiodisagg.api.media_cache import MediaCache
 from aiodisagg.api.schema import ModelBody, ModelList
 from aiodisagg.bootstrap.server import KEEPALIVE_S
-from aiodisagg.errors import ConfigError, Draining
+from aiodisagg.errors import Draining
+from aiodisagg.link.address import cannot_listen, check_port, is_loopback
 from aiodisagg.peer.metrics import render
 from aiodisagg.peer.turns import Workers
 
@@ -73,8 +73,7 @@ class HttpServer:
         debug: Mapping[str, Callable[[], object]] | None = None,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        if not 0 <= port <= 65535:
-            raise ConfigError("port", f"must be between 0 and 65535, not {port}")
+        check_port(port)
         self._backend, self._host, self._port = backend, host, port
         self._config = config or HttpConfig()
         self._resolver = resolver
@@ -117,27 +116,22 @@ class HttpServer:
             stack.push_async_callback(runner.cleanup)
             await runner.setup()
             site = web.TCPSite(runner, self._host, self._port)
-            await self._listen(site)
+            try:
+                await site.start()
+            except (OSError, UnicodeError) as error:
+                raise cannot_listen(self._host, self._port, error) from error
             self._port = int(runner.addresses[0][1])
             stack.push_async_callback(self._drain, site)
             self._stack = stack.pop_all()
-        logger.info("serving %s on %s", self._backend.model_name, self.url)
+        logger.info("serving %s on %s", self._backend.model_names[0], self.url)
+        if self._callers.anybody and not all(is_loopback(address[0]) for address in runner.addresses):
+            logger.warning("%s:%d can be reached from other hosts, and needs no key", self._host, self._port)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
-
-    async def _listen(self, site: web.TCPSite) -> None:
-        try:
-            await site.start()
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError("port", f"{self._port} is in use on {self._host}") from error
-            if error.errno == errno.EACCES:
-                raise ConfigError("port", f"{self._port} needs more rights than this process has") from error
-            raise ConfigError("host", f"{self._host} cannot be listened on: {error.strerror or error}") from error
 
     async def _drain(self, site: web.TCPSite) -> None:
         self._stopping = True
@@ -160,6 +154,7 @@ class HttpServer:
         app.router.add_post(_CHAT, self._complete)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{name:.+}", self._model)
+        app.router.add_get("/live", self._live)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/debug/{name}", self._show)
@@ -170,24 +165,28 @@ class HttpServer:
             raise Draining
         running = self._running[id(request)]
         assert running.caller is not None
-        with self._callers.chat(running.caller):
-            return await self._chat(request, running.request_id, running.caller)
+        tenant = tenant_of(request, running.caller)
+        with self._callers.chat(tenant):
+            return await self._chat(request, running.request_id, tenant)
 
     async def _models(self, request: web.Request) -> web.Response:
-        return _json(ModelList([self._described()]))
+        return _json(ModelList([self._described(name) for name in self._backend.model_names]))
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        if name != self._backend.model_name:
-            raise model_not_found(name, self._backend.model_name)
-        return _json(self._described())
+        if name not in self._backend.model_names:
+            raise model_not_found(name, self._backend.model_names)
+        return _json(self._described(name))
 
-    def _described(self) -> ModelBody:
-        return ModelBody(self._backend.model_name, self._backend.created)
+    def _described(self, name: str) -> ModelBody:
+        return ModelBody(name, self._backend.created)
+
+    async def _live(self, request: web.Request) -> web.Response:
+        broken = self._backend.broken
+        return _probed(not broken, broken or "ok")
 
     async def _health(self, request: web.Request) -> web.Response:
-        ready, reason = (False, "stopping") if self._stopping else self._backend.ready()
-        return _json({"status": "ok" if ready else "unavailable", "reason": reason}, 200 if ready else 503)
+        return _probed(*((False, "stopping") if self._stopping else self._backend.ready()))
 
     async def _show(self, request: web.Request) -> web.Response:
         show = self._debug.get(request.match_info["name"])
@@ -266,6 +265,10 @@ class HttpServer:
         if request.path.startswith("/debug/") and not caller.is_operator:
             raise Refused(403, "this is for the operator's key", code="operator_only")
         return caller
+
+
+def _probed(ok: bool, reason: str) -> web.Response:
+    return _json({"status": "ok" if ok else "unavailable", "reason": reason}, 200 if ok else 503)
 
 
 def _json(body: object, status: int = 200) -> web.Response:

@@ -12,8 +12,8 @@ import aiohttp
 import msgspec
 
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
-from aiodisagg.bootstrap.wire import Heartbeat, Lease, Watched, read_watched
-from aiodisagg.errors import BootstrapError, ConfigError
+from aiodisagg.bootstrap.wire import Heartbeat, Lease, Watched, check_url, read_watched
+from aiodisagg.errors import BootstrapError
 from aiodisagg.link.hello import host_identity
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ class BootstrapClient:
     ) -> None:
         self.urls = tuple(url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls))
         for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ConfigError("bootstrap", f"{url!r} is not an http(s) URL")
+            check_url("bootstrap", url)
         self.record = record if record.host else msgspec.structs.replace(record, host=host_identity()[0])
         self._load, self._token = load, token
         self.registered = asyncio.Event()

@@ -49,7 +49,7 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     patches: Count = 0
     """Of items that are to be encoded: the work that lies before a new one."""
     digests: Annotated[tuple[Prefix, ...], msgspec.Meta(max_length=ADVERTISED)] = ()
-    """Prefixes of the newest digests that an encode peer holds or is encoding; see ``scheduler.advertise``."""
+    """Prefixes of the newest digests of which an encode peer has all rows; see ``scheduler.advertise``."""
 
 
 class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,6 @@ GET    /health, /metrics
 from __future__ import annotations
 
 import asyncio
-import errno
 import hmac
 import logging
 import secrets
@@ -29,7 +28,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from aiodisagg.bootstrap.registry import PeerRecord, Registry
 from aiodisagg.bootstrap.wire import Failure, Heartbeat, Lease, Watched, check_token
 from aiodisagg.errors import ConfigError, LinkError
-from aiodisagg.link.address import TcpAddress, is_loopback, reachable_host, resolve
+from aiodisagg.link.address import TcpAddress, cannot_listen, check_port, is_loopback, reachable_host, resolve
 from aiodisagg.link.hello import PeerRole
 
 logger = logging.getLogger(__name__)
@@ -66,6 +65,7 @@ class BootstrapServer:
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 8500, config: BootstrapConfig | None = None) -> None:
+        check_port(port)
         self._host, self._port, self._config = host, port, config or BootstrapConfig()
         self.registry = Registry(self._config.lease_s)
         self._life = secrets.token_hex(8)
@@ -97,8 +97,7 @@ class BootstrapServer:
             await site.start()
         except OSError as error:
             await self._runner.cleanup()
-            what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror or error}"
-            raise ConfigError("port", f"{self._port} on {self._host} {what}") from error
+            raise cannot_listen(self._host, self._port, error) from error
         self._port = self._runner.addresses[0][1]
         self._born = self._now()
         return self

@@ -7,6 +7,7 @@ fields that it does not know, and of a line of the membership stream it uses the
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -20,6 +21,17 @@ def check_token(key: str, token: str | None) -> None:
     """Raises ConfigError for one that no header can carry, and for an empty one, which anybody has."""
     if token is not None and not _TOKEN.fullmatch(token):
         raise ConfigError(key, "must be printable ASCII, without spaces around it, and not empty")
+
+
+def check_url(key: str, url: str) -> None:
+    """Raises ConfigError for what is no URL of an HTTP server."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of ``port``, and of brackets
+        good = False
+    if not good:
+        raise ConfigError(key, f"{url!r} is not the http(s) URL of a server, such as http://127.0.0.1:8500")
 
 
 class Lease(msgspec.Struct, frozen=True):

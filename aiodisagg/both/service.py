@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from aiodisagg.link.hello import PeerRole
 from aiodisagg.models.base import ChatMessage, Planner, VisionEncoder
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import EncodeConfig, LanguageConfig, check
+from aiodisagg.peer.once import EnteredOnce
 from aiodisagg.scheduler.shares import Tenant
 from aiodisagg.scheduler.slack import SHARE_OF_ONE_DEVICE, Slack
 
@@ -33,7 +33,7 @@ _PACE_S = 0.05
 """Where prefill is not bounded either."""
 
 
-class BothService:
+class BothService(EnteredOnce):
     """Answers chats, encoding their images itself or on other peers, whoever is done first; and encodes for others.
 
     The halves are the two services as they are, joined by a link and a data plane inside the process; the encode half
@@ -63,6 +63,7 @@ class BothService:
         inline: bool = False, encoder: VisionEncoder | None = None,
         loaded: tuple[Planner, LanguageHalf, ModelFingerprint] | None = None,
     ) -> None:  # fmt: skip
+        super().__init__()
         self._loaded = loaded
         if inter_token_s is not None:
             check("inter_token_s", inter_token_s)
@@ -71,7 +72,8 @@ class BothService:
         overlap = language.overlap and not inline
         self._language = dataclasses.replace(language, name=name, transports=of_language, overlap=overlap)
         encode = dataclasses.replace(encode, name=name, bootstrap=(), transports=of_encode)
-        self.name, self.model_name = name, language.model.resolve().name
+        self.name, self.model_names = name, language.model_names
+        self.model_name = self.model_names[0]
         self.gate: InlineGate | CoreGate | SlackGate
         if inline:
             self.gate = InlineGate()
@@ -83,16 +85,12 @@ class BothService:
             of_one = Slack(pace_s, share=SHARE_OF_ONE_DEVICE)
             self.gate = DeviceGate(of_one) if same_device else SlackGate(Slack(pace_s))
         self.encode = EncodeService(encode, encoder=encoder, gate=self.gate, role=PeerRole.BOTH)
-        self._stack = AsyncExitStack()
 
-    async def __aenter__(self) -> BothService:
-        async with AsyncExitStack() as stack:
-            half = await stack.enter_async_context(self.encode)
-            local = LocalEncoder(half.record(), half.load)
-            language = LanguageService(self._language, loaded=self._loaded, local=local, watcher=self.gate)
-            self.language = await stack.enter_async_context(language)
-            self._stack = stack.pop_all()
-        return self
+    async def _open(self) -> None:
+        half = await self._stack.enter_async_context(self.encode)
+        local = LocalEncoder(half.record(), half.load)
+        language = LanguageService(self._language, loaded=self._loaded, local=local, watcher=self.gate)
+        self.language = await self._stack.enter_async_context(language)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -126,6 +124,11 @@ class BothService:
         return self.language.generate(
             messages, sampling, request_id=request_id, timeout_s=timeout_s, tenant=tenant, priority=priority
         )
+
+    @property
+    def broken(self) -> str:
+        """Why one of the halves will do nothing any more, or empty."""
+        return self.encode.broken or self.language.broken
 
     def ready(self) -> tuple[bool, str]:
         """Can requests be served now, by both halves, and if not, why."""

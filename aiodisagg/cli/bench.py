@@ -17,7 +17,7 @@ from aiodisagg.cli.bench_times import bench_times_command
 from aiodisagg.cli.process import (
     GIVEN_FILE,
     NEW_FILE,
-    announcer,
+    Announce,
     begin,
     check_plot,
     process_options,
@@ -113,9 +113,8 @@ def bench_source_command(
 ) -> None:
     """Run encode peers of synthetic items; part of bench resume and bench control."""
     begin("source", verbose, parent)
-    announce = announcer(ready_fd)
 
-    async def serve(stop: asyncio.Event) -> None:
+    async def serve(stop: asyncio.Event, announce: Announce) -> None:
         from aiodisagg.bench.synthetic import NullEncoder, SyntheticEncoder, synthetic_model
         from aiodisagg.encode.service import EncodeService
         from aiodisagg.peer.config import EncodeConfig, MiB
@@ -138,7 +137,7 @@ def bench_source_command(
             announce({"address": " ".join(service.address for service in services), "url": server.url})
             await stop.wait()
 
-    run(serve)
+    run(serve, ready_fd)
 
 
 @bench.command("resume")

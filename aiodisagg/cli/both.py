@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import Announce, announcer, begin, run, until
+from aiodisagg.cli.process import Announce, begin, fail, run, until
 from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.link.address import check_bind
 
 if TYPE_CHECKING:
     from aiodisagg.api.config import HttpConfig
     from aiodisagg.both.service import BothService
+    from aiodisagg.demo.cluster import Cluster
     from aiodisagg.language.service import LanguageService
     from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 
@@ -60,9 +62,8 @@ def both_command(
     ) -> None:
         """Run a peer that is both: an HTTP API, and a vision tower for itself and for other peers."""
         begin(options["name"] or "both", verbose, parent)
-        announce = announcer(ready_fd)
 
-        async def serve(stop: asyncio.Event) -> None:
+        async def serve(stop: asyncio.Event, announce: Announce) -> None:
             if separate and inline:
                 raise ConfigError("inline", "a tower in a process of its own is not part of the engine's loop")
             of_both = options | {"name": options["name"] or f"both-{secrets.token_hex(3)}"}
@@ -70,6 +71,7 @@ def both_command(
             front = _Front(http_config(options), host, port, peers, announce)
             if inter_token_ms is not None and not inter_token_ms > 0:
                 raise ConfigError("inter_token_ms", f"must be above 0, not {inter_token_ms:g}")
+            await check_bind(host, port)
             await asyncio.to_thread(_check_tower, of_encode.model)
             if not separate:
                 from aiodisagg.both.service import BothService
@@ -85,7 +87,7 @@ def both_command(
                 os.environ[TOKEN_VARIABLE] = options["bootstrap_token"]
             await _serve_separate(front, of_language, arguments, verbose, stop)
 
-        run(serve)
+        run(serve, ready_fd)
 
     own = {param.name: param for param in both.params}  # not an encode peer's of the same name
     known = own | {param.name: param for param in (*encode.params, *language.params)} | own
@@ -132,9 +134,9 @@ async def _serve_separate(
             with theirs:
                 child = ("encode", *arguments, "--steps-fd", str(theirs.fileno()))
                 async with asyncio.TaskGroup() as group:  # both load at once
-                    starting = group.create_task(cluster.start("tower", *child, pass_fds=[theirs.fileno()]))
+                    starting = group.create_task(_start_tower(cluster, child, theirs.fileno()))
                     service = await stack.enter_async_context(LanguageService(config, watcher=steps))
-            tower = starting.result().facts
+            tower = starting.result()
             address = tower["address"]
             service.add_tower(address, tower["incarnation"])
             async with asyncio.TaskGroup() as group:
@@ -145,6 +147,14 @@ async def _serve_separate(
             raise errors.exceptions[0] from None
         steps.close()
         await cluster.members.pop("tower").process.wait()  # it finishes what other peers asked it for
+
+
+async def _start_tower(cluster: Cluster, command: Sequence[str], steps_fd: int) -> Mapping[str, str]:
+    """What it announced. If it does not get there, this process ends as well, whatever it is loading."""
+    try:
+        return (await cluster.start("tower", *command, pass_fds=[steps_fd])).facts
+    except AiodisaggError as error:
+        fail(error)
 
 
 def _arguments(command: click.Command, options: dict[str, Any]) -> list[str]:

@@ -20,8 +20,9 @@ from aiodisagg.cli.process import (
     GIVEN_FILE,
     KEY_VARIABLE,
     NEW_FILE,
+    PORT,
     POSITIVE,
-    announcer,
+    Announce,
     begin,
     check_address,
     order_option,
@@ -32,7 +33,9 @@ from aiodisagg.cli.process import (
 )
 from aiodisagg.cli.simulate import bench_simulate, plan_command, simulate
 from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.link.address import check_bind
 from aiodisagg.peer.tls import Tls
+from aiodisagg.protocol.rows import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from aiodisagg.api.config import HttpConfig
@@ -44,7 +47,10 @@ Command = Callable[..., None]
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(aiodisagg.__version__)
 def main() -> None:
-    """Encode/language disaggregation for vision-language models on asyncio."""
+    """Encode/language disaggregation for vision-language models on asyncio.
+
+    On a CPU every process computes on one thread, unless the variable OMP_NUM_THREADS says on how many.
+    """
     # A torch process with as many threads as cores collapses when the cores are busy elsewhere. Before torch is loaded.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -110,6 +116,7 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
     from aiodisagg.scheduler.admission import AdmissionConfig
 
     same = (
+        "served_names",
         "block_rows",
         "window_blocks",
         "failover_s",
@@ -129,15 +136,22 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
     return LanguageConfig(**_settings(options, *same, admission=AdmissionConfig(**line), **sizes))
 
 
+_BEFORE_THE_LINE = 1024
+"""Requests that are read, or whose media are fetched, or that are planned, when those behind have no room."""
+
+
 def http_config(options: dict[str, Any]) -> HttpConfig:
     """Raises ConfigError."""
     from aiodisagg.api.config import PRIVATE_NETWORKS, HttpConfig, MiB, read_keys
 
+    if options["api_key"] is None and KEY_VARIABLE in os.environ:  # click takes an empty one for none
+        raise ConfigError(KEY_VARIABLE, "is set but empty; unset it if nobody shall need a key")
     file: Path | None = options["keys_file"]
     return HttpConfig(
         api_key=options["api_key"],
         api_keys=() if file is None else read_keys(file.read_bytes(), str(file)),
-        max_requests=options["max_requests"],
+        max_requests=options["max_requests"] or options["max_queue"] + options["max_running"] + _BEFORE_THE_LINE,
+        default_max_tokens=options["default_max_tokens"],
         media_cache_bytes=options["media_cache_mib"] * MiB,
         allowed_media_domains=options["media_domains"] or None,
         allow_private_media_hosts=PRIVATE_NETWORKS if options["allow_private_media"] else (),
@@ -146,22 +160,21 @@ def http_config(options: dict[str, Any]) -> HttpConfig:
 
 @main.command()
 @click.option("--host", default="127.0.0.1")
-@click.option("--port", default=8500, help="0 takes a free one.")
+@click.option("--port", default=8500, type=PORT, help="0 takes a free one.")
 @click.option("--token", envvar=TOKEN_VARIABLE, show_envvar=True, help="Bearer token that peers must send.")
 @process_options
 def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: int | None, parent: int | None) -> None:
     """Run a bootstrap server: peers register there and learn of each other."""
     begin("bootstrap", verbose, parent)
-    announce = announcer(ready_fd)
 
-    async def serve(stop: asyncio.Event) -> None:
+    async def serve(stop: asyncio.Event, announce: Announce) -> None:
         from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
 
         async with BootstrapServer(host, port, BootstrapConfig(token=token)) as server:
             announce({"url": server.url})
             await stop.wait()
 
-    run(serve)
+    run(serve, ready_fd)
 
 
 @main.command()
@@ -175,7 +188,7 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @click.option("--batch-patches", type=int, help="Patches of one tower batch; by device if not given.")
 @click.option("--prepare-threads", default=2)
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
-@click.option("--http-port", type=int, help="Serve /health and /metrics there; 0 takes a free port.")
+@click.option("--http-port", type=PORT, help="Serve /live, /health and /metrics there; 0 takes a free port.")
 @click.option("--http-host", default="127.0.0.1")
 @click.option("--retain-s", default=30.0, help="How long rows are kept for a receiver whose link is lost.")
 @click.option("--self-test-s", default=1.0, help="How long the tower may be measured at the start.")
@@ -195,10 +208,11 @@ def encode(
 ) -> None:
     """Run an encode peer: it runs the vision tower for language peers."""
     begin(options["name"] or "encode", verbose, parent)
-    announce = announcer(ready_fd)
 
-    async def serve(stop: asyncio.Event) -> None:
+    async def serve(stop: asyncio.Event, announce: Announce) -> None:
         config = encode_config(options)
+        if http_port is not None:
+            await check_bind(http_host, http_port, "http_")
         from aiodisagg.encode.gate import SlackGate
         from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
         from aiodisagg.encode.steps import StepReader
@@ -220,18 +234,24 @@ def encode(
             if http_port is not None:
                 from aiodisagg.peer.http import MetricsServer
 
-                server = MetricsServer(service.metrics, service.ready, http_host, http_port)
+                server = MetricsServer(
+                    service.metrics, service.ready, http_host, http_port, broken=lambda: service.broken
+                )
                 facts["url"] = (await stack.enter_async_context(server)).url
             announce(facts)
             await until(stop, service)
             await service.drain()
 
-    run(serve)
+    run(serve, ready_fd)
 
 
 @main.command()
 @click.option("--host", default="127.0.0.1", help="Of the HTTP API.")
-@click.option("--port", default=8000, help="Of the HTTP API; 0 takes a free one.")
+@click.option("--port", default=8000, type=PORT, help="Of the HTTP API; 0 takes a free one.")
+@click.option(
+    "--served-model-name", "served_names", multiple=True, show_default="the last part of --model",
+    help="What clients may call the model; answers have the first. May be given several times.",
+)  # fmt: skip
 @click.option("--api-key", envvar=KEY_VARIABLE, show_envvar=True, help="Clients must send it as a bearer token.")
 @click.option("--keys-file", type=GIVEN_FILE, help="Keys of tenants, see docs/http.md.")
 @click.option(
@@ -253,7 +273,14 @@ def encode(
     help="Memory for rows of earlier images; 0: they are fetched again.",
 )
 @click.option("--hedge-s", default=2.0, help="Lateness after which a second encode peer is asked too; 0: never.")
-@click.option("--max-requests", default=256, type=click.IntRange(min=1), help="Chat requests at once.")
+@click.option(
+    "--max-requests", type=click.IntRange(min=1), show_default="--max-queue, --max-running and 1024 more",
+    help="Chat requests at once; with as many, a tenant is refused that has its share of them.",
+)  # fmt: skip
+@click.option(
+    "--default-max-tokens", default=4096, type=click.IntRange(min=1),
+    help="Of an answer where a request names no limit, or what the context leaves if that is less.",
+)  # fmt: skip
 @click.option(
     "--media-domain", "media_domains", multiple=True,
     help="Fetch media of requests from this host and its subdomains only; may be given several times.",
@@ -293,10 +320,10 @@ def language(
 ) -> None:
     """Run a language peer with an OpenAI-compatible HTTP API."""
     begin(options["name"] or "language", verbose, parent)
-    announce = announcer(ready_fd)
 
-    async def serve(stop: asyncio.Event) -> None:
+    async def serve(stop: asyncio.Event, announce: Announce) -> None:
         config, http = language_config(options), http_config(options)
+        await check_bind(host, port)
         from aiodisagg.api import HttpServer  # after the checks: torch takes seconds
         from aiodisagg.language.service import LanguageService
 
@@ -308,7 +335,7 @@ def language(
                 await until(stop, service)
                 await service.drain()
 
-    run(serve)
+    run(serve, ready_fd)
 
 
 @main.command()
@@ -323,6 +350,8 @@ def language(
 @click.option("--compare/--no-compare", default=None, help="Run the monolith too; by default only without --model.")
 @click.option("--transports", default="ipc", help="Data planes, best first.")
 @click.option("--encoders", default=2, type=click.IntRange(min=1), help="Encode peers.")
+@click.option("--device", default="cpu", help="Of every peer, as torch names it.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), help="Of the language half; by device if left out.")
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack and see the answers fail.")
 @click.option("--kill-encoder", is_flag=True, help="Kill an encode peer in the middle and see its items move.")
 @click.option("--json", "json_file", type=NEW_FILE, help="Write what the table shows as JSON.")

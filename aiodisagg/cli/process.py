@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import click
 
@@ -22,6 +22,7 @@ from aiodisagg.peer.garbage import settle
 from aiodisagg.scheduler.order import Order
 
 _PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FILES = 65536
 """Open at once, if the host lets a process have so many."""
 
@@ -52,6 +53,7 @@ GIVEN_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 """One that must be there, for those that are not looked at before anything has begun."""
 KEY_VARIABLE = "AIODISAGG_API_KEY"
 POSITIVE = click.FloatRange(min=0, min_open=True)
+PORT = click.IntRange(0, 65535)
 
 Command = Callable[..., None]
 Announce = Callable[[Mapping[str, str]], None]
@@ -75,43 +77,56 @@ def die_with_parent(parent: int) -> None:
         raise SystemExit("the parent ended before this process began")
 
 
-def announcer(ready_fd: int | None) -> Announce:
-    """Says that the process is ready: a line for a person, or JSON on the descriptor a launcher waits on."""
+def run(service: Callable[[asyncio.Event, Announce], Awaitable[None]], ready_fd: int | None = None) -> None:
+    """Runs a service. Errors become one line.
+
+    The service says by its second argument that it is ready: a line for a person, or JSON on the descriptor
+    ``ready_fd`` that a launcher waits on. SIGINT or SIGTERM end the process at once before that, when nobody has asked
+    it for anything; after it the first sets the event, a second ends at once.
+    """
+    import uvloop
 
     if ready_fd is not None:
         os.set_inheritable(ready_fd, False)  # the launcher reads to its end: no child may keep it open
 
-    def announce(facts: Mapping[str, str]) -> None:
-        settle()
-        if ready_fd is not None:
-            with os.fdopen(ready_fd, "w") as out:
-                json.dump(dict(facts), out)
-        else:
-            click.echo("ready: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-
-    return announce
-
-
-def run(service: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Runs a service until SIGINT or SIGTERM sets its event; a second signal ends at once. Errors become one line."""
-    import uvloop
-
     async def body() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
-        def on_signal() -> None:
+        def on_signal(number: int) -> None:
             if stop.is_set():
-                os._exit(130)
+                _end(number)
             stop.set()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal)
-        await service(stop)
+        def announce(facts: Mapping[str, str]) -> None:
+            settle()
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, on_signal, number)
+            if ready_fd is not None:
+                with os.fdopen(ready_fd, "w") as out:
+                    json.dump(dict(facts), out)
+            else:
+                click.echo("ready: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
 
+        await service(stop, announce)
+
+    before = {number: signal.signal(number, _end) for number in _SIGNALS}  # the loop's would wait for its imports
     try:
         uvloop.run(body())
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _frame: object = None) -> NoReturn:
+    os._exit(128 + number)
+
+
+def fail(error: AiodisaggError) -> NoReturn:
+    """Ends the process with an error, at once: without waiting for threads, which may be loading."""
+    click.ClickException(str(error)).show()
+    os._exit(1)
 
 
 class Serving(Protocol):
@@ -166,7 +181,7 @@ def check_plot(plot_file: Path | None) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError("plot", "needs matplotlib: pip install 'aiodisagg[bench]'") from error
+        raise ConfigError("plot", 'needs matplotlib: the extra "bench" of aiodisagg is not installed') from error
 
 
 def check_address(context: click.Context, param: click.Parameter, value: str | tuple[str, ...]) -> Any:

@@ -48,6 +48,8 @@ class DemoOptions:
     compare: bool | None = None
     transports: str = "ipc"
     encoders: int = 2
+    device: str = "cpu"
+    dtype: str | None = None
     zero_deepstack: bool = False
     kill_encoder: bool = False
     json_file: Path | None = None
@@ -94,8 +96,12 @@ class Demo:
         """Raises ProcessEnded if a process of the system ends by itself."""
         options = self.options
         compare = options.compare if options.compare is not None else options.model is None
+        language_options = () if options.dtype is None else ("--dtype", options.dtype)
         # Loading takes longest of all; it goes on while the peers start.
-        reference = asyncio.ensure_future(asyncio.to_thread(Monolith, self.folder)) if compare else None
+        loading = asyncio.to_thread(Monolith, self.folder, options.device, options.dtype) if compare else None
+        reference = None if loading is None else asyncio.ensure_future(loading)
+        if reference is not None:  # what it fails with is not told if a process of the system has failed as well
+            reference.add_done_callback(lambda done: done.cancelled() or done.exception())
         async with Cluster(verbose=options.verbose) as cluster:
             with self.console.status("starting bootstrap, encode and language peers"):
                 url = await start_system(
@@ -103,8 +109,9 @@ class Demo:
                     str(self.folder),
                     encoders=options.encoders,
                     transports=options.transports,
+                    device=options.device,
                     encode_options=("--zero-deepstack",) if options.zero_deepstack else (),
-                    language_options=KILL_OPTIONS if options.kill_encoder else (),
+                    language_options=(*language_options, *(KILL_OPTIONS if options.kill_encoder else ())),
                 )
             if reference is not None and options.kill_encoder:  # loading holds the interpreter, and looks must be quick
                 await asyncio.wait([reference])

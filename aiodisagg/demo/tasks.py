@@ -77,15 +77,17 @@ def _ask(images: Sequence[bytes], labels: Sequence[int], picks: Sequence[int], g
 class Monolith:
     """transformers' own model on the same folder and dtypes, one request at a time. Blocking."""
 
-    def __init__(self, folder: Path) -> None:
-        from aiodisagg.models.loading import default_dtypes, load_monolith
+    def __init__(self, folder: Path, device: str = "cpu", dtype: str | None = None) -> None:
+        from aiodisagg.models.loading import as_dtype, check_device, default_dtypes, load_monolith
         from aiodisagg.models.plan import Qwen3VLPlanner
         from aiodisagg.models.vision import Qwen3VLVisionEncoder
 
-        vision, text = default_dtypes("cpu")
+        check_device(device)
+        vision, text = default_dtypes(device)
+        text = text if dtype is None else as_dtype(dtype)
         self._planner = Qwen3VLPlanner(folder)
         self._encoder = Qwen3VLVisionEncoder(folder, dtype=vision)
-        self._model = load_monolith(folder, vision_dtype=vision, language_dtype=text)
+        self._model = load_monolith(folder, vision_dtype=vision, language_dtype=text, device=device)
 
     def answer(self, ask: Ask) -> str:
         """Greedy answer of the monolith."""

@@ -35,8 +35,8 @@ from aiodisagg.transport.base import Slice
 
 logger = logging.getLogger(__name__)
 
-COPY_THREADS = 2
-"""While one wakes up and commits, the other's copy keeps the device's copy engine busy."""
+COPY_THREADS = 4
+"""While some wake up, commit or hash what they copied, the copies of others keep the device's copy engine busy."""
 STAGED_WRITES = 16
 """Bounds the memory of staging buffers: a buffer is as large as the largest chunk that it held, and a chunk at most a
 block. That is 16 MiB for 1024 rows of Qwen3-VL-30B-A3B, so 256 MiB."""
@@ -70,6 +70,7 @@ class _Way:
 @dataclass(frozen=True, slots=True)
 class _Attached:
     finding: asyncio.Task[_Way]
+    checksum: bool
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STAGED_PER_PLANE))
     copies: set[asyncio.Future[Any]] = field(default_factory=set)
 
@@ -110,7 +111,8 @@ class HandOff:
     def attach(self, plane: Plane, remote: Hello) -> None:
         """For a plane that was just connected: begins to find the best way; writes wait until it is found."""
         find = self._find(plane, remote)
-        self._planes[id(plane)] = _Attached(asyncio.get_running_loop().create_task(find, name="find a way"))
+        finding = asyncio.get_running_loop().create_task(find, name="find a way")
+        self._planes[id(plane)] = _Attached(finding, remote.checks(self._checksum))
 
     async def _find(self, plane: Plane, remote: Hello) -> _Way:
         way = _Way()
@@ -149,7 +151,7 @@ class HandOff:
         if way.twin is not None:
             copy = self._start(attached, self._to_device, view, data, way.twin.address + offset)
         else:
-            copy = self._start(attached, self._to_host, view, data)
+            copy = self._start(attached, self._to_host, view, data, attached.checksum)
         del view  # the copy's thread has it; an error that somebody keeps must not keep it too
         return _result(await asyncio.shield(copy)), way.twin is not None
 
@@ -157,7 +159,7 @@ class HandOff:
         self, plane: Plane, attached: _Attached, slots: AsyncExitStack, data: DeviceBytes, offset: int, lease: int
     ) -> int:  # fmt: skip
         self._check(plane, attached)
-        staging = self._start(attached, self._stage, data)
+        staging = self._start(attached, self._stage, data, attached.checksum)
         try:
             checksum, buffer = _result(await asyncio.shield(staging))
             self._check(plane, attached)
@@ -200,15 +202,15 @@ class HandOff:
         done.add_done_callback(attached.copies.discard)
         return done
 
-    def _to_host(self, view: memoryview, data: DeviceBytes) -> int:
+    def _to_host(self, view: memoryview, data: DeviceBytes, checksum: bool) -> int:
         self._accelerator.outward.copy(address_of(view), data.address, data.size_bytes)
-        return xxhash.xxh3_64_intdigest(view) if self._checksum else 0
+        return xxhash.xxh3_64_intdigest(view) if checksum else 0
 
     def _to_device(self, lease_holder: memoryview, data: DeviceBytes, target: int) -> int:
         self._accelerator.outward.copy(target, data.address, data.size_bytes)
         return 0
 
-    def _stage(self, data: DeviceBytes) -> tuple[int, _Staging]:
+    def _stage(self, data: DeviceBytes, checksum: bool) -> tuple[int, _Staging]:
         try:
             buffer = self._idle.pop()
         except IndexError:
@@ -217,7 +219,7 @@ class HandOff:
             buffer.close()
             buffer = _Staging(self._accelerator, data.size_bytes)
         try:
-            return self._to_host(buffer.arena.view[: data.size_bytes], data), buffer
+            return self._to_host(buffer.arena.view[: data.size_bytes], data, checksum), buffer
         except DeviceError:
             buffer.close()
             raise

@@ -25,10 +25,11 @@ from aiodisagg.encode.gate import Gate, OpenGate
 from aiodisagg.encode.prepare import Preparer
 from aiodisagg.encode.queue import Piece
 from aiodisagg.encode.selftest import small_picture
-from aiodisagg.encode.tower import Made, Tower, WrongRows
+from aiodisagg.encode.tower import Made, NotFinite, Tower, WrongRows
 from aiodisagg.errors import AiodisaggError, MediaError
 from aiodisagg.models.base import ItemKind, Patches, VisionEncoder
-from aiodisagg.protocol.events import EncodeStopped, RowsReady, StageEntered, StartEncode
+from aiodisagg.protocol.events import ChangeEncode, EncodeStopped, RowsReady, StageEntered, StartEncode
+from aiodisagg.protocol.patience import NOT_FINITE
 from aiodisagg.scheduler.order import Claim
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ PipelineEvent = StageEntered | RowsReady | EncodeStopped
 class _Job:
     start: StartEncode
     claim: Claim
+    alone: bool
     since: float
     """When its stage began."""
     stage: str = "queued"
@@ -145,8 +147,18 @@ class EncodePipeline:
         self._started += 1
         now, urgency = time.monotonic(), job.urgency
         claim = Claim(self._started, now + urgency.due_s, urgency.priority, urgency.work)
-        self._jobs[job.digest] = _Job(job, claim, now)
+        self._jobs[job.digest] = _Job(job, claim, job.alone, now)
         self._preparer.add(job, claim)
+
+    def change(self, change: ChangeEncode) -> None:
+        """The job goes by this as far as it has not begun. It keeps its place among those that came."""
+        entry, urgency = self._jobs.get(change.digest), change.urgency
+        if entry is None or entry.end is not None:
+            return
+        claim, due = entry.claim, min(entry.claim.due, time.monotonic() + urgency.due_s)
+        entry.claim, entry.alone = Claim(claim.arrived, due, urgency.priority, urgency.work), change.alone
+        self._preparer.change(change.digest, entry.claim)
+        self._tower.change(change.digest, entry.claim, alone=entry.alone)
 
     def cancel(self, digest: str) -> None:
         """Stops a job at once while it waits; one that is on a thread when that is done with it, unless the rows are
@@ -184,7 +196,7 @@ class EncodePipeline:
         if isinstance(outcome, Patches):
             entry.prepared = outcome.room
             if entry.end is None:  # cancelled in this very moment, it is taken out again
-                self._tower.add(job.digest, entry.claim, outcome, job.rows)
+                self._tower.add(job.digest, entry.claim, outcome, job.rows, alone=entry.alone)
             self._on_loop(self._prepared, entry)
         else:
             self._on_loop(self._not_prepared, entry, outcome)
@@ -199,6 +211,7 @@ class EncodePipeline:
         if entry.stage == "encoding" or self._jobs.get(entry.start.digest) is not entry:
             return
         self.prepare_s += entry.prepare_s
+        self._tower.change(entry.start.digest, entry.claim, alone=entry.alone)  # it may have changed just before
         self._enter(entry, "prepared", entry.prepare_s, entry.prepared_at)
         if entry.end is not None:  # no piece of it is begun from now on
             self._leave_tower(entry)
@@ -241,12 +254,12 @@ class EncodePipeline:
         self.batch_sizes[len(made.pieces)] += 1
         for piece, rows in zip(made.pieces, made.rows, strict=True):
             entry = self._jobs[piece.digest]
-            self._tower.brought(piece)
             self._make_room(entry, entry.prepared if piece.last else piece.patches)
             if isinstance(rows, Exception):
                 self._failed(entry, rows)
             elif entry.end is None or (piece.last and entry.end.code == "cancelled"):
                 self._publish(entry, piece, rows, at)
+            self._tower.brought(piece)  # now that it was told: what is to be alone may follow at once
             if entry.end is not None and self._jobs.get(piece.digest) is entry:
                 self._leave_tower(entry)
 
@@ -255,7 +268,7 @@ class EncodePipeline:
         logger.error("item %s: the tower failed", digest, exc_info=error)
         what = str(error) if isinstance(error, AiodisaggError) else f"{type(error).__name__}: {error}"
         wrong = isinstance(error, WrongRows)
-        code = "wrong_shape" if wrong else "encode_failed"
+        code = "wrong_shape" if wrong else NOT_FINITE if isinstance(error, NotFinite) else "encode_failed"
         if entry.end is None or entry.end.code == "cancelled":  # its later pieces do not make it complete
             entry.end = EncodeStopped(digest, code, what, retryable=not wrong)
 

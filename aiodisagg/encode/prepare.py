@@ -59,6 +59,13 @@ class Preparer:
             self._line.add(job.digest, claim)
             self._wake.notify()
 
+    def change(self, digest: str, claim: Claim) -> None:
+        """From now on this is the claim of a job, if it waits."""
+        with self._wake:
+            if digest in self._waiting:
+                self._line.remove(digest)
+                self._line.add(digest, claim)
+
     def cancel(self, job: StartEncode) -> bool:
         """Takes a job off the line; False: it has begun."""
         with self._wake:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from prometheus_client.core import Metric
@@ -25,10 +26,12 @@ from aiodisagg.models.base import VisionEncoder
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import EncodeConfig
 from aiodisagg.peer.driver import Driver
+from aiodisagg.peer.once import EnteredOnce
 from aiodisagg.peer.planes import Planes
 from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import (
     CancelEncode,
+    ChangeEncode,
     DrainBegan,
     Drained,
     DropSource,
@@ -53,6 +56,17 @@ from aiodisagg.scheduler.cost import ServiceTimes
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def _as_listen() -> Iterator[None]:
+    """What is wrong with an address is wrong with ``listen``."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.key != "address":
+            raise
+        raise error.under("listen") from error
+
+
 def load_encoder(config: EncodeConfig) -> VisionEncoder:
     """The encode half of the configured folder. Blocking; raises CheckpointError, and ConfigError for the device."""
     from aiodisagg.models.loading import check_device
@@ -62,7 +76,7 @@ def load_encoder(config: EncodeConfig) -> VisionEncoder:
     return Qwen3VLVisionEncoder(config.model, dtype=config.row_dtype, device=config.device)
 
 
-class EncodeService:
+class EncodeService(EnteredOnce):
     """Encodes items for language peers that link to it, and for as long as the context is open.
 
     ::
@@ -80,6 +94,7 @@ class EncodeService:
         self, config: EncodeConfig, *, encoder: VisionEncoder | None = None, gate: Gate | None = None,
         role: PeerRole = PeerRole.ENCODE,
     ) -> None:  # fmt: skip
+        super().__init__()
         self.config, self.role = config, role
         self._gate = gate
         self.name = config.name or f"encode-{config.incarnation[:6]}"
@@ -89,7 +104,6 @@ class EncodeService:
         self._waiting: list[Session] = []
         """Of peers that have a session: further links through which nothing was said yet."""
         self._writers: dict[tuple[str, ItemKey], Session] = {}
-        self._stack = AsyncExitStack()
         self._stopped = asyncio.Event()
         self._drained = asyncio.Event()
         self._draining = False
@@ -97,15 +111,15 @@ class EncodeService:
         self._server: LinkServer | None = None
         self._client: BootstrapClient | None = None
 
-    async def __aenter__(self) -> EncodeService:
-        try:
-            return await self._open()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-
-    async def _open(self) -> EncodeService:
+    async def _open(self) -> None:
         config = self.config
+        tls = config.tls.contexts() if config.tls is not None else None
+        server = LinkServer(
+            config.listen, lambda: self._hello, on_link=self._serve_link, secret=config.secret, config=config.link,
+            ssl=None if tls is None else tls[0],
+        )  # fmt: skip
+        with _as_listen():
+            await server.check()  # loading may take minutes
         encoder = self._encoder if self._encoder is not None else await asyncio.to_thread(load_encoder, config)
         self.model = encoder.fingerprint
         self.times: ServiceTimes | None = None
@@ -134,7 +148,6 @@ class EncodeService:
             broke=self._broke,
         )
         self.pipeline = await self._stack.enter_async_context(pipeline)
-        tls = config.tls.contexts() if config.tls is not None else None
         self._planes = Planes(config.transports, config.data_host, tls)
         self._stack.push_async_callback(self._planes.aclose)
         await self._planes.open(None, lambda *_: False, incarnation=config.incarnation)
@@ -145,23 +158,14 @@ class EncodeService:
             model=encoder.fingerprint,
             times=self.times,
         )
-        server = LinkServer(
-            config.listen, lambda: self._hello, on_link=self._serve_link, secret=config.secret, config=config.link,
-            ssl=None if tls is None else tls[0],
-        )  # fmt: skip
-        try:
+        with _as_listen():
             self._server = await self._stack.enter_async_context(server)
-        except ConfigError as error:
-            if error.key != "address":
-                raise
-            raise error.under("listen") from error
         if config.bootstrap:
             self._client = BootstrapClient(
                 config.bootstrap, self.record(), load=self.load, token=config.bootstrap_token
             )  # fmt: skip
             await self._stack.enter_async_context(self._client)
         logger.info("%s encodes %s at %s", self.name, encoder.fingerprint.architecture, self.address)
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -204,12 +208,17 @@ class EncodeService:
         if self._server is not None:
             self._server.cut()
 
+    @property
+    def broken(self) -> str:
+        """Why no item will be encoded any more, or empty."""
+        why = self._broken or self.pipeline.broken
+        return f"the tower is broken: {why}" if why else ""
+
     def ready(self) -> tuple[bool, str]:
         """Can items be encoded now, and if not, why."""
         if self._draining:
             return False, "draining"
-        broken = self._broken or self.pipeline.broken
-        return (False, f"the tower is broken: {broken}") if broken else (True, "ok")
+        return (False, self.broken) if self.broken else (True, "ok")
 
     def load(self) -> Load:
         """How busy this peer is, for the bootstrap server."""
@@ -327,6 +336,8 @@ class EncodeService:
                         logger.debug("%s: not sent: %s", self.name, error)
             case StartEncode():
                 self.pipeline.start(action)
+            case ChangeEncode():
+                self.pipeline.change(action)
             case CancelEncode(digest):
                 self.pipeline.cancel(digest)
             case DropSource(digest):

@@ -47,6 +47,7 @@ class Session:
     one that does. A plane that was replaced gets no new write; it is fenced and disconnected in the background.
 
     Args:
+        checksum: hash what is sent, if the receiver does not say whether it checks.
         handoff: for rows that lie in an accelerator's memory; None: they all lie in the host's.
     """
 
@@ -57,7 +58,10 @@ class Session:
         self._handoff = handoff
         self.link, self.peer = link, link.remote.incarnation
         self.plane_name = ""
-        self._planes, self._tell, self._checksum = planes, tell, checksum
+        self._planes, self._tell, self._checksum = planes, tell, link.remote.checks(checksum)
+        if self._checksum != checksum:
+            said = "checks" if self._checksum else "does not check"
+            logger.info("%s %s rows, and has its way: checksum=%s here", link.remote.name, said, checksum)
         self._plane: Plane | None = None
         self._failed: dict[str, float] = {}
         """When it did not connect or a write by it failed, by plane; one that was connected since then is not here."""

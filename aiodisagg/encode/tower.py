@@ -4,6 +4,9 @@ It decides when it may start and what to start then, under one lock and at the l
 needed sooner, is known by then. On an accelerator a batch is launched while the one before is still computed, on a
 stream of the thread's own; a batch's rows exist when they are brought, so that copies on other streams need not wait.
 
+What is to be alone begins when nothing is in the tower and all that was there has been dealt with, and nothing begins
+before the same is true of it: if the process dies, it is known whether that was in the tower.
+
 A batch that fails is run again piece by piece, so that one bad item fails alone. Rows that are not finite fail their
 item here: in a prompt they would spoil keys and values that other requests share.
 """
@@ -105,6 +108,8 @@ class Tower:
         self._queue = TowerQueue(batch_patches)
         self._items: dict[str, _Item] = {}
         self._running: Counter[str] = Counter()
+        self._alone = False
+        """What began last is to be alone."""
         self._good: Patches | None = None
         """The smallest that was computed so far."""
         self._wake = threading.Condition()
@@ -115,15 +120,23 @@ class Tower:
     def start(self) -> None:
         self._thread.start()
 
-    def add(self, digest: str, claim: Claim, patches: Patches, rows: int) -> None:
+    def add(self, digest: str, claim: Claim, patches: Patches, rows: int, *, alone: bool = False) -> None:
         """Queues an item of ``rows``; it is cut between frame pairs if they have equally many. ``claim``: on
-        ``time.monotonic``."""
+        ``time.monotonic``. ``alone``: nothing else shall be in the tower with it."""
         t = patches.grid_thw[0]
         frames = t if rows % t == 0 else 1
         item = _Item(patches, frames, rows, claim.due, self._gate.waited_s)
         with self._wake:
             self._items[digest] = item
-            self._queue.add(digest, claim, frames, patches.count // frames)
+            self._queue.add(digest, claim, frames, patches.count // frames, alone=alone)
+            self._wake.notify()
+
+    def change(self, digest: str, claim: Claim, *, alone: bool) -> None:
+        """From now on this counts for what has not begun of an item."""
+        with self._wake:
+            if (item := self._items.get(digest)) is not None:
+                item.due = claim.due
+            self._queue.change(digest, claim, alone=alone)
             self._wake.notify()
 
     def cancel(self, digest: str) -> bool:
@@ -139,6 +152,7 @@ class Tower:
             self._running[piece.digest] -= 1
             if not self._running[piece.digest]:
                 del self._running[piece.digest]
+            self._wake.notify()
 
     def close(self) -> None:
         """Returns when the thread has ended, after the batch it is in; what waits is dropped. Blocking."""
@@ -185,24 +199,31 @@ class Tower:
         most by then."""
         with self._wake:
             if block:
-                self._wake.wait_for(lambda: self._queue or self._closing)
-            elif not self._queue:
+                self._wake.wait_for(lambda: self._may_begin() or self._closing)
+            elif not self._may_begin():
                 return None
         if not self._gate.wait(self._patience_s, block=block):
             return None
         with self._wake:
             if self._closing:
                 return None
-            pieces = self._queue.take(time.monotonic())
+            pieces = self._queue.take(time.monotonic()) if self._may_begin() else []
             items = [self._items[piece.digest] for piece in pieces]
             for piece in pieces:
                 self._running[piece.digest] += 1
+                self._alone = piece.alone
                 if piece.last:
                     del self._items[piece.digest]
-        if not pieces:  # cancelled meanwhile
+        if not pieces:  # cancelled meanwhile, or it is to be alone now
             self._gate.gave_up()
             return None
         return pieces, items
+
+    def _may_begin(self) -> bool:
+        """Whether something waits, and nothing in the tower keeps it out."""
+        if not self._queue:
+            return False
+        return not self._running or not (self._alone or self._queue.alone(time.monotonic()))
 
     def _launch(self, pieces: list[Piece], items: list[_Item], before: _Launched | None) -> _Launched | None:
         """Launches a batch and finishes the one ``before``: a video's pieces are brought in order, also if this one

@@ -27,7 +27,7 @@ from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import Outbox, RequestHandle
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.engine.worker import StepThread
-from aiodisagg.errors import AiodisaggError, ConfigError, EngineError, InvalidRequest, Overloaded, PromptTooLong
+from aiodisagg.errors import AiodisaggError, ConfigError, EngineError, InvalidRequest, Overloaded
 from aiodisagg.models.base import PromptPlan
 from aiodisagg.protocol.rows import RowLayout
 
@@ -191,8 +191,7 @@ class Engine:
             raise EngineError(request_id, "the engine is not running")
         if plan.tokens < 1:
             raise InvalidRequest("messages", "the prompt has no tokens")
-        if plan.tokens + sampling.max_tokens > self._limit:
-            raise PromptTooLong(plan.tokens + sampling.max_tokens, self._limit)
+        sampling = sampling.fitted(plan.tokens, self._limit)
         if len(self._live) >= self.config.max_waiting + self.config.max_running:
             raise Overloaded(1.0, f"{len(self._live)} requests are in the engine already")
         if plan.input_ids.shape != (plan.tokens,) or plan.positions.shape != (3, plan.tokens):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from aiodisagg.errors import InvalidRequest
+from aiodisagg.errors import InvalidRequest, PromptTooLong
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    as_fits: bool = False
+    """A prompt that leaves room for fewer than ``max_tokens`` gets so many instead of being refused."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -32,6 +34,13 @@ class SamplingParams:
             raise InvalidRequest("top_k", f"must be 0 (all) or positive, not {self.top_k}")
         if len(self.stop) > 16 or any(not s for s in self.stop):
             raise InvalidRequest("stop", "at most 16 strings, none of them empty")
+
+    def fitted(self, prompt_tokens: int, limit: int) -> SamplingParams:
+        """For a prompt of so many tokens, where it and its answer have at most ``limit``. Raises PromptTooLong."""
+        needed = prompt_tokens + (1 if self.as_fits else self.max_tokens)
+        if needed > limit:
+            raise PromptTooLong(needed, limit)
+        return replace(self, max_tokens=min(self.max_tokens, limit - prompt_tokens))
 
 
 class FinishReason(enum.StrEnum):

@@ -7,6 +7,7 @@ the rows of the tokens in them, which requests keep as long as they live.
 from __future__ import annotations
 
 import logging
+import secrets
 from typing import TYPE_CHECKING
 
 from aiodisagg.device import pool as device_pool
@@ -27,7 +28,7 @@ def receive_pool(config: LanguageConfig, row_bytes: int) -> BlockPool:
     """Of as many blocks as fit ``pool_bytes``, one at least."""
     rows = config.block_rows or (256 if config.device == "cpu" else 1024)
     pool_bytes = config.pool_bytes or (64 if config.device == "cpu" else 1024) * MiB
-    return BlockPool(max(1, pool_bytes // (rows * row_bytes)), rows, row_bytes)
+    return BlockPool(max(1, pool_bytes // (rows * row_bytes)), rows, row_bytes, secrets.token_bytes(16))
 
 
 def kv_bytes(config: LanguageConfig, half: LanguageHalf) -> int | None:

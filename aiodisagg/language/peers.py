@@ -31,6 +31,8 @@ from aiodisagg.scheduler.cost import PeerCosts, Rates
 logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.0
+SETTLE_S = 0.15
+"""When nobody was linked and the first peer is, the others are waited for so long, and dialled at once."""
 LOOK_AGAIN_S = 30.0
 """An address of a peer that is linked by another one is dialled this seldom: perhaps it leads elsewhere by now."""
 
@@ -94,6 +96,7 @@ class EncodePeers:
         self._closed = False
         self._hoped = _now()
         """When there was a peer last, or somebody named one."""
+        self._settled = 0.0
         self.judged: Callable[[str], dict[str, object]] = lambda incarnation: {}
         """How a peer stands, for ``described``: set by who judges them."""
 
@@ -127,6 +130,14 @@ class EncodePeers:
     def hoped_s(self) -> float:
         """How long ago a link ended or somebody named a new address, whichever was last."""
         return _now() - self._hoped
+
+    @property
+    def settling_s(self) -> float:
+        """For how long what waits should wait for more peers than the first that are linked; 0.0 once all are."""
+        left_s = self._settled - _now()
+        if left_s <= 0 or all(peer.incarnation in self._linked for peer in self._by_address.values()):
+            return 0.0
+        return left_s
 
     @property
     def linked(self) -> list[EncodePeer]:
@@ -309,6 +320,8 @@ class EncodePeers:
             logger.info("%s is linked already, by another address than %s", remote.name, peer.address)
             await link.aclose()  # without a word through it: the encode peer goes on with the other one
             return
+        if not self._linked:
+            self._settle(peer)
         peer.link = link
         self._linked[remote.incarnation] = peer
         logger.info("linked to encode peer %s at %s", peer.name, peer.address)
@@ -341,6 +354,13 @@ class EncodePeers:
             except Exception:  # as above: an address that is not dialled any more is a peer lost for ever
                 logger.exception("the loss of the link to %s", peer.name)
             await link.aclose()
+
+    def _settle(self, first: EncodePeer) -> None:
+        """What cut all of them off is over, perhaps: dials the others at once, however long they were to be left."""
+        self._settled = _now() + SETTLE_S
+        for peer in self._by_address.values():
+            if peer.incarnation != first.incarnation:
+                peer.moved.set()
 
     def _costs(self, remote: Hello) -> PeerCosts:
         """What to expect of a peer before it did anything."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerState
+from aiodisagg.language.complaints import Complaints
 from aiodisagg.language.errands import Errand
 from aiodisagg.language.peers import EncodePeer, EncodePeers
 from aiodisagg.peer import metrics
 from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import ItemSpec
 from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress, Refuse, Want
-from aiodisagg.scheduler.advertise import advertised
+from aiodisagg.scheduler.advertise import PREFIX, advertised
 from aiodisagg.scheduler.cost import PrefillCosts, Size
 from aiodisagg.scheduler.health import NO_FAULT, HealthConfig, Hedges, Poison, Standings
 from aiodisagg.scheduler.placement import PeerView, Placement, Standing, Wanted, place_together
@@ -31,27 +30,12 @@ PREFILL = PrefillCosts(step_s=5e-3, token_s=2e-5)
 COMPARED = 16
 """Peers that are compared for an item where there are more, at least; twice as many as a request has items."""
 
-CODES = NO_FAULT | {"encode_failed", "prepare_failed", "model_mismatch"}
-"""Of refusals, in metrics; what else a peer says is ``other``."""
-
 STANDINGS = {
     PeerState.JOINING: Standing.SUSPECT,
     PeerState.READY: Standing.READY,
     PeerState.SUSPECT: Standing.SUSPECT,
     PeerState.DRAINING: Standing.DRAINING,
 }
-
-
-def _may_hold(peer: EncodePeer, digests: Sequence[str]) -> bool:
-    return any(peer.book.knows(digest) or (peer.digests and advertised(digest, peer.digests)) for digest in digests)
-
-
-@dataclass(slots=True)
-class _Complaints:
-    """About one life of a peer. ``warned``: of what, since it delivered last. ``refusal``: its last one."""
-
-    warned: set[str] = field(default_factory=set)
-    refusal: str = ""
 
 
 class Placing:
@@ -71,10 +55,7 @@ class Placing:
         self.labels = PeerLabels()
         """Of the encode peers, for whatever is counted of them."""
         self.moves = 0
-        self._refusals: Counter[tuple[str, str]] = Counter()
-        """By incarnation and code; of peers that are gone under ``""``."""
-        self._complaints: dict[str, _Complaints] = {}
-        """By incarnation."""
+        self._complaints = Complaints()
         self.errands: dict[ItemKey, Errand] = {}
         self._loads: dict[str, tuple[Load, float]] = {}
         """By incarnation, linked or not: what membership said last, and when. What is as before is not said again."""
@@ -97,7 +78,7 @@ class Placing:
         free = [errand for errand in errands if not self.poison.suspect(errand.spec.digest, now)]
         half = sum(errand.spec.rows for errand in errands) / 2
         token_s = self.prefill.token_s + self.prefill.pair_s * half
-        views = self._candidates([errand.spec.digest for errand in free], now)
+        views = self._candidates(self._peers.linked, [errand.spec.digest for errand in free], now)
         wanted = [Wanted(errand.spec.digest, errand.size, token_s * errand.spec.rows) for errand in free]
         placed = place_together(wanted, views, own=self.own, step_s=self.prefill.step_s)
         for errand, placement in zip(free, placed, strict=False):
@@ -112,43 +93,39 @@ class Placing:
         planned, errand.planned = errand.planned, None
         if planned is None or planned.peer in avoid or self._peers.get(planned.peer) is None:
             return self.best(errand, avoid, now)
-        if self.standings.of(planned.peer, now) is Standing.SUSPECT:  # since an item of the same request, perhaps
+        if self._standing(planned.peer, now) is Standing.SUSPECT:  # since an item of the same request, perhaps
             return self.best(errand, avoid, now)
         return planned
 
     def best(self, errand: Errand, avoid: frozenset[str], now: float) -> Placement | None:
         """As ``choose``, and nothing comes of it."""
         digest, never = errand.spec.digest, errand.avoid | errand.drained
-        views = [view for view in self._views(self._peers.linked, [digest], now) if view.peer not in never]
-        if self.poison.suspect(digest, now):
-            views = [view for view in views if not self._tries_another(view.peer, digest, now)]
-        placed = place_together([Wanted(digest, errand.size)], views, avoid)
+        linked = [peer for peer in self._peers.linked if peer.incarnation not in never]
+        shunned = avoid.union(self.standings.doubted) if avoid else avoid
+        better = [peer for peer in linked if peer.incarnation not in shunned] or [
+            peer for peer in linked if peer.incarnation not in avoid
+        ]
+        placed = place_together([Wanted(digest, errand.size)], self._candidates(better or linked, [digest], now))
         return placed[0] if placed else None
 
-    def _tries_another(self, peer: str, digest: str, now: float) -> bool:
-        """Whether the peer has a suspect already: two at once, and nobody would know which of them killed it."""
-        at = self._peers.get(peer)
-        others = [] if at is None else [item.digest for item in at.book.open.values() if item.digest != digest]
-        return any(self.poison.suspect(other, now) for other in others)
-
-    def _candidates(self, digests: Sequence[str], now: float) -> list[PeerView]:
-        """The peers that are compared for new items: all, or of many the next ones in turn, the own tower, and who may
-        hold an item.
+    def _candidates(self, linked: Sequence[EncodePeer], digests: Sequence[str], now: float) -> list[PeerView]:
+        """Which of these peers are compared: all, or of many the next ones in turn, the own tower, and who may hold an
+        item.
 
         The best of sixteen is about as good as the best of all, and all would be looked at for every item.
         """
-        linked, count = self._peers.linked, max(COMPARED, 2 * len(digests))
+        count = max(COMPARED, 2 * len(digests))
         if len(linked) <= count:
             return self._views(linked, digests, now)
         start = self._turn = self._turn % len(linked)
         self._turn += count
         chosen = [*linked[start : start + count], *linked[: max(0, start + count - len(linked))]]
         names = {peer.incarnation for peer in chosen}
-        chosen += [
-            peer
-            for peer in linked
-            if peer.incarnation not in names and (peer.incarnation == self.own or _may_hold(peer, digests))
-        ]
+        prefixes = {digest[:PREFIX] for digest in digests}
+        for peer in linked:
+            may_hold = not prefixes.isdisjoint(peer.digests) or any(map(peer.book.knows, digests))
+            if (may_hold or peer.incarnation == self.own) and peer.incarnation not in names:
+                chosen.append(peer)
         views = self._views(chosen, digests, now)
         return views if any(view.standing is Standing.READY for view in views) else self._views(linked, digests, now)
 
@@ -156,11 +133,16 @@ class Placing:
         views = []
         for peer in peers:
             book, who = peer.book, peer.incarnation
-            holding, standing = book.holding(digests, now), self.standings.of(who, now)
+            holding, standing = book.holding(digests, now), self._standing(who, now)
             if peer.digests:
                 holding |= {d: 0.0 for d in digests if d not in holding and advertised(d, peer.digests)}
             views.append(PeerView(who, book.costs, book.backlog(now), standing, holding, book.doubt))
         return views
+
+    def _standing(self, peer: str, now: float) -> Standing:
+        """Who refused as many items as make a suspect is one until it is known whether others deliver them."""
+        standing, refused = self.standings.of(peer, now), self._complaints.pending[peer]
+        return max(standing, Standing.SUSPECT) if refused >= self.standings.config.failures else standing
 
     def asked(self, key: ItemKey, placement: Placement, now: float) -> EncodePeer:
         """The item is placed."""
@@ -185,36 +167,26 @@ class Placing:
         if errand is None or errand.peer is None or errand.last != peer:
             return
         errand.refused = True
-        code = refusal.code if refusal.code in CODES else "other"
-        self._refusals[peer, code] += 1
-        said = f"{refusal.code}: {refusal.message[:500]}"
-        self._warn(errand, code, f"refused item {refusal.key}: {said}").refusal = said
+        self._complaints.refused(peer, errand.peer.name, refusal, now)
         if refusal.code == "draining":
             self.standings.drains(peer)
             errand.drained.add(peer)
             errand.turned_away = now
         elif refusal.code not in NO_FAULT:
-            self.failed(errand, f"it refused item {refusal.key} ({code})", now)
+            self.standings.refused(peer)
 
     def failed(self, errand: Errand, why: str, now: float) -> None:
         """The peer of the errand did not do what it was asked for, and another may."""
-        if seconds := self.standings.failed(errand.last, now):
-            name = "" if errand.peer is None else errand.peer.name
-            logger.warning("encode peer %s (%s) is a suspect for %g s: %s", name, errand.last, seconds, why)
+        self._failed(errand.last, "" if errand.peer is None else errand.peer.name, why, now)
 
-    def _warn(self, errand: Errand, code: str, what: str) -> _Complaints:
-        """Once for each code, until the peer delivers."""
-        complaints = self._complaints.setdefault(errand.last, _Complaints())
-        if code not in complaints.warned and errand.peer is not None:
-            complaints.warned.add(code)
-            logger.warning("encode peer %s (%s) %s", errand.peer.name, errand.last, what)
-        return complaints
+    def _failed(self, peer: str, name: str, why: str, now: float) -> None:
+        if seconds := self.standings.failed(peer, now):
+            logger.warning("encode peer %s (%s) is a suspect for %g s: %s", name, peer, seconds, why)
 
     def judged(self, incarnation: str, now: float) -> dict[str, object]:
         """How a peer stands, for people."""
-        complaints = self._complaints.get(incarnation)
         standing = self.standings.of(incarnation, now).name.lower()
-        return {"standing": standing, "last_refusal": "" if complaints is None else complaints.refusal}
+        return {"standing": standing, "last_refusal": self._complaints.last_refusal(incarnation)}
 
     def absent_s(self, key: ItemKey, now: float) -> float | None:
         """For how long nobody has been there who takes the item, since all that are linked drain; None: somebody may
@@ -230,7 +202,8 @@ class Placing:
         """The item is to be placed (anew). A peer without a link did not fail: it is asked for nothing meanwhile."""
         errand = self.errands[key]
         if errand.peer is not None and not errand.refused and self._peers.get(errand.last) is not None:
-            self._warn(errand, "silent", f"does not deliver item {key}: another peer is asked")
+            what = f"does not deliver item {key}: another peer is asked"
+            self._complaints.warn(errand.last, errand.peer.name, "silent", what)
             self.failed(errand, f"it did not deliver item {key}", now)
         self.left(key)
 
@@ -252,8 +225,10 @@ class Placing:
             if errand.peer is not None:
                 if self.standings.delivered(errand.last):
                     logger.info("encode peer %s (%s) delivers again: no suspect", errand.peer.name, errand.last)
-                if (complaints := self._complaints.get(errand.last)) is not None:
-                    complaints.warned.clear()
+                self._complaints.delivered(errand.last)
+        for refusal in self._complaints.over(key, errand.last if complete else ""):
+            why = f"it refused item {key} ({refusal.code}), which another delivered"
+            self._failed(refusal.peer, refusal.name, why, refusal.when)
         self.left(key)
         self.hedges.over(key)
         del self.errands[key]
@@ -278,7 +253,7 @@ class Placing:
         if errand is not None and errand.book is not None:
             errand.book.arrived(key, rows * self._row_bytes, now)
 
-    def asking(self, peer: str, want: Want) -> Want:
+    def asking(self, peer: str, want: Want, now: float) -> Want:
         """The question as it is to be sent. Not the first epoch: what is timed from here on is not the usual way of an
         item."""
         errand = self.errands.get(want.key)
@@ -289,7 +264,7 @@ class Placing:
         if want.media is None and peer in errand.unsent:
             want = msgspec.structs.replace(want, media=errand.spec.media)
         errand.unsent.discard(peer)
-        return want
+        return msgspec.structs.replace(want, alone=self.poison.suspect(want.digest, now))
 
     def unsent(self, peer: str, key: ItemKey) -> None:
         """The item's media did not get out to the peer: the next question has to bring them."""
@@ -313,9 +288,7 @@ class Placing:
             peer.book.disturbed()
         if gone:
             self.poison.died(incarnation)
-            self._complaints.pop(incarnation, None)
-            for who, code in [known for known in self._refusals if known[0] == incarnation]:
-                self._refusals["", code] += self._refusals.pop((who, code))
+            self._complaints.gone(incarnation)
 
     def told(self, entries: Sequence[PeerEntry], gone: Sequence[str], now: float) -> None:
         """What membership says."""
@@ -356,20 +329,12 @@ class Placing:
                 seen.add_metric((label, stage), model.observed)
             errors.add_metric((label, "finish"), costs.finish_error)
             seen.add_metric((label, "finish"), costs.finishes)
-        refusals = CounterMetricFamily(
-            "aiodisagg_item_refusals", "Items that an encode peer would not provide.", labels=("peer", "code")
-        )
-        by_label: Counter[tuple[str, str]] = Counter()
-        for (incarnation, code), count in self._refusals.items():
-            by_label[self.labels.of(incarnation), code] += count
-        for labels, count in by_label.items():
-            refusals.add_metric(labels, count)
         errors.add_metric(("", "prefill"), self.prefill.error)
         seen.add_metric(("", "prefill"), self.prefill.observed)
         return [
             errors,
             seen,
-            refusals,
+            self._complaints.metrics(self.labels),
             metrics.counter("item_moves", "Items that were asked of another peer than before.", self.moves),
             metrics.counter("hedges", "Items that were asked of a second peer.", self.hedges.started),
             metrics.counter("hedges_won", "Hedged items that the second peer delivered first.", self.hedges.won),

@@ -29,6 +29,7 @@ from aiodisagg.protocol.events import (
     Fail,
     Finish,
     ItemCancelled,
+    ItemHurried,
     ItemRequested,
     ItemSpec,
     LeasesRevoked,
@@ -124,6 +125,7 @@ class RowReceiver:
             role=PeerRole.LANGUAGE,
             model=self.model,
             transports={**self.planes.describe(), **memory.describe()},
+            checksum=config.checksum,
         )
         self.peers = EncodePeers(
             lambda: hello, self._heard, model=self.model, secret=config.secret, config=config.link,
@@ -136,6 +138,7 @@ class RowReceiver:
         self.sharing = Sharing(
             self._fetch,
             self._drop,
+            lambda key, urgency: self.driver.feed(ItemHurried(key, urgency)),
             deliver=self._deliver_rows,
             ended=self._tell_end,
             cache_bytes=config.cache_bytes,
@@ -183,7 +186,8 @@ class RowReceiver:
     def _fetch(self, items: Sequence[tuple[ItemKey, ItemSpec, float]]) -> None:
         for key, spec, _ in items:
             self.placing.errand(key, spec)
-        self.placing.plan([key for key, _, _ in items], self._now())
+        if not self.peers.settling_s:  # a plan for the few that are linked by now is none
+            self.placing.plan([key for key, _, _ in items], self._now())
         for key, spec, left_s in items:
             self.driver.feed(ItemRequested(key, spec, left_s))
 
@@ -242,6 +246,9 @@ class RowReceiver:
             self._prune()
 
     def _place_waiting(self) -> None:
+        if settling_s := self.peers.settling_s:
+            self._place_again(self._now() + settling_s)
+            return
         for key, avoid in list(self.unplaced.items()):
             self._place(Place(key, avoid))
 
@@ -249,7 +256,7 @@ class RowReceiver:
         match action:
             case Send(peer, message):
                 if isinstance(message, Want):
-                    message = self.placing.asking(peer, message)
+                    message = self.placing.asking(peer, message, self._now())
                 if self.peers.send(peer, message):
                     self.placing.unsent(peer, message.key)
             case Place():
@@ -263,12 +270,14 @@ class RowReceiver:
             case Finish(key):
                 self._finished(key)
             case Fail(key, code):
-                known = key in self.placing.errands
-                for other in self.sharing.fetches(key):  # a hedge may have its peer now
-                    self.placing.free(other)
+                known, others = key in self.placing.errands, self.sharing.fetches(key)
                 self._forget(key)
                 if known and code != "cancelled":
                     self.sharing.failed(action)
+                for other in others:  # a hedge may have its peer now
+                    self.placing.free(other)
+                    if (avoid := self.unplaced.get(other)) is not None:
+                        self._place(Place(other, avoid))
 
     def _finished(self, key: ItemKey) -> None:
         placing = self.placing
@@ -295,8 +304,8 @@ class RowReceiver:
         if poison.refuses(digest, now):
             self._refuse(key, errand)
             return
-        unsure_s = poison.unsure_s(digest, now)
-        placement = None if unsure_s else self.placing.choose(key, action.avoid, now)
+        held_s = max(poison.unsure_s(digest, now), self.peers.settling_s)
+        placement = None if held_s else self.placing.choose(key, action.avoid, now)
         if placement is None:
             absent_s = self.placing.absent_s(key, now)
             patience_s = math.inf if absent_s is None else self.config.peer_wait_s - absent_s
@@ -305,7 +314,7 @@ class RowReceiver:
                 self._fail(key, "unreachable", why)
                 return
             self.unplaced[key] = action.avoid
-            if (again_s := unsure_s or patience_s) < math.inf:
+            if (again_s := held_s or patience_s) < math.inf:
                 self._place_again(now + again_s)
             return
         self.unplaced.pop(key, None)
@@ -328,8 +337,6 @@ class RowReceiver:
         self.placing.over(key, complete=complete)
         self.unplaced.pop(key, None)
         self._prune()
-        if self.unplaced:  # perhaps one waits for this one to be out of the way
-            self._place_again(self._now())
 
     def _place_again(self, due: float) -> None:
         """Places what waits, at the latest then."""

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -31,7 +31,6 @@ from aiodisagg.errors import (
     InvalidRequest,
     Overloaded,
     PeerBroken,
-    PromptTooLong,
 )
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.counters import engine_metrics
@@ -47,6 +46,7 @@ from aiodisagg.models.base import ChatMessage, Planner, PromptPlan
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Tasks
+from aiodisagg.peer.once import EnteredOnce
 from aiodisagg.peer.turns import Closed, Workers
 from aiodisagg.protocol.messages import ItemKey
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
@@ -72,7 +72,7 @@ class _Request:
     keys: list[ItemKey] = field(default_factory=list)
 
 
-class LanguageService:
+class LanguageService(EnteredOnce):
     """Answers chats whose images and videos are encoded by other peers.
 
     ::
@@ -94,12 +94,13 @@ class LanguageService:
         local: LocalEncoder | None = None,
         watcher: StepWatcher | None = None,
     ) -> None:
+        super().__init__()
         self.config, self._loaded, self.local, self._watcher = config, loaded, local, watcher
         self.name = config.name or f"language-{config.incarnation[:6]}"
-        self.model_name = config.model.resolve().name
+        self.model_names = config.model_names
+        self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.traces = Traces()
-        self._stack = AsyncExitStack()
         self._stopped, self._served = asyncio.Event(), asyncio.Event()
         self._broken = ""
         self._client: BootstrapClient | None = None
@@ -107,14 +108,7 @@ class LanguageService:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def __aenter__(self) -> LanguageService:
-        try:
-            return await self._open()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-
-    async def _open(self) -> LanguageService:
+    async def _open(self) -> None:
         config = self.config
         loaded = self._loaded
         if loaded is None:
@@ -173,7 +167,6 @@ class LanguageService:
             self.add_tower(self.local.record.addresses[0], self.local.record.incarnation)
         if config.bootstrap:
             await self._join(model)
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -271,8 +264,7 @@ class LanguageService:
             except Closed:
                 raise EngineError(request_id, "the service is closed") from None
             trace.planned_s, trace.prompt_tokens, trace.state = trace.since(), plan.tokens, "waiting"
-            if plan.tokens + sampling.max_tokens > self.engine.limit:  # not worth a place in the line
-                raise PromptTooLong(plan.tokens + sampling.max_tokens, self.engine.limit)
+            sampling.fitted(plan.tokens, self.engine.limit)  # who does not fit is not worth a place in the line
             work = work_of(plan, self.engine.held(plan, page_keys), self.rows.sharing.has)
             if work.patches and not self.peers.linked:
                 await self.peers.wait_any(self.config.peer_wait_s)
@@ -372,12 +364,17 @@ class LanguageService:
         self._broken = why
         self._served.set()
 
+    @property
+    def broken(self) -> str:
+        """Why no request will be served any more, or empty."""
+        return f"the engine is broken: {self.engine.broken}" if self.engine.broken else ""
+
     def ready(self) -> tuple[bool, str]:
         """Can all requests be served now, and if not, why."""
         if self._draining:
             return False, "draining"
-        if self.engine.broken:
-            return False, f"the engine is broken: {self.engine.broken}"
+        if self.broken:
+            return False, self.broken
         return (True, "ok") if self._text_only or self.peers.linked else (False, "no encode peer is linked")
 
     def metrics(self) -> str:

@@ -2,7 +2,7 @@
 
 A fetch is the protocol's item; it bears the key of the request's item that started it and outlives that one while
 others share it. An item's deadline is its own: who joins a fetch and has less time leaves it earlier; who has more
-time than the fetch continues with another.
+time than the fetch continues with another. Who joins and goes before the others hurries the fetch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aiodisagg.language.trace import Traces
 from aiodisagg.peer import metrics
 from aiodisagg.peer.driver import Tasks
 from aiodisagg.protocol.events import Fail, ItemSpec
-from aiodisagg.protocol.messages import ItemKey
+from aiodisagg.protocol.messages import ItemKey, Urgency
 from aiodisagg.scheduler.flight import Flights, Landing, RowCache
 from aiodisagg.scheduler.health import ITEMS_FAULT
 
@@ -59,14 +59,16 @@ class Sharing:
     Args:
         fetch: starts fetches (key, item, seconds left) of one request; each ends in ``landed`` or ``failed``.
         drop: ends a fetch; nothing more is told of it.
+        hurry: somebody of this urgency waits for a fetch as well.
         deliver, ended: as ``RowReceiver`` has them.
     """
 
     def __init__(
-        self, fetch: Fetch, drop: Callable[[ItemKey], None], *, deliver: Deliver, ended: Ended, cache_bytes: int,
-        row_bytes: int, tasks: Tasks, traces: Traces, accelerator: Accelerator | None,
+        self, fetch: Fetch, drop: Callable[[ItemKey], None], hurry: Callable[[ItemKey, Urgency], None], *,
+        deliver: Deliver, ended: Ended, cache_bytes: int, row_bytes: int, tasks: Tasks, traces: Traces,
+        accelerator: Accelerator | None,
     ) -> None:  # fmt: skip
-        self._fetch, self._drop, self._deliver, self._ended = fetch, drop, deliver, ended
+        self._fetch, self._drop, self._hurry, self._deliver, self._ended = fetch, drop, hurry, deliver, ended
         self._row_bytes, self._tasks, self._traces, self._accelerator = row_bytes, tasks, traces, accelerator
         self._inline_bytes = INLINE_BYTES if accelerator is None else 0
         self.cache: RowCache[np.ndarray] = RowCache(cache_bytes)
@@ -101,6 +103,8 @@ class Sharing:
         if flight is not None:
             self.flights.join(spec.digest, key, wanted.deadline)
             self._share(key, wanted, self._fans[flight.legs[0]])
+            for leg in flight.legs:
+                self._hurry(leg, spec.urgency)
             return False
         keeps = self._has_room(spec.rows * self._row_bytes)
         # What is not kept has a name of its own: nobody can share it.

@@ -69,7 +69,8 @@ class Taker:
                 return RowsTaken(key, chunk)
             with self._memory.arena.view[action.offset : action.offset + action.size_bytes] as data:
                 if self._checksum and xxhash.xxh3_64_intdigest(data) != chunk.checksum:
-                    logger.error("item %s: wrong checksum of rows %d-%d", key, chunk.start, chunk.stop)
+                    what = "wrong checksum" if chunk.checksum else "no checksum (switched off there, not here)"
+                    logger.error("item %s: %s of rows %d-%d", key, what, chunk.start, chunk.stop)
                     return RowsRefused(key, chunk)
                 self._deliver(action, data)
         except Exception as error:

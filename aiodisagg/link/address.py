@@ -59,6 +59,31 @@ def parse(address: str) -> UnixAddress | TcpAddress:
     raise ConfigError("address", f"{address!r} is none of unix:@name, unix:/path, tcp:host:port")
 
 
+def check_port(port: int, prefix: str = "") -> None:
+    """Raises ConfigError, under ``prefix`` and ``port``: event loops may take a larger one modulo 65536."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"{prefix}port", f"must be between 0 and 65535, not {port}")
+
+
+def cannot_listen(host: str, port: int, error: OSError | UnicodeError, prefix: str = "") -> ConfigError:
+    """What has to be changed after ``error``."""
+    code = getattr(error, "errno", None)
+    if code == errno.EADDRINUSE:
+        return ConfigError(f"{prefix}port", f"{port} is in use on {host}")
+    if code == errno.EACCES:
+        return ConfigError(f"{prefix}port", f"{port} needs more rights than this process has")
+    return ConfigError(f"{prefix}host", f"{host} cannot be listened on: {getattr(error, 'strerror', None) or error}")
+
+
+async def check_bind(host: str, port: int, prefix: str = "") -> None:
+    """Raises ConfigError if nobody could listen there now: for those who will, but have something slow to do first."""
+    try:
+        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port, start_serving=False)
+    except (OSError, UnicodeError) as error:
+        raise cannot_listen(host, port, error, prefix) from error
+    server.close()
+
+
 def is_loopback(host: str) -> bool:
     """Whether the literal address ``host`` is this host's own."""
     return ipaddress.ip_address(host.partition("%")[0]).is_loopback

@@ -67,6 +67,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """What its self-test measured, if it encodes."""
     max_frame_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Largest frame it accepts, as its link fills in. 0: not said."""
+    checksum: bool | None = None
+    """Whether it compares checksums of the rows that it receives. None: not said."""
 
     @classmethod
     def here(
@@ -78,6 +80,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         model: ModelFingerprint | None = None,
         transports: dict[str, bytes] | None = None,
         times: ServiceTimes | None = None,
+        checksum: bool | None = None,
     ) -> Hello:
         """The hello of this process: boot id and namespace are read from the kernel (blocking, microseconds)."""
         boot_id, net_ns = host_identity()
@@ -90,11 +93,16 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
             model=model,
             transports=transports or {},
             times=times,
+            checksum=checksum,
         )
 
     def accepting(self, max_frame_bytes: int) -> Hello:
         """The same, said through a link that accepts frames of this size."""
         return msgspec.structs.replace(self, max_frame_bytes=max_frame_bytes)
+
+    def checks(self, otherwise: bool) -> bool:
+        """Whether rows for it need checksums; ``otherwise``: if it did not say."""
+        return otherwise if self.checksum is None else self.checksum
 
     def same_host(self, other: Hello) -> bool:
         """Whether both run on one kernel and in one network namespace."""

@@ -90,35 +90,51 @@ class LinkServer:
 
     async def __aenter__(self) -> LinkServer:
         """Raises ConfigError: address in use or not ours, or reachable by other hosts without a secret."""
+        server = await self._bind()
+        await server.start_serving()
+        return self
+
+    async def check(self) -> None:
+        """Raises what entering would; for those who have something slow to do first. Nobody can connect meanwhile."""
+        await self._bind()
+        self._unbind()
+
+    async def _bind(self) -> asyncio.Server:
         loop = asyncio.get_running_loop()
         if isinstance(self._wanted, UnixAddress):
             sock = listen_unix(self._wanted)
             self._inode = inode_of(self._wanted)
-            self._server = await loop.create_unix_server(self._accept, sock=sock, backlog=BACKLOG)
+            self._server = await loop.create_unix_server(
+                self._accept, sock=sock, backlog=BACKLOG, start_serving=False
+            )  # fmt: skip
             self._actual = self._wanted
-            return self
+            return self._server
         host = (await resolve(self._wanted))[0]
         if self._secret is None and not is_loopback(host):
             raise ConfigError("secret", f"{self._wanted} can be reached by other hosts; links need a shared secret")
         advertised = self._advertise_host or reachable_host(host)
         try:
             self._server = await loop.create_server(
-                self._accept, host, self._wanted.port, ssl=self._ssl, backlog=BACKLOG,
+                self._accept, host, self._wanted.port, ssl=self._ssl, backlog=BACKLOG, start_serving=False,
                 ssl_handshake_timeout=None if self._ssl is None else self._config.handshake_timeout_s,
             )  # fmt: skip
         except OSError as error:
             raise ConfigError("address", f"cannot listen on {self._wanted}: {error.strerror or error}") from error
         self._actual = TcpAddress(advertised, self._server.sockets[0].getsockname()[1])
-        return self
+        return self._server
+
+    def _unbind(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        if isinstance(self._actual, UnixAddress):
+            remove_unix(self._actual, self._inode)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._server is not None
         self._closing = True
-        self._server.close()
-        if isinstance(self._actual, UnixAddress):
-            remove_unix(self._actual, self._inode)
+        self._unbind()
         serving = dict(self._tasks)
         for task in serving:
             task.cancel()

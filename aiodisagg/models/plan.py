@@ -19,6 +19,7 @@ longer, at the same resolution, begins with the same items.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -109,15 +110,16 @@ class Qwen3VLPlanner:
     def plan(self, messages: Sequence[ChatMessage], *, limit: int | None = None) -> PromptPlan:
         """Renders the folder's chat template with a generation prompt, and plans every item. Thread-safe.
 
-        Raises InvalidRequest (unknown role, nothing to say, placeholders in text) or MediaError naming
-        ``messages[i].content[j]``; PromptTooLong for more than ``limit`` tokens, before anything of that length is
-        made: pictures may be many and large in a small request.
+        Raises InvalidRequest (unknown role or part, nothing to say, placeholders in text, a system message that the
+        template leaves out) or MediaError naming ``messages[i].content[j]``; PromptTooLong for more than ``limit``
+        tokens, before anything of that length is made: pictures may be many and large in a small request.
         """
         chat, items = self._read(messages)
         try:
             text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the folder; it refuses with errors of its own
             raise InvalidRequest("messages", f"the model's chat template refuses them: {error}") from error
+        _check_system(messages, str(text))
         pieces = self._expand(str(text), items)
         with self._lock:
             short = np.asarray(self._tokenizer("".join(pieces))["input_ids"], dtype=np.int64)
@@ -146,13 +148,20 @@ class Qwen3VLPlanner:
         return token
 
     def _read(self, messages: Sequence[ChatMessage]) -> tuple[list[dict[str, Any]], list[PlannedItem]]:
-        """The chat as templates take it, and its images and whole videos in order, without digests and spans."""
+        """The chat as templates take it, and its images and whole videos in order, without digests and spans. System
+        messages at its start are one: templates, Qwen3-VL's among them, may print that of the first message only."""
         chat: list[dict[str, Any]] = []
         items: list[PlannedItem] = []
         for i, message in enumerate(messages):
+            if not isinstance(message, ChatMessage):
+                raise InvalidRequest(f"messages[{i}]", f"a {type(message).__name__} is no ChatMessage")
             if message.role not in ROLES:
                 raise InvalidRequest(
                     f"messages[{i}].role", f"{message.role!r} is not one of {', '.join(sorted(ROLES))}"
+                )
+            if not isinstance(message.parts, tuple | list):
+                raise InvalidRequest(
+                    f"messages[{i}].content", f"must be a tuple of parts, not a {type(message.parts).__name__}"
                 )
             content: list[dict[str, str]] = []
             for j, part in enumerate(message.parts):
@@ -160,14 +169,20 @@ class Qwen3VLPlanner:
                 if isinstance(part, TextPart):
                     self._check_text(part.text, param)
                     content.append({"type": "text", "text": part.text})
-                else:
+                elif isinstance(part, ImagePart | VideoPart):
                     item = self._item(part, param)
                     items.append(item)
                     content.append({"type": item.kind.value})
+                else:
+                    raise InvalidRequest(param, f"a {type(part).__name__} is no TextPart, ImagePart or VideoPart")
             only_text = all(part["type"] == "text" for part in content)
             chat.append(
                 {"role": message.role, "content": "".join(p["text"] for p in content) if only_text else content}
             )
+        leading = itertools.takewhile(lambda said: said["role"] == "system" and isinstance(said["content"], str), chat)
+        texts = [said["content"] for said in leading]
+        if len(texts) > 1:
+            chat[: len(texts)] = [{"role": "system", "content": "\n\n".join(filter(None, texts))}]
         if not any(message["content"] for message in chat):
             raise InvalidRequest("messages", "there is nothing to answer")
         return chat, items
@@ -261,6 +276,16 @@ class Qwen3VLPlanner:
             digest = item_digest(item.kind, grid, item.fps, media)
             rows = item.rows // t * len(own)
             yield replace(item, digest=digest, grid_thw=grid, rows=rows, spans=own, media=media)
+
+
+def _check_system(messages: Sequence[ChatMessage], text: str) -> None:
+    """Raises InvalidRequest for a system message that the template left out; templates may trim what they print."""
+    at = 0
+    for i, message in enumerate(messages):
+        for said in (p.text.strip() for p in message.parts if message.role == "system" and isinstance(p, TextPart)):
+            if (found := text.find(said, at)) < 0:
+                raise InvalidRequest(f"messages[{i}]", "the model's chat template leaves out a system message here")
+            at = found + len(said)
 
 
 def item_digest(kind: ItemKind, grid_thw: tuple[int, int, int], fps: float, media: Sequence[bytes]) -> str:

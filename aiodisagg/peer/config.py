@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiodisagg.bootstrap.wire import check_token
+from aiodisagg.bootstrap.wire import check_token, check_url
 from aiodisagg.errors import ConfigError
 from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.hello import check_secret
 from aiodisagg.peer.tls import Tls
+from aiodisagg.protocol.messages import MOST_LENDS
 from aiodisagg.protocol.rows import DTYPE_BYTES
 from aiodisagg.scheduler.admission import AdmissionConfig
 
@@ -39,7 +41,7 @@ class PeerConfig:
     """What every peer needs to know."""
 
     model: Path
-    """Folder of a Qwen3-VL(-MoE) checkpoint."""
+    """Folder of a Qwen3-VL(-MoE) checkpoint; a string becomes a path."""
     bootstrap: tuple[str, ...] = ()
     """URLs of bootstrap servers; none: peers are joined by hand (``LanguageService.add_peer``)."""
     name: str = ""
@@ -62,7 +64,8 @@ class PeerConfig:
     row_dtype: str = "bfloat16"
     """Element type of rows on the wire, and of the vision tower."""
     checksum: bool = True
-    """xxh3-64 of every chunk, checked before it counts."""
+    """xxh3-64 of every chunk, checked before it counts. Who receives rows decides: an encode peer's own setting is for
+    language peers that do not say whether they check."""
     link: LinkConfig = field(default_factory=LinkConfig)
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
 
@@ -72,10 +75,15 @@ class PeerConfig:
             raise ConfigError("transports", f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
         if not self.transports:
             raise ConfigError("transports", "at least one is needed")
+        object.__setattr__(self, "model", Path(self.model))
         if not self.model.is_dir():
             raise ConfigError("model", f"no such folder: {self.model}")
         if self.row_dtype not in DTYPE_BYTES:
             raise ConfigError("row_dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.row_dtype}")
+        for url in self.bootstrap:
+            check_url("bootstrap", url)
+        if self.tls is not None:
+            self.tls.contexts()
         check_secret(self.secret)
         check_token("bootstrap_token", self.bootstrap_token)
         try:
@@ -97,7 +105,8 @@ class EncodeConfig(PeerConfig):
 
     source_bytes: int = 1024 * MiB
     """Memory for encoded items: those in transfer and, as far as it goes, a cache of earlier ones. Up to 256 MiB of
-    files come on top, of items that are not encoded yet; the files of more wait where they come from."""
+    files come on top, of items that are not encoded yet; the files of more wait where they come from. An item that
+    needs more is refused (``too_large``). Linked language peers share it: none gets what the others would need."""
     batch_patches: int | None = None
     """Patches of one tower batch; an image with more goes alone. None: as the device gains from batching, few on a CPU.
     Rows leave batch by batch."""
@@ -105,7 +114,8 @@ class EncodeConfig(PeerConfig):
     self_test_s: float = 1.0
     """How long the tower may be measured at the start; 0: not at all."""
     retain_s: float = 30.0
-    """How long rows are kept for a receiver whose link is lost."""
+    """How long rows are kept for a receiver whose link is lost. One that is linked and takes none of the rows that
+    exist for so long yields its room to others that need it, as one without a link does at once."""
 
     def __post_init__(self) -> None:
         PeerConfig.__post_init__(self)
@@ -121,6 +131,8 @@ class EncodeConfig(PeerConfig):
 class LanguageConfig(PeerConfig):
     """Settings of a language peer."""
 
+    served_names: tuple[str, ...] = ()
+    """What clients may call the model; answers have the first. Empty: the last part of ``model``, as it is written."""
     dtype: str | None = None
     """Of the language half's weights; None: float32 on a CPU, bfloat16 elsewhere."""
     pool_bytes: int | None = None
@@ -163,18 +175,27 @@ class LanguageConfig(PeerConfig):
 
     def __post_init__(self) -> None:
         PeerConfig.__post_init__(self)
+        names = self.served_names
+        if not all(map(str.strip, names)) or len(set(names)) < len(names):
+            raise ConfigError("served_names", f"one is empty or there twice: {', '.join(map(repr, names))}")
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}")
         for key in ("pool_bytes", "block_rows", "kv_bytes", "token_budget"):
             if (value := getattr(self, key)) is not None:
                 check(key, value)
-        for key in ("window_blocks", "stall_s", "max_running"):
+        for key in ("stall_s", "max_running"):
             check(key, getattr(self, key))
+        check("window_blocks", self.window_blocks, high=MOST_LENDS)
         check("request_timeout_s", self.request_timeout_s, high=1e9)
         check("peer_wait_s", self.peer_wait_s, exclusive=False)
         for key in ("failover_s", "cache_bytes", "hedge_s"):
             check(key, getattr(self, key), exclusive=False)
         check("itl_budget_ms", self.pace_ms, exclusive=False)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """``served_names``, or what stands for them: not what a link points to, which in a cache is a commit's hash."""
+        return self.served_names or (os.path.basename(os.path.abspath(self.model)),)
 
     @property
     def step_tokens(self) -> int:

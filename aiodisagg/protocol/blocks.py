@@ -1,8 +1,10 @@
 """The receiver's blocks: who may write where, and when a block may be lent again.
 
 A pool is one stretch of registered memory cut into blocks of a fixed number of rows. A block is lent for a range of
-rows of one item to one peer under a *lease*, a number that is never used twice: ``lease % blocks`` is the block and
-``lease // blocks`` its generation. Rules, in the order in which they were learned by others the hard way:
+rows of one item to one peer under a *lease*, a number that is never used twice and that nobody else can guess: who may
+write where is told by it alone, not by who writes. Its upper bits count the lends, so that a late word is told from an
+invented one; the lower ``TAG_BITS`` are a keyed hash of the count. Rules, in the order in which they were learned by
+others the hard way:
 
 * A block is free again only when (a) the writer reported every row of it, or (b) the lend was revoked and the writer
   is *fenced* (it said that nothing moves any more, or it is gone) and no copy of this side is under way; and in either
@@ -11,6 +13,7 @@ rows of one item to one peer under a *lease*, a number that is never used twice:
 * Rows in a revoked block stay usable until then: a chunk whose commit was lost can still be taken (``kept``).
 * One peer never gets all that others need: it may be stopped, and its blocks then stay quarantined until it runs again
   (``has_share``). With one peer linked there are no others, and it may have every block.
+* What was committed is being read, or was: nothing may be written there any more.
 * Everything about a lend is found by its lease, and every lend is forgotten when its block is freed.
 """
 
@@ -19,9 +22,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from aiodisagg.protocol.messages import Chunk, ItemKey, Lend
 from aiodisagg.protocol.ranges import RangeSet
+
+TAG_BITS = 40
+COUNTS = 1 << 22
 
 
 @dataclass(slots=True)
@@ -35,6 +42,8 @@ class LentBlock:
     size_bytes: int
     spent: RangeSet = field(default_factory=RangeSet)
     pins: int = 0
+    committed: int = 0
+    """Rows from the block's first one up to the last that its writer said are written."""
     revoked: bool = False
     fenced: bool = False
     kept: bool = False
@@ -44,6 +53,11 @@ class LentBlock:
     def done(self) -> bool:
         return self.spent.covers(self.lend.start, self.lend.stop)
 
+    def pin(self, chunk: Chunk) -> None:
+        """It is written, and a take begins to read it."""
+        self.pins += 1
+        self.committed = max(self.committed, chunk.stop - self.lend.start)
+
 
 class BlockPool:
     """Accounting of the pool's blocks. Pure; not thread-safe, except that ``admits`` may be called from any thread.
@@ -52,14 +66,15 @@ class BlockPool:
         blocks: how many blocks there are.
         rows_per_block: rows in each.
         row_bytes: bytes of a packed row.
+        secret: up to 64 random bytes, without which leases can be guessed.
     """
 
-    def __init__(self, blocks: int, rows_per_block: int, row_bytes: int) -> None:
+    def __init__(self, blocks: int, rows_per_block: int, row_bytes: int, secret: bytes = b"") -> None:
         if min(blocks, rows_per_block, row_bytes) <= 0:
             raise ValueError(f"not a pool: {blocks} blocks of {rows_per_block} rows of {row_bytes} bytes")
         self.blocks, self.rows_per_block, self.row_bytes = blocks, rows_per_block, row_bytes
         self._free = list(range(blocks - 1, -1, -1))
-        self._generation = [0] * blocks
+        self._secret, self._lends = secret, 0
         self._lent: dict[int, LentBlock] = {}
         self._held: Counter[str] = Counter()
         """Blocks by peer, in quarantine or not."""
@@ -91,13 +106,17 @@ class BlockPool:
         if not 0 < stop - start <= self.rows_per_block:
             raise ValueError(f"[{start}, {stop}) does not fit a block of {self.rows_per_block} rows")
         block = self._free.pop()
-        self._generation[block] += 1
-        lease = self._generation[block] * self.blocks + block
+        self._lends += 1
+        lease = self._lease(self._lends)
         lend = Lend(lease=lease, offset=block * self.block_bytes, start=start, stop=stop)
         lent = LentBlock(lend, owner, peer, epoch, (stop - start) * self.row_bytes)
         self._lent[lease] = lent
         self._held[peer] += 1
         return lent
+
+    def _lease(self, number: int) -> int:
+        tag = blake2b(number.to_bytes(8, "big"), digest_size=TAG_BITS // 8, key=self._secret).digest()
+        return number % COUNTS << TAG_BITS | int.from_bytes(tag, "big")
 
     def has_share(self, peer: str, linked: Collection[str]) -> bool:
         """May a peer be lent a free block? Up to its equal part, and beyond that while a quarter stays for others.
@@ -114,14 +133,16 @@ class BlockPool:
 
     def issued(self, lease: int) -> bool:
         """Was this lease ever given out? Tells a late word from an invented one."""
-        return self.blocks <= lease <= self._generation[lease % self.blocks] * self.blocks + lease % self.blocks
+        number = self._lends - (self._lends - (lease >> TAG_BITS)) % COUNTS  # the last one of this count
+        return number > 0 and lease == self._lease(number)
 
     def admits(self, offset: int, size_bytes: int, lease: int) -> bool:
         """May ``size_bytes`` be placed at ``offset`` under ``lease`` now? The gate of receiver-placed transports."""
         lent = self._lent.get(lease)
         if lent is None or lent.revoked or size_bytes < 0:
             return False
-        return lent.lend.offset <= offset and offset + size_bytes <= lent.lend.offset + lent.size_bytes
+        start, stop = lent.lend.offset + lent.committed * self.row_bytes, lent.lend.offset + lent.size_bytes
+        return start <= offset and offset + size_bytes <= stop
 
     def wrong(self, chunk: Chunk, owner: ItemKey, peer: str) -> str:
         """Why this peer cannot have written this chunk for this item, or "". What ended may be spoken of late."""
@@ -143,7 +164,7 @@ class BlockPool:
             return False
         if self._lent.pop(lent.lend.lease, None) is None:
             return False
-        self._free.append(lent.lend.lease % self.blocks)
+        self._free.append(lent.lend.offset // self.block_bytes)
         self._held[lent.peer] -= 1
         if not self._held[lent.peer]:
             del self._held[lent.peer]

@@ -102,6 +102,14 @@ class ItemCancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class ItemHurried:
+    """Somebody else waits for the item as well; ``urgency``: as it is now."""
+
+    key: ItemKey
+    urgency: Urgency
+
+
+@dataclass(frozen=True, slots=True)
 class RowsTaken:
     """Answer to Take: the rows left the block intact and belong to the item."""
 
@@ -117,6 +125,8 @@ class RowsRefused:
     key: ItemKey
     chunk: Chunk
     why: str = ""
+    peer: str = ""
+    """Whose rows they were, as the Receiver fills in: by now the item may be another peer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +144,7 @@ ReceiverEvent = (
     | ItemRequested
     | Placed
     | ItemCancelled
+    | ItemHurried
     | RowsTaken
     | RowsRefused
     | LeasesRevoked
@@ -293,6 +304,17 @@ class StartEncode:
     media: tuple[bytes, ...] = field(repr=False)
     urgency: Urgency = ARRIVAL
     """The best of those that wanted it before it was started."""
+    alone: bool = False
+    """Nothing else shall be in the tower with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeEncode:
+    """What was started is wanted sooner, or alone: that counts as far as it is not in the tower yet."""
+
+    digest: str
+    urgency: Urgency
+    alone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,4 +359,4 @@ class Drained:
     """No receiver with a link has an open item any more."""
 
 
-SenderAction = Send | StartEncode | CancelEncode | Write | Fence | DropSource | Drained
+SenderAction = Send | StartEncode | ChangeEncode | CancelEncode | Write | Fence | DropSource | Drained

@@ -32,6 +32,7 @@ from aiodisagg.protocol.events import (
     Fail,
     Finish,
     ItemCancelled,
+    ItemHurried,
     ItemSpec,
     LinkLost,
     LinkUp,
@@ -51,6 +52,7 @@ from aiodisagg.protocol.messages import (
     Chunk,
     Commit,
     Fenced,
+    FromSender,
     ItemKey,
     Meta,
     Offer,
@@ -68,8 +70,6 @@ from aiodisagg.protocol.story import Story
 Actions = list[ReceiverAction]
 NOBODY = ""
 """The peer in a Revoke of what a sender has fenced itself: only copies that this side has begun are waited for."""
-_OF_A_PEER = (Offer, Progress, Commit, Fenced, Refuse, LinkLost, LinkUp)
-"""Events that only an item with a peer can have."""
 
 
 class IncomingItem:
@@ -82,20 +82,17 @@ class IncomingItem:
         self.key, self.spec, self.model = key, spec, model
         self.state = State.BOOTSTRAPPING
         self.peer: str | None = None
-        self.epoch = self._waited = 0
-        self.held = RangeSet()
+        self.epoch = self._waited = self.ready = 0
+        self.held, self.pending, self.claimed = RangeSet(), RangeSet(), RangeSet()
         self.meta = MetaLedger.of(spec.meta, spec.rows)
-        self.claimed = RangeSet()
-        self.pending = RangeSet()
         self.lends: dict[int, LentBlock] = {}
-        self.ready = 0
         self.deadline, self.timeout_s = now + timeout_s, timeout_s
+        self._urgency, self._urged = spec.urgency, now
         self.wake = self.deadline
         self._story = Story(now)
         self._pool, self._config = pool, config
-        self._linked = self._resting = False
+        self._linked = self._resting = self._sent_media = False
         self._has_media: set[str] = set()
-        self._sent_media = False
         self._avoid: set[str] = set()
         self._patience = Patience(config)
 
@@ -104,13 +101,9 @@ class IncomingItem:
     def handle(self, event: object, now: float) -> Actions:
         """Raises InvalidTransition, changing nothing, if the event is not legal in this state."""
         method = self.TABLE.get((self.state, type(event)))
-        if method is None or (self.peer is None and isinstance(event, _OF_A_PEER)):
+        if method is None or (self.peer is None and isinstance(event, FromSender | LinkLost | LinkUp)):
             raise InvalidTransition(self.state.value, type(event).__name__)
         return method(self, event, now)
-
-    def begin(self) -> Actions:
-        """The first action of a new item."""
-        return [Place(self.key, frozenset())]
 
     @property
     def timer(self) -> float:
@@ -126,8 +119,8 @@ class IncomingItem:
     def _placed(self, event: Placed, now: float) -> Actions:
         if self.peer is not None:
             raise InvalidTransition(self.state.value, "Placed")
-        if self._patience.cannot_write(event.peer):
-            return self.fail(now, "unreachable", f"no encode peer can write here: {self._patience.why_unwritten}")
+        if hopeless := self._patience.hopeless(event.peer):
+            return self.fail(now, *hopeless)
         self.peer, self._linked = event.peer, True
         self._patience.answered()
         return self._new_epoch(now, f"placed on {event.peer}")
@@ -145,11 +138,18 @@ class IncomingItem:
         self._has_media.add(self.peer)
         self._sent_media = media is not None
         want = Want(
-            self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.spans(),
-            self.meta.lacking, self.model, max(0.0, self.deadline - now), media,
-            spec.urgency.later(self.timeout_s - (self.deadline - now)),
+            self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.told(),
+            self.meta.lacking, self.model, max(0.0, self.deadline - now), media, self._urgency.later(now - self._urged),
         )  # fmt: skip
         return [*actions, Send(self.peer, want)]
+
+    def _hurried(self, event: ItemHurried, now: float) -> Actions:
+        """Asks once more, from the better place, unless the peer has begun: before that there is nothing to lose."""
+        if event.urgency.before(self._urgency.later(now - self._urged)):
+            self._urgency, self._urged = event.urgency, now
+            if self.peer and self._linked and not self._resting and not self.ready:
+                return self._new_epoch(now, "wanted sooner")
+        return []
 
     def _withdraw(self, *, keep: bool, said: bool = False) -> Actions:
         """Gives back what is lent. ``keep``: the sender may still restate what it wrote there. ``said``: it fenced."""
@@ -273,8 +273,7 @@ class IncomingItem:
         peer = str(self.peer)
         if wrong := self._pool.wrong(chunk, self.key, peer):
             raise RemoteProtocolError(peer, f"item {self.key}: {wrong}")
-        late = self._pool.get(chunk.lease) is None
-        if not late and (wrong := self.meta.wrong(chunk.start, chunk.stop, meta)):
+        if self._pool.get(chunk.lease) is not None and (wrong := self.meta.wrong(chunk.start, chunk.stop, meta)):
             raise RemoteProtocolError(peer, f"item {self.key}: {wrong} does not fit {chunk}")
 
     def _take(self, chunk: Chunk, meta: Meta | None) -> Actions:
@@ -282,7 +281,7 @@ class IncomingItem:
         block = self._pool.get(chunk.lease)
         if block is None or any(s.overlaps(chunk.start, chunk.stop) for s in (self.held, self.pending, block.spent)):
             return []
-        block.pins += 1
+        block.pin(chunk)
         self.pending.add(chunk.start, chunk.stop)
         self.claimed.add(chunk.start, chunk.stop)
         row_bytes = self._pool.row_bytes
@@ -309,7 +308,7 @@ class IncomingItem:
 
     def _give_up_on(self, now: float, code: str, message: str, retryable: bool) -> Actions:
         """The current peer will not provide the item: another one may, unless that was said too often."""
-        if self._patience.refused(str(self.peer)) or not retryable:
+        if self._patience.refused(str(self.peer), code) or not retryable:
             return self.fail(now, code, message)
         return self._fail_over(now, f"{code}: {message}")
 
@@ -334,13 +333,13 @@ class IncomingItem:
         chunk = event.chunk
         self.pending.remove(chunk.start, chunk.stop)
         self.claimed.remove(chunk.start, chunk.stop)
-        rows = f"rows {chunk.start}-{chunk.stop}"
-        self._story.tell(now, f"{rows} undelivered" if event.why else f"checksum of {rows} is wrong")
-        if not self._patience.spoiled():
-            return []
+        what = "could not be delivered" if event.why else "have a wrong checksum"
+        self._story.tell(now, f"rows {chunk.start}-{chunk.stop} {what}")
         if event.why:
-            return self.fail(now, "undelivered", f"rows could not be delivered: {event.why}")
-        return self.fail(now, "corrupt", "rows arrived with wrong checksums again and again")
+            gone = self._patience.undelivered()
+            return self.fail(now, "undelivered", f"rows could not be delivered: {event.why}") if gone else []
+        leave = self._patience.spoiled(event.peer) and event.peer == self.peer
+        return self._fail_over(now, "wrong checksums again and again") if leave else []
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
@@ -393,6 +392,7 @@ def _table() -> dict[tuple[State, type], Callable[..., Actions]]:
         (alive, LinkUp, item._link_up),
         (alive, TimerFired, item._timer),
         (alive, ItemCancelled, item._cancelled),
+        (alive, ItemHurried, item._hurried),
     ]
     return {(state, event): method for states, event, method in rows for state in states}
 

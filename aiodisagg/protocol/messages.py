@@ -14,6 +14,7 @@ from typing import Annotated
 import msgspec
 
 from aiodisagg.errors import RemoteProtocolError
+from aiodisagg.protocol.ranges import MOST_SPANS
 from aiodisagg.protocol.rows import ModelFingerprint
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -22,6 +23,13 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """Finite: one not-a-number among timers would stop all of them."""
 Span = tuple[Count, Count]
 """A half-open row range."""
+Held = Annotated[tuple[Span, ...], msgspec.Meta(max_length=MOST_SPANS)]
+MOST_LENDS = 1024
+"""Of an item that are open at a time."""
+MOST_WRITTEN = 4096
+"""Chunks that are restated; rows of others are sent again."""
+MOST_FILES = 1 << 16
+"""Of an item: frames of a video."""
 
 
 class ItemKey(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -102,17 +110,19 @@ class Want(msgspec.Struct, frozen=True, tag="want", array_like=True):
     grid_thw: tuple[Count, Count, Count]
     rows: Count
     fps: Seconds
-    held: tuple[Span, ...]
+    held: Held
     """Packed rows already in the ledger."""
-    meta: tuple[Count, ...]
+    meta: Annotated[tuple[Count, ...], msgspec.Meta(max_length=16)]
     """Small regions (their numbers) that the receiver lacks; empty when it planned the prompt itself."""
     model: ModelFingerprint
     timeout_s: Seconds
     """Time left to the item's deadline when this was sent."""
-    media: tuple[bytes, ...] | None
+    media: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=MOST_FILES)] | None
     """The encoded file(s); None if the sender should still have them or the rows."""
     urgency: Urgency = ARRIVAL
-    """Older peers neither say nor read it."""
+    """Older peers neither say nor read it, nor what follows."""
+    alone: bool = False
+    """Perhaps encoders die of it: nothing else shall be in the tower with it."""
 
 
 class Grant(msgspec.Struct, frozen=True, tag="grant", array_like=True):
@@ -120,8 +130,8 @@ class Grant(msgspec.Struct, frozen=True, tag="grant", array_like=True):
 
     key: ItemKey
     epoch: Count
-    lends: tuple[Lend, ...]
-    held: tuple[Span, ...]
+    lends: Annotated[tuple[Lend, ...], msgspec.Meta(max_length=MOST_LENDS)]
+    held: Held
 
 
 class Release(msgspec.Struct, frozen=True, tag="release", array_like=True):
@@ -151,7 +161,7 @@ class Offer(msgspec.Struct, frozen=True, tag="offer", array_like=True):
     model: ModelFingerprint
     needs_media: bool
     ready: Count
-    written: tuple[tuple[Chunk, Meta | None], ...]
+    written: Annotated[tuple[tuple[Chunk, Meta | None], ...], msgspec.Meta(max_length=MOST_WRITTEN)]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):

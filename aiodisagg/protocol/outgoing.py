@@ -9,7 +9,8 @@ else; before it is answered, the write in progress is fenced, so ``Offer`` alway
 
 An item's record outlives its link for ``retain_s``, because the source and ``written`` are what make a resume cheap.
 It ends earlier when another receiver, one with a link, waits for the room (``RoomWanted``); who returns after that
-sends the media once more.
+sends the media once more. So does that of a receiver which has a link, and for as long has not taken rows that exist,
+or not said that it has them all.
 It is never dropped while a write may still move: every end goes through a fence if a write is in progress. That is
 why an unknown item can be declared fenced at once.
 """
@@ -40,6 +41,8 @@ from aiodisagg.protocol.events import (
     WritesFenced,
 )
 from aiodisagg.protocol.messages import (
+    MOST_LENDS,
+    MOST_WRITTEN,
     Cancel,
     Chunk,
     Commit,
@@ -60,20 +63,21 @@ from aiodisagg.protocol.sources import Source
 
 Actions = list[SenderAction]
 REASON_CHARS = 1000
-"""So much of a write's error is told to the receiver: it names each plane that was tried, and is kept in stories."""
+"""So much of an error is told to the receiver: a write's names each plane that was tried, and is kept in stories."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoomWanted:
-    """The Sender's own word to an item without a link: somebody who has one waits for the room of its source."""
+    """The Sender's own word to an item that is not ``here``: somebody who is waits for the room of its source."""
 
 
 @dataclass(frozen=True, slots=True)
 class SenderConfig:
     """Bounds of a sender.
 
-    ``retain_s``: how long an item outlives its link, unless others need its room. ``capacity_bytes``: memory for
-    sources. ``file_bytes``: and for the files of those that are not encoded yet.
+    ``retain_s``: how long an item outlives its link, unless others need its room, and for how long it may leave rows
+    where they are if others do. ``capacity_bytes``: memory for sources. ``file_bytes``: and for the files of those that
+    are not encoded yet.
     ``placeholders``: token id by item kind, for receivers that want region 1.
     """
 
@@ -100,7 +104,7 @@ class OutgoingItem:
         self._drawn: Source | None = None
         self.fencing = False
         self.linked = True
-        self.timer = now
+        self.timer = self.moved = now
         self.story: deque[str] = deque(maxlen=24)
         self._meta: ItemMeta | None = None
         self._shape = (want.kind, want.grid_thw)
@@ -123,6 +127,20 @@ class OutgoingItem:
     def ended(self) -> bool:
         """Final, and no write can move any more: the record may be dropped."""
         return self.state.final and self.writing is None and not self.fencing
+
+    def here(self, now: float) -> bool:
+        """Its receiver has a link and takes the rows that there are, as far as it was seen lately."""
+        return self.linked and not (self._owed and now >= self.moved + self._config.retain_s)
+
+    def due(self, now: float) -> float:
+        """When TimerFired is to be fed."""
+        return min(self.timer, self.moved + self._config.retain_s) if self._owed and self.here(now) else self.timer
+
+    @property
+    def _owed(self) -> bool:
+        """It is the receiver's turn: rows exist that were not taken, or all were, and it has not said so."""
+        source = self.source
+        return source is not None and (source.complete or not self._sent.covers(0, source.ready))
 
     # -- epochs --------------------------------------------------------------------------------------------------
 
@@ -149,7 +167,9 @@ class OutgoingItem:
     def _offer(self) -> SenderAction:
         source = self.source
         ready = source.ready if source is not None else 0
-        offer = Offer(self.key, self.epoch, self.rows, self._model, source is None, ready, tuple(self.written))
+        offer = Offer(
+            self.key, self.epoch, self.rows, self._model, source is None, ready, tuple(self.written[-MOST_WRITTEN:])
+        )
         return Send(self.peer, offer)
 
     def _forget(self, held: tuple[tuple[int, int], ...]) -> None:
@@ -184,13 +204,16 @@ class OutgoingItem:
         for lend in event.lends:
             if not 0 <= lend.start < lend.stop <= self.rows:
                 raise RemoteProtocolError(self.peer, f"item {self.key}: {lend} is outside its {self.rows} rows")
+        new = [lend for lend in event.lends if lend.lease not in self._seen]
+        if len(self.lends) + len(new) > MOST_LENDS or len(self._seen) + len(new) > self.rows + MOST_LENDS:
+            raise RemoteProtocolError(self.peer, f"item {self.key}: more blocks are lent than it can use")
         self._forget(event.held)
-        self.lends += [lend for lend in event.lends if lend.lease not in self._seen]
-        self._seen.update(lend.lease for lend in event.lends)
+        self.lends += new
+        self._seen.update(lend.lease for lend in new)
         self.lends.sort(key=lambda lend: lend.start)
-        return self._pump()
+        return self._pump(now)
 
-    def _pump(self) -> Actions:
+    def _pump(self, now: float) -> Actions:
         """Starts the next write: the first granted rows that exist."""
         if self.writing is not None or self.fencing or not self.linked or self.source is None:
             return []
@@ -204,7 +227,7 @@ class OutgoingItem:
             rest = lend.offset + (stop - lend.start) * self._row_bytes
             self.lends[0] = Lend(lend.lease, rest, stop, lend.stop)
         self.state = State.TRANSFERRING
-        self._drawn = self.source
+        self._drawn, self.moved = self.source, now
         self.writing = Write(self.peer, self.key, self.epoch, self.digest, lend.lease, lend.offset, lend.start, stop)
         new = self._sent.add(lend.start, stop)
         self._counters.rows("sent", self.peer, stop - lend.start)
@@ -215,7 +238,7 @@ class OutgoingItem:
         write, chunk = self.writing, event.chunk
         if write is None or (write.lease, write.start, write.stop) != (chunk.lease, chunk.start, chunk.stop):
             raise InvalidTransition(self.state.value, "ChunkWritten")
-        self.writing = None
+        self.writing, self.moved = None, now
         if self._drawn is not self.source:  # the encode failed meanwhile: who knows what the write has read
             return []
         meta = self._cut_meta(chunk) if self._wanted_meta else None
@@ -223,7 +246,7 @@ class OutgoingItem:
         if self.fencing or write.epoch != self.epoch or not self.linked:
             return []
         self._counters.meta("sent", self.peer, meta)
-        return [Send(self.peer, Commit(self.key, self.epoch, chunk, meta)), *self._pump()]
+        return [Send(self.peer, Commit(self.key, self.epoch, chunk, meta)), *self._pump(now)]
 
     def _cut_meta(self, chunk: Chunk) -> Meta:
         if self._meta is None:
@@ -251,7 +274,7 @@ class OutgoingItem:
     def _rows_ready(self, event: RowsReady, now: float) -> Actions:
         stage = "encoded" if event.stop >= self.rows else "encoding"
         told = Progress(self.key, self.epoch, stage, event.elapsed_s, event.stop, event.waiting_patches)
-        return [Send(self.peer, told), *self._pump()]
+        return [Send(self.peer, told), *self._pump(now)]
 
     def _stage(self, event: StageEntered, now: float) -> Actions:
         ready = self.source.ready if self.source is not None else 0
@@ -278,7 +301,7 @@ class OutgoingItem:
         return self._end(State.SUCCESS, "released", lambda _: [], now)
 
     def _stopped(self, event: EncodeStopped, now: float) -> Actions:
-        refuse = Refuse(self.key, self.epoch, event.code, event.message, event.retryable)
+        refuse = Refuse(self.key, self.epoch, event.code, event.message[:REASON_CHARS], event.retryable)
         return self._end(State.FAILED, f"{event.code}: {event.message}", lambda _: [Send(self.peer, refuse)], now)
 
     def _timer(self, event: TimerFired, now: float) -> Actions:
@@ -287,7 +310,8 @@ class OutgoingItem:
         return self._end(State.FAILED, "nobody asked for it in time", self._say_fenced, now)
 
     def _room_wanted(self, event: RoomWanted, now: float) -> Actions:
-        return self._end(State.FAILED, "its link was lost, and others needed the room", lambda _: [], now)
+        why = "it takes no rows" if self.linked else "its link was lost"
+        return self._end(State.FAILED, f"{why}, and others needed the room", lambda _: [], now)
 
     def _end(self, state: State, why: str, then: Callable[[float], Actions], now: float) -> Actions:
         self.state, self.source = state, None

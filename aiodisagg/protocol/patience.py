@@ -15,9 +15,13 @@ What goes wrong is counted by what it says of whom:
   ``2 * max_attempts`` times cannot reach this process; chosen once more, since nobody else is there, it ends the item.
 * A refusal says that this peer will not provide the item, so another is asked at once, one that was not asked yet if
   there is any. Whoever refuses it again was asked for want of another: after ``max_attempts`` in all it is the item,
-  and it fails.
-* Rows with a wrong checksum are asked for again. No peer is left for it, since a network or a memory that spoils bytes
-  spoils those of others as well: after ``max_attempts`` in a row the item fails.
+  and it fails. So it does when ``2 * max_attempts`` different peers said the same of it, however many there are; of
+  values that are not finite the second peer's word is enough. That a peer drains says nothing of the item.
+* Rows with a wrong checksum are asked for again: a network spoils some. After ``max_attempts`` of one peer another is
+  asked. If so many peers' rows come spoiled, or nobody else is there, it is this process or its network, and the item
+  fails.
+* Rows that came and could not be delivered are this process's own failure: no peer is left for it, and after
+  ``max_attempts`` in a row the item fails.
 
 Only rows that arrive end the counts of attempts, writes and checksums: a peer that answers each time and never
 delivers would be believed for ever.
@@ -25,7 +29,14 @@ delivers would be believed for ever.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+
+NOT_FINITE = "not_finite"
+"""Code of a refusal: the tower made values of the item that are not finite. One peer's device may do so by itself."""
+
+NOT_OF_THE_ITEM = frozenset({"draining", "cancelled"})
+"""Codes that say nothing of it, however many peers give them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +66,11 @@ class Patience:
     unanswered: int = 0
     _fruitless: int = 0
     _refusals: int = 0
-    _refused_by: set[str] = field(default_factory=set)
-    _corrupt: int = 0
+    _refused_by: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """By code."""
+    _undelivered: int = 0
+    _spoiled: Counter[str] = field(default_factory=Counter)
+    """By peer: wrong checksums since rows came."""
     _failed_writes: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By peer: how many since rows came, and what was said of the last one."""
 
@@ -94,18 +108,37 @@ class Patience:
         """What the peers said of their failed writes."""
         return "; ".join(f"{peer}: {why or 'it did not say why'}" for peer, (_, why) in self._failed_writes.items())
 
-    def refused(self, peer: str) -> bool:
+    def refused(self, peer: str, code: str) -> bool:
         """This peer will not provide the item. True: nobody will."""
-        again = peer in self._refused_by
-        self._refused_by.add(peer)
+        again = any(peer in peers for peers in self._refused_by.values())
+        self._refused_by[code].add(peer)
         self._refusals += 1
-        return again and self._refusals >= self.config.max_attempts
+        if again and self._refusals >= self.config.max_attempts:
+            return True
+        most = 2 if code == NOT_FINITE else 2 * self.config.max_attempts
+        return code not in NOT_OF_THE_ITEM and len(self._refused_by[code]) >= most
 
-    def spoiled(self) -> bool:
-        """A checksum was wrong. True: give the item up."""
-        self._corrupt += 1
-        return self._corrupt >= self.config.max_attempts
+    def spoiled(self, peer: str) -> bool:
+        """A checksum of this peer's rows was wrong. True: ask another peer."""
+        self._spoiled[peer] += 1
+        return self._spoiled[peer] >= self.config.max_attempts
+
+    def hopeless(self, peer: str) -> tuple[str, str] | None:
+        """Why the item fails, as code and text, since nobody is left to ask but this peer; or None."""
+        if self.cannot_write(peer):
+            return "unreachable", f"no encode peer can write here: {self.why_unwritten}"
+        most = self.config.max_attempts
+        spoilers = [other for other, count in self._spoiled.items() if count >= most]
+        if peer in spoilers or len(spoilers) >= most:
+            return "corrupt", f"rows arrive with wrong checksums, from {', '.join(spoilers)}"
+        return None
+
+    def undelivered(self) -> bool:
+        """Rows that came could not be delivered. True: give the item up."""
+        self._undelivered += 1
+        return self._undelivered >= self.config.max_attempts
 
     def rows_came(self) -> None:
-        self._fruitless = self._corrupt = 0
+        self._fruitless = self._undelivered = 0
+        self._spoiled.clear()
         self._failed_writes.clear()

@@ -6,6 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
 Span = tuple[int, int]
+MOST_SPANS = 4096
+"""In a message. Adding so many in any order takes milliseconds. A ledger has few more than a window has blocks."""
 
 
 class RangeSet:
@@ -93,6 +95,10 @@ class RangeSet:
 
     def spans(self) -> tuple[Span, ...]:
         return tuple(zip(self._starts, self._stops, strict=True))
+
+    def told(self) -> tuple[Span, ...]:
+        """The first ones, as many as a message may say."""
+        return tuple(zip(self._starts[:MOST_SPANS], self._stops[:MOST_SPANS], strict=True))
 
     def copy(self) -> RangeSet:
         other = RangeSet()

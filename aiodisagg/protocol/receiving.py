@@ -9,17 +9,20 @@ Nor can a peer keep it from others: an item whose peer has its share of the bloc
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 
 from aiodisagg.errors import InvalidTransition, RemoteProtocolError
 from aiodisagg.protocol.blocks import BlockPool, LentBlock
 from aiodisagg.protocol.counters import ByteCounters
 from aiodisagg.protocol.events import (
     ItemCancelled,
+    ItemHurried,
     ItemRequested,
     LeasesRevoked,
     LinkLost,
     LinkUp,
     MessageReceived,
+    Place,
     Placed,
     ReceiverAction,
     ReceiverEvent,
@@ -82,8 +85,8 @@ class Receiver:
                     raise InvalidTransition(self.items[key].state.value, "ItemRequested")
                 item = IncomingItem(key, spec, self.model, self.pool, self.config, now, timeout_s)
                 self.items[key] = item
-                actions = self._after(item, item.begin())
-            case Placed(key, _) | ItemCancelled(key):
+                actions = self._after(item, [Place(key, frozenset())])
+            case Placed(key, _) | ItemCancelled(key) | ItemHurried(key, _):
                 found = self.items.get(key)
                 if isinstance(event, Placed):
                     self._linked.add(event.peer)
@@ -171,6 +174,8 @@ class Receiver:
         outcome = "received" if isinstance(event, RowsTaken) else "refused"
         self.counters.rows(outcome, block.peer, chunk.stop - chunk.start)
         self.counters.meta(outcome, block.peer, take.meta)
+        if isinstance(event, RowsRefused):
+            event = replace(event, peer=block.peer)
         item = self.items.get(event.key)
         if item is not None and isinstance(event, RowsTaken) and take.meta is not None:
             item.meta.taken(take.meta)
@@ -259,7 +264,7 @@ class Receiver:
         for key, lends in grants.items():
             item = self.items[key]
             assert item.peer is not None
-            actions.append(Send(item.peer, Grant(key, item.epoch, tuple(lends), item.held.spans())))
+            actions.append(Send(item.peer, Grant(key, item.epoch, tuple(lends), item.held.told())))
         return actions
 
     def __repr__(self) -> str:

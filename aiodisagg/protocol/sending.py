@@ -70,6 +70,8 @@ class Sender:
                     raise InvalidTransition(f"source {source!r}", repr(event))
                 if not source.cancelled or stop == source.job.rows:
                     self.sources.ready(source, stop)
+                    for user in source.users:
+                        self.items[user].moved = now
                     actions = self._users(digest, event, now)
             case StageEntered(digest):
                 if self.sources.get(digest) is None:
@@ -80,8 +82,8 @@ class Sender:
                 for user in sorted(users):
                     actions += self._step(self.items[user], event, now)
             case LinkLost(peer) | LinkUp(peer):
+                (self.sources.linked.add if isinstance(event, LinkUp) else self.sources.linked.discard)(peer)
                 for item in [item for item in self.items.values() if item.peer == peer]:
-                    self.sources.linked((peer, item.key), isinstance(event, LinkUp))
                     actions += self._step(item, event, now)
             case DrainBegan():
                 self._draining = True
@@ -95,7 +97,7 @@ class Sender:
         return actions
 
     def _admit(self, now: float) -> list[SenderAction]:
-        """Starts what there is room for. Who has no link keeps its sources only until somebody who has one needs it."""
+        """Starts what there is room for. Who is away keeps its sources only until somebody who is here needs it."""
         actions = self.sources.admit()
         while (users := self.sources.in_the_way()) is not None:
             for user in users:
@@ -114,14 +116,15 @@ class Sender:
     def _step(self, item: OutgoingItem, event: object, now: float) -> list[SenderAction]:
         user = (item.peer, item.key)
         actions = item.handle(event, now)
-        if item.state.final and not item.ended:
-            self._timers.disarm(user)
-        elif item.ended:
+        if item.ended:
             self.items.pop(user, None)
             self._timers.disarm(user)
-            actions += self.sources.release(item.digest, user)
+            return actions + self.sources.release(item.digest, user)
+        self.sources.here(user, item.here(now))
+        if item.state.final:
+            self._timers.disarm(user)
         else:
-            self._timers.arm(user, item.timer)
+            self._timers.arm(user, item.due(now))
         return actions
 
     def _message(self, event: MessageReceived, now: float) -> list[SenderAction]:
@@ -150,6 +153,9 @@ class Sender:
             raise RemoteProtocolError(peer, f"item {want.key}: {want.rows} rows do not fit the grid {want.grid_thw}")
         if item is not None and (item.digest, item.rows) != (want.digest, want.rows):
             raise RemoteProtocolError(peer, f"item {want.key} was {item.digest}, now {want.digest}")
+        if (size_bytes := want.rows * self._row_bytes) > (most := self.config.capacity_bytes):
+            said = f"its {want.rows} rows take {size_bytes} bytes, and the peer keeps {most} at most (source_bytes)"
+            return [Send(peer, Refuse(want.key, want.epoch, "too_large", said, True))]
         known = self.sources.get(want.digest)
         shape = (want.kind, want.grid_thw, want.rows)
         if known is not None and (known.job.kind, known.job.grid_thw, known.job.rows) != shape:
@@ -162,9 +168,11 @@ class Sender:
         if item is None:
             item = OutgoingItem(peer, want, self.model, self._row_bytes, self.counters, self.config, now)
             self.items[peer, want.key] = item
+        actions: list[SenderAction] = []
         if want.epoch > item.epoch:
+            actions = self.sources.heed(want)
             item.source = self.sources.acquire(want, (peer, want.key))
-        return self._step(item, want, now)
+        return actions + self._step(item, want, now)
 
     def _refuse(self, item: OutgoingItem | None, peer: str, want: Want, why: str, now: float) -> list[SenderAction]:
         """Another peer said something else of this digest. Nobody knows who of them lies, and who is honest must not

@@ -10,19 +10,23 @@ again and again while it hears nothing, and need not send files for that; when t
 send them once more. So nobody fails or looks elsewhere because many wait here, and whoever came first goes first: the
 room that those before it need is not given to anybody else, until they end or are forgotten as any other record is.
 
+Of the rows a receiver has its share: its equal part of the room, and more while a quarter stays for the others that
+are linked. Whoever has it is passed over, and keeps its place.
+
 A receiver without a link may come back, so what it wants stays as it is, for as long as nobody else needs the room.
 Who has a link goes before it in every line, and may have its room: a process that was killed or stopped leaves as much
-behind as it had asked for, and everybody else would wait until that is forgotten.
+behind as it had asked for, and everybody else would wait until that is forgotten. Such a receiver is *away*, and so is
+one that has a link and does not take rows that are there.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from aiodisagg.protocol.events import CancelEncode, DropSource, SenderAction, StartEncode
+from aiodisagg.protocol.events import CancelEncode, ChangeEncode, DropSource, SenderAction, StartEncode
 from aiodisagg.protocol.messages import ItemKey, Want
 
 User = tuple[str, ItemKey]
@@ -54,14 +58,23 @@ class Source:
     def patches(self) -> int:
         return prod(self.job.grid_thw)
 
+    @property
+    def idle(self) -> bool:
+        """A cache's: nobody wants it."""
+        return self.started and self.complete and not self.users
+
+    @property
+    def receivers(self) -> set[str]:
+        return {peer for peer, _ in self.users}
+
 
 def _size_of(files: tuple[bytes, ...]) -> int:
     return sum(map(len, files))
 
 
 class SourceTable:
-    """Pure accounting of sources. ``capacity_bytes`` bounds the rows of those started, ``capacity_file_bytes`` the
-    files of those that are not done; one larger than that goes in alone."""
+    """Pure accounting of sources. ``capacity_bytes`` bounds the rows of those started, and of each of them;
+    ``capacity_file_bytes`` the files of those that are not done, of which one larger than that goes in alone."""
 
     def __init__(self, capacity_bytes: int, row_bytes: int, capacity_file_bytes: int) -> None:
         self.capacity_bytes, self._row_bytes = capacity_bytes, row_bytes
@@ -76,7 +89,12 @@ class SourceTable:
         self._aside: OrderedDict[str, int] = OrderedDict()
         """Digests whose files are to be sent again, and how large they are."""
         self._away: set[User] = set()
-        """Users whose receiver has no link."""
+        self.linked: set[str] = set()
+        """Receivers that have a link."""
+        self._held: Counter[str] = Counter()
+        """Bytes of started sources by receiver; what several want counts for each."""
+        self._idle_bytes = 0
+        """Of those that are cached and wanted by nobody."""
 
     def get(self, digest: str) -> Source | None:
         return self._sources.get(digest)
@@ -90,8 +108,8 @@ class SourceTable:
         return self._waiting_patches
 
     def newest(self) -> Iterator[str]:
-        """Digests whose rows exist or are in the making, the last used first."""
-        return (digest for digest, source in reversed(self._sources.items()) if not source.cancelled)
+        """Digests whose rows all exist, the last used first. What waits here may take longer than elsewhere."""
+        return (digest for digest, source in reversed(self._sources.items()) if source.complete)
 
     def acquire(self, want: Want, user: User) -> Source | None:
         """The source for a want, made from its media if there is none; None if the media are needed first."""
@@ -99,19 +117,43 @@ class SourceTable:
         if source is None:
             if want.media is None:
                 return None
-            job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency)
+            job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency, want.alone)
             source = self._sources[want.digest] = Source(job, want.rows * self._row_bytes)
             self._waiting_patches += source.patches
             self._aside[want.digest] = _size_of(want.media)
         elif user not in source.users:
             self.hits += 1
-        if source.cancelled or (not source.started and want.urgency.before(source.job.urgency)):
-            source.job = replace(source.job, urgency=want.urgency)
+        self._count(source, -1)
         source.users.add(user)
+        self._count(source, +1)
+        self.linked.add(user[0])
         self._away.discard(user)
         source.leaving = False
         self._sources.move_to_end(want.digest)
         return self._take_files(source, want) if want.digest in self._aside else source
+
+    def heed(self, want: Want) -> list[SenderAction]:
+        """What a want for a source that is here says of its job: the best place counts, and that it is to be alone."""
+        source = self._sources.get(want.digest)
+        if source is None or source.complete:
+            return []
+        before, again = source.job, source.cancelled
+        urgency = want.urgency if again or want.urgency.before(before.urgency) else before.urgency
+        source.job = replace(before, urgency=urgency, alone=before.alone or want.alone)
+        if source.job == before or again or not source.started:
+            return []
+        return [ChangeEncode(want.digest, urgency, source.job.alone)]
+
+    def _count(self, source: Source, sign: int) -> None:
+        """To be taken away before a source changes, and added after."""
+        if not source.started:
+            return
+        for peer in source.receivers:
+            self._held[peer] += sign * source.size_bytes
+            if not self._held[peer]:
+                del self._held[peer]
+        if source.idle:
+            self._idle_bytes += sign * source.size_bytes
 
     def _take_files(self, source: Source, want: Want) -> Source | None:
         """Queues a source that was put aside if its turn has come; None: its files are needed for that."""
@@ -161,7 +203,9 @@ class SourceTable:
 
     def ready(self, source: Source, stop: int) -> None:
         """The rows up to ``stop`` exist. When all do, the job is never started again, and its files go."""
+        self._count(source, -1)
         source.ready, source.cancelled = stop, False
+        self._count(source, +1)
         if source.complete:
             self._waiting_patches -= source.patches
             self._drop_files(source)
@@ -172,7 +216,9 @@ class SourceTable:
         source = self._sources.get(digest)
         if source is None:
             return []
+        self._count(source, -1)
         source.users.discard(user)
+        self._count(source, +1)
         if source.users or source.complete:
             return []
         if source.started:
@@ -185,9 +231,9 @@ class SourceTable:
         self._remove(source)
         return []
 
-    def linked(self, user: User, up: bool) -> None:
-        """The link to this user's receiver is open, or it was lost."""
-        if up:
+    def here(self, user: User, here: bool) -> None:
+        """This user's receiver has a link and takes rows, or not."""
+        if here:
             self._away.discard(user)
         else:
             self._away.add(user)
@@ -197,26 +243,41 @@ class SourceTable:
         users = self._sources[digest].users
         return bool(users) and users <= self._away
 
-    def _first(self) -> str:
-        """Whose turn it is: who came first of those that are not away, or of all."""
-        here = (digest for digest in self._queue if not self._deserted(digest)) if self._away else self._queue
-        return next(iter(here), self._queue[0])
+    def _first(self) -> str | None:
+        """Whose turn it is: who came first of those that are not away and may have more, or if all are away, of all."""
+        full: set[str] = set()
+        for digest in self._queue:
+            if self._deserted(digest) or (receivers := self._sources[digest].receivers) <= full:
+                continue
+            if self._has_share(self._sources[digest]):
+                return digest
+            full |= receivers
+        return self._queue[0] if self._queue and not full else None
 
-    def _fits(self, source: Source, used_bytes: int) -> bool:
-        return not used_bytes or used_bytes + source.size_bytes <= self.capacity_bytes
+    def _has_share(self, source: Source) -> bool:
+        """Whether one who wants it may have so much more. Who has nothing may have one, whatever its size."""
+        if self._in_use + source.size_bytes <= self.capacity_bytes * 3 // 4:
+            return True
+        most = self.capacity_bytes // max(1, len(self.linked))
+        held = min(self._held[peer] for peer in source.receivers)
+        return not held or held + source.size_bytes <= most
+
+    @property
+    def _in_use(self) -> int:
+        return self.used_bytes - self._idle_bytes
 
     def admit(self) -> list[SenderAction]:
         """Starts queued jobs for which there is room, evicting cached sources that nobody uses."""
         actions: list[SenderAction] = []
-        while self._queue:
-            digest = self._first()
+        while (digest := self._first()) is not None:
             source = self._sources[digest]
-            actions += self._evict(source.size_bytes)
-            if not self._fits(source, self.used_bytes):
+            if self._in_use + source.size_bytes > self.capacity_bytes:
                 break
+            actions += self._evict(source.size_bytes)
             self._queue.remove(digest)
             self.used_bytes += source.size_bytes
             source.started = True
+            self._count(source, +1)
             self.started += 1
             actions.append(source.job)
         return actions
@@ -225,11 +286,13 @@ class SourceTable:
         dropped: list[SenderAction] = []
         while self.used_bytes + room > self.capacity_bytes:
             # Only what is in use lies before the first one found, so this looks at few, however many are cached.
-            idle = (d for d, s in self._sources.items() if s.started and s.complete and not s.users)
+            idle = (d for d, s in self._sources.items() if s.idle)
             digest = next(idle, None)
             if digest is None:
                 break
-            self.used_bytes -= self._sources.pop(digest).size_bytes
+            size_bytes = self._sources.pop(digest).size_bytes
+            self.used_bytes -= size_bytes
+            self._idle_bytes -= size_bytes
             dropped.append(DropSource(digest))
         return dropped
 
@@ -238,12 +301,13 @@ class SourceTable:
         are all away, and it is not. None: nobody. Of such sources the one that was asked for longest ago goes first. To
         be asked after ``admit``, again and again; room that is about to be free is counted.
         """
-        if not self._away or not self._queue or self._deserted(first := self._first()):
+        first = self._first() if self._away else None
+        if first is None or self._deserted(first):
             return None
-        started = {digest: source for digest, source in self._sources.items() if source.started}
+        started = {d: source for d, source in self._sources.items() if source.started and not source.idle}
         going = {digest for digest, source in started.items() if source.cancelled or source.leaving}
         coming = sum(started[digest].size_bytes for digest in going)
-        if self._fits(self._sources[first], self.used_bytes - coming):
+        if self._in_use - coming + self._sources[first].size_bytes <= self.capacity_bytes:
             return None
         for digest, source in started.items():
             if digest not in going and self._deserted(digest):
@@ -254,6 +318,7 @@ class SourceTable:
     def stopped(self, digest: str) -> tuple[set[User], list[SenderAction]]:
         """A job ended without rows: its users are told, unless it was cancelled and is wanted again by now."""
         source = self._sources[digest]
+        self._count(source, -1)
         self.used_bytes -= source.size_bytes
         if source.cancelled and source.users:
             source.ready, source.started, source.cancelled = 0, False, False

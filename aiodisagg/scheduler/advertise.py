@@ -18,7 +18,7 @@ ADVERTISED = 256
 
 
 def advertise(newest_first: Iterable[str]) -> tuple[str, ...]:
-    """What a heartbeat says of the digests that a peer holds or is encoding."""
+    """What a heartbeat says of the digests that a peer holds."""
     return tuple(digest[:PREFIX] for digest in islice(newest_first, ADVERTISED))
 
 

@@ -4,16 +4,18 @@
 finish. It is then fetched a second time, from another peer that is predicted to deliver sooner than the wait so far
 went on; the first to land wins. At most one hedge an item, and few at once, so that a slow day is not doubled.
 
-**Poison.** An item that was in the tower when its encoder died is a *suspect*. Suspects are tried one at a time a
-peer, so that a bystander that shared a batch with a killer does not share the next one; a suspect that is encoded is
-cleared; one with which a second encoder dies is refused, and remembered for a while: its clients will try again. A
-link that is lost is no death yet: the process is known to be dead when nobody listens where it did, when another life
-of it answers there, or when membership says so. One that nothing is heard of is waited for a little, where its death
-would be one too many, and then the item is tried on: a network that is cut makes no poison.
+**Poison.** An item that was in the tower when its encoder died is a *suspect*. It is alone in the next tower, so that
+a bystander that shared a batch with a killer does not share one with another, whoever asked for that; a suspect that
+is encoded is cleared; one with which a second encoder dies is refused, and remembered for a while: its clients will
+try again. A link that is lost is no death yet: the process is known to be dead when nobody listens where it did, when
+another life of it answers there, or when membership says so. One that nothing is heard of is waited for a little,
+where its death would be one too many, and then the item is tried on: a network that is cut makes no poison.
 
 **Standing.** A peer stands as membership says, and is a suspect for a while once it failed several times in a row:
-refused items that others may take, was left because it did not deliver, lost hedges. A peer that fails at once has
-nothing to do and would look like the fastest of all. When the while is over one item is tried; it is twice as long
+refused items that others then delivered, was left because it did not deliver, lost hedges. A peer that fails at once
+has nothing to do and would look like the fastest of all. Until somebody delivers it may be the item: who refused one is
+only *doubted* until it delivers another, and items that were refused are not taken to doubted peers if there are
+others. When the while is over one item is tried; it is twice as long
 each time. One delivered item forgives everything: a busy peer is not a dead one. A peer that refuses an item because
 it drains does so for the rest of its life: where peers are listed, instead of registered, nobody else tells of it.
 """
@@ -154,7 +156,7 @@ class Poison:
         self._accused.pop(digest, None)
 
     def suspect(self, digest: str, now: float) -> bool:
-        """It may share a peer with no other suspect."""
+        """It is to be alone in a tower."""
         return self._of(digest, now) is not None
 
     def refuses(self, digest: str, now: float) -> bool:
@@ -198,12 +200,14 @@ class Standings:
         self._told: dict[str, Standing] = {}
         self._drains: OrderedDict[str, None] = OrderedDict()
         self._records: OrderedDict[str, _Record] = OrderedDict()
+        self.doubted: OrderedDict[str, None] = OrderedDict()
 
     def told(self, peer: str, standing: Standing | None) -> None:
         """Membership says so; None: the peer is gone, and what was known of it with it."""
         if standing is None:
             self._told.pop(peer, None)
             self._records.pop(peer, None)
+            self.doubted.pop(peer, None)
         else:
             self._told[peer] = standing
 
@@ -241,8 +245,15 @@ class Standings:
         record.spells += 1
         return seconds
 
+    def refused(self, peer: str) -> None:
+        """It refused an item, and nobody knows yet whether another may take it."""
+        self.doubted[peer] = None
+        if len(self.doubted) > REMEMBERED:
+            self.doubted.popitem(last=False)
+
     def delivered(self, peer: str) -> bool:
         """An item of the peer is complete. Returns whether it was a suspect until now."""
+        self.doubted.pop(peer, None)
         record = self._records.pop(peer, None)
         return record is not None and record.spells > 0
 

@@ -56,7 +56,7 @@ def _import(name: str, progress_timeout_s: int) -> Any:  # Any: mooncake has no 
     try:
         from mooncake import engine
     except ImportError as error:
-        hint = "pip install 'aiodisagg[mooncake-cpu]' (or [mooncake] with CUDA); apt-get install libibverbs1"
+        hint = 'the extra "mooncake-cpu" of aiodisagg (or "mooncake", with CUDA) or the package libibverbs1 is missing'
         raise TransportUnavailable(name, f"cannot import mooncake.engine: {error}; {hint}") from error
     _progress_timeout_s = progress_timeout_s
     return engine

@@ -71,13 +71,14 @@ Step = Delta | Exception | asyncio.Event
 class ScriptedBackend:
     """Follows ``script`` for every call, and remembers the calls."""
 
-    model_name = MODEL
+    model_names: tuple[str, ...] = (MODEL,)
     created = 1_700_000_000
 
     def __init__(self, script: Sequence[Step] | Callable[[Call], AsyncGenerator[Delta, None]] = ()) -> None:
         self.script = script or answer("Hello", " there")
         self.calls: list[Call] = []
         self.is_ready = (True, "")
+        self.broken = ""
         self.started: asyncio.Queue[Call] = asyncio.Queue()
 
     async def generate(

@@ -1,17 +1,21 @@
-"""Who asks, and what they may: keys, tenants, classes, time limits, kept places."""
+"""Who asks, and what they may: keys, tenants, classes, time limits, shares of the places."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from http_fakes import HELLO, MODEL, ScriptedBackend, answer, serving
+from http_fakes import HELLO, MODEL, ScriptedBackend, Served, answer, serving
 
 from aiodisagg.api import ApiKey, HttpConfig, HttpServer, read_keys
 from aiodisagg.errors import ConfigError, Overloaded
+from aiodisagg.peer.config import LanguageConfig
+from aiodisagg.scheduler.admission import AdmissionConfig
 from aiodisagg.scheduler.shares import Tenant
+from tests.services.system import PATIENCE_S
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -107,39 +111,71 @@ async def test_a_backend_that_sheds_says_when_to_come_back() -> None:
             assert body["error"]["message"] == "the first token would come too late"
 
 
-async def test_one_tenant_cannot_take_the_places_of_another() -> None:
-    """Of twelve places, two are kept for each of two tenants and the operator; six are for whoever comes first."""
+class Tenants:
+    """Ask a backend that answers nothing yet."""
+
+    def __init__(self, group: asyncio.TaskGroup, served: Served, backend: ScriptedBackend) -> None:
+        self._group, self._served, self._backend = group, served, backend
+        self.taken: list[asyncio.Task[Any]] = []
+
+    async def get_in(self, count: int, **headers: str) -> None:
+        for _ in range(count):
+            self.taken.append(self._group.create_task(self._served.post(BODY, **headers)))
+            await asyncio.wait_for(self._backend.started.get(), PATIENCE_S)
+
+    async def refused(self, **headers: str) -> bool:
+        status, body, response = await self._served.post(BODY, **headers)
+        assert (status, body["error"]["code"], response.headers["Retry-After"]) == (429, "overloaded", "1")
+        return True
+
+
+@pytest.mark.parametrize(
+    "of", ["gateway", "keys"], ids=["a gateway that says for whom it asks", "tenants with keys of their own"]
+)
+async def test_a_tenant_that_floods_leaves_room_for_others(of: str) -> None:
+    """Of four places one tenant has all while nobody else wants any; then each has an equal share of them."""
     gate = asyncio.Event()
     backend = ScriptedBackend([gate, *answer("done")])
 
-    async def ask(served: Any, key: str) -> int:
-        return (await served.post(BODY, authorization=f"Bearer {key}"))[0]  # type: ignore[no-any-return]
+    def who(name: str) -> dict[str, str]:
+        return {"x_tenant": name} if of == "gateway" else {"authorization": f"Bearer {name}"}
 
-    async with serving(backend, api_key="key-o", api_keys=KEYS, max_requests=12) as served:
+    keys = () if of == "gateway" else tuple(ApiKey(name, Tenant(name)) for name in ("batch", "urgent", "late"))
+    async with serving(backend, max_requests=4, api_keys=keys) as served:
         async with asyncio.TaskGroup() as group:
-            taken = []
-            for key, count in (("key-a", 4), ("key-a2", 4), ("key-b", 2), ("key-o", 2)):
-                for _ in range(count):
-                    taken.append(group.create_task(ask(served, key)))
-                    await backend.started.get()
-                if key != "key-a":
-                    assert await ask(served, key) == 429
+            asked = Tenants(group, served, backend)
+            await asked.get_in(4, **who("batch"))
+            assert await asked.refused(**who("batch"))
+            await asked.get_in(2, **who("urgent"))
+            assert await asked.refused(**who("urgent"))
+            await asked.get_in(1, **who("late"))
+            for name in ("batch", "urgent", "late"):
+                assert await asked.refused(**who(name))
             gate.set()
-        assert [task.result() for task in taken] == [200] * 12
-        assert await ask(served, "key-a") == 200
+        assert [task.result()[0] for task in asked.taken] == [200] * 7
+        assert {call.tenant.name for call in backend.calls} == {"batch", "urgent", "late"}
+        for _ in range(5):  # what ended has given its place back
+            assert (await served.post(BODY, **who("batch")))[0] == 200
 
 
-async def test_without_an_operators_key_no_places_are_kept_for_it() -> None:
-    """Of twelve places, three are kept for each of two tenants: one of them gets nine."""
+async def test_a_tenant_is_one_whether_it_asks_itself_or_through_a_gateway() -> None:
     gate = asyncio.Event()
     backend = ScriptedBackend([gate, *answer("done")])
-    async with serving(backend, api_keys=KEYS, max_requests=12) as served, asyncio.TaskGroup() as group:
-        for key, count in (("key-a", 9), ("key-b", 3)):
-            for _ in range(count):
-                group.create_task(served.post(BODY, authorization=f"Bearer {key}"))
-                await asyncio.wait_for(backend.started.get(), 10)
-            assert (await served.post(BODY, authorization=f"Bearer {key}"))[0] == 429
-        gate.set()
+    async with serving(backend, max_requests=2, api_key="key-o", api_keys=KEYS) as served:
+        async with asyncio.TaskGroup() as group:
+            asked, operator = Tenants(group, served, backend), {"authorization": "Bearer key-o"}
+            await asked.get_in(1, authorization="Bearer key-a")
+            await asked.get_in(1, authorization="Bearer key-a2")
+            assert await asked.refused(**operator, x_tenant="alice")
+            await asked.get_in(1, **operator, x_tenant="carol")
+            assert await asked.refused(**operator, x_tenant="carol")
+            gate.set()
+
+
+def test_the_line_of_the_service_fills_before_the_door_closes() -> None:
+    """Or nobody would ever be asked to make room in it."""
+    waiting, running = AdmissionConfig().max_queue, LanguageConfig(model=Path()).max_running
+    assert HttpConfig().max_requests > waiting + running
 
 
 def test_a_keys_file() -> None:
@@ -168,10 +204,9 @@ def test_keys_files_that_are_wrong(text: str) -> None:
         {"api_keys": (*KEYS, ApiKey("key-a", BOB))},
         {"api_keys": KEYS, "api_key": "key-b"},
         {"api_keys": (ApiKey("x", Tenant("a", 1.0)), ApiKey("y", Tenant("a", 2.0)))},
-        {"api_keys": KEYS, "max_requests": 5},
     ],
-    ids=["twice", "the operator's", "two weights", "too few places"],
+    ids=["twice", "the operator's", "two weights"],
 )
 def test_keys_that_do_not_go_together(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"http\.(api_keys|max_requests)"):
+    with pytest.raises(ConfigError, match=r"http\.api_keys"):
         HttpConfig(**settings)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
 from http_fakes import HELLO, MODEL, ScriptedBackend, answer, asking, data_url, image, png, serving
 from openai import OpenAI
@@ -34,8 +35,23 @@ async def test_a_whole_answer() -> None:
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (7, 3, 10)
     (call,) = backend.calls
     assert call.messages == [ChatMessage("user", (TextPart("hello"),))]
-    assert call.sampling == SamplingParams(max_tokens=128)
+    assert call.sampling == SamplingParams(max_tokens=4096, as_fits=True)
     assert completion.id.startswith("chatcmpl-")
+
+
+async def test_a_model_of_several_names() -> None:
+    backend = ScriptedBackend()
+    backend.model_names = ("qwen", "org/qwen-vl")
+    async with serving(backend) as served:
+        create = served.client.chat.completions.create
+        assert [model.id async for model in served.client.models.list()] == ["qwen", "org/qwen-vl"]
+        for name in backend.model_names:
+            assert (await served.client.models.retrieve(name)).id == name
+            assert (await create(model=name, messages=HELLO)).model == "qwen"
+            chunks = [chunk async for chunk in await create(model=name, messages=HELLO, stream=True)]
+            assert {chunk.model for chunk in chunks} == {"qwen"}
+        with pytest.raises(openai.NotFoundError, match="served is 'qwen' or 'org/qwen-vl'"):
+            await create(model=MODEL, messages=HELLO)
 
 
 async def test_a_streamed_answer_in_openai_s_order_of_chunks() -> None:
@@ -148,8 +164,8 @@ async def test_sampling_parameters_pass_through() -> None:
     assert [call.sampling for call in backend.calls] == [
         SamplingParams(max_tokens=5, temperature=0.5, top_p=0.25, top_k=40, seed=-3, stop=("a", "bc")),
         SamplingParams(max_tokens=6, stop=("x",)),
-        SamplingParams(max_tokens=9, ignore_eos=True),
-        SamplingParams(max_tokens=9),
+        SamplingParams(max_tokens=9, ignore_eos=True, as_fits=True),
+        SamplingParams(max_tokens=9, as_fits=True),
     ]
     took = time.monotonic() - began
     assert all(call.timeout_s is not None and 599.9 - took <= call.timeout_s < 600.1 for call in backend.calls)

@@ -26,9 +26,10 @@ from http_fakes import (
     serving,
 )
 
-from aiodisagg.api import HttpConfig, HttpServer
+from aiodisagg.api import ApiKey, HttpConfig, HttpServer
 from aiodisagg.engine.types import Delta
 from aiodisagg.errors import ConfigError, DeadlineExceeded, Draining, NoEncodePeer
+from aiodisagg.scheduler.shares import Tenant
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -276,6 +277,24 @@ async def test_a_port_in_use_and_other_addresses_that_cannot_be() -> None:
         HttpServer(ScriptedBackend(), port=70_000)
 
 
+@pytest.mark.parametrize(
+    ("host", "config", "warns"),
+    [
+        ("0.0.0.0", HttpConfig(), True),
+        ("127.0.0.1", HttpConfig(), False),
+        ("localhost", HttpConfig(), False),
+        ("0.0.0.0", HttpConfig(api_key="secret"), False),
+        ("0.0.0.0", HttpConfig(api_keys=(ApiKey("key", Tenant("a")),)), False),
+    ],
+    ids=["open to all", "here only", "here only by name", "operator's key", "a tenant's key"],
+)
+async def test_a_server_that_is_open_to_all_says_so(
+    host: str, config: HttpConfig, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with HttpServer(ScriptedBackend(), host, 0, config):
+        assert ("can be reached from other hosts, and needs no key" in caplog.text) is warns
+
+
 async def test_urls() -> None:
     async with HttpServer(ScriptedBackend(), "0.0.0.0", 0) as server, aiohttp.ClientSession() as session:
         assert server.url.startswith("http://127.0.0.1:") and not server.url.endswith(":0")
@@ -292,6 +311,11 @@ async def test_health_and_metrics() -> None:
         backend.is_ready = (False, "no encode peer")
         async with served.session.get("/health") as response:
             assert (response.status, (await response.json())["reason"]) == (503, "no encode peer")
+        async with served.session.get("/live") as response:
+            assert (response.status, await response.json()) == (200, {"status": "ok", "reason": "ok"})
+        backend.broken = "the engine is broken"
+        async with served.session.get("/live") as response:
+            assert (response.status, (await response.json())["reason"]) == (503, "the engine is broken")
         backend.is_ready = (True, "")
         async with served.session.get("/health") as response:
             assert response.status == 200

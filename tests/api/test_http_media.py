@@ -22,6 +22,7 @@ from aiodisagg.models.base import ImagePart, VideoPart
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
 LOOPBACK = ("127.0.0.1",)
+PATHS = ("/", "/x", "/~me/\u00e9(1)/..;v=[2]/x", "/caf\u00e9")
 
 
 @pytest.fixture
@@ -123,6 +124,37 @@ async def test_images_are_fetched_in_order_and_through_redirects() -> None:
         await served.client.chat.completions.create(model=MODEL, messages=asking(*parts))
     assert backend.calls[0].messages[0].parts == (ImagePart(second), ImagePart(first), ImagePart(first))
     assert sorted(asked) == ["/a.png", "/b", "/moved", "/moved again"]
+
+
+@pytest.mark.parametrize(
+    ("written", "fetched"),
+    [
+        ("/x?X-Amz-Credential=AKIA%2F2020&p=x%3Ay&u=%7E&sig=a%2Bb+c%3d", None),
+        ("/x?", "/x"),
+        ("/%7Eme/%c3%a9(1)/..;v=[2]/x", None),
+        ("?u=%7E", "/?u=%7E"),
+        ("/x?a b=%7E", "/x?a+b=~"),
+        ("/caf\u00e9?100%", "/caf%C3%A9?100%25"),
+    ],
+    ids=["signed", "no query", "path", "no path", "a space", "no URI"],
+)
+@pytest.mark.parametrize("by", ["client", "redirect"])
+async def test_a_url_is_fetched_as_it_is_written(by: str, written: str, fetched: str | None) -> None:
+    """Signatures are of the query as it is written; only what could not be sent so is quoted."""
+    lines = list[str]()
+
+    async def handle(request: web.Request) -> web.Response:
+        lines.append(request.raw_path)
+        return web.Response(body=png(), content_type="image/png")
+
+    async with (
+        media_host(dict.fromkeys(PATHS, handle)) as (host, _),
+        media_host({"/moved": leads_to(host + written)}) as (other, _),
+        serving(ScriptedBackend(), allow_private_media_hosts=LOOPBACK) as served,
+    ):
+        url = host + written if by == "client" else f"{other}/moved"
+        await served.client.chat.completions.create(model=MODEL, messages=asking(image(url)))
+    assert lines == [fetched or written]
 
 
 async def test_what_a_host_may_answer() -> None:
@@ -229,6 +261,9 @@ async def test_urls_that_are_not_utf8() -> None:
 
 
 NOT_TRIED = [
+    "http://user%40x@example.com/x",
+    "HTTP://@[::1",
+    "https:///%2e%2e/x",
     "",
     "x.png",
     "/etc/passwd",
@@ -317,7 +352,13 @@ async def test_allowed_domains_hold_for_redirects_too() -> None:
                 messages = asking(image(f"http://{host}:{port}/x"))
                 await served.client.chat.completions.create(model=MODEL, messages=messages)
             assert asked == ["/x"] * 3
-            for target in ("http://evil-example.com", "http://example.com.evil.org", "http://127.0.0.1"):
+            for target in (
+                "http://evil-example.com",
+                "http://example.com.evil.org",
+                "http://127.0.0.1",
+                "http://example.com%2f.evil.org",
+                "http://evil.org%00.example.org",
+            ):
                 assert "may come from" in await refusal(served, f"{target}:{port}/x")
             assert "may come from" in await refusal(served, f"http://example.com:{port}/away")
     assert asked == ["/x"] * 3 + ["/away"]

@@ -87,6 +87,10 @@ def test_a_model_without_a_tower_cannot_encode(command: tuple[str, ...], text_on
         (("both", "--source-mib", "0"), "'--source-mib': 0 is not in the range"),
         (("encode", "--listen", "nowhere"), "'--listen': 'nowhere' is none of unix:@name"),
         (("both", "--listen", "tcp:x:99999"), "'--listen': 'tcp:x:99999' is none of unix:@name"),
+        (("bootstrap", "--port", "99999"), "'--port': 99999 is not in the range"),
+        (("encode", "--http-port", "65536"), "'--http-port': 65536 is not in the range"),
+        (("language", "--port", "-1"), "'--port': -1 is not in the range"),
+        (("both", "--port", "65536"), "'--port': 65536 is not in the range"),
         (("language", "--peer", "unix:" + "x" * 108), "a unix address has at most 107 bytes"),
         (("language", "--kv-mib", "0"), "'--kv-mib': 0 is not in the range"),
         (("language", "--pool-mib", "0"), "'--pool-mib': 0.0 is not in the range"),
@@ -95,6 +99,7 @@ def test_a_model_without_a_tower_cannot_encode(command: tuple[str, ...], text_on
         (("language", "--model", ".", "--data-host", "localhost"), "data_host: 'localhost' is not an address"),
         (("language", "--model", ".", "--media-domain", "a/b"), "http.allowed_media_domains: 'a/b' is not a host name"),
         (("bench", "load", "--dtype", "foo"), "'foo' is not one of 'bfloat16'"),
+        (("demo", "--dtype", "foo"), "'foo' is not one of 'bfloat16'"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, tuple) else "",
 )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
+import threading
 
+import psutil
 import pytest
 from aiohttp import web
 from rich.console import Console
 
-from aiodisagg.demo.cluster import Cluster
+from aiodisagg.demo.cluster import Cluster, Member, ProcessEnded
 from aiodisagg.demo.run import Demo, DemoOptions
+from aiodisagg.errors import ConfigError
 
 pytestmark = pytest.mark.anyio
 KEPT = 3
@@ -39,6 +44,55 @@ class _Peer:
 
     async def peers(self, request: web.Request) -> web.Response:
         return web.json_response(["encode-1", "encode-2"])
+
+
+async def test_what_the_user_says_of_threads_reaches_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process had one, whatever the variable said."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    async with Cluster() as cluster:
+        member = await cluster.start("bootstrap", "bootstrap", "--port", "0")
+        assert psutil.Process(member.process.process.pid).environ()["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize("kill", [False, True])
+async def test_device_and_dtype_are_those_of_the_peers(kill: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, tuple[str, ...]] = {}
+
+    async def start(self: Cluster, name: str, *command: str) -> Member:
+        started[name] = command
+        if name == "language-1":
+            raise ProcessEnded(name, 1, "that is enough")
+        return Member(name, None, {"url": "http://127.0.0.1:1"})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Cluster, "start", start)
+    options = DemoOptions(device="cuda:1", dtype="float16", kill_encoder=kill, compare=False)
+    with pytest.raises(ProcessEnded):
+        await Demo(options, Console(quiet=True)).run()
+    said = {name: dict(itertools.pairwise(command)) for name, command in started.items()}
+    assert [said[name]["--device"] for name in ("encode-1", "encode-2", "language-1")] == ["cuda:1"] * 3
+    assert said["language-1"]["--dtype"] == "float16" and "--dtype" not in said["encode-1"]
+    assert ("--block-rows" in said["language-1"]) == kill
+
+
+async def test_one_reason_is_told_where_peers_and_monolith_fail_by_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed = threading.Event()
+
+    def load(*_: object) -> object:
+        failed.set()
+        raise ConfigError("device", "there is none")
+
+    async def start(*_: object, **__: object) -> str:
+        await asyncio.to_thread(failed.wait)
+        raise ProcessEnded("encode-1", 1, "there is none")
+
+    monkeypatch.setattr("aiodisagg.demo.run.Monolith", load)
+    monkeypatch.setattr("aiodisagg.demo.run.start_system", start)
+    with pytest.raises(ProcessEnded):
+        await Demo(DemoOptions(device="abacus"), Console(quiet=True)).run()
+    gc.collect()
+    assert not caplog.records
 
 
 async def test_requests_that_a_peer_has_forgotten_are_in_the_table() -> None:

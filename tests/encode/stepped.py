@@ -70,10 +70,12 @@ class Bench:
         self.told.append(event)
         self._news.set()
 
-    def start(self, number: int, t: int = 1, h: int = 4, w: int = 4, urgency: Urgency = ARRIVAL) -> str:
+    def start(
+        self, number: int, t: int = 1, h: int = 4, w: int = 4, urgency: Urgency = ARRIVAL, alone: bool = False
+    ) -> str:
         media, rows = (str(number).encode(),), t * h * w // 4
         kind = "image" if t == 1 else "video"
-        self.pipeline.start(StartEncode(str(number), kind, (t, h, w), rows, 0.0, media, urgency))
+        self.pipeline.start(StartEncode(str(number), kind, (t, h, w), rows, 0.0, media, urgency, alone))
         return str(number)
 
     async def in_order(self, number: int, **size: int) -> str:
@@ -84,12 +86,12 @@ class Bench:
 
     async def until(self, event: object, times: int = 1) -> None:
         """Returns when so many equal events were told, times of stages aside."""
-        await self._told(lambda: [_plain(told) for told in self.told].count(event) >= times)
+        await self._told(lambda: [plain(told) for told in self.told].count(event) >= times)
 
     async def prepared(self, *digests: str) -> None:
         """Returns when the tower has them; it is not told that they were prepared if they are in it by then."""
         ready = {(stage, digest) for digest in digests for stage in ("prepared", "encoding")}
-        await self._told(lambda: {digest for _, digest in ready & {_plain(told) for told in self.told}} == set(digests))
+        await self._told(lambda: {digest for _, digest in ready & {plain(told) for told in self.told}} == set(digests))
 
     async def _told(self, enough: Callable[[], bool]) -> None:
         async with asyncio.timeout(PATIENCE_S):
@@ -109,7 +111,7 @@ class Bench:
         return {event.digest: event.code for event in self.told if isinstance(event, EncodeStopped)}
 
 
-def _plain(event: PipelineEvent) -> Hashable:
+def plain(event: PipelineEvent) -> Hashable:
     if isinstance(event, RowsReady):
         return RowsReady(event.digest, event.stop)
     return (event.stage, event.digest) if isinstance(event, StageEntered) else event

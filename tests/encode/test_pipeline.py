@@ -155,6 +155,18 @@ async def test_a_bad_item_does_not_end_an_encoder_that_takes_only_grids_of_its_o
         assert broke == [made.pipeline.broken] == ["what it tried failed, 2 in a row, this one with ValueError"]
 
 
+async def test_rows_that_are_not_finite_are_told_apart_from_other_failures() -> None:
+    """A receiver has another rule for them: what two towers say is the item's fault."""
+
+    class Overflowing(Stepped):
+        def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+            return [rows / 0 for rows in super().encode(batch)]
+
+    async with bench(Overflowing(permits=1)) as made:
+        digest = made.start(1)
+        await made.until(EncodeStopped(digest, "not_finite", "the encoder made values that are not finite", True))
+
+
 async def test_a_video_that_fails_in_the_middle_stops_there() -> None:
     async with bench(encoder := Stepped(), batch_patches=16) as made:
         video = made.start(5, t=3)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 import pytest
-from stepped import PATIENCE_S, Stepped, bench
+from stepped import PATIENCE_S, Stepped, bench, plain
 
-from aiodisagg.protocol.events import RowsReady, StageEntered
-from aiodisagg.protocol.messages import Urgency
+from aiodisagg.protocol.events import ChangeEncode, RowsReady, StageEntered
+from aiodisagg.protocol.messages import ARRIVAL, Urgency
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -56,3 +56,43 @@ async def test_what_is_needed_first_is_encoded_first_whatever_is_prepared_first(
         encoder.permits.release(4)
         assert [(await made.call())[0][0] for _ in range(3)] == [1, 2, 3]
         await made.until(RowsReady(held, 4))
+
+
+async def test_who_is_wanted_sooner_passes_what_is_not_in_the_tower_yet() -> None:
+    """A request of the lower class that shared a picture with a batch had to wait for the batch."""
+    encoder = Stepped()
+    encoder.slow[4] = threading.Event()
+    patient, urgent = Urgency(PATIENCE_S, 0, 6 * 16), Urgency(PATIENCE_S, -1, 16)
+    async with bench(encoder, batch_patches=16, prepare_threads=1) as made:
+        for number in range(7):
+            made.start(number, urgency=patient)
+        assert await made.call() == [(0, 16)]
+        await made.prepared("1", "2", "3")
+        await made.until(("preparing", "4"))
+        for digest in ("3", "6", "4"):  # prepared, in the line before that, and on its way
+            made.pipeline.change(ChangeEncode(digest, urgent, False))
+        encoder.slow[4].set()
+        await made.prepared("4", "5", "6")
+        ready = [event.digest for event in made.told if isinstance(event, StageEntered) and event.stage == "prepared"]
+        assert ready[-2:] == ["6", "5"]
+        encoder.permits.release(7)
+        assert [(await made.call())[0][0] for _ in range(6)] == [3, 4, 6, 1, 2, 5]
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_what_is_to_be_alone_has_the_tower_for_itself(late: bool) -> None:
+    """They fit a batch. Nothing begins before the end of what was there before was told."""
+    encoder = Stepped()
+    async with bench(encoder, batch_patches=64) as made:
+        held = made.start(0)
+        assert await made.call() == [(0, 16)]
+        made.start(1, alone=not late)
+        made.start(2)
+        await made.prepared("1", "2")
+        if late:
+            made.pipeline.change(ChangeEncode("1", ARRIVAL, True))
+        for number, before in ((1, held), (2, "1")):
+            encoder.permits.release()
+            assert await made.call() == [(number, 16)]
+            assert RowsReady(before, 4) in [plain(event) for event in made.told]
+        assert encoder.calls.empty()

@@ -81,6 +81,37 @@ def test_nobody_is_overtaken_once_it_is_due() -> None:
     assert [queue.take(now)[0].digest for now in (4.0, 4.9, 5.0, 5.0)] == ["urgent 1", "urgent 2", "large", "urgent 3"]
 
 
+def test_what_is_to_be_alone_shares_no_batch_and_is_not_left_for_another() -> None:
+    queue = TowerQueue(budget=10)
+    queue.add("before", Claim(0), 1, 2)
+    queue.add("suspect", Claim(1, due=10.0), 4, 3, alone=True)
+    queue.add("after", Claim(2, due=10.0), 1, 2)
+    assert not queue.alone(0.0) and names(queue.take(0.0)) == [("before", 0, 1)]
+    assert queue.alone(0.0) and names(queue.take(0.0)) == [("suspect", 0, 3)]
+    queue.add("urgent", Claim(3, due=10.0, priority=-1), 1, 2)
+    assert queue.alone(0.0) and names(queue.take(0.0)) == [("suspect", 3, 4)]
+    assert not queue.alone(0.0) and names(queue.take(0.0)) == [("urgent", 0, 1), ("after", 0, 1)]
+
+
+def test_a_suspect_that_is_cancelled_in_the_middle_keeps_nobody_waiting() -> None:
+    queue = TowerQueue(budget=10)
+    queue.add("suspect", Claim(1), 4, 5, alone=True)
+    queue.add("after", Claim(2), 1, 5)
+    queue.take(0.0)
+    queue.cancel("suspect")
+    assert not queue.alone(0.0) and names(queue.take(0.0)) == [("after", 0, 1)]
+
+
+def test_a_claim_counts_from_when_it_changes() -> None:
+    queue = TowerQueue(budget=10)
+    for order, digest in enumerate(("a", "b", "c")):
+        queue.add(digest, Claim(order, due=10.0), 1, 5)
+    queue.change("c", Claim(2, due=10.0, priority=-1), alone=False)
+    queue.change("b", Claim(1, due=10.0), alone=True)
+    queue.change("gone", Claim(9), alone=True)
+    assert [names(queue.take(0.0)) for _ in range(2)] == [[("c", 0, 1), ("a", 0, 1)], [("b", 0, 1)]]
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 20)), min_size=1, max_size=12),
     st.integers(1, 24),

@@ -1,21 +1,26 @@
-"""The links of one language peer to EncodeService: to dial anew is to give a link up only once something is said."""
+"""EncodeService as one language peer links to it: to dial anew is to give a link up only once something is said."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from aiodisagg.bench.synthetic import SyntheticEncoder, item_of, synthetic_model
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.errors import ConfigError, LinkClosed
 from aiodisagg.link import Hello, Link, PeerRole, dial
+from aiodisagg.models.base import Patches
 from aiodisagg.peer.config import EncodeConfig
 from aiodisagg.protocol.events import LinkLost, LinkUp
-from aiodisagg.protocol.messages import ItemKey, Offer, Want
+from aiodisagg.protocol.messages import ItemKey, Offer, Progress, Want
+from aiodisagg.protocol.rows import ModelFingerprint
+from aiodisagg.scheduler.advertise import PREFIX
 from tests.conftest import LOOPS
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -31,7 +36,7 @@ class Serving:
     """An encode peer, what its machine is told of links, and a language peer that dials as often as it likes."""
 
     def __init__(self, service: EncodeService) -> None:
-        self._address, self._items = service.address, 0
+        self.service, self._address, self._items = service, service.address, 0
         self._hello = Hello.here(name="language", incarnation="l", role=PeerRole.LANGUAGE, model=MODEL)
         self.events: asyncio.Queue[LinkUp | LinkLost] = asyncio.Queue()
         feed = service.driver.feed
@@ -57,10 +62,22 @@ class Serving:
             pass
 
 
+class Held(SyntheticEncoder):
+    """Encodes once its gate is open."""
+
+    def __init__(self, model: ModelFingerprint) -> None:
+        super().__init__(model)
+        self.gate = threading.Event()
+
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        assert self.gate.wait(60)
+        return super().encode(batch)
+
+
 @asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[Serving]:
+async def serving(folder: Path, encoder: SyntheticEncoder | None = None) -> AsyncIterator[Serving]:
     config = EncodeConfig(model=folder, name="encode", transports=("memory",), self_test_s=0.0)
-    async with EncodeService(config, encoder=SyntheticEncoder(MODEL)) as service, asyncio.timeout(60):
+    async with EncodeService(config, encoder=encoder or SyntheticEncoder(MODEL)) as service, asyncio.timeout(60):
         yield Serving(service)
 
 
@@ -72,6 +89,16 @@ async def test_where_it_cannot_listen_the_setting_is_named(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"^listen: cannot listen on unix:.*: No such file"):
         async with EncodeService(config, encoder=SyntheticEncoder(MODEL)):
             pass
+
+
+async def test_it_is_entered_once(tmp_path: Path) -> None:
+    config = EncodeConfig(model=tmp_path, transports=("memory",), self_test_s=0.0)
+    service = EncodeService(config, encoder=SyntheticEncoder(MODEL))
+    async with service:
+        with pytest.raises(RuntimeError, match="EncodeService is entered once"):
+            await service.__aenter__()
+    with pytest.raises(RuntimeError, match="EncodeService is entered once"):
+        await service.__aenter__()
 
 
 async def test_a_second_link_that_is_closed_without_a_word_does_not_cut_the_first(tmp_path: Path) -> None:
@@ -96,6 +123,21 @@ async def test_a_peer_that_speaks_through_a_second_link_gave_the_first_up(tmp_pa
         await made.ask(second)
         assert [made.events.get_nowait() for _ in range(3)] == [LinkUp("l"), LinkLost("l"), LinkUp("l")]
         await second.aclose()
+
+
+async def test_a_heartbeat_tells_of_rows_that_exist_and_of_none_that_are_to_be_made(tmp_path: Path) -> None:
+    """Who had but queued an item was asked for it by others, too, as if its rows were there, behind all that it had."""
+    encoder = Held(MODEL)
+    async with serving(tmp_path, encoder) as made:
+        link, service = await made.dial(), made.service
+        for _ in range(3):
+            await made.ask(link)
+        assert service.load().patches > 0 and service.load().digests == ()
+        encoder.gate.set()
+        while not isinstance(said := await link.recv(), Progress) or said.stage != "encoded":
+            pass
+        assert item_of(said.key.room, 4).digest[:PREFIX] in service.load().digests
+        await link.aclose()
 
 
 async def test_a_second_link_is_used_when_the_first_ends(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from aiodisagg.device.vitals import LIMIT, Vitals
 from aiodisagg.encode import tower as tower_module
 from aiodisagg.encode.gate import OpenGate, endless
+from aiodisagg.encode.queue import Piece
 from aiodisagg.encode.tower import Made, NotFinite, Tower
 from aiodisagg.errors import MediaError
 from aiodisagg.models.base import Patches
@@ -63,7 +64,9 @@ class Script:
 
 
 @contextmanager
-def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tower, queue.Queue[str]]]:
+def running(
+    gate: Script, monkeypatch: pytest.MonkeyPatch, began: Callable[[list[Piece]], None] = lambda pieces: None
+) -> Iterator[tuple[Tower, queue.Queue[str]]]:
     """A tower whose batches are one item each and can be launched ahead, and the items that were brought, or why there
     will be no more."""
 
@@ -79,7 +82,7 @@ def running(gate: Script, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tow
     monkeypatch.setattr(tower_module, "_event_behind", lambda rows: Event())
     encoder: Any = Zeros()
     tower = Tower(
-        encoder, batch_patches=4, began=lambda pieces: None, made=made, gate=gate, to_host=False, device="cpu",
+        encoder, batch_patches=4, began=began, made=made, gate=gate, to_host=False, device="cpu",
         vitals=Vitals(brought.put), picture=nothing,
     )  # fmt: skip
     for n, digest in enumerate(("first", "second")):
@@ -106,6 +109,17 @@ def test_a_launched_batch_is_brought_when_the_next_one_is_cancelled(monkeypatch:
         tower.start()
         assert brought.get(timeout=PATIENCE_S) == "first"
     assert gate.gave_ups == 1 and brought.empty()
+
+
+def test_what_is_to_be_alone_is_not_launched_before_the_rest_was_dealt_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Piece] = []
+    with running(Script(permits=3), monkeypatch, launched.extend) as (tower, brought):
+        tower.change("second", Claim(1), alone=True)
+        tower.start()
+        assert brought.get(timeout=PATIENCE_S) == "first"
+        (first,) = launched
+        tower.brought(first)
+        assert brought.get(timeout=PATIENCE_S) == "second"
 
 
 def test_a_thread_that_ends_by_a_bug_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,9 @@ async def test_limits_are_errors_at_submit() -> None:
         with pytest.raises(PromptTooLong) as caught:
             submit(engine, make_plan([30]), max_tokens=4)
         assert (caught.value.tokens, caught.value.limit) == (34, 33)
+        with pytest.raises(PromptTooLong):
+            submit(engine, make_plan([33]), max_tokens=4, as_fits=True)
+        assert len((await ask(engine, make_plan([30]), max_tokens=4, ignore_eos=True, as_fits=True)).tokens) == 3
         with pytest.raises(InvalidRequest, match="no tokens"):
             submit(engine, make_plan_empty())
         held = [submit(engine, make_plan([2, (1, 2, 2)]))]

@@ -60,7 +60,11 @@ async def test_no_common_data_plane(
         assert any(why in line for line in failed.story)
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     (warning,) = [record for record in warnings if record.name == "aiodisagg.encode.session"]
-    assert {record.name for record in warnings} == {warning.name, "aiodisagg.language.placing"}
+    assert {record.name for record in warnings} == {
+        warning.name,
+        "aiodisagg.language.placing",
+        "aiodisagg.language.complaints",
+    }
     assert why in warning.getMessage() and "to words" in warning.getMessage()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 from unittest.mock import Mock
@@ -17,7 +18,7 @@ from aiodisagg.scheduler.health import HealthConfig
 from tests.language.test_rows import MODEL, Broken, Zeros, made
 from tests.services.system import eventually
 
-LOGGER = "aiodisagg.language.placing"
+LOGGER = "aiodisagg.language"
 
 
 @pytest.mark.anyio
@@ -44,11 +45,11 @@ async def test_a_broken_peer_is_named_once_with_what_it_says(
 
 
 class _Asked:
-    """A placing with one peer, which is asked for item after item."""
+    """A placing with one peer, which is asked for item after item; what it refuses another delivers."""
 
     def __init__(self) -> None:
         self.peer = EncodePeer("unix:0", "life", "encode")
-        known = {"life": self.peer}
+        known = {"life": self.peer, "good": EncodePeer("unix:1", "good", "good")}
         peers = Mock(linked=[self.peer], get=known.get, by_incarnation=known.get)
         self.placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
         self._items = 0
@@ -65,7 +66,11 @@ class _Asked:
     def refused(self, now: float, code: str = "encode_failed", why: str = "out of memory") -> None:
         key = self.ask(now)
         self.placing.refused("life", Refuse(key, 1, code, why, True), now)
-        self.placing.over(key)
+        self.placing.given_up(key, now)
+        placement = self.placing.choose(key, frozenset({"life"}), now)
+        assert placement is not None
+        self.placing.asked(key, replace(placement, peer="good"), now)
+        self.placing.over(key, complete=True)
 
     def left(self, now: float) -> None:
         key = self.ask(now)
@@ -89,7 +94,9 @@ def test_a_peer_is_named_again_when_it_delivered_meanwhile(caplog: pytest.LogCap
     asked.refused(0.0)
     assert said() == [("WARNING", "refused item 1.0: encode_failed: out of memory")]
     asked.refused(0.0)
-    assert said() == [("WARNING", "is a suspect for 10 s: it refused item 2.0 (encode_failed)")]
+    assert said() == [
+        ("WARNING", "is a suspect for 10 s: it refused item 2.0 (encode_failed), which another delivered")
+    ]
     asked.refused(1.0)
     assert said() == []
     asked.refused(1.0, "prepare_failed", "no such file")
@@ -114,7 +121,7 @@ def test_nothing_is_kept_of_a_peer_that_is_gone() -> None:
     asked.placing.link_lost("life", 1.0)
     assert asked.placing.judged("life", 1.0)["last_refusal"]
     asked.placing.link_lost("life", 1.0, gone=True)
-    assert not asked.placing._complaints and not asked.placing.judged("life", 1.0)["last_refusal"]
+    assert not asked.placing._complaints._about and not asked.placing.judged("life", 1.0)["last_refusal"]
 
 
 def test_a_peer_makes_neither_lines_nor_memory_at_will(caplog: pytest.LogCaptureFixture) -> None:

@@ -76,14 +76,14 @@ async def test_the_words_of_an_item_stay_in_order_behind_its_media() -> None:
 def test_media_that_were_not_sent_come_with_the_next_question() -> None:
     placing, key = Placing(Mock(linked=[EncodePeer("unix:0", "one")]), 4, HealthConfig()), ItemKey(1, 0)
     placing.errand(key, item_of(1, 64))
-    assert placing.asking("one", want(0)) == want(0)
+    assert placing.asking("one", want(0), 0.0) == want(0)
     placing.unsent("one", key)
-    assert placing.asking("other", want(0, None, 2)).media is None
-    assert placing.asking("one", want(0, None, 2)).media == item_of(1, 64).media
-    assert placing.asking("one", want(0, None, 3)).media is None, "now it has them"
+    assert placing.asking("other", want(0, None, 2), 0.0).media is None
+    assert placing.asking("one", want(0, None, 2), 0.0).media == item_of(1, 64).media
+    assert placing.asking("one", want(0, None, 3), 0.0).media is None, "now it has them"
     placing.over(key)
     placing.unsent("one", key)
-    assert placing.asking("one", want(0, None, 4)).media is None and not placing.errands
+    assert placing.asking("one", want(0, None, 4), 0.0).media is None and not placing.errands
 
 
 async def test_a_receiver_remembers_which_media_were_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from typing import cast
 from unittest.mock import Mock
 
@@ -10,15 +11,18 @@ import pytest
 
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
 from aiodisagg.language.peers import EncodePeer, EncodePeers
-from aiodisagg.language.placing import Placing
+from aiodisagg.language.placing import COMPARED, Placing
 from aiodisagg.link.hello import PeerRole
 from aiodisagg.peer import metrics
-from aiodisagg.protocol.events import ItemSpec
+from aiodisagg.protocol.blocks import BlockPool
+from aiodisagg.protocol.events import Fail, ItemRequested, ItemSpec, MessageReceived, Place, Placed
 from aiodisagg.protocol.messages import ItemKey, Progress, Refuse
+from aiodisagg.protocol.receiving import Receiver
 from aiodisagg.scheduler.book import PeerBook
 from aiodisagg.scheduler.cost import PeerCosts, PrefillCosts, Rates
 from aiodisagg.scheduler.health import HealthConfig
 from aiodisagg.scheduler.placement import Standing
+from tests.protocol import truth
 
 RECORD = PeerRecord(name="encode", incarnation="x", role=PeerRole.ENCODE)
 LOAD = Load(patches=40_000, digests=("0123456789ab",))
@@ -113,6 +117,31 @@ def test_the_own_tower_is_compared_for_every_item() -> None:
         placing.over(key)
 
 
+def test_an_item_that_is_placed_again_is_compared_with_few_of_many_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All were looked at for each: a peer that died with a hundred items held the loop up for a tenth of a second."""
+    peers = _Many(200)
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    keys = [_item(number) for number in range(50)]
+    for key, spec in keys:
+        _place(placing, key, spec)
+    looked = Mock(side_effect=PeerBook.backlog, autospec=True)
+    monkeypatch.setattr(PeerBook, "backlog", lambda book, now: looked(book, now))
+    placing.poison.cut("00", [keys[0][1].digest], 0.0)
+    again = Counter(_ask(placing, key, frozenset({"00"}), 0.0) for key, _ in keys)
+    assert looked.call_count <= 2 * COMPARED * len(keys)
+    assert "00" not in again and max(again.values()) <= 2
+
+
+def test_one_peer_that_an_item_need_not_avoid_is_found_among_many() -> None:
+    peers = _Many(50)
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    for number in range(8):
+        key, spec = _item(number)
+        _place(placing, key, spec)
+        assert _ask(placing, key, frozenset(peer.incarnation for peer in peers.linked[:-1]), 0.0) == "49"
+    assert _ask(placing, key, frozenset(peer.incarnation for peer in peers.linked), 0.0), "better than none"
+
+
 @pytest.mark.parametrize(("step_s", "token_s", "own"), [(1e-3, 1.0, 1), (1.0, 1e-3, 2)])
 def test_the_own_tower_gets_less_than_its_share_where_prefill_takes_long(
     step_s: float, token_s: float, own: int
@@ -200,16 +229,63 @@ def test_of_a_request_only_one_item_is_the_trial_of_a_suspect() -> None:
     ],
 )
 def test_only_what_another_peer_may_do_better_is_held_against_a_peer(code: str, standing: Standing) -> None:
-    placing = Placing(cast(EncodePeers, _Many(1)), 4, HealthConfig())
+    placing = Placing(cast(EncodePeers, _Many(2)), 4, HealthConfig())
     for number in range(3):
         key, spec = _item(number)
-        _place(placing, key, spec)
+        placing.errand(key, spec)
+        assert _ask(placing, key, frozenset({"01"}), 0.0) == "00"
         _refuse(placing, "00", key, 0.0, code)
         _refuse(placing, "who is not asked", key, 0.0, code)
-        placing.over(key)
+        assert _ask(placing, key, frozenset({"00"}), 0.0) == "01"
+        placing.over(key, complete=True)
     assert placing.standings.of("00", 0.0) is standing
     counted = {(code if code != "anything" else "other", ""): 3.0}
     assert _samples(placing, "item_refusals_total") == counted, "a peer cannot make series at will"
+
+
+def _fetch(placing: Placing, number: int, refuses: Container[str], now: float) -> tuple[list[str], str]:
+    """An item from the peers' refusals to its end: who was asked, and the code of its failure, if it failed."""
+    pool, asked = BlockPool(64, 64, truth.ROW_BYTES), list[str]()
+    receiver, (key, spec) = Receiver(truth.MODEL, pool), _item(number)
+    placing.errand(key, spec)
+    actions = receiver.handle(ItemRequested(key, spec, 60.0), now)
+    while True:
+        for action in actions:
+            if isinstance(action, Fail):
+                placing.over(key)
+                return asked, action.code
+        (place,) = (action for action in actions if isinstance(action, Place))
+        asked.append(_ask(placing, key, place.avoid, now))
+        receiver.handle(Placed(key, asked[-1]), now)
+        if asked[-1] not in refuses:
+            placing.over(key, complete=True)
+            return asked, ""
+        refusal = Refuse(key, receiver.items[key].epoch, "prepare_failed", "why", True)
+        placing.refused(asked[-1], refusal, now)
+        actions = receiver.handle(MessageReceived(asked[-1], refusal), now)
+
+
+def test_items_that_nobody_can_encode_are_not_taken_to_everybody_and_make_no_suspects() -> None:
+    """A file that every peer refused was sent to all two hundred of them; a second one made all of them suspects."""
+    peers = _Many(200)
+    names = [peer.incarnation for peer in peers.linked]
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    for number in range(2):
+        asked, code = _fetch(placing, number, names, 0.0)
+        assert len(set(asked)) == len(asked) == 8 and code == "prepare_failed"
+        assert {placing.standings.of(name, 0.0) for name in names} == {Standing.READY}
+
+
+def test_as_many_broken_peers_as_end_an_item_end_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the fastest, since they have nothing to do: items that they refuse are taken to others."""
+    monkeypatch.setattr(PeerBook, "doubt", 0.0)  # of equal ones the first by name is asked
+    peers = _Many(12)
+    broken = [peer.incarnation for peer in peers.linked[:9]]
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    assert _fetch(placing, 0, broken, 0.0)[1] == "prepare_failed"
+    ends = [_fetch(placing, number, broken, 0.0) for number in range(1, 41)]
+    assert not any(code for _, code in ends) and [len(asked) for asked, _ in ends[-4:]] == [1] * 4
+    assert {placing.standings.of(name, 0.0) for name in broken} == {Standing.SUSPECT}
 
 
 @pytest.mark.parametrize("linked", [True, False])
@@ -301,4 +377,4 @@ def test_two_peers_of_one_name_are_two_series_and_who_is_gone_is_none() -> None:
     placing.link_lost(peer, 0.0)
     placing.link_lost(peer, 0.0, gone=True)
     assert _samples(placing, "item_refusals_total") == {("encode_failed", ""): 1.0}
-    assert not any(who for who, _ in placing._refusals), "a crash loop would leave one for each life"
+    assert not any(who for who, _ in placing._complaints._refusals), "a crash loop would leave one for each life"

@@ -51,8 +51,10 @@ class Gated(Zeros):
     def __init__(self) -> None:
         super().__init__(MODEL)
         self.gate = threading.Event()
+        self.encoded: list[int] = []
 
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        self.encoded += [int(patches.pixel_values[0]) for patches in batch]
         assert self.gate.wait(PATIENCE_S)
         return super().encode(batch)
 
@@ -102,14 +104,20 @@ class Made:
 
 
 @asynccontextmanager
-async def made(folder: Path, monkeypatch: pytest.MonkeyPatch, *encoders: SyntheticEncoder) -> AsyncIterator[Made]:
-    config = LanguageConfig(model=folder, transports=("memory",), failover_s=0.0, hedge_s=0.0, cache_bytes=0)
+async def made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *encoders: SyntheticEncoder, checksum: bool = True,
+    their_checksum: bool = True,
+) -> AsyncIterator[Made]:  # fmt: skip
+    config = LanguageConfig(
+        model=folder, transports=("memory",), failover_s=0.0, hedge_s=0.0, cache_bytes=0, checksum=checksum
+    )
     async with AsyncExitStack() as stack:
         services = []
         for number, encoder in enumerate(encoders):
             at = EncodeConfig(
-                model=folder, transports=("memory",), self_test_s=0.0, name=f"e{number}", incarnation=f"life-{number}"
-            )
+                model=folder, transports=("memory",), self_test_s=0.0, name=f"e{number}", incarnation=f"life-{number}",
+                checksum=their_checksum,
+            )  # fmt: skip
             services.append(await stack.enter_async_context(EncodeService(at, encoder=encoder)))
             if isinstance(encoder, Gated):
                 stack.callback(encoder.gate.set)
@@ -261,6 +269,80 @@ async def test_items_fail_when_there_has_been_no_encode_peer_for_as_long_as_one_
         for failed in one.ends.values():
             assert failed is not None and (failed.code, failed.message) == ("unreachable", "no encode peer is linked")
         assert not one.receiver.unplaced
+
+
+async def test_who_shares_a_picture_of_a_large_batch_does_not_wait_for_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept the place of who came first, however low that was."""
+    encoder = Gated()
+    batch = [(ItemKey(1, n), dataclasses.replace(item_of(n, 64), urgency=Urgency(600.0, 0, 4096))) for n in range(8)]
+    async with made(tmp_path, monkeypatch, encoder) as one:
+        one.receiver.request(batch, 600.0)
+        await eventually(lambda: one.at(ItemKey(1, 0)) is not None)
+        last = dataclasses.replace(item_of(7, 64), urgency=Urgency(600.0, -1, 256))
+        one.receiver.request([(B, last)], 600.0)
+        job = one.encoders[0].pipeline._jobs[last.digest]
+        await eventually(lambda: job.claim.priority == -1 and job.stage == "prepared")
+        encoder.gate.set()
+        await eventually(lambda: len(one.ends) == 9)
+        assert set(one.ends.values()) == {None}
+        assert encoder.encoded == [0, 7, *range(1, 7)]
+
+
+async def _cut_off_with(one: Made, items: int) -> None:
+    """The network takes all encoders while so many items are at them, for longer than links are waited for."""
+    one.receiver.request([(ItemKey(1, n), item_of(n, 64)) for n in range(items)], 600.0)
+    await eventually(lambda: sum(len(peer.book.open) for peer in one.receiver.peers.linked) == items)
+    for service in one.encoders:
+        one.cut_off(service)
+    await eventually(lambda: not one.receiver.peers.linked and len(one.receiver.unplaced) == items)
+
+
+async def test_what_waited_for_a_network_is_not_all_given_to_the_first_peer_that_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "SETTLE_S", PATIENCE_S)
+    encoders = [Gated() for _ in range(3)]
+    async with made(tmp_path, monkeypatch, *encoders) as one:
+        receiver = one.receiver
+        await _cut_off_with(one, 12)
+        first, *others = sorted(one.cut)
+        one.cut.remove(first)
+        await eventually(lambda: receiver.peers.linked)
+        receiver.request([(ItemKey(2, n), item_of(12 + n, 64)) for n in range(12)], 600.0)
+        assert len(receiver.unplaced) == 24 and not receiver.peers.linked[0].book.open
+        one.cut.difference_update(others)
+        await eventually(lambda: not receiver.unplaced, "as soon as all are back")
+        given = [len(peer.book.open) for peer in receiver.peers.linked]
+        assert len(given) == 3 and sum(given) == 24 and max(given) <= 12
+        for encoder in encoders:
+            encoder.gate.set()
+        await eventually(lambda: len(one.ends) == 24)
+        assert set(one.ends.values()) == {None}
+
+
+async def test_peers_that_do_not_come_back_are_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders = [Gated() for _ in range(2)]
+    async with made(tmp_path, monkeypatch, *encoders) as one:
+        await _cut_off_with(one, 4)
+        one.cut.pop()
+        for encoder in encoders:
+            encoder.gate.set()
+        await eventually(lambda: len(one.ends) == 4)
+        assert set(one.ends.values()) == {None} and len(one.receiver.peers.linked) == 1
+
+
+async def test_when_one_is_back_the_others_are_dialled_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were left for a second by then, and all that waited went to the few that happened to be dialled sooner."""
+    monkeypatch.setattr(links, "FIRST_RETRY_S", 2 * PATIENCE_S)
+    async with made(tmp_path, monkeypatch, *(Gated() for _ in range(5))) as one:
+        await _cut_off_with(one, 1)
+        one.cut.clear()
+        one.receiver.peers.add(one.encoders[0].address)
+        await eventually(lambda: len(one.receiver.peers.linked) == 5 and not one.receiver.unplaced)
 
 
 async def test_no_item_fails_while_a_peer_is_linked_that_encodes(

@@ -19,6 +19,9 @@ A, B = ItemKey(1, 0), ItemKey(2, 0)
 SPEC = ItemSpec("digest", "image", (1, 4, 4), 4, 1.0, (b"",))
 
 
+def nothing(*what: object) -> None: ...
+
+
 @pytest.mark.parametrize("row_bytes", [4, INLINE_BYTES], ids=["on the loop", "on a thread"])
 async def test_who_cannot_be_given_the_rows_that_came_before_is_told_so_and_the_other_is_served(row_bytes: int) -> None:
     told: dict[ItemKey, Fail | None] = {}
@@ -35,7 +38,7 @@ async def test_who_cannot_be_given_the_rows_that_came_before_is_told_so_and_the_
 
     tasks = Tasks("test")
     sharing = Sharing(
-        lambda items: None, lambda key: None, deliver=deliver, ended=ended, cache_bytes=4 * row_bytes,
+        nothing, nothing, nothing, deliver=deliver, ended=ended, cache_bytes=4 * row_bytes,
         row_bytes=row_bytes, tasks=tasks, traces=Traces(), accelerator=None,
     )  # fmt: skip
     two_rows = memoryview(bytes(2 * row_bytes))
@@ -60,7 +63,7 @@ async def test_who_began_a_fetch_that_fails_beside_a_second_one_still_has_its_de
         one_told.set()
 
     sharing = Sharing(
-        lambda items: None, lambda key: None, deliver=lambda key, start, data: None, ended=ended, cache_bytes=1 << 20,
+        nothing, nothing, nothing, deliver=lambda key, start, data: None, ended=ended, cache_bytes=1 << 20,
         row_bytes=4, tasks=Tasks("test"), traces=Traces(), accelerator=None,
     )  # fmt: skip
     sharing.request([(A, SPEC)], 0.02)
@@ -80,7 +83,7 @@ async def test_what_is_the_items_own_fault_is_told_at_once_whatever_a_second_fet
     told: list[tuple[ItemKey, Fail | None]] = []
     dropped: list[ItemKey] = []
     sharing = Sharing(
-        lambda items: None, dropped.append, deliver=lambda key, start, data: None,
+        nothing, dropped.append, nothing, deliver=lambda key, start, data: None,
         ended=lambda key, failed: told.append((key, failed)), cache_bytes=1 << 20, row_bytes=4,
         tasks=Tasks("test"), traces=Traces(), accelerator=None,
     )  # fmt: skip
@@ -97,7 +100,7 @@ async def test_what_is_the_items_own_fault_is_told_at_once_whatever_a_second_fet
 async def test_a_second_fetch_goes_first_and_one_that_goes_on_has_waited_already() -> None:
     fetched: list[tuple[ItemKey, ItemSpec, float]] = []
     sharing = Sharing(
-        fetched.extend, lambda key: None, deliver=lambda key, start, data: None, ended=lambda key, failed: None,
+        fetched.extend, nothing, nothing, deliver=lambda key, start, data: None, ended=lambda key, failed: None,
         cache_bytes=1 << 20, row_bytes=4, tasks=Tasks("test"), traces=Traces(), accelerator=None,
     )  # fmt: skip
     spec = dataclasses.replace(SPEC, urgency=Urgency(10.0, 3, 64))
@@ -111,6 +114,21 @@ async def test_a_second_fetch_goes_first_and_one_that_goes_on_has_waited_already
     key, heir, left_s = fetched[-1]
     assert key == B and heir.urgency.due_s == pytest.approx(10.0 - (3600.0 - left_s))
     assert heir.urgency.due_s < 4.0
+    sharing.close()
+
+
+async def test_whoever_joins_a_fetch_says_how_urgent_it_is_to_all_that_fetch() -> None:
+    told: list[tuple[ItemKey, Urgency]] = []
+    sharing = Sharing(
+        nothing, nothing, lambda key, urgency: told.append((key, urgency)), deliver=nothing, ended=nothing,
+        cache_bytes=1 << 20, row_bytes=4, tasks=Tasks("test"), traces=Traces(), accelerator=None,
+    )  # fmt: skip
+    sharing.request([(A, SPEC)], 60.0)
+    second = sharing.hedge(A)
+    assert second is not None and not told
+    urgent = Urgency(10.0, -1, 64)
+    sharing.request([(B, dataclasses.replace(SPEC, urgency=urgent))], 60.0)
+    assert told == [(A, urgent), (second[0], urgent)]
     sharing.close()
 
 

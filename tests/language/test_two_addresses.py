@@ -57,11 +57,11 @@ def test_who_was_asked_is_who_is_blamed_and_forgiven() -> None:
     moved = _Moved()
     standings = moved.placing.standings
     moved.placing.refused("new", Refuse(KEY, 1, "encode_failed", "why", True), 1.0)
-    assert standings.of("new", 1.0) is standings.of("old", 1.0) is Standing.READY
+    assert not standings.doubted
     moved.placing.refused("old", Refuse(KEY, 1, "encode_failed", "why", True), 1.0)
-    assert (standings.of("new", 1.0), standings.of("old", 1.0)) == (Standing.READY, Standing.SUSPECT)
+    assert list(standings.doubted) == ["old"]
     moved.placing.over(KEY, complete=True)
-    assert standings.of("old", 1.0) is Standing.READY
+    assert standings.of("old", 1.0) is Standing.READY and not standings.doubted
     moved = _Moved()
     moved.placing.given_up(KEY, 1.0)
     assert moved.placing.standings.of("old", 1.0) is Standing.SUSPECT
@@ -70,7 +70,7 @@ def test_who_was_asked_is_who_is_blamed_and_forgiven() -> None:
 def test_what_arrives_and_what_is_asked_again_is_in_the_book_of_who_was_asked() -> None:
     moved = _Moved()
     want = Want(KEY, 2, SPEC.digest, SPEC.kind, SPEC.grid_thw, SPEC.rows, 0.0, (), (), MODEL, 9.0, None)
-    moved.placing.asking("old", want)
+    moved.placing.asking("old", want, 0.0)
     moved.placing.arrived(KEY, SPEC.rows, 1.0)
     item = moved.book.open[KEY]
     assert item.missing_bytes == 0 and not item.clean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from aiodisagg.errors import AuthenticationFailed, ConfigError, RemoteProtocolEr
 from aiodisagg.link import PeerRole, framing
 from aiodisagg.link import hello as hello_module
 from aiodisagg.link.framing import FrameReader
-from aiodisagg.link.hello import Handshake, check_secret
+from aiodisagg.link.hello import Handshake, Hello, check_secret
 from tests.link.helpers import SECRET, hello
 
 _nonces = itertools.count(1)
@@ -53,6 +54,16 @@ def test_both_sides_learn_the_other_hello(secret: bytes | None) -> None:
     assert listener.remote == dialler.local
     assert listener.remote is not None
     assert listener.remote.same_host(listener.local)
+
+
+@pytest.mark.parametrize("otherwise", [True, False])
+def test_a_peer_that_does_not_say_whether_it_checks_is_served_as_the_other_side_is_set(otherwise: bool) -> None:
+    """So are those of a release that cannot say; and what a later one says besides is not read."""
+    said = msgspec.to_builtins(hello("older", PeerRole.LANGUAGE))
+    del said["checksum"]
+    older = msgspec.convert(said | {"said_later": 1}, Hello)
+    assert older.checks(otherwise) is otherwise
+    assert not msgspec.structs.replace(older, checksum=False).checks(otherwise)
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(SECRET, b"another secret of 16+"), (SECRET, None), (None, SECRET)])

@@ -272,6 +272,22 @@ async def test_a_port_in_use_is_named() -> None:
         await check(server)
 
 
+async def test_an_address_can_be_tried_before_it_is_needed(address: str) -> None:
+    """Nobody can connect meanwhile, nothing stays behind, and what would fail later fails now."""
+    async with serve(address) as server:
+        taken = server.address
+        with pytest.raises(ConfigError, match="cannot listen on"):
+            await serve(taken).check()
+        await check(server)
+    later = serve(taken)
+    await later.check()
+    with pytest.raises(LinkError):
+        await dial(taken, hello(), secret=SECRET)
+    async with later:
+        assert later.address == taken
+        await check(later)
+
+
 async def test_a_socket_file_is_private_and_removed(tmp_path: Path) -> None:
     path = tmp_path / "link.sock"
     async with serve(f"unix:{path}") as server:

@@ -298,8 +298,23 @@ def test_decode_leaves_special_tokens_out(tiny: Tiny) -> None:
         ([*chat("Hello"), *chat("Hi", role="robot")], "messages[1].role"),
         (chat("Look: <|image_pad|>", ImagePart(png(64, 64))), "messages[0].content[0]"),
         (chat("<|video_pad|>"), "messages[0].content[0]"),
+        ([{"role": "user", "content": "Hi"}], "messages[0]"),
+        ([ChatMessage("user", "Hi")], "messages[0].content"),
+        ([ChatMessage("user", TextPart("Hi"))], "messages[0].content"),
+        ([ChatMessage("user", (TextPart("Hi"), "Hi"))], "messages[0].content[1]"),
     ],
-    ids=["no messages", "empty text", "no parts", "unknown role", "placeholder with image", "placeholder alone"],
+    ids=[
+        "no messages",
+        "empty text",
+        "no parts",
+        "unknown role",
+        "placeholder with image",
+        "placeholder alone",
+        "a dict",
+        "a string",
+        "a part alone",
+        "a string among parts",
+    ],
 )
 def test_chats_that_make_no_sense_are_refused(tiny: Tiny, messages: list[ChatMessage], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

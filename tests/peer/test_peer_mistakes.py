@@ -1,4 +1,4 @@
-"""Transports and TLS that cannot be had here: the error says which of them, and why."""
+"""Transports, TLS, ports and folders that cannot be had here: the error says which of them, and why."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from aiodisagg.bootstrap.server import BootstrapServer
 from aiodisagg.errors import ConfigError, TransportUnavailable
 from aiodisagg.peer import planes
+from aiodisagg.peer.config import EncodeConfig
+from aiodisagg.peer.http import MetricsServer
 from aiodisagg.peer.planes import Planes
 from aiodisagg.peer.tls import Tls
 
@@ -62,3 +65,18 @@ def test_the_tls_file_that_is_not_what_it_should_be_is_named(
 
 def test_tls_files_that_are_right(files: dict[str, Path]) -> None:
     Tls(files["certificate"], files["key"], files["certificate"]).contexts()
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_is_none_is_not_taken_for_another(port: int) -> None:
+    """The server was at the port modulo 65536, which nobody had named."""
+    with pytest.raises(ConfigError, match=f"^port: must be between 0 and 65535, not {port}"):
+        BootstrapServer("127.0.0.1", port)
+    with pytest.raises(ConfigError, match=f"^http_port: must be between 0 and 65535, not {port}"):
+        MetricsServer(str, lambda: (True, ""), "127.0.0.1", port)
+
+
+def test_a_folder_may_be_a_string(tmp_path: Path) -> None:
+    assert EncodeConfig(model=str(tmp_path)).model == tmp_path  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^model: no such folder: /nowhere"):
+        EncodeConfig(model="/nowhere")  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def receiver(world: World) -> None:
     process = world.receiver
     machine, pool = process.machine, process.machine.pool
     lent = [pool._lent[lease] for lease in pool._lent]
-    numbers = pool._free + [block.lend.lease % pool.blocks for block in lent]
+    numbers = pool._free + [block.lend.offset // pool.block_bytes for block in lent]
     _demand(sorted(numbers) == list(range(pool.blocks)), f"blocks are lost or have two owners: {numbers}")
     for block in lent:
         owner = machine.items.get(block.owner)
@@ -45,7 +45,7 @@ def receiver(world: World) -> None:
         else:
             _demand(block.epoch == owner.epoch and block.peer == owner.peer, f"a lend outlived its epoch: {block}")
     world.quarantined = max(world.quarantined, pool.quarantined)
-    world.windows = max(world.windows, max(pool._generation))
+    world.windows = max(world.windows, -(-pool._lends // pool.blocks))
     history = world.history
     for key, item in machine.items.items():
         _demand(not item.state.final, f"{key} is over but remembered")
@@ -115,7 +115,11 @@ def sender(world: World, process: Process) -> None:
     started = {digest: source for digest, source in table._sources.items() if source.started}
     used = sum(source.size_bytes for source in started.values())
     _demand(used == table.used_bytes, f"{process.name} counts {table.used_bytes} bytes of sources, has {used}")
-    _demand(used <= table.capacity_bytes or len(started) == 1, f"{process.name} is over its capacity: {used}")
+    _demand(used <= table.capacity_bytes, f"{process.name} is over its capacity: {used}")
+    idle = sum(source.size_bytes for source in started.values() if source.idle)
+    _demand(idle == table._idle_bytes, f"{process.name} counts {table._idle_bytes} bytes of cached sources, has {idle}")
+    shares = Counter(peer for source in started.values() for peer in source.receivers for _ in range(source.size_bytes))
+    _demand(shares == table._held, f"{process.name} counts {table._held} bytes by receiver, has {shares}")
     filed = [source.file_bytes for source in table._sources.values() if source.file_bytes]
     _demand(sum(filed) == table.file_bytes, f"{process.name} counts {table.file_bytes} bytes of files, has {filed}")
     _demand(sum(filed) <= table.capacity_file_bytes or len(filed) == 1, f"{process.name} has too many files: {filed}")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from aiodisagg.protocol.blocks import BlockPool, LentBlock
 
-from .lists import KEY, OTHER
+from . import truth
+from .lists import KEY, OTHER, Receiving
 
 
 def test_a_block_that_was_reported_whole_is_free_again() -> None:
@@ -62,6 +63,39 @@ def test_a_late_lease_is_told_from_an_invented_one() -> None:
     pool.settle(lent)
     assert pool.issued(lent.lend.lease)
     assert not any(pool.issued(lease) for lease in (0, 1, lent.lend.lease + 2, lent.lend.lease ^ 1, 2**62))
+
+
+def test_a_late_lease_is_known_after_millions_of_others() -> None:
+    pool = BlockPool(2, 4, 10)
+    pool._lends = 2**22 - 1
+    leases = []
+    for _ in range(3):
+        lent = pool.lend(KEY, "A", 1, 0, 4)
+        lent.spent.add(0, 4)
+        assert pool.settle(lent)
+        leases.append(lent.lend.lease)
+    assert len(set(leases)) == 3 and max(leases) < 2**62 and all(map(pool.issued, leases))
+    assert not any(pool.issued(lease ^ 1) for lease in leases)
+
+
+def test_a_lease_cannot_be_guessed_from_others() -> None:
+    """Any proved writer could write where another one was to write: a lease was the block's number and a count."""
+    pools = [BlockPool(2, 4, 10, secret) for secret in (b"one life", b"another")]
+    mine, others = ([pool.lend(KEY, "A", 1, 0, 4).lend.lease for _ in range(2)] for pool in pools)
+    assert not set(mine) & set(others)
+    assert not any(pools[0].admits(offset, 10, lease) for lease in others for offset in (0, 40))
+    near = [lease + step for lease in mine for step in range(-500, 500) if step]
+    assert not any(pools[0].admits(offset, 10, lease) for lease in near for offset in (0, 40))
+
+
+def test_nothing_is_placed_on_rows_that_were_committed() -> None:
+    """They are being copied: what is written there then is taken without a second look."""
+    r = Receiving(rows_per_block=4)
+    (lend, *_) = r.open()
+    assert r.pool.admits(lend.offset, 2 * truth.ROW_BYTES, lend.lease)
+    r.commit(lend, start=0, stop=2)
+    assert not any(r.pool.admits(lend.offset + row * truth.ROW_BYTES, truth.ROW_BYTES, lend.lease) for row in (0, 1))
+    assert r.pool.admits(lend.offset + 2 * truth.ROW_BYTES, 2 * truth.ROW_BYTES, lend.lease)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 10), (2, 0, 10), (2, 4, 0), (-1, 4, 10)])

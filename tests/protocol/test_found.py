@@ -92,10 +92,9 @@ def test_other_misfortunes_do_not_make_a_chunk_corrupt() -> None:
     assert KEY in r.machine.items
 
 
-@pytest.mark.parametrize(("why", "code"), [("", "corrupt"), ("MemoryError('no room')", "undelivered")])
-def test_rows_that_are_refused_again_and_again_end_an_item_with_the_reason(why: str, code: str) -> None:
+def test_rows_that_are_refused_again_and_again_end_an_item_with_the_reason() -> None:
     """Without memory for its rows a request failed with "wrong checksums"."""
-    r = Receiving()
+    r, why = Receiving(), "MemoryError('no room')"
     lends, failed = r.open(), list[ev.Fail]()
     for _ in range(20):
         take = only(r.commit(lends[0]), ev.Take)
@@ -105,7 +104,7 @@ def test_rows_that_are_refused_again_and_again_end_an_item_with_the_reason(why: 
         r.says(ms.Fenced(KEY, r.machine.items[KEY].epoch))
         r.do(ev.TimerFired(), after_s=2.0)
         lends = [lend for grant in every(r.offer(), ms.Grant) for lend in grant.lends]
-    assert [fail.code for fail in failed] == [code] and why in failed[0].message
+    assert [fail.code for fail in failed] == ["undelivered"] and why in failed[0].message
 
 
 def test_a_peer_that_wants_media_for_ever_is_left() -> None:

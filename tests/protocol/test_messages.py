@@ -20,7 +20,7 @@ from .lists import KEY, OTHER, Receiving, Sending, only, want
 META = ms.Meta(0, 2, b"12345678", None, b"\0" * 64)
 EVERY: tuple[ms.Message, ...] = (
     want(epoch=3, held=((0, 2), (4, 6)), meta=(1, 2, 3)),
-    want(media=None, urgency=ms.Urgency(2.5, -8, 1 << 40)),
+    want(media=None, urgency=ms.Urgency(2.5, -8, 1 << 40), alone=True),
     ms.Grant(KEY, 1, (ms.Lend(5, 0, 0, 4), ms.Lend(6, 48, 4, 6)), ((0, 2),)),
     ms.Release(KEY, 2),
     ms.Cancel(KEY, 2),

@@ -59,8 +59,8 @@ def test_what_was_encoded_stays_until_room_is_needed_oldest_first() -> None:
     assert actions[0] == DropSource("item-4") and started(actions) == ["item-3"] and table.used_bytes == 15
 
 
-def test_a_source_larger_than_the_capacity_goes_in_alone() -> None:
-    table = SourceTable(4, 1, 1000)
+def test_a_source_as_large_as_the_capacity_goes_in_alone() -> None:
+    table = SourceTable(24, 1, 1000)
     table.acquire(want(number=1), A)
     table.acquire(want(number=7), B)
     assert started(table.admit()) == ["item-1"]
@@ -69,6 +69,19 @@ def test_a_source_larger_than_the_capacity_goes_in_alone() -> None:
     table.release("item-1", A)
     actions = table.admit()
     assert actions[0] == DropSource("item-1") and started(actions) == ["item-7"]
+
+
+def test_the_cache_is_not_dropped_for_what_does_not_fit_yet() -> None:
+    table = SourceTable(24, 1, 1000)
+    for number, user in ((2, A), (4, B)):  # one cached, one in use
+        table.acquire(want(number=number), user)
+        table.admit()
+        done(table, truth.digest_of(number))
+    table.release("item-2", A)
+    table.acquire(want(number=7), A)
+    assert table.admit() == [] and table.get("item-2") is not None
+    table.release("item-4", B)
+    assert table.admit()[:2] == [DropSource("item-2"), DropSource("item-4")]
 
 
 def test_a_queued_job_that_nobody_wants_is_never_started() -> None:
@@ -126,5 +139,5 @@ def test_any_traffic_stays_within_its_bounds(random: Random) -> None:
         assert table.used_bytes == sum(source.size_bytes for source in alive)
         waiting = [source.patches for source in table._sources.values() if not source.complete]
         assert table.waiting_patches == sum(waiting)
-        assert table.used_bytes <= 40 or len(alive) == 1
+        assert table.used_bytes <= 40 and table._idle_bytes == sum(one.size_bytes for one in alive if one.idle)
         assert table.file_bytes == sum(source.file_bytes for source in table._sources.values()) <= 18

@@ -11,6 +11,7 @@ import pytest
 from aiodisagg.errors import InvalidTransition
 from aiodisagg.protocol import events as ev
 from aiodisagg.protocol import messages as ms
+from aiodisagg.protocol.blocks import BlockPool
 from aiodisagg.protocol.events import State
 from aiodisagg.protocol.incoming import IncomingItem
 from aiodisagg.protocol.outgoing import OutgoingItem, RoomWanted
@@ -19,7 +20,7 @@ from . import truth
 from .lists import KEY, SIX, Receiving, Sending, only, want
 from .states import document, events
 
-CHUNK = ms.Chunk(4, 0, 2, 7)
+CHUNK = ms.Chunk(BlockPool(1, 2, 1).lend(KEY, "A", 1, 0, 2).lend.lease, 0, 2, 7)
 EVENTS: dict[type, Any] = {
     ev.Placed: ev.Placed(KEY, "A"),
     ms.Offer: ms.Offer(KEY, 1, 6, truth.MODEL, False, 6, ()),
@@ -33,6 +34,7 @@ EVENTS: dict[type, Any] = {
     ev.LinkUp: ev.LinkUp("A"),
     ev.TimerFired: ev.TimerFired(),
     ev.ItemCancelled: ev.ItemCancelled(KEY),
+    ev.ItemHurried: ev.ItemHurried(KEY, ms.Urgency(1.0)),
     ms.Want: want(epoch=2),
     ms.Grant: ms.Grant(KEY, 1, (ms.Lend(9, 0, 4, 6),), ()),
     ms.Release: ms.Release(KEY, 1),
@@ -97,7 +99,7 @@ def snapshot(item: Any) -> dict[str, Any]:
     for name in names:
         value = getattr(item, name)
         if name == "_pool":
-            value = (value._free, value._generation, value._lent)
+            value = (value._free, value._lends, value._lent)
         elif name == "_counters":
             value = sorted(value.items())
         elif callable(value):

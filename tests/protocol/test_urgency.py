@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import msgspec
+import pytest
 
 from aiodisagg.protocol import events as ev
 from aiodisagg.protocol import messages as ms
@@ -26,7 +27,7 @@ def test_a_want_says_what_is_left_of_the_time_until_its_request_is_due() -> None
 
 
 def test_a_job_has_the_best_place_of_those_that_wanted_it_before_it_began() -> None:
-    sending = Sending(capacity_bytes=1)  # one job at a time
+    sending = Sending(capacity_bytes=24 * truth.ROW_BYTES)  # of the first job
     first = only(sending.want(ms.ItemKey(9, 0), number=7), ev.StartEncode)
     for room, urgency in ((1, ms.Urgency(8.0, 0, 64)), (2, ms.Urgency(9.0, -1, 4096)), (3, ms.Urgency(2.0, 0, 4))):
         assert not every(sending.want(ms.ItemKey(room, 0), urgency=urgency), ev.StartEncode)
@@ -36,7 +37,7 @@ def test_a_job_has_the_best_place_of_those_that_wanted_it_before_it_began() -> N
 
 
 def test_who_waits_on_says_how_little_time_is_left_of_it() -> None:
-    sending = Sending(capacity_bytes=1)
+    sending = Sending(capacity_bytes=24 * truth.ROW_BYTES)
     first = only(sending.want(ms.ItemKey(9, 0), number=7), ev.StartEncode)
     for epoch, due_s in ((1, 9.0), (2, 4.0)):
         sending.want(epoch=epoch, urgency=ms.Urgency(due_s, 0, 4))
@@ -55,8 +56,51 @@ def test_a_job_that_was_cancelled_has_the_place_of_who_wants_it_again() -> None:
     assert only(stopped, ev.StartEncode).urgency == other
 
 
-def test_a_peer_that_says_nothing_of_it_goes_by_arrival() -> None:
+def test_who_joins_and_goes_first_has_the_question_asked_once_more_until_rows_exist() -> None:
+    receiving = Receiving()
+    receiving.do(ev.ItemRequested(KEY, replace(truth.spec(SIX), urgency=URGENCY), 60.0))
+    receiving.place(peer="A")
+    receiving.offer(ready=0)
+    receiving.now = 3.0
+    assert receiving.do(ev.ItemHurried(KEY, ms.Urgency(9.0, -2, 4096))) == [], "it goes after who waits already"
+    again = only(receiving.do(ev.ItemHurried(KEY, ms.Urgency(9.0, -3, 8))), ms.Want)
+    assert (again.urgency, again.epoch, again.media) == (ms.Urgency(9.0, -3, 8), 2, None)
+    receiving.offer(ready=3)
+    assert receiving.do(ev.ItemHurried(KEY, ms.Urgency(0.0, -4, 8)), after_s=1.0) == []
+    receiving.says(ms.Refuse(KEY, 2, "oom", "out of memory", True), after_s=1.0)
+    assert receiving.do(ev.ItemHurried(KEY, ms.Urgency(9.0, -5, 8))) == [], "there is nobody to be told"
+    assert receiving.place(peer="B").urgency == ms.Urgency(0.0, -4, 8)
+
+
+def test_a_job_that_has_begun_is_told_of_who_goes_first_and_that_it_is_to_be_alone() -> None:
+    sending = Sending()
+    digest = only(sending.want(urgency=URGENCY), ev.StartEncode).digest
+    for room, urgency in ((2, ms.Urgency(9.0, -2, 4096)), (3, ms.Urgency(1.0, 0, 4))):
+        assert not every(sending.want(ms.ItemKey(room, 0), urgency=urgency), ev.ChangeEncode)
+    better, alone = ms.Urgency(1.0, -3, 4096), ms.Urgency(9.0, 0, 4)
+    changed = only(sending.want(epoch=2, media=None, urgency=better), ev.ChangeEncode)
+    assert changed == ev.ChangeEncode(digest, better, False)
+    changed = only(sending.want(ms.ItemKey(4, 0), urgency=alone, alone=True), ev.ChangeEncode)
+    assert changed == ev.ChangeEncode(digest, better, True)
+    assert not every(sending.want(ms.ItemKey(5, 0), urgency=alone), ev.ChangeEncode), "it stays so"
+    sending.ready()
+    assert not every(sending.want(ms.ItemKey(6, 0), urgency=ms.Urgency(0.0, -9), alone=True), ev.ChangeEncode)
+
+
+def test_what_waits_for_room_is_started_alone_if_any_of_those_that_want_it_says_so() -> None:
+    sending = Sending(capacity_bytes=1)
+    first = only(sending.want(ms.ItemKey(9, 0), number=7), ev.StartEncode)
+    for room, alone in ((1, False), (2, True), (3, False)):
+        assert not every(sending.want(ms.ItemKey(room, 0), alone=alone), ev.StartEncode)
+    sending.says(ms.Cancel(ms.ItemKey(9, 0), 1))
+    stopped = sending.do(ev.EncodeStopped(first.digest, "cancelled", "", True))
+    assert not first.alone and only(stopped, ev.StartEncode).alone
+
+
+@pytest.mark.parametrize(("fields", "expected"), [(1, want(urgency=URGENCY)), (2, want())])
+def test_a_peer_that_says_nothing_of_it_goes_by_arrival_and_in_company(fields: int, expected: ms.Want) -> None:
     """A release that does not know of it leaves it out, and takes a want that has it."""
-    older = msgspec.msgpack.decode(ms.encode(want(urgency=URGENCY)))[:-1]
-    read = ms.decode(msgspec.msgpack.encode(older), "peer")
-    assert isinstance(read, ms.Want) and read.urgency == ms.ARRIVAL and read == want()
+    older = msgspec.msgpack.decode(ms.encode(want(urgency=URGENCY, alone=True)))[:-fields]
+    assert ms.decode(msgspec.msgpack.encode(older), "peer") == expected
+    newer = [*msgspec.msgpack.decode(ms.encode(expected)), "what a later release says"]
+    assert ms.decode(msgspec.msgpack.encode(newer), "peer") == expected

@@ -36,6 +36,15 @@ def test_every_world_is_safe_and_comes_to_rest(random: Random) -> None:
 @pytest.mark.timeout(0)
 @given(st.randoms(use_true_random=False))
 @settings(max_examples=max(1, settings().max_examples // 2))
+def test_items_that_are_hurried_are_as_safe(random: Random) -> None:
+    world = World(draw(random, strict=False), hurried=True)
+    world.run()
+    _count(world)
+
+
+@pytest.mark.timeout(0)
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=max(1, settings().max_examples // 2))
 def test_single_messages_may_vanish_repeat_or_come_late(random: Random) -> None:
     """More than a link promises: single messages are lost, repeated, and delivered on a later connection."""
     world = World(draw(random, strict=True))
@@ -47,7 +56,7 @@ def test_the_worlds_are_wild_enough() -> None:
     """Every kind of fault strikes and every kind of consequence is seen, so that the tests above mean something."""
     struck: Counter[str] = Counter()
     seen: Counter[str] = Counter()
-    for seed in range(150):
+    for seed in range(300):
         world = World(draw(Random(seed)))
         world.run()
         struck.update(world.struck)

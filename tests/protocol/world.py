@@ -17,7 +17,7 @@ from aiodisagg.errors import InvalidTransition, RemoteProtocolError
 from aiodisagg.protocol import events as ev
 from aiodisagg.protocol.blocks import BlockPool
 from aiodisagg.protocol.incoming import NOBODY
-from aiodisagg.protocol.messages import ItemKey, decode, encode
+from aiodisagg.protocol.messages import ItemKey, Urgency, decode, encode
 from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
 from aiodisagg.protocol.rows import Region
 from aiodisagg.protocol.sending import Sender, SenderConfig
@@ -33,10 +33,13 @@ LINGER_S = 0.4
 
 
 class World:
-    """See the module's text. ``cut_at``: cut the link when the message with this number would be delivered."""
+    """See the module's text. ``cut_at``: cut the link when the message with this number would be delivered.
+    ``hurried``: others want the same items, sooner."""
 
-    def __init__(self, plan: Plan, *, cut_at: int | None = None, pause_s: float = 0.2) -> None:
-        self.plan, self.random = plan, Random(plan.seed)
+    def __init__(
+        self, plan: Plan, *, cut_at: int | None = None, pause_s: float = 0.2, hurried: bool = False
+    ) -> None:  # fmt: skip
+        self.plan, self.random, self.hurried = plan, Random(plan.seed), hurried
         self.now, self.steps, self.messages = 0.0, 0, 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._seq = 0
@@ -106,7 +109,7 @@ class World:
         config = SenderConfig(
             retain_s=30.0,
             capacity_bytes=self.plan.capacity_rows * truth.ROW_BYTES,
-            file_bytes=2 * self.plan.capacity_rows,  # of the smallest: one file
+            file_bytes=self.plan.capacity_rows // 3,  # of the smallest: one file
             placeholders=truth.PLACEHOLDERS,
         )
         process = Process(f"E{index}.{life}", Sender(truth.MODEL, config), life)
@@ -164,6 +167,8 @@ class World:
                 self._ended(key, code)
             case ev.StartEncode():
                 self._start_encode(process, action)
+            case ev.ChangeEncode(digest):  # its end may be on its way
+                assert digest in process.store
             case ev.CancelEncode(digest):
                 self._stop_encode(process, digest, "cancelled", True)
             case ev.Write():
@@ -187,6 +192,9 @@ class World:
         spec = truth.spec(asked.number, asked.meta)
         self.arrived[key] = truth.Arrived(spec)
         self.feed(self.receiver, ev.ItemRequested(key, spec, left))
+        for n in range(3 if self.hurried else 0):
+            joined = ev.ItemHurried(key, Urgency(0.0, self.random.randrange(-9, 3)))
+            self.soon(10.0**-n, lambda joined=joined: self.feed(self.receiver, joined))
 
     def _ended(self, key: ItemKey, how: str) -> None:
         if key in self.ended:

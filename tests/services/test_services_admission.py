@@ -226,6 +226,32 @@ async def test_429_and_hanging_up_in_line(moe: Path, vision: Qwen3VLVisionEncode
         assert held.entered == {"prepare": 1, "encode": 1}
 
 
+async def test_a_tenant_of_a_gateway_that_floods_makes_room_for_another(
+    moe: Path, vision: Qwen3VLVisionEncoder
+) -> None:
+    """At the door, which it has filled, and in the line."""
+    async with (
+        held_system(moe, vision, max_queue=2) as (made, _, held),
+        HttpServer(made.language, port=0, config=HttpConfig(api_key="gateway", max_requests=2)) as server,
+        aiohttp.ClientSession(server.url, headers={"Authorization": "Bearer gateway"}) as session,
+        asyncio.TaskGroup() as group,
+    ):
+
+        async def post(tenant: str, name: str) -> int:
+            body = chat_body(made.language, picture(1), "?", max_tokens=1)
+            headers = {"X-Tenant": tenant, "X-Request-Id": name}
+            async with session.post("/v1/chat/completions", json=body, headers=headers) as response:
+                return response.status
+
+        asked = {}
+        for tenant, name in (("batch", "b1"), ("batch", "b2"), ("urgent", "u1")):
+            asked[name] = group.create_task(post(tenant, name))
+            await eventually(lambda name=name: name in in_line(made.language) or asked[name].done())
+        assert await asked["b2"] == 429 and sorted(in_line(made.language)) == ["b1", "u1"]
+        held.gate.set()
+        assert [await asked["u1"], await asked["b1"]] == [200, 200]
+
+
 async def test_keys_classes_and_metrics_reach_the_line(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
     config = HttpConfig(api_keys=(ApiKey("key-a", Tenant("alice")), ApiKey("key-b", Tenant("bob", 2.0))))
     async with (

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 BREAKS = 36
 """Patches of a picture that breaks a device."""
 BUG = "cannot convert float NaN to integer"
+PROBES = ("/live", "/health")
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +59,21 @@ def bug(*_: Any, **__: Any) -> Any:
     raise ValueError(BUG)
 
 
-async def health(url: str) -> tuple[int, str]:
-    async with aiohttp.ClientSession(url) as session, session.get("/health") as response:
+async def probe(url: str, path: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession(url) as session, session.get(path) as response:
         return response.status, (await response.json())["reason"]
+
+
+def metrics_server(encode: EncodeService) -> MetricsServer:
+    return MetricsServer(encode.metrics, encode.ready, "127.0.0.1", 0, broken=lambda: encode.broken)
 
 
 @pytest.mark.anyio
 async def test_a_language_peer_whose_step_thread_ended(moe: Path) -> None:
     async with system(moe) as made, HttpServer(made.language, port=0) as server:
         language = made.language
-        assert await health(server.url) == (200, "ok")
+        for path in PROBES:
+            assert await probe(server.url, path) == (200, "ok")
         serving = asyncio.ensure_future(language.serve())
         language.engine._scheduler.plan_step = bug  # type: ignore[method-assign]
         for _ in range(2):
@@ -75,7 +81,8 @@ async def test_a_language_peer_whose_step_thread_ended(moe: Path) -> None:
                 await made.ask(chat("hi"), 2)
         with pytest.raises(PeerBroken, match="the engine is broken: its thread ended with ValueError"):
             await serving
-        assert await health(server.url) == (503, "the engine is broken: its thread ended with ValueError")
+        for path in PROBES:
+            assert await probe(server.url, path) == (503, "the engine is broken: its thread ended with ValueError")
         assert "\naiodisagg_requests_failed_total 2.0" in language.metrics()
         with pytest.raises(EngineError, match=BUG):  # counted, too: it never got in
             await made.ask(chat("hi"), 2)
@@ -88,15 +95,17 @@ async def test_an_encode_peer_on_whose_device_nothing_works(moe: Path, vision: Q
     async with system(moe, encoder=encoder) as made:
         (encode,) = made.encoders
         serving = asyncio.ensure_future(encode.serve())
-        async with MetricsServer(encode.metrics, encode.ready, "127.0.0.1", 0) as server:
+        async with metrics_server(encode) as server:
             await made.ask(picture(0), 2)
-            assert await health(server.url) == (200, "ok")
+            for path in PROBES:
+                assert await probe(server.url, path) == (200, "ok")
             encoder.fails = True
             asking = asyncio.ensure_future(made.ask(picture(1), 2))
             with pytest.raises(PeerBroken, match="the tower is broken: what it tried failed, 1 in a row"):
                 await serving
-            status, reason = await health(server.url)
-            assert status == 503 and reason.startswith("the tower is broken")
+            for path in PROBES:
+                status, reason = await probe(server.url, path)
+                assert status == 503 and reason.startswith("the tower is broken")
             await finished(asking)
 
 
@@ -164,6 +173,7 @@ async def test_a_peer_that_is_both_ends_with_either_half(
         with pytest.raises(PeerBroken, match=f"the {half} is broken"):
             await serving
         assert both.ready() == (False, f"the {half} is broken: its thread ended with ValueError")
+        assert both.broken == both.ready()[1]
         asking.cancel()
         await asyncio.wait([asking])
 
@@ -174,10 +184,23 @@ async def _first(both: BothService, messages: list[ChatMessage]) -> None:
 
 
 @pytest.mark.anyio
-async def test_an_encode_peer_that_drains_says_so(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
+async def test_an_encode_peer_that_drains_is_not_ready_but_lives(moe: Path, vision: Qwen3VLVisionEncoder) -> None:
     async with EncodeService(encode_config(moe), encoder=vision) as encode:
-        await encode.drain()
-        assert encode.ready() == (False, "draining")
+        async with metrics_server(encode) as server:
+            await encode.drain()
+            assert await probe(server.url, "/health") == (503, "draining")
+            assert await probe(server.url, "/live") == (200, "ok")
+
+
+@pytest.mark.anyio
+async def test_a_language_peer_without_encode_peers_is_not_ready_but_lives(moe: Path) -> None:
+    """Or who looks after it would start it anew, with all that it serves, as often as an encode peer is."""
+    async with system(moe, encoders=0) as made, HttpServer(made.language, port=0) as server:
+        assert await probe(server.url, "/health") == (503, "no encode peer is linked")
+        assert await probe(server.url, "/live") == (200, "ok")
+        await made.language.drain()
+        assert await probe(server.url, "/health") == (503, "draining")
+        assert await probe(server.url, "/live") == (200, "ok")
 
 
 @pytest.mark.anyio

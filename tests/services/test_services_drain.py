@@ -107,8 +107,8 @@ RUN = """
 import asyncio, sys
 from aiodisagg.cli.process import run
 
-async def serve(stop):
-    print("ready", flush=True)
+async def serve(stop, announce):
+    announce({"it": "is"})
     await stop.wait()
     print("draining", flush=True)
     await asyncio.Event().wait()
@@ -120,11 +120,11 @@ run(serve)
 def test_a_second_signal_ends_at_once() -> None:
     with subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout.readline() == "ready: it is\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "draining\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE_S) == 130
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow

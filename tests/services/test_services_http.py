@@ -25,7 +25,7 @@ from aiodisagg.api import HttpServer
 from aiodisagg.models.synthetic import build_tiny
 from tests.models.halves import PROMPTS, chat, encoded, halves, noise, png, video
 from tests.services.openai_chat import chat_body, content
-from tests.services.system import PATIENCE_S, System, encode_config, language_config, system
+from tests.services.system import PATIENCE_S, MiB, System, encode_config, language_config, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 _TLS = ssl.create_default_context()  # never used, but a client makes one unless it is given, and that takes long
@@ -84,6 +84,24 @@ async def test_streamed_and_whole_answers_to_a_long_conversation_are_the_monolit
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == wanted
         assert chunks[-1].usage == whole.usage
         assert {trace.state for trace in made.language.traces.recent()} == {"done"}
+
+
+async def test_an_answer_whose_length_nobody_named_has_what_the_context_leaves(moe: Path) -> None:
+    async with system(moe, kv_bytes=MiB // 2) as made, serving(made) as served:
+        planner, limit = halves(moe).planner, made.language.engine.limit
+        empty, long = (planner.plan(chat("Look " * words)).tokens for words in (1, 101))
+        words = 1 + (limit - 20 - empty) * 100 // (long - empty)
+        text = "Look " * words
+        left = limit - planner.plan(chat(text)).tokens
+        assert 1 < left < 128
+        body = chat_body(made.language, text, extra_body={"ignore_eos": True})
+        answer = await served.create(**body)
+        assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", left)
+        with pytest.raises(openai.BadRequestError) as caught:
+            await served.create(**body, max_tokens=left + 1)
+        assert caught.value.code == "context_length_exceeded"
+        short = chat_body(made.language, "Hello", extra_body={"ignore_eos": True})
+        assert (await served.create(**short)).usage.completion_tokens == limit - planner.plan(chat("Hello")).tokens
 
 
 async def test_traces_carry_the_clients_request_id_and_the_stages_of_its_items(moe: Path) -> None:

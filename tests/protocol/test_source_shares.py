@@ -1,0 +1,154 @@
+"""No receiver gets all the room for rows that others need, and none that has a link keeps it by taking nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aiodisagg.protocol import events as ev
+from aiodisagg.protocol import messages as ms
+
+from . import truth
+from .lists import Sending, every, only
+
+RETAIN_S = 30.0
+
+
+class Shared(Sending):
+    """A sender with room for eight images of six rows, and receivers that are linked. Every digest is another one."""
+
+    def __init__(self, *peers: str) -> None:
+        super().__init__(capacity_bytes=48 * truth.ROW_BYTES, retain_s=RETAIN_S)
+        for peer in peers:
+            self.do(ev.LinkUp(peer))
+        self.rooms = 0
+
+    def asks(self, peer: str, count: int = 1, grid: tuple[int, int, int] = (1, 4, 6)) -> list[Any]:
+        actions = []
+        for _ in range(count):
+            self.rooms += 1
+            said = {"digest": f"digest-{self.rooms}", "grid_thw": grid, "rows": truth.rows_of(grid)}
+            actions += self.want(ms.ItemKey(self.rooms, 0), peer=peer, timeout_s=7200.0, **said)
+        return actions
+
+    def encoded(self, *rooms: int, stop: int = 6) -> list[Any]:
+        return [action for room in rooms for action in self.do(ev.RowsReady(f"digest-{room}", stop))]
+
+    def takes(self, room: int, start: int, stop: int, peer: str = "L") -> list[Any]:
+        write = only(self.grant((start, stop), key=ms.ItemKey(room, 0), first=100 * room + start, peer=peer), ev.Write)
+        return self.wrote(write)
+
+    def later(self, seconds: float) -> list[Any]:
+        """What timers bring until then."""
+        end, actions = self.now + seconds, []
+        while (due := self.machine.next_timer()) is not None and due <= end:
+            actions += self.do(ev.TimerFired(), after_s=max(0.0, due - self.now))
+        self.now = end
+        return actions
+
+
+def started(actions: list[Any]) -> list[str]:
+    return [job.digest for job in every(actions, ev.StartEncode)]
+
+
+def test_one_receiver_leaves_room_for_others_that_are_linked() -> None:
+    """All the room was its own, and what others asked for was not begun before it gave some back, if ever."""
+    s = Shared("L", "M")
+    assert len(started(s.asks("L", 20))) == 6
+    assert started(s.asks("M", 3)) == ["digest-21", "digest-22"]
+    s.encoded(*range(1, 7))
+    assert started(s.says(ms.Release(ms.ItemKey(1, 0), 1))) == ["digest-23"], "L has more than its part"
+    assert started(s.says(ms.Release(ms.ItemKey(2, 0), 1))) == []
+    assert started(s.says(ms.Release(ms.ItemKey(3, 0), 1))) == ["digest-7"]
+
+
+def test_a_receiver_that_is_alone_has_all_of_it() -> None:
+    s = Shared("L", "M")
+    s.do(ev.LinkLost("M"))
+    assert len(started(s.asks("L", 20))) == 8
+
+
+def test_one_that_takes_no_rows_yields_to_one_that_comes_later() -> None:
+    s = Shared("L")
+    s.asks("L", 8)
+    s.encoded(*range(1, 9))
+    assert not started(s.asks("M"))
+    assert not started(s.later(RETAIN_S - 1.0))
+    assert started(s.later(1.0)) == ["digest-9"]
+    assert len(s.machine.items) == 8, "one was enough"
+    s.grant((0, 2), key=ms.ItemKey(1, 0))  # of what is gone: not heard
+    asked = s.want(ms.ItemKey(1, 0), 2, digest="digest-1", media=None)
+    assert only(asked, ms.Offer).needs_media, "as of one that was away"
+
+
+def test_nobody_yields_while_nobody_needs_the_room() -> None:
+    s = Shared("L")
+    s.asks("L", 8)
+    s.encoded(*range(1, 9))
+    s.later(60 * RETAIN_S)
+    (write,) = every(s.grant((0, 6), key=ms.ItemKey(1, 0)), ev.Write)
+    assert write.stop == 6 and len(s.machine.items) == 8
+
+
+def test_one_that_takes_rows_slowly_keeps_what_it_has() -> None:
+    s = Shared("L")
+    s.asks("L", 8)
+    s.encoded(*range(1, 9))
+    s.asks("M")
+    for start in range(6):
+        for room in range(1, 9):
+            s.takes(room, start, start + 1)
+        assert not started(s.later(RETAIN_S - 1.0))
+
+
+def test_one_that_waits_for_the_tower_keeps_what_it_has() -> None:
+    s = Shared("L")
+    s.asks("L", 8)
+    s.asks("M")
+    assert not started(s.later(2 * RETAIN_S)), "nothing exists that it could take"
+    s.encoded(*range(1, 9), stop=3)
+    for room in range(1, 9):
+        s.takes(room, 0, 3)
+    assert not started(s.later(2 * RETAIN_S)), "nothing more exists"
+
+
+def test_one_that_has_all_rows_and_does_not_say_so_yields() -> None:
+    s = Shared("L")
+    s.asks("L", 8)
+    s.encoded(*range(1, 9))
+    s.asks("M")
+    for room in range(1, 9):
+        s.takes(room, 0, 6)
+    assert started(s.later(RETAIN_S)) == ["digest-9"]
+
+
+def test_a_write_that_does_not_end_is_fenced_for_who_waits() -> None:
+    s = Shared("L")
+    s.asks("L", 8)
+    s.encoded(*range(1, 9))
+    for room in range(1, 9):
+        s.grant((0, 6), key=ms.ItemKey(room, 0), first=room)
+    s.asks("M")
+    fence = only(s.later(RETAIN_S), ev.Fence)
+    write = s.machine.items["L", fence.key].writing
+    assert write is not None
+    s.wrote(write)
+    assert started(s.do(ev.WritesFenced("L", fence.key))) == ["digest-9"]
+
+
+@pytest.mark.parametrize("grid", [(1, 14, 14), (1, 40_000, 40_000)])
+def test_what_can_never_fit_is_refused_at_once(grid: tuple[int, int, int]) -> None:
+    """It waited until nothing was in use, everybody else behind it; what was cached was dropped at once."""
+    s = Shared("L", "M")
+    s.asks("L", 2)
+    s.encoded(1, 2)
+    s.says(ms.Release(ms.ItemKey(1, 0), 1))
+    actions = s.asks("M", grid=grid)
+    refuse = only(actions, ms.Refuse)
+    rows = truth.rows_of(grid)
+    assert (refuse.code, refuse.retryable) == ("too_large", True) and f"its {rows} rows take {6 * rows} bytes" in (
+        refuse.message
+    )
+    assert len(actions) == 1 and s.machine.sources.get("digest-1") is not None
+    assert started(s.asks("M")) == ["digest-4"]
