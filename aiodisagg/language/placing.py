@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerState
 from aiodisagg.language.complaints import Complaints
+from aiodisagg.language.errands import Errand
 from aiodisagg.language.peers import EncodePeer, EncodePeers
 from aiodisagg.peer import metrics
 from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import ItemSpec
 from aiodisagg.protocol.messages import ItemKey, Message, Offer, Progress, Refuse, Want
 from aiodisagg.scheduler.advertise import PREFIX, advertised
-from aiodisagg.scheduler.book import PeerBook
 from aiodisagg.scheduler.cost import PrefillCosts, Size
 from aiodisagg.scheduler.health import NO_FAULT, HealthConfig, Hedges, Poison, Standings
 from aiodisagg.scheduler.placement import PeerView, Placement, Standing, Wanted, place_together
+from aiodisagg.scheduler.trials import Trials
 
 logger = logging.getLogger(__name__)
 
@@ -39,32 +38,6 @@ STANDINGS = {
 }
 
 
-@dataclass(slots=True)
-class Errand:
-    """An item that is fetched, or will be: from whom, and what was predicted."""
-
-    spec: ItemSpec
-    size: Size
-    avoid: frozenset[str] = frozenset()
-    """Peers that shall not have it at all: they are at it already."""
-    planned: Placement | None = None
-    peer: EncodePeer | None = None
-    """Whose address may lead to another process by now: ``last`` and ``book`` are of the one that was asked."""
-    book: PeerBook[ItemKey] | None = None
-    """Of ``last``, while it has to do with the item."""
-    asked: float = 0.0
-    refused: bool = False
-    """By ``peer``."""
-    last: str = ""
-    """Incarnation of the peer that was asked last."""
-    drained: set[str] = field(default_factory=set)
-    """Peers that refused the item because they drain: they will not have it at all."""
-    turned_away: float = -math.inf
-    """When one of them did, last."""
-    unsent: set[str] = field(default_factory=set)
-    """Peers to which its media were to be sent, and were not."""
-
-
 class Placing:
     """Methods belong to the loop's thread; ``now`` is the loop's time.
 
@@ -78,7 +51,7 @@ class Placing:
         self.own = ""
         """Incarnation of this peer's own tower, if it has one: it is always compared."""
         self.hedges: Hedges[ItemKey] = Hedges(health)
-        self.poison, self.standings = Poison(health), Standings(health)
+        self.poison, self.standings, self.trials = Poison(health), Standings(health), Trials()
         self.labels = PeerLabels()
         """Of the encode peers, for whatever is counted of them."""
         self.moves = 0
@@ -105,14 +78,14 @@ class Placing:
         free = [errand for errand in errands if not self.poison.suspect(errand.spec.digest, now)]
         half = sum(errand.spec.rows for errand in errands) / 2
         token_s = self.prefill.token_s + self.prefill.pair_s * half
-        placed = place_together(
-            [Wanted(errand.spec.digest, errand.size, token_s * errand.spec.rows) for errand in free],
-            self._candidates(self._peers.linked, [errand.spec.digest for errand in free], now),
-            own=self.own,
-            step_s=self.prefill.step_s,
-        )
+        views = self._candidates(self._peers.linked, [errand.spec.digest for errand in free], now)
+        wanted = [Wanted(errand.spec.digest, errand.size, token_s * errand.spec.rows) for errand in free]
+        placed = place_together(wanted, views, own=self.own, step_s=self.prefill.step_s)
         for errand, placement in zip(free, placed, strict=False):
-            errand.planned = placement
+            errand.planned, errand.trial = placement, ""
+        anew = placed and not placed[-1].held and not free[-1].avoid
+        if anew and (trial := self.trials.place(wanted[-1], views)):
+            free[-1].planned, free[-1].trial = trial, trial.peer
 
     def choose(self, key: ItemKey, avoid: frozenset[str], now: float) -> Placement | None:
         """The linked peer for an item's next epoch; None: there is none that it may have now."""
@@ -159,11 +132,11 @@ class Placing:
     def _views(self, peers: Sequence[EncodePeer], digests: Sequence[str], now: float) -> list[PeerView]:
         views = []
         for peer in peers:
-            holding = peer.book.holding(digests, now)
+            book, who = peer.book, peer.incarnation
+            holding, standing = book.holding(digests, now), self._standing(who, now)
             if peer.digests:
                 holding |= {d: 0.0 for d in digests if d not in holding and advertised(d, peer.digests)}
-            standing = self._standing(peer.incarnation, now)
-            views.append(PeerView(peer.incarnation, peer.book.costs, peer.book.backlog(now), standing, holding))
+            views.append(PeerView(who, book.costs, book.backlog(now), standing, holding, book.doubt))
         return views
 
     def _standing(self, peer: str, now: float) -> Standing:
@@ -178,6 +151,7 @@ class Placing:
         self.moves += errand.last not in ("", placement.peer)
         errand.peer, errand.book, errand.last = peer, peer.book, placement.peer
         errand.asked, errand.refused = now, False
+        self.trials.asked(placement.peer, trial=errand.trial == placement.peer)
         if trial_s := self.standings.asked(placement.peer, now):
             logger.info(
                 "encode peer %s (%s) is tried with item %s; a suspect for %g s more if that fails",
@@ -263,8 +237,7 @@ class Placing:
 
     def heard(self, peer: str, message: Message, now: float) -> None:
         """A sender's word about an item."""
-        at = self._peers.get(peer)
-        if at is None or not isinstance(message, Offer | Progress):
+        if (at := self._peers.get(peer)) is None or not isinstance(message, Offer | Progress):
             return
         if isinstance(message, Progress):
             at.book.entered(message.key, message.stage, message.elapsed_s, now)
@@ -272,6 +245,8 @@ class Placing:
         if errand is not None and message.key in at.book.open and message.ready >= errand.spec.rows:
             at.book.ready(message.key, now)
             self.hedges.settled(message.key)
+        if isinstance(message, Progress) and message.waiting_patches is not None:
+            at.book.told(message.waiting_patches, now)
 
     def arrived(self, key: ItemKey, rows: int, now: float) -> None:
         errand = self.errands.get(key)
@@ -326,6 +301,7 @@ class Placing:
             if self._peers.get(incarnation) is None:  # else its link proves otherwise
                 self.poison.died(incarnation)
             self.standings.told(incarnation, None)
+            self.trials.gone(incarnation)
             self._loads.pop(incarnation, None)
 
     def _heed(self, incarnation: str) -> None:

@@ -13,9 +13,10 @@ from prometheus_client.core import Metric
 
 from aiodisagg.bootstrap.client import MembershipChange
 from aiodisagg.device.copies import Accelerator, DeviceBytes
+from aiodisagg.language.errands import Errand
 from aiodisagg.language.memory import RowMemory, receive_pool
 from aiodisagg.language.peers import EncodePeers, LinkEvent
-from aiodisagg.language.placing import Errand, Placing
+from aiodisagg.language.placing import Placing
 from aiodisagg.language.sharing import Sharing
 from aiodisagg.language.take import Taker
 from aiodisagg.language.trace import Traces

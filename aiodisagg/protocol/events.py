@@ -214,11 +214,13 @@ ReceiverAction = Send | Place | Take | Revoke | Finish | Fail
 
 @dataclass(frozen=True, slots=True)
 class StageEntered:
-    """The encode job entered ``stage``; the one before took ``elapsed_s``."""
+    """The encode job entered ``stage``; the one before took ``elapsed_s``. ``waiting_patches``: of all jobs that are
+    not done, filled in by the Sender for what it tells receivers."""
 
     digest: str
     stage: str
     elapsed_s: float
+    waiting_patches: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,8 @@ class RowsReady:
     digest: str
     stop: int
     elapsed_s: float = 0.0
+    waiting_patches: int | None = None
+    """As of StageEntered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,6 +179,8 @@ class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
     elapsed_s: Seconds
     """Seconds that the stage before this one took."""
     ready: Count
+    waiting_patches: Count | None = None
+    """Of all items that the sender has not encoded yet, for whomever. Older peers neither say nor read it."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit", array_like=True):

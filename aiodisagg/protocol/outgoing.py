@@ -273,11 +273,13 @@ class OutgoingItem:
 
     def _rows_ready(self, event: RowsReady, now: float) -> Actions:
         stage = "encoded" if event.stop >= self.rows else "encoding"
-        return [Send(self.peer, Progress(self.key, self.epoch, stage, event.elapsed_s, event.stop)), *self._pump(now)]
+        told = Progress(self.key, self.epoch, stage, event.elapsed_s, event.stop, event.waiting_patches)
+        return [Send(self.peer, told), *self._pump(now)]
 
     def _stage(self, event: StageEntered, now: float) -> Actions:
         ready = self.source.ready if self.source is not None else 0
-        return [Send(self.peer, Progress(self.key, self.epoch, event.stage, event.elapsed_s, ready))]
+        told = Progress(self.key, self.epoch, event.stage, event.elapsed_s, ready, event.waiting_patches)
+        return [Send(self.peer, told)]
 
     # -- ends ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aiodisagg.errors import InvalidTransition, RemoteProtocolError
 from aiodisagg.protocol.counters import ByteCounters
 from aiodisagg.protocol.events import (
@@ -105,6 +107,7 @@ class Sender:
 
     def _users(self, digest: str, event: RowsReady | StageEntered, now: float) -> list[SenderAction]:
         source = self.sources.get(digest)
+        event = replace(event, waiting_patches=self.sources.waiting_patches)
         actions: list[SenderAction] = []
         for user in sorted(source.users) if source is not None else ():
             actions += self._step(self.items[user], event, now)

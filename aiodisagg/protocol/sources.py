@@ -55,6 +55,10 @@ class Source:
         return _size_of(self.job.media)
 
     @property
+    def patches(self) -> int:
+        return prod(self.job.grid_thw)
+
+    @property
     def idle(self) -> bool:
         """A cache's: nobody wants it."""
         return self.started and self.complete and not self.users
@@ -79,6 +83,7 @@ class SourceTable:
         self.file_bytes = 0
         self.hits = 0
         self.started = 0
+        self._waiting_patches = 0
         self._sources: OrderedDict[str, Source] = OrderedDict()
         self._queue: deque[str] = deque()
         self._aside: OrderedDict[str, int] = OrderedDict()
@@ -100,7 +105,7 @@ class SourceTable:
     @property
     def waiting_patches(self) -> int:
         """Patches of the items whose rows do not all exist yet."""
-        return sum(prod(source.job.grid_thw) for source in self._sources.values() if not source.complete)
+        return self._waiting_patches
 
     def newest(self) -> Iterator[str]:
         """Digests whose rows all exist, the last used first. What waits here may take longer than elsewhere."""
@@ -114,6 +119,7 @@ class SourceTable:
                 return None
             job = StartEncode(want.digest, want.kind, want.grid_thw, want.rows, want.fps, (), want.urgency, want.alone)
             source = self._sources[want.digest] = Source(job, want.rows * self._row_bytes)
+            self._waiting_patches += source.patches
             self._aside[want.digest] = _size_of(want.media)
         elif user not in source.users:
             self.hits += 1
@@ -201,6 +207,7 @@ class SourceTable:
         source.ready, source.cancelled = stop, False
         self._count(source, +1)
         if source.complete:
+            self._waiting_patches -= source.patches
             self._drop_files(source)
 
     def release(self, digest: str, user: User) -> list[SenderAction]:
@@ -221,8 +228,7 @@ class SourceTable:
             return [CancelEncode(digest)]
         if self._aside.pop(digest, None) is None:
             self._queue.remove(digest)
-        self._drop_files(source)
-        del self._sources[digest]
+        self._remove(source)
         return []
 
     def here(self, user: User, here: bool) -> None:
@@ -318,6 +324,11 @@ class SourceTable:
             source.ready, source.started, source.cancelled = 0, False, False
             self._queue.append(digest)
             return set(), [DropSource(digest)]
-        self._drop_files(source)
-        del self._sources[digest]
+        self._remove(source)
         return source.users, [DropSource(digest)]
+
+    def _remove(self, source: Source) -> None:
+        """One that never was complete."""
+        self._drop_files(source)
+        self._waiting_patches -= source.patches
+        del self._sources[source.job.digest]

@@ -16,6 +16,7 @@ with them: memory is mapped, device pools are opened.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -80,7 +81,9 @@ class PeerBook(Generic[K]):
         """Bytes of the rows of open items."""
         self._prepare_s = self._tower_s = self._transfer_s = 0.0
         self._patches = 0
-        self._foreign: tuple[int, float] = (0, 0.0)
+        self._beat: tuple[int, float] = (0, -math.inf)
+        self._told: tuple[int, float] = (0, -math.inf)
+        """Patches of others' items, and when that was: in the last heartbeat, and in whatever was heard last."""
         self._made: OrderedDict[str, None] = OrderedDict()
         self._latest: dict[str, K] = {}
         self._in_tower: dict[K, float] = {}
@@ -207,7 +210,12 @@ class PeerBook(Generic[K]):
 
     def heard(self, queued_patches: int, now: float) -> None:
         """A heartbeat: patches that the peer has not encoded yet, for whomever."""
-        self._foreign = (min(max(0, queued_patches - self._patches), MOST_PATCHES), now)
+        self.told(queued_patches, now)
+        self._beat = self._told
+
+    def told(self, queued_patches: int, now: float) -> None:
+        """The same, said with an item: it will not be said again."""
+        self._told = (min(max(0, queued_patches - self._patches), MOST_PATCHES), now)
 
     def knows(self, digest: str) -> bool:
         """Whether the peer has or is encoding it for this side, as far as is known here."""
@@ -229,9 +237,14 @@ class PeerBook(Generic[K]):
         """Digests of the items that are in the tower now, as far as was heard."""
         return [self.open[key].digest for key in self._in_tower if self.open[key].ready is None]
 
+    @property
+    def doubt(self) -> float:
+        """How far predicted finishes are off, as ``PeerView.doubt``; before the first one, anything is possible."""
+        return self.costs.finish_error if self.costs.finishes else 1.0
+
     def backlog(self, now: float) -> Backlog:
         """What an item that is asked for now has to wait for."""
-        if not self.open and not self._foreign[0]:
+        if not self.open and not self._told[0] and not self._beat[0]:
             return IDLE
         return Backlog(
             max(0.0, self._prepare_s) / self.costs.prepare_threads,
@@ -249,8 +262,8 @@ class PeerBook(Generic[K]):
         return min(now - max(self._left_tower, min(self._in_tower.values())), predicted_s)
 
     def _foreign_s(self, now: float) -> float:
-        """Others' work that is left of what the last heartbeat told."""
-        patches, heard = self._foreign
+        """Others' work that is left of what was heard last."""
+        patches, heard = self._told if now - self._told[1] < TOLD_AGAIN_S else self._beat
         since_s = now - heard
         if not patches or since_s >= TOLD_LONG_AGO_S:
             return 0.0

@@ -28,6 +28,8 @@ FORGET = 0.97
 """Weight of the past at each observation: the last thirty or so count."""
 FORGET_CLIPPED = 0.6
 """The same when the observation had to be clipped: perhaps the past is of another machine."""
+YOUNG = 6
+"""So many observations forget as fast: what was before is a self-test, which may have been disturbed."""
 CLIP = 3.0
 """Usual spreads that an observation may be away from its prediction."""
 RIDGE = 0.01
@@ -163,7 +165,8 @@ class StageModel:
         room = 1.0 + CLIP * self._spread
         clipped = min(max(seconds, predicted / room), predicted * room)
         self._spread += LEARNING * (min(high / low - 1.0, 4.0) - self._spread)
-        self._learn(features, clipped, FORGET if clipped == seconds else FORGET_CLIPPED)
+        usual = clipped == seconds and self.observed > YOUNG
+        self._learn(features, clipped, FORGET if usual else FORGET_CLIPPED)
         return error
 
     def fit(self, runs: Iterable[tuple[Sequence[float], float]]) -> None:

@@ -9,16 +9,25 @@ A request's items are placed together. Prompt order is tried, and the largest fi
 is when the last of the prompt can be computed, in the steps that suit it (:mod:`~aiodisagg.scheduler.pieces`). The
 device that computes the prompt cannot encode meanwhile, so less than its share is tried for its own tower: what others
 encode can arrive while it computes. Ties go by name, so that equal inputs give equal answers.
+
+Others place items on the same peers, and know as little of this side's as is known here of theirs. If each took the
+first in time, all would take the same one. So to a finish is added what it may be off: the mean error of predictions
+of that peer, times a draw from an exponential distribution of mean one, which is a hash of digest and peer. Who is
+alone predicts well and chooses the best; the more others there are, the more the choice is one by chance among peers
+that are about as good. A picture that several language peers want at once tends to go to one peer, and is encoded once.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
+
+import xxhash
 
 from aiodisagg.scheduler import pieces
 from aiodisagg.scheduler.cost import Service, Size
@@ -54,6 +63,7 @@ class PeerView(NamedTuple):
     """A peer that could take items.
 
     ``holding``: seconds until the rows of digests that it holds (0.0) or is encoding exist; others are not in it.
+    ``doubt``: mean relative error of the finishes that were predicted of it.
     """
 
     peer: str
@@ -61,6 +71,14 @@ class PeerView(NamedTuple):
     backlog: Backlog = Backlog()
     standing: Standing = Standing.READY
     holding: Mapping[str, float] = MappingProxyType({})
+    doubt: float = 0.0
+
+    def unsure_s(self, digest: str, finish_s: float) -> float:
+        """How much later than ``finish_s`` the digest may be there; see the module's text."""
+        if not self.doubt:
+            return 0.0
+        chance = (xxhash.xxh3_64_intdigest(f"{digest}{self.peer}".encode()) + 1) / 2.0**64
+        return self.doubt * finish_s * -math.log(chance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +102,7 @@ class Placement:
 
 
 def place(wanted: Wanted, peers: Iterable[PeerView], avoid: frozenset[str] = frozenset()) -> Placement | None:
-    """The peer where the item is complete first; None if there is no peer."""
+    """The peer where the item is complete first, as far as is known; None if there is no peer."""
     best: PeerView | None = None
     least: tuple[bool, Standing, bool, float, str] | None = None
     digest, size = wanted.digest, wanted.size
@@ -94,7 +112,7 @@ def place(wanted: Wanted, peers: Iterable[PeerView], avoid: frozenset[str] = fro
             continue
         held = view.holding.get(digest)
         finish_s = finish(view.costs.predict(size), view.backlog, held)[1]
-        rank = (*kind, held is None, finish_s, view.peer)
+        rank = (*kind, held is None, finish_s + view.unsure_s(digest, finish_s), view.peer)
         if least is None or rank < least:
             best, least = view, rank
     if best is None:
@@ -128,16 +146,20 @@ def place_together(
     if not peers or not wanted:
         return ()
     services = [[view.costs.predict(item.size) for view in peers] for item in wanted]
-    in_order = _assign(range(len(wanted)), wanted, peers, services)
+    unsure_s = [  # bounded: of equal peers nobody gets a second item before all have one
+        min(view.unsure_s(wanted[0].digest, finish(service, view.backlog)[1]), service.tower_s)
+        for view, service in zip(peers, services[0], strict=True)
+    ]
+    in_order = _assign(range(len(wanted)), wanted, peers, services, unsure_s)
     if len(peers) == 1:
         return _run(in_order, wanted, peers, services)
     by_size = sorted(range(len(wanted)), key=lambda i: (-wanted[i].size.patches, i))
-    choices = [in_order, _assign(by_size, wanted, peers, services)]
+    choices = [in_order, _assign(by_size, wanted, peers, services, unsure_s)]
     at = next((index for index, view in enumerate(peers) if view.peer == own), None)
     if at is not None:
         fewer = in_order.count(at) // 2
         while fewer:
-            choices.append(_assign(range(len(wanted)), wanted, peers, services, at, fewer))
+            choices.append(_assign(range(len(wanted)), wanted, peers, services, unsure_s, at, fewer))
             fewer //= 2
     placed = [_run(choice, wanted, peers, services) for choice in choices]
     return min(placed, key=lambda one: computed_s(wanted, one, own=own, step_s=step_s))
@@ -191,15 +213,15 @@ class _Queues:
 
 def _assign(
     order: Iterable[int], wanted: Sequence[Wanted], peers: Sequence[PeerView], services: Sequence[Sequence[Service]],
-    bounded: int = -1, most: int = 0,
+    unsure_s: Sequence[float], bounded: int = -1, most: int = 0,
 ) -> list[int]:  # fmt: skip
-    """For each item the index of its peer, chosen one after the other in ``order``. The one at ``bounded`` gets no more
-    than ``most``."""
+    """For each item the index of its peer, chosen one after the other in ``order``. ``unsure_s``: added to what each
+    peer is predicted to take. The one at ``bounded`` gets no more than ``most``."""
     queues, chosen = _Queues(peers), [-1] * len(wanted)
     for i in order:
         digest = wanted[i].digest
         best = min(
-            (queues.holding(index, digest) is None, queues.try_at(index, digest, service)[1], index)
+            (queues.holding(index, digest) is None, queues.try_at(index, digest, service)[1] + unsure_s[index], index)
             for index, service in enumerate(services[i])
             if index != bounded or chosen.count(bounded) < most
         )[2]

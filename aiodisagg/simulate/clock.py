@@ -23,6 +23,11 @@ class Clock:
         self._asked += 1
         heapq.heappush(self._heap, (max(when, self.now), self._asked, call, args))
 
+    @property
+    def waiting(self) -> int:
+        """Calls that are to come."""
+        return len(self._heap)
+
     def stop(self) -> None:
         """Nothing more happens."""
         self.stopped = True

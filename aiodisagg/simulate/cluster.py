@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 
 import msgspec
@@ -13,12 +14,14 @@ from aiodisagg.engine.pace import Pace
 from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.scheduler.order import Order
 from aiodisagg.scheduler.slack import SHARE, SHARE_OF_ONE_DEVICE, Slack
+from aiodisagg.scheduler.trials import Trials
 from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.device import Device
 from aiodisagg.simulate.doors import Door, Doors, open_door
 from aiodisagg.simulate.engine import Engine, TokenGaps
+from aiodisagg.simulate.known import BEAT_S, Known
 from aiodisagg.simulate.machines import MachineWires
-from aiodisagg.simulate.placing import EncoderView, Placing, choose
+from aiodisagg.simulate.placing import Placing, fewest_rows, first_finish
 from aiodisagg.simulate.request import Item, SimRequest
 from aiodisagg.simulate.times import Costs, ServiceTimes
 from aiodisagg.simulate.tower import Preparing, Tower
@@ -97,6 +100,9 @@ class Peer:
         self.tower: Tower | None = None
         self.preparing: Preparing | None = None
         self.towers: list[Peer] = []
+        self.known: dict[str, Known] = {}
+        """Of the towers, by name."""
+        self.trials = Trials()
         self.door: Door | None = None
         self.owed_s = 0.0
         self.asked_rows = 0
@@ -138,6 +144,8 @@ class Cluster:
         ]
         self.fronts = [peer for peer in self.peers if peer.engine is not None]
         self._by_name = {peer.name: peer for peer in self.peers}
+        self._beats = self._left = 0
+        """Heartbeats that are to come, and requests that have not ended."""
         self._link()
         self._turn = 0
         self._enough: Callable[[SimRequest], bool] = _never
@@ -189,6 +197,32 @@ class Cluster:
         for i, peer in enumerate(p for p in self.fronts if p.role != "replica"):
             first = towers.index(peer) if peer.tower is not None else i * known % len(towers)
             peer.towers = [towers[(first + j) % len(towers)] for j in range(known)]
+            if self.system.placing is Placing.FINISH:
+                peer.known = {one.name: Known(one.name, self.costs, local=one is peer) for one in peer.towers}
+        if self.system.placing is Placing.FINISH:
+            for i, tower in enumerate(towers):
+                assert tower.tower is not None
+                tower.tower.entered = partial(self._entered, tower)
+                told = [peer.known[tower.name] for peer in self.fronts if tower.name in peer.known]
+                self._beats += 1
+                self.clock.at(BEAT_S * (i + 1) / len(towers), self._beat, tower, told)
+
+    def _beat(self, peer: Peer, told: Sequence[Known]) -> None:
+        """The peer's heartbeat, as long as anything else happens."""
+        assert peer.tower is not None
+        patches, identities = peer.tower.waiting_patches, peer.tower.newest()
+        for known in told:
+            known.heard(patches, identities, self.clock.now)
+        self._beats -= 1
+        if self._left and self.clock.waiting > self._beats:
+            self._beats += 1
+            self.clock.at(self.clock.now + BEAT_S, self._beat, peer, told)
+
+    def _entered(self, peer: Peer, item: Item, stage: str, elapsed_s: float) -> None:
+        """The peer says so to who asked for the item."""
+        assert peer.tower is not None
+        known = self._by_name[item.request.peer].known[peer.name]
+        known.entered(item, stage, elapsed_s, peer.tower.waiting_patches, self.clock.now)
 
     # -- a request's way -----------------------------------------------------------------------------------------
 
@@ -199,6 +233,7 @@ class Cluster:
         that never comes."""
         self._enough = enough or _never
         self.requests = self.requests_of(workload)
+        self._left = len(self.requests)
         for request in self.requests:
             planned_s = self.costs.planned_s(len(request.items))
             self.clock.at(request.source.arrival_s + planned_s, self._arrive, request)
@@ -303,17 +338,17 @@ class Cluster:
         )
 
     def _choose(self, request: SimRequest, peer: Peer) -> list[str]:
-        identities = {item.identity for item in request.items}
-        views = [self._view(one, peer, identities) for one in peer.towers]
-        return choose(self.system.placing, request.items, views, self.costs, request.number)
-
-    def _view(self, one: Peer, peer: Peer, identities: set[int]) -> EncoderView:
-        assert one.tower is not None
-        wait_s = one.tower.predicted_s
-        if one.engine is not None:
-            wait_s += one.owed_s  # its engine wants the device too
-        holds = frozenset(identity for identity in identities if one.tower.holds(identity))
-        return EncoderView(one.name, wait_s, one.asked_rows, one is peer, holds)
+        if self.system.placing is Placing.FIXED:
+            return [peer.towers[request.number % len(peer.towers)].name] * len(request.items)
+        if self.system.placing is Placing.ROWS:
+            return fewest_rows(request.items, {one.name: one.asked_rows for one in peer.towers})
+        identities, now = {item.identity for item in request.items}, self.clock.now
+        views = [known.view(identities, now) for known in peer.known.values()]
+        own = peer.name if peer.tower is not None else ""
+        placed = first_finish(request.items, views, own, self.costs, peer.trials)
+        for item, placement in zip(request.items, placed, strict=True):
+            peer.known[placement.peer].asked(item, placement, now)
+        return [placement.peer for placement in placed]
 
     def _arrived(self, item: Item) -> None:
         request = item.request
@@ -321,6 +356,8 @@ class Cluster:
         assert peer.engine is not None
         if item.arrived >= item.rows:
             self._by_name[item.encoder].asked_rows -= item.rows
+            if peer.known:
+                peer.known[item.encoder].arrived(item, self.clock.now)
         if self.system.overlap:
             peer.engine.arrived(request)
         elif request.complete:
@@ -343,6 +380,7 @@ class Cluster:
 
     def _over(self, request: SimRequest, outcome: str) -> None:
         request.outcome, request.end_s = outcome, self.clock.now
+        self._left -= 1
         if self._enough(request):
             self.clock.stop()
 

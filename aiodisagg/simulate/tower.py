@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from aiodisagg.encode.queue import TowerQueue
+from aiodisagg.scheduler.advertise import ADVERTISED
 from aiodisagg.scheduler.order import Order, Queue
 from aiodisagg.scheduler.slack import Slack
 from aiodisagg.scheduler.turns import tower_may_begin
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from aiodisagg.simulate.engine import Engine
 
 Rows = Callable[[Item], None]
+Stage = Callable[[Item, str, float], None]
 
 PREPARED_PATCHES = 32768
 STEPS_TO_FILL = 4
@@ -81,6 +84,11 @@ class Tower:
         self._began_s = 0.0
         self._ready: dict[int, Item] = {}
         self._at_work: list[Item] = []
+        self.entered: Stage = lambda item, stage, elapsed_s: None
+        """Told that an item entered a stage, and for how long it was in the one before."""
+        self.waiting_patches = 0
+        """Of what has been asked for and has no rows yet."""
+        self._prepared_s: dict[int, float] = {}
         self.beside: Engine | None = None
         """The engine that shares the device, if they take turns."""
         self.batches = 0
@@ -89,14 +97,9 @@ class Tower:
         self.queued_s = 0.0
         """Tower seconds of what has been asked for and has no rows yet."""
 
-    def holds(self, identity: int) -> bool:
-        """Its rows are here, or on their way."""
-        return identity in self._kept or identity in self._waiting
-
-    @property
-    def predicted_s(self) -> float:
-        """Until a new item could begin, on a device that does nothing else."""
-        return max(self.queued_s, self._preparing.waiting_s / self.costs.times.prepare_threads)
+    def newest(self) -> frozenset[int]:
+        """What a heartbeat says of the identities whose rows are here."""
+        return frozenset(islice(reversed(self._kept), ADVERTISED))
 
     @property
     def working(self) -> bool:
@@ -119,6 +122,7 @@ class Tower:
         else:
             self._waiting[item.identity] = [(item, rows)]
             self.queued_s += self.costs.tower_s((item.patches,))
+            self.waiting_patches += item.patches
             self._preparing.add(item)
 
     def stepped(self, step_s: float, decodes: int, steps: int) -> None:
@@ -128,7 +132,13 @@ class Tower:
                 self.slack.stepped(step_s, decodes)
         self._next()
 
+    def _tell(self, identity: int, stage: str, elapsed_s: float) -> None:
+        for item, _ in self._waiting[identity]:
+            self.entered(item, stage, elapsed_s)
+
     def _prepared(self, item: Item) -> None:
+        self._prepared_s[item.identity] = self._clock.now
+        self._tell(item.identity, "prepared", self.costs.prepare_s(item.patches))
         self._patches += item.patches
         self._ready[item.identity] = item
         self._queue.add(str(item.identity), item.claim, 1, item.patches)
@@ -159,6 +169,8 @@ class Tower:
         for item in self._at_work:
             if item.request.served_s < 0:
                 item.request.served_s = self._clock.now
+        for identity in identities:
+            self._tell(identity, "encoding", self._clock.now - self._prepared_s.pop(identity))
         self._lane.device.batch_waited_s = 0.0
         self._lane.start(self.costs.tower_s(patches), lambda: self._encoded(identities))
         self._preparing.feed()
@@ -167,10 +179,13 @@ class Tower:
         if self.slack is not None:
             self.slack.spent(self._clock.now - self._began_s - self._lane.device.batch_waited_s)
         self._at_work = []
+        spent_s = self._clock.now - self._began_s
         self._next()
         for identity in identities:
+            item = self._waiting[identity][0][0]
+            self.waiting_patches -= item.patches
+            self._tell(identity, "encoded", spent_s)
             waiting = self._waiting.pop(identity)
-            item = waiting[0][0]
             self.encoded += 1
             self.queued_s -= self.costs.tower_s((item.patches,))
             self._keep(item)

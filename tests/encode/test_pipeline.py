@@ -362,7 +362,7 @@ async def test_a_videos_pieces_come_in_order_though_the_next_batch_cannot_be_lau
         assert [await made.call(), await made.call()] == [[(5, 32)], [(5, 16), (9, 16)]]
         ready = [(e.digest, e.stop) for e in made.told if isinstance(e, RowsReady)]
         assert ready == ([(first, 4)] if sick else [(first, 4), (video, 8), (video, 12)])
-        assert made.ends() == ({video: "encode_failed"} if sick else {}) | {"9": "wrong_shape"}
+        assert made.ends() == ({video: "not_finite"} if sick else {}) | {"9": "wrong_shape"}
         assert made.pipeline.prepared_patches == 0
         if not sick:
             assert made.read(video, 0, 12) == [[5, i] for i in range(12)]

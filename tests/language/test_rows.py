@@ -26,6 +26,7 @@ from aiodisagg.models.base import ItemKind, Patches
 from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 from aiodisagg.protocol.events import Fail, ItemRequested, MessageReceived
 from aiodisagg.protocol.messages import ItemKey, Refuse, Urgency
+from aiodisagg.scheduler.book import PeerBook
 from aiodisagg.scheduler.health import HealthConfig
 from tests.services.system import PATIENCE_S, eventually
 
@@ -133,6 +134,7 @@ async def made(
             return await dial(address, *args, **kwargs)  # type: ignore[arg-type]
 
         monkeypatch.setattr(links, "dial", reach)
+        monkeypatch.setattr(PeerBook, "doubt", 0.0)  # of equal ones the first by name is asked
         await stack.enter_async_context(receiver)
         for service in services:
             receiver.peers.add(service.address)

@@ -123,6 +123,8 @@ def sender(world: World, process: Process) -> None:
     filed = [source.file_bytes for source in table._sources.values() if source.file_bytes]
     _demand(sum(filed) == table.file_bytes, f"{process.name} counts {table.file_bytes} bytes of files, has {filed}")
     _demand(sum(filed) <= table.capacity_file_bytes or len(filed) == 1, f"{process.name} has too many files: {filed}")
+    patches = sum(source.patches for source in table._sources.values() if not source.complete)
+    _demand(patches == table.waiting_patches, f"{process.name} counts {table.waiting_patches} patches, has {patches}")
     _demand(set(started) == set(process.store), f"{process.name} holds {set(process.store)}, thinks {set(started)}")
     for digest, source in table._sources.items():
         _demand(source.users or source.complete or source.cancelled, f"{digest} is kept for nobody")

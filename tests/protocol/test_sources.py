@@ -137,5 +137,7 @@ def test_any_traffic_stays_within_its_bounds(random: Random) -> None:
         assert all(source.users for source in sources)
         alive = [table._sources[digest] for digest in table._sources if table._sources[digest].started]
         assert table.used_bytes == sum(source.size_bytes for source in alive)
+        waiting = [source.patches for source in table._sources.values() if not source.complete]
+        assert table.waiting_patches == sum(waiting)
         assert table.used_bytes <= 40 and table._idle_bytes == sum(one.size_bytes for one in alive if one.idle)
         assert table.file_bytes == sum(source.file_bytes for source in table._sources.values()) <= 18

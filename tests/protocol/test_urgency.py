@@ -88,7 +88,7 @@ def test_a_job_that_has_begun_is_told_of_who_goes_first_and_that_it_is_to_be_alo
 
 
 def test_what_waits_for_room_is_started_alone_if_any_of_those_that_want_it_says_so() -> None:
-    sending = Sending(capacity_bytes=1)
+    sending = Sending(capacity_bytes=144)
     first = only(sending.want(ms.ItemKey(9, 0), number=7), ev.StartEncode)
     for room, alone in ((1, False), (2, True), (3, False)):
         assert not every(sending.want(ms.ItemKey(room, 0), alone=alone), ev.StartEncode)

@@ -196,6 +196,19 @@ def test_what_a_heartbeat_told_stays_if_no_other_tells_less_for_a_while() -> Non
     assert at.backlog(60.0).tower_s == 0.0
 
 
+def test_what_was_said_with_an_item_counts_until_the_next_heartbeat_is_due() -> None:
+    """It is of a moment, and newer than the heartbeat; heartbeats like the last one are not passed on."""
+    at = book()
+    at.heard(5000, 0.0)
+    by_heartbeat = at.backlog(0.0).tower_s
+    at.told(100, 1.0)
+    assert at.backlog(1.0).tower_s == pytest.approx(100, rel=0.01)
+    assert at.backlog(2.0).tower_s == pytest.approx(99, rel=0.01)
+    assert at.backlog(6.0).tower_s == by_heartbeat
+    at.told(0, 6.0)
+    assert at.backlog(6.0).tower_s == 0.0
+
+
 def test_a_tower_that_hangs_does_not_work_on_what_waits_behind() -> None:
     at = book()
     ask(at, "x", 10)

@@ -201,3 +201,25 @@ def test_a_longer_queue_is_never_an_earlier_finish(patches: int, peers: list[Pee
     later = place(item("q", patches), longer)
     assert found is not None and later is not None
     assert found.finish_s <= later.finish_s <= found.finish_s + 1.0 + 1e-6
+
+
+def test_of_peers_that_are_as_good_as_known_one_by_chance_but_who_is_much_better_always() -> None:
+    doubted = [PeerView(name, PeerCosts(UNIT), doubt=0.3) for name in "abcd"]
+    given = [where(place(item(f"{number:032x}", 8), doubted)) for number in range(400)]
+    assert all(60 < given.count(name) < 140 for name in "abcd")
+    busy = [PeerView(name, PeerCosts(UNIT), Backlog(tower_s=20.0), doubt=0.3) for name in "abcd"]
+    better = [*busy, PeerView("e", PeerCosts(UNIT), doubt=0.3)]
+    assert sum(where(place(item(f"{number:032x}", 8), better)) == "e" for number in range(400)) > 390
+    sure = [PeerView(name, PeerCosts(UNIT)) for name in "abcd"]
+    assert {where(place(item(f"{number:032x}", 8), sure)) for number in range(400)} == {"a"}
+
+
+def test_a_digest_goes_to_the_same_peer_whoever_places_it() -> None:
+    """Language peers that want one picture at once ask one tower for it."""
+    for number in range(20):
+        wanted = item(f"{number:032x}", 8)
+        found = {
+            where(place(wanted, [PeerView(name, PeerCosts(UNIT), doubt=0.3) for name in names]))
+            for names in ("abcd", "dcba")
+        }
+        assert len(found) == 1

@@ -93,13 +93,14 @@ UNBOUND = msgspec.structs.replace(flexible(2), inter_token_ms=0.0)
 
 @pytest.mark.parametrize("system", [replicas(2), UNBOUND], ids=lambda system: system.name)
 def test_a_cluster_that_leaps_has_the_same_times(system: object) -> None:
-    """Arrivals cut leaps at the end of the step at work. With a context term a step in a leap lasts as the mean one.
+    """Arrivals cut leaps at the end of the step at work. With a context term a step in a leap lasts as the mean one,
+    and other times may teach that another peer is a little nearer.
 
     Without an inter-token budget: the pace of an engine is taught by a leap once, not by each of its steps.
     """
     mix = Mix(Ranges(((0, 2, 1.0),)), ((1280, 720),), Ranges(((20, 400, 1.0),)), Ranges(((1, 80, 1.0),)))
     workload = generate(mix, Gamma(12.0), 120, 3)
-    for context, same in ((0.0, 1e-9), (0.029, 2e-3)):
+    for context, same in ((0.0, 1e-9), (0.029, 1e-2)):
         times = msgspec.structs.replace(read_times("h200-modelled"), decode_context_us=context)
         ends = []
         for leaps in (True, False):
