@@ -41,6 +41,7 @@ class Callers:
         self._operator = Caller(tenants.get(default.name, default), True, tenants)
         if config.api_key is not None:
             self._by_key[self._hash(config.api_key.encode())] = self._operator
+        self._configured = tenants.keys() | {default.name}
         self._most = config.max_requests
         self._chats: Counter[str] = Counter()
         """By tenant; of those only that have some."""
@@ -65,10 +66,10 @@ class Callers:
 
     @contextmanager
     def chat(self, tenant: Tenant) -> Iterator[None]:
-        """Around one chat. Raises Overloaded where there are ``max_requests``, unless the tenant has less than an equal
+        """Around one chat. Raises Overloaded where there are ``max_requests``, unless the tenant has less than its
         share of them: then another one has more, and is refused until it has not."""
         name, chats = tenant.name, self._chats
-        if chats.total() >= self._most and chats[name] >= self._most // len(chats.keys() | {name}):
+        if chats.total() >= self._most and chats[name] >= self._share(name):
             raise Overloaded(1.0, f"{chats.total()} requests are being answered already, {chats[name]} of this tenant")
         chats[name] += 1
         try:
@@ -77,6 +78,15 @@ class Callers:
             chats[name] -= 1
             if not chats[name]:
                 del chats[name]
+
+    def _share(self, name: str) -> int:
+        """An equal one among those that have chats, and at least one chat. Names that ``X-Tenant`` makes up cost
+        nothing: all of them have one share together, and are promised none of it."""
+        asking = self._chats.keys() | {name}
+        configured = len(asking & self._configured)
+        made_up = len(asking) - configured
+        share = self._most // (configured + bool(made_up))
+        return max(1, share) if name in self._configured else share // made_up
 
 
 def tenant_of(request: web.Request, caller: Caller) -> Tenant:

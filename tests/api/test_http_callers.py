@@ -172,6 +172,38 @@ async def test_a_tenant_is_one_whether_it_asks_itself_or_through_a_gateway() -> 
             gate.set()
 
 
+async def test_names_that_a_gateway_makes_up_do_not_shut_out_who_has_a_key() -> None:
+    """Of four places each of as many end users has one: a further one of them waits, and tenants of the keys file do
+    not; nor do these shut each other out, or the gateway that asks for nobody."""
+    gate = asyncio.Event()
+    backend = ScriptedBackend([gate, *answer("done")])
+    async with serving(backend, max_requests=4, api_key="key-o", api_keys=KEYS) as served:
+        async with asyncio.TaskGroup() as group:
+            asked, gateway = Tenants(group, served, backend), {"authorization": "Bearer key-o"}
+            for number in range(4):
+                await asked.get_in(1, **gateway, x_tenant=f"user-{number}")
+            assert await asked.refused(**gateway, x_tenant="user-4")
+            await asked.get_in(2, authorization="Bearer key-a")
+            assert await asked.refused(authorization="Bearer key-a")
+            await asked.get_in(1, authorization="Bearer key-b")
+            await asked.get_in(1, **gateway)
+            gate.set()
+
+
+async def test_every_tenant_of_the_keys_file_has_a_place() -> None:
+    """Also where there are more of them than places."""
+    gate = asyncio.Event()
+    backend = ScriptedBackend([gate, *answer("done")])
+    keys = tuple(ApiKey(f"key-{number}", Tenant(f"team-{number}")) for number in range(4))
+    async with serving(backend, max_requests=2, api_keys=keys) as served:
+        async with asyncio.TaskGroup() as group:
+            asked = Tenants(group, served, backend)
+            for own in keys:
+                await asked.get_in(1, authorization=f"Bearer {own.key}")
+            assert await asked.refused(authorization="Bearer key-0")
+            gate.set()
+
+
 def test_the_line_of_the_service_fills_before_the_door_closes() -> None:
     """Or nobody would ever be asked to make room in it."""
     waiting, running = AdmissionConfig().max_queue, LanguageConfig(model=Path()).max_running
