@@ -59,6 +59,7 @@ class Unsupported(msgspec.Struct):
     value of two bytes would be one of ninety."""
 
     n: Raw = ONE
+    best_of: Raw = ONE
     use_beam_search: Raw = NO
     presence_penalty: Raw = ZERO
     frequency_penalty: Raw = ZERO
@@ -72,6 +73,13 @@ class Unsupported(msgspec.Struct):
     include_stop_str_in_output: Raw = NO
     no_stop_trim: Raw = NO
     skip_special_tokens: Raw = YES
+    add_special_tokens: Raw = NO
+    logits_processors: Raw = NO_LIST
+    custom_logit_processor: Raw = NOTHING
+    lora_path: Raw = NOTHING
+    modalities: Raw = Raw(b'["text"]')
+    audio: Raw = NOTHING
+    documents: Raw = NO_LIST
     response_format: Raw = Raw(b'{"type":"text"}')
     structured_outputs: Raw = NOTHING
     guided_json: Raw = NOTHING

@@ -136,6 +136,7 @@ def test_numbers_that_json_does_not_have(number: str) -> None:
 
 UNSUPPORTED: dict[str, tuple[list[Any], list[Any]]] = {
     "n": ([1], [2, 0, True, "one"]),
+    "best_of": ([1], [4]),
     "logprobs": ([False], [True, 0]),
     "repetition_penalty": ([1, 1.0], [1.05, "1"]),
     "presence_penalty": ([0, 0.0], [-0.5]),
@@ -155,6 +156,13 @@ UNSUPPORTED: dict[str, tuple[list[Any], list[Any]]] = {
     "add_generation_prompt": ([True], [False]),
     "continue_final_message": ([False], [True]),
     "skip_special_tokens": ([True], [False]),
+    "add_special_tokens": ([False], [True]),
+    "logits_processors": ([[]], [["my.Processor"]]),
+    "custom_logit_processor": ([], ["{}"]),
+    "lora_path": ([], ["adapters/one"]),
+    "modalities": ([["text"]], [["text", "audio"], ["audio"]]),
+    "audio": ([], [{"voice": "alloy", "format": "wav"}]),
+    "documents": ([[]], [[{"title": "One", "text": "..."}]]),
     "truncate_prompt_tokens": ([], [100]),
     "tools": ([[]], [[{"type": "function"}]]),
 }
