@@ -92,16 +92,10 @@ class Demo:
         self.traces: dict[str, dict[str, Any]] = {}
         """By request id, as they were seen last: a language peer forgets those that ended long ago."""
 
-    async def run(self) -> list[Row]:
-        """Raises ProcessEnded if a process of the system ends by itself."""
+    async def run(self) -> None:
+        """Asks the system. Raises ProcessEnded if a process of it ends by itself."""
         options = self.options
-        compare = options.compare if options.compare is not None else options.model is None
         language_options = () if options.dtype is None else ("--dtype", options.dtype)
-        # Loading takes longest of all; it goes on while the peers start.
-        loading = asyncio.to_thread(Monolith, self.folder, options.device, options.dtype) if compare else None
-        reference = None if loading is None else asyncio.ensure_future(loading)
-        if reference is not None:  # what it fails with is not told if a process of the system has failed as well
-            reference.add_done_callback(lambda done: done.cancelled() or done.exception())
         async with Cluster(verbose=options.verbose) as cluster:
             with self.console.status("starting bootstrap, encode and language peers"):
                 url = await start_system(
@@ -113,8 +107,6 @@ class Demo:
                     encode_options=("--zero-deepstack",) if options.zero_deepstack else (),
                     language_options=(*language_options, *(KILL_OPTIONS if options.kill_encoder else ())),
                 )
-            if reference is not None and options.kill_encoder:  # loading holds the interpreter, and looks must be quick
-                await asyncio.wait([reference])
             watch = asyncio.ensure_future(cluster.watch())
             work = asyncio.ensure_future(self._work(cluster, url))
             try:
@@ -129,17 +121,20 @@ class Demo:
                 for task in (watch, work):
                     task.cancel()
                 await asyncio.gather(watch, work, return_exceptions=True)
+
+    def rows(self) -> list[Row]:
+        """What came of it, beside the monolith's answers. Blocking, for as long as that loads: Ctrl-C would not end a
+        thread that does."""
+        options = self.options
         monolith: list[str | None] = [None] * len(self.asks)
-        if reference is not None:
+        if options.compare if options.compare is not None else options.model is None:
             with self.console.status("asking the monolith the same"):
-                monolith = list(await asyncio.to_thread(self._ask, await reference))
+                reference = Monolith(self.folder, options.device, options.dtype)
+                monolith = [reference.answer(ask) for ask in self.asks]
         return [
             row_of(i, ask, answer.text, answer.error, self.traces.get(f"demo-{i}"), truth)
             for i, (ask, answer, truth) in enumerate(zip(self.asks, self.answers, monolith, strict=True))
         ]
-
-    def _ask(self, monolith: Monolith) -> list[str]:
-        return [monolith.answer(ask) for ask in self.asks]
 
     async def _work(self, cluster: Cluster, url: str) -> None:
         timeout = aiohttp.ClientTimeout(total=600)
@@ -241,7 +236,8 @@ def run_demo(options: DemoOptions) -> int:
     console = Console()
     demo = Demo(options, console)
     try:
-        rows = asyncio.run(demo.run())
+        asyncio.run(demo.run())
+        rows = demo.rows()
     except KeyboardInterrupt:
         console.print("stopped; every process has ended")
         return 130

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
+import os
+import signal
 import threading
 
 import psutil
@@ -13,11 +14,11 @@ from aiohttp import web
 from rich.console import Console
 
 from aiodisagg.demo.cluster import Cluster, Member, ProcessEnded
-from aiodisagg.demo.run import Demo, DemoOptions
-from aiodisagg.errors import ConfigError
+from aiodisagg.demo.run import Demo, DemoOptions, run_demo
 
 pytestmark = pytest.mark.anyio
 KEPT = 3
+PATIENCE_S = 20.0
 
 
 class _Peer:
@@ -74,25 +75,39 @@ async def test_device_and_dtype_are_those_of_the_peers(kill: bool, monkeypatch: 
     assert ("--block-rows" in said["language-1"]) == kill
 
 
-async def test_one_reason_is_told_where_peers_and_monolith_fail_by_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    failed = threading.Event()
-
-    def load(*_: object) -> object:
-        failed.set()
-        raise ConfigError("device", "there is none")
+def test_a_process_that_does_not_start_is_told_before_the_monolith_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told when that had been loaded, minutes later."""
+    loaded = []
 
     async def start(*_: object, **__: object) -> str:
-        await asyncio.to_thread(failed.wait)
         raise ProcessEnded("encode-1", 1, "there is none")
+
+    monkeypatch.setattr("aiodisagg.demo.run.Monolith", lambda *_: loaded.append(True))
+    monkeypatch.setattr("aiodisagg.demo.run.start_system", start)
+    with pytest.raises(ProcessEnded):
+        run_demo(DemoOptions(device="abacus"))
+    assert not loaded
+
+
+def test_ctrl_c_does_not_wait_for_the_monolith(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(PATIENCE_S)
+        loaded.append(True)
+
+    async def start(*_: object, **__: object) -> str:
+        return "http://127.0.0.1:1"
+
+    async def work(*_: object) -> None:
+        pass
 
     monkeypatch.setattr("aiodisagg.demo.run.Monolith", load)
     monkeypatch.setattr("aiodisagg.demo.run.start_system", start)
-    with pytest.raises(ProcessEnded):
-        await Demo(DemoOptions(device="abacus"), Console(quiet=True)).run()
-    gc.collect()
-    assert not caplog.records
+    monkeypatch.setattr(Demo, "_work", work)
+    assert run_demo(DemoOptions()) == 130
+    assert not loaded
 
 
 async def test_requests_that_a_peer_has_forgotten_are_in_the_table() -> None:
