@@ -28,6 +28,7 @@ from aiodisagg.api.schema import ModelBody, ModelList
 from aiodisagg.bootstrap.server import KEEPALIVE_S
 from aiodisagg.errors import Draining
 from aiodisagg.link.address import cannot_listen, check_port, is_loopback
+from aiodisagg.peer.http import add_probes
 from aiodisagg.peer.metrics import render
 from aiodisagg.peer.turns import Workers
 
@@ -154,8 +155,7 @@ class HttpServer:
         app.router.add_post(_CHAT, self._complete)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{name:.+}", self._model)
-        app.router.add_get("/live", self._live)
-        app.router.add_get("/health", self._health)
+        add_probes(app, self._ready, lambda: self._backend.broken)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/debug/{name}", self._show)
         return app
@@ -181,12 +181,8 @@ class HttpServer:
     def _described(self, name: str) -> ModelBody:
         return ModelBody(name, self._backend.created)
 
-    async def _live(self, request: web.Request) -> web.Response:
-        broken = self._backend.broken
-        return _probed(not broken, broken or "ok")
-
-    async def _health(self, request: web.Request) -> web.Response:
-        return _probed(*((False, "stopping") if self._stopping else self._backend.ready()))
+    def _ready(self) -> tuple[bool, str]:
+        return (False, "stopping") if self._stopping else self._backend.ready()
 
     async def _show(self, request: web.Request) -> web.Response:
         show = self._debug.get(request.match_info["name"])
@@ -267,9 +263,5 @@ class HttpServer:
         return caller
 
 
-def _probed(ok: bool, reason: str) -> web.Response:
-    return _json({"status": "ok" if ok else "unavailable", "reason": reason}, 200 if ok else 503)
-
-
-def _json(body: object, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")
+def _json(body: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json")

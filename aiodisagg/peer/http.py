@@ -10,23 +10,43 @@ from aiohttp import web
 from aiodisagg.bootstrap.server import KEEPALIVE_S
 from aiodisagg.link.address import cannot_listen, check_port
 
+Ready = Callable[[], tuple[bool, str]]
+"""Whether a peer can do its work now, and why not."""
+
+
+def add_probes(app: web.Application, ready: Ready, broken: Callable[[], str]) -> None:
+    """``/health`` and ``/live``: 200, or 503 with the reason. ``broken`` says why a peer will do no work any more, or
+    nothing."""
+
+    async def live(request: web.Request) -> web.Response:
+        why = broken()
+        return probed(not why, why or "ok")
+
+    async def health(request: web.Request) -> web.Response:
+        return probed(*ready())
+
+    def probed(ok: bool, reason: str) -> web.Response:
+        body = {"status": "ok" if ok else "unavailable", "reason": reason}
+        return web.json_response(body, status=200 if ok else 503)
+
+    app.router.add_get("/live", live)
+    app.router.add_get("/health", health)
+
 
 class MetricsServer:
     """An async context manager.
 
     Args:
         metrics: the text of one scrape.
-        ready: whether the peer can do its work now, and why not; ``/health`` is 200, or 503 with the reason.
+        ready, broken: see :func:`add_probes`.
         port: 0 takes a free one.
-        broken: why it will do none any more, or empty: the same for ``/live``.
 
     Raises:
         ConfigError: on entering, the address is in use or not ours.
     """
 
     def __init__(
-        self, metrics: Callable[[], str], ready: Callable[[], tuple[bool, str]], host: str, port: int, *,
-        broken: Callable[[], str] = str,
+        self, metrics: Callable[[], str], ready: Ready, host: str, port: int, *, broken: Callable[[], str] = str
     ) -> None:  # fmt: skip
         check_port(port, "http_")
         self._metrics, self._ready, self._broken, self._host, self._port = metrics, ready, broken, host, port
@@ -38,8 +58,7 @@ class MetricsServer:
 
     async def __aenter__(self) -> MetricsServer:
         app = web.Application()
-        app.router.add_get("/live", self._live)
-        app.router.add_get("/health", self._health)
+        add_probes(app, self._ready, self._broken)
         app.router.add_get("/metrics", self._scrape)
         self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=KEEPALIVE_S)
         await self._runner.setup()
@@ -56,17 +75,5 @@ class MetricsServer:
     ) -> None:
         await self._runner.cleanup()
 
-    async def _live(self, request: web.Request) -> web.Response:
-        broken = self._broken()
-        return _probed(not broken, broken or "ok")
-
-    async def _health(self, request: web.Request) -> web.Response:
-        return _probed(*self._ready())
-
     async def _scrape(self, request: web.Request) -> web.Response:
         return web.Response(text=self._metrics(), content_type="text/plain", charset="utf-8")
-
-
-def _probed(ok: bool, reason: str) -> web.Response:
-    body = {"status": "ok" if ok else "unavailable", "reason": reason}
-    return web.json_response(body, status=200 if ok else 503)
