@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -158,9 +159,8 @@ class Bench:
             remote = await self.transport.connect(bytes.fromhex(hello["description"]), peer="receiver")
             handoff, plane = HandOff(self.accelerator, checksum=checksum), Plane(self.transport, remote)
             words = {NAME: bytes.fromhex(hello["words"].get(NAME, ""))} if way == "device" else {}
-            handoff.attach(
-                plane, Hello(name=way, incarnation="receiver", role=PeerRole.LANGUAGE, transports=words)
-            )  # fmt: skip
+            receiver = Hello(name=way, incarnation="receiver", role=PeerRole.LANGUAGE, transports=words)
+            handoff.attach(plane, receiver)
             self.ways[way] = handoff, plane
 
     async def close(self) -> None:
@@ -236,11 +236,9 @@ async def measure(there: int, rounds: int) -> list[dict[str, object]]:
         limit: dict[int, tuple[float, float]] = {}
         for size in SIZES:
             name = f"{size // MiB} MiB"
-            down = size / bench.bare(size, (out, bench.host.address, bench.source))
-            up = size / bench.bare(size, (back, bench.other, bench.host.address))
-            both = size / bench.bare(
-                size, (out, bench.host.address, bench.source), (back, bench.other, bench.host.address)
-            )
+            downward, upward = (out, bench.host.address, bench.source), (back, bench.other, bench.host.address)
+            down, up = size / bench.bare(size, downward), size / bench.bare(size, upward)
+            both = size / bench.bare(size, downward, upward)
             far = bench.peer if there else bench.other
             straight = size / bench.bare(size, (out, far, bench.source))
             limit[size] = min(down, up), straight
@@ -277,14 +275,8 @@ async def measure(there: int, rounds: int) -> list[dict[str, object]]:
         }
         for (size, path), found in rates.items()
     ]
-    rows.append(
-        {
-            "receiver": f"device {there}",
-            "size": "",
-            "path": "event loop, longest turn, ms",
-            "gb_s": round(lag.worst_s * 1e3, 2),
-        }
-    )
+    worst_ms = round(lag.worst_s * 1e3, 2)
+    rows.append({"receiver": f"device {there}", "size": "", "path": "event loop, longest turn, ms", "gb_s": worst_ms})
     return rows
 
 
@@ -367,8 +359,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("role", nargs="*", default=["bench"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json")
-    parser.add_argument("--text")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--text", type=Path)
     options = parser.parse_args()
     role, *words = options.role
     roles: dict[str, Callable[[], object]] = {
@@ -392,11 +384,10 @@ def main() -> None:
     text = "\n".join([machine, table(rows), *(f"{what}: {found}" for what, found in notes.items())])
     print(text)
     if options.text:
-        with open(options.text, "w") as file:
-            file.write(text + "\n")
+        options.text.write_text(text + "\n")
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": machine, "rounds": options.rounds, "rows": rows, "notes": notes}, file, indent=1)
+        found = {"machine": machine, "rounds": options.rounds, "rows": rows, "notes": notes}
+        options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
