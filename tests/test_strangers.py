@@ -22,12 +22,17 @@ class Ended(asyncio.Queue[tuple[int, str]]):
         return [self.get_nowait()[0] for _ in range(self.qsize())]
 
 
+def crowd(count: int, ended: Ended) -> Strangers[int]:
+    known: Strangers[int] = Strangers(600.0, ended)
+    for one in range(count):
+        known.add(one)
+    return known
+
+
 async def test_the_oldest_of_too_many_that_had_their_time_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strangers, "GRACE_S", 0.0)
     ended = Ended()
-    known: Strangers[int] = Strangers(600.0, ended)
-    for one in range(66):
-        known.add(one)
+    known = crowd(66, ended)
     assert ended.now() == [0, 1] and 0 not in known and 2 in known
     assert known.discard(2) and not known.discard(2) and not known.discard(0)
     known.add(66)
@@ -39,9 +44,7 @@ async def test_the_oldest_of_too_many_that_had_their_time_go_first(monkeypatch: 
 async def test_a_crowd_has_its_time_to_prove_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strangers, "GRACE_S", 0.05)
     ended = Ended()
-    known: Strangers[int] = Strangers(600.0, ended)
-    for one in range(200):
-        known.add(one)
+    known = crowd(200, ended)
     assert ended.now() == []
     for one in range(2, 200, 2):
         known.discard(one)
@@ -55,9 +58,7 @@ async def test_there_are_never_more_than_descriptors_for_them(monkeypatch: pytes
     monkeypatch.setattr(strangers, "GRACE_S", 600.0)
     monkeypatch.setattr(strangers, "MOST", 100)
     ended = Ended()
-    known: Strangers[int] = Strangers(600.0, ended)
-    for one in range(103):
-        known.add(one)
+    known = crowd(103, ended)
     assert ended.now() == [0, 1, 2] and len(known) == 100
     known.close()
 

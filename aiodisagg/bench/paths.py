@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -16,6 +15,7 @@ from aiodisagg.bench import bare
 from aiodisagg.bench.bare import Ranges
 from aiodisagg.bench.partner import NAME, Done, Open, Opened, Partner, Sum, Wipe
 from aiodisagg.errors import AiodisaggError
+from aiodisagg.peer.once import EnteredOnce
 from aiodisagg.peer.planes import make_transport
 from aiodisagg.transport.base import Remote, Slice, Transport
 
@@ -63,7 +63,7 @@ class TransportPath:
         await self.transport.aclose()
 
 
-class Paths:
+class Paths(EnteredOnce):
     """An async context manager: what this machine has of ``names``, connected to ``partner``.
 
     Args:
@@ -82,32 +82,27 @@ class Paths:
         there: str = "127.0.0.1",
         limits: bool = True,
     ) -> None:
+        super().__init__()
         self.partner, self.pool_bytes = partner, pool_bytes
         self.transports: dict[str, TransportPath] = {}
         self.limits: dict[str, Path] = {}
         """By the transport that is measured against it."""
         self.missing: dict[str, str] = {}
         self._names, self._here, self._there, self._bare = names, here, there, limits
-        self._stack = contextlib.AsyncExitStack()
 
-    async def __aenter__(self) -> Paths:
-        try:
-            opened = await self.partner.ask(Open(self.pool_bytes, self._there, self._names), Opened)
-            self.missing = dict(opened.missing)
-            self._source = await asyncio.to_thread(_random, self.pool_bytes)
-            for name in opened.pools:
-                transport = make_transport(name, self._here)
-                await transport.open(None, lambda offset, size, lease: False, incarnation="writer")
-                self._stack.push_async_callback(transport.aclose)
-                remote = await transport.connect(opened.pools[name], peer=NAME)
-                self.transports[name] = TransportPath(transport, remote, self._source.data)
-                if self._bare:
-                    self.limits[name] = limit = await asyncio.to_thread(self._limit(name, opened.sinks[name]))
-                    self._stack.push_async_callback(limit.aclose)
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
+    async def _open(self) -> None:
+        opened = await self.partner.ask(Open(self.pool_bytes, self._there, self._names), Opened)
+        self.missing = dict(opened.missing)
+        self._source = await asyncio.to_thread(_random, self.pool_bytes)
+        for name in opened.pools:
+            transport = make_transport(name, self._here)
+            await transport.open(None, lambda offset, size, lease: False, incarnation="writer")
+            self._stack.push_async_callback(transport.aclose)
+            remote = await transport.connect(opened.pools[name], peer=NAME)
+            self.transports[name] = TransportPath(transport, remote, self._source.data)
+            if self._bare:
+                self.limits[name] = limit = await asyncio.to_thread(self._limit(name, opened.sinks[name]))
+                self._stack.push_async_callback(limit.aclose)
 
     def _limit(self, name: str, address: str) -> Callable[[], Path]:
         source = self._source

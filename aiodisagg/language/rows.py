@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
 from types import TracebackType
 
 from prometheus_client.core import Metric
@@ -24,6 +23,7 @@ from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.peer import metrics
 from aiodisagg.peer.config import LanguageConfig
 from aiodisagg.peer.driver import Driver, Tasks
+from aiodisagg.peer.once import EnteredOnce
 from aiodisagg.peer.planes import Planes
 from aiodisagg.protocol.events import (
     Fail,
@@ -60,7 +60,7 @@ FOREVER_S = 9e8
 Deliver = Callable[[ItemKey, int, memoryview | DeviceBytes], None]
 
 
-class RowReceiver:
+class RowReceiver(EnteredOnce):
     """An async context manager. Methods belong to the loop's thread.
 
     Args:
@@ -78,6 +78,7 @@ class RowReceiver:
         ended: Callable[[ItemKey, Fail | None], None], traces: Traces | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:  # fmt: skip
+        super().__init__()
         self._accelerator = accelerator
         self.config, self.model, self.name = config, model, name
         self.layout = RowLayout.of(model)
@@ -90,16 +91,8 @@ class RowReceiver:
         self._hedging: asyncio.TimerHandle | None = None
         self._hedge_due = 0.0
         self._revoking: dict[asyncio.Task[None], tuple[int, ...]] = {}
-        self._stack = AsyncExitStack()
 
-    async def __aenter__(self) -> RowReceiver:
-        try:
-            return await self._open()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-
-    async def _open(self) -> RowReceiver:
+    async def _open(self) -> None:
         config, row_bytes = self.config, self.layout.row_bytes
         self.pool = receive_pool(config, row_bytes)
         memory = await asyncio.to_thread(RowMemory, self.pool.size_bytes, self._accelerator)
@@ -147,7 +140,6 @@ class RowReceiver:
             traces=self.traces,
             accelerator=self._accelerator,
         )
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -1,4 +1,4 @@
-"""How services are entered."""
+"""How what lives once is entered."""
 
 from __future__ import annotations
 
