@@ -120,7 +120,7 @@ class Sender:
             self.items.pop(user, None)
             self._timers.disarm(user)
             return actions + self.sources.release(item.digest, user)
-        self.sources.here(user, item.here(now))
+        self.sources.here(item.digest, user, item.here(now))
         if item.state.final:
             self._timers.disarm(user)
         else:

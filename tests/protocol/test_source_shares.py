@@ -8,18 +8,20 @@ import pytest
 
 from aiodisagg.protocol import events as ev
 from aiodisagg.protocol import messages as ms
+from aiodisagg.protocol.sources import Source
 
 from . import truth
 from .lists import Sending, every, only
 
 RETAIN_S = 30.0
+FILE_BYTES = len(truth.digest_of(0))
 
 
 class Shared(Sending):
-    """A sender with room for eight images of six rows, and receivers that are linked. Every digest is another one."""
+    """A sender with room for ``images`` of six rows, and receivers that are linked. Every digest is another one."""
 
-    def __init__(self, *peers: str) -> None:
-        super().__init__(capacity_bytes=48 * truth.ROW_BYTES, retain_s=RETAIN_S)
+    def __init__(self, *peers: str, images: int = 8, **config: Any) -> None:
+        super().__init__(capacity_bytes=6 * images * truth.ROW_BYTES, retain_s=RETAIN_S, **config)
         for peer in peers:
             self.do(ev.LinkUp(peer))
         self.rooms = 0
@@ -67,6 +69,54 @@ def test_a_receiver_that_is_alone_has_all_of_it() -> None:
     s = Shared("L", "M")
     s.do(ev.LinkLost("M"))
     assert len(started(s.asks("L", 20))) == 8
+
+
+def test_rows_of_a_killed_receiver_take_no_share_of_others() -> None:
+    """Of ten receivers nine asked for nothing, and the one that did had a tenth: who was killed kept the rest."""
+    s = Shared("killed", *(f"p{number}" for number in range(9)), images=10)
+    assert len(started(s.asks("killed", 6))) == 6
+    s.encoded(*range(1, 7))
+    s.do(ev.LinkLost("killed"))
+    s.do(ev.LinkUp("p9"))
+    assert started(s.asks("p0", 9)) == [f"digest-{number}" for number in range(7, 14)]
+    assert sum(peer == "killed" for peer, _ in s.machine.items) == 3, "no more than was needed"
+
+
+def test_rows_that_nobody_takes_take_no_share_of_others() -> None:
+    s = Shared(*(f"p{number}" for number in range(10)), images=10)
+    s.asks("p1", 6)
+    s.encoded(*range(1, 7))
+    assert started(s.asks("p0", 9)) == ["digest-7"], "it has a tenth, and three quarters are full"
+    assert len(started(s.later(RETAIN_S))) == 6
+
+
+def test_files_of_who_has_its_share_of_rows_make_way() -> None:
+    """They had all the room for files, which do not go before rows are taken: nothing of M's was begun."""
+    s = Shared("L", "M", file_bytes=5 * FILE_BYTES)
+    for room in range(1, 7):
+        s.asks("L")
+        s.encoded(room)
+    assert not started(s.asks("L", 5))
+    assert started(s.asks("M")) == ["digest-12"] and started(s.asks("M")) == ["digest-13"]
+    assert not started(s.asks("M", 2)), "no room for more rows"
+    queued = [digest for queue in s.machine.sources._queues.values() for digest in queue]
+    assert queued == ["digest-7", "digest-8", "digest-14"], "one of M's, which has a turn before L"
+    assert started(s.says(ms.Release(ms.ItemKey(1, 0), 1))) == ["digest-14"]
+    s.encoded(12, 13)
+    assert only(s.want(ms.ItemKey(9, 0), 2, digest="digest-9", media=None), ms.Offer).needs_media, "the first put aside"
+
+
+def test_however_many_wait_an_event_looks_at_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A receiver with its share had all of its queue looked at by each event of anybody."""
+    s = Shared("L", "M")
+    s.asks("L", 1000)
+    s.encoded(*range(1, 7))
+    looked = []
+    receivers = Source.receivers.fget
+    monkeypatch.setattr(Source, "receivers", property(lambda source: looked.append(source) or receivers(source)))
+    s.do(ev.StageEntered("digest-1", "encoding", 0.0))
+    s.asks("M", 5)
+    assert len(looked) < 100
 
 
 def test_one_that_takes_no_rows_yields_to_one_that_comes_later() -> None:
