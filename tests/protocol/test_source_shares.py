@@ -173,18 +173,42 @@ def test_one_that_has_all_rows_and_does_not_say_so_yields() -> None:
     assert started(s.later(RETAIN_S)) == ["digest-9"]
 
 
-def test_a_write_that_does_not_end_is_fenced_for_who_waits() -> None:
+def writing() -> tuple[Shared, list[ev.Write]]:
+    """All the room is L's, which has a slow network, and M waits."""
     s = Shared("L")
     s.asks("L", 8)
     s.encoded(*range(1, 9))
-    for room in range(1, 9):
-        s.grant((0, 6), key=ms.ItemKey(room, 0), first=room)
+    writes = [only(s.grant((0, 6), key=ms.ItemKey(room, 0), first=room), ev.Write) for room in range(1, 9)]
     s.asks("M")
-    fence = only(s.later(RETAIN_S), ev.Fence)
-    write = s.machine.items["L", fence.key].writing
-    assert write is not None
-    s.wrote(write)
-    assert started(s.do(ev.WritesFenced("L", fence.key))) == ["digest-9"]
+    return s, writes
+
+
+def test_rows_on_their_way_are_being_taken_however_long_that_is() -> None:
+    """A chunk that needed more than retain_s was stopped, and its item encoded again."""
+    s, writes = writing()
+    assert s.later(100 * RETAIN_S) == []
+    assert every(s.wrote(writes[0]), ms.Commit)
+    assert s.later(RETAIN_S - 1.0) == []
+    assert started(s.says(ms.Release(ms.ItemKey(1, 0), 1))) == ["digest-9"]
+
+
+def test_who_has_a_link_is_told_that_it_yielded() -> None:
+    """It heard nothing, and asked again only when its patience ended."""
+    s, writes = writing()
+    s.wrote(writes[2])
+    actions = s.later(RETAIN_S)
+    assert started(actions) == ["digest-9"]
+    why = "it takes no rows, and others needed the room"
+    assert only(actions, ms.Fenced) == ms.Fenced(writes[2].key, 1, why)
+
+
+def test_after_a_write_that_failed_late_there_is_time_to_ask_again() -> None:
+    s, writes = writing()
+    s.later(2 * RETAIN_S)
+    only(s.do(ev.WriteFailed("L", writes[0].key, 1, "no answer in 60 s")), ev.Fence)
+    fenced = s.do(ev.WritesFenced("L", writes[0].key))
+    assert only(fenced, ms.Fenced).reason == "no answer in 60 s" and not started(fenced)
+    assert only(s.want(writes[0].key, 2, digest="digest-1", media=None), ms.Offer).ready == 6
 
 
 @pytest.mark.parametrize("grid", [(1, 14, 14), (1, 40_000, 40_000)])
