@@ -10,7 +10,8 @@ else; before it is answered, the write in progress is fenced, so ``Offer`` alway
 An item's record outlives its link for ``retain_s``, because the source and ``written`` are what make a resume cheap.
 It ends earlier when another receiver, one with a link, waits for the room (``RoomWanted``); who returns after that
 sends the media once more. So does that of a receiver which has a link, and for as long has not taken rows that exist,
-or not said that it has them all; it is told (``Fenced``). How long a write may take is for the transport to say.
+or not said that it has them all; when it grants blocks later it is told (``Fenced``), and not before: until then it
+lacks nothing. How long a write may take is for the transport to say.
 It is never dropped while a write may still move: every end goes through a fence if a write is in progress. That is
 why an unknown item can be declared fenced at once.
 """
@@ -312,9 +313,8 @@ class OutgoingItem:
         return self._end(State.FAILED, "nobody asked for it in time", self._say_fenced, now)
 
     def _room_wanted(self, event: RoomWanted, now: float) -> Actions:
-        why = f"{'it takes no rows' if self.linked else 'its link was lost'}, and others needed the room"
-        fenced = Fenced(self.key, self.epoch, why)
-        return self._end(State.FAILED, why, lambda _: [Send(self.peer, fenced)], now)
+        why = "it takes no rows" if self.linked else "its link was lost"
+        return self._end(State.FAILED, f"{why}, and others needed the room", lambda _: [], now)
 
     def _end(self, state: State, why: str, then: Callable[[float], Actions], now: float) -> Actions:
         self.state, self.source = state, None

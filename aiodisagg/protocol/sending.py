@@ -135,7 +135,9 @@ class Sender:
         if isinstance(message, Want):
             return self._want(item, peer, message, now)
         if item is None:
-            return [Send(peer, Fenced(message.key, message.epoch))] if isinstance(message, Cancel) else []
+            why = "its rows are gone" if isinstance(message, Grant) else ""
+            fenced = Send(peer, Fenced(message.key, message.epoch, why))
+            return [] if isinstance(message, Release) else [fenced]
         try:
             return self._step(item, message, now)
         except InvalidTransition as error:

@@ -127,7 +127,6 @@ def test_one_that_takes_no_rows_yields_to_one_that_comes_later() -> None:
     assert not started(s.later(RETAIN_S - 1.0))
     assert started(s.later(1.0)) == ["digest-9"]
     assert len(s.machine.items) == 8, "one was enough"
-    s.grant((0, 2), key=ms.ItemKey(1, 0))  # of what is gone: not heard
     asked = s.want(ms.ItemKey(1, 0), 2, digest="digest-1", media=None)
     assert only(asked, ms.Offer).needs_media, "as of one that was away"
 
@@ -192,14 +191,17 @@ def test_rows_on_their_way_are_being_taken_however_long_that_is() -> None:
     assert started(s.says(ms.Release(ms.ItemKey(1, 0), 1))) == ["digest-9"]
 
 
-def test_who_has_a_link_is_told_that_it_yielded() -> None:
-    """It heard nothing, and asked again only when its patience ended."""
-    s, writes = writing()
-    s.wrote(writes[2])
+def test_who_grants_blocks_for_rows_that_were_given_up_is_told() -> None:
+    """It heard nothing, and asked again only when its patience ended. While it has no blocks there is nothing to tell:
+    that is no fault of this peer, and to be counted as none."""
+    s = Shared("L")
+    s.asks("L", 8)
+    s.encoded(*range(1, 9))
+    s.asks("M")
     actions = s.later(RETAIN_S)
-    assert started(actions) == ["digest-9"]
-    why = "it takes no rows, and others needed the room"
-    assert only(actions, ms.Fenced) == ms.Fenced(writes[2].key, 1, why)
+    assert started(actions) == ["digest-9"] and not every(actions, ev.Send)
+    (fenced,) = every(s.grant((0, 2), key=ms.ItemKey(1, 0)), ms.Fenced)
+    assert fenced == ms.Fenced(ms.ItemKey(1, 0), 1, "its rows are gone")
 
 
 def test_after_a_write_that_failed_late_there_is_time_to_ask_again() -> None:
