@@ -1,10 +1,12 @@
 """The receiver's blocks: who may write where, and when a block may be lent again.
 
 A pool is one stretch of registered memory cut into blocks of a fixed number of rows. A block is lent for a range of
-rows of one item to one peer under a *lease*, a number that is never used twice and that nobody else can guess: who may
-write where is told by it alone, not by who writes. Its upper bits count the lends, so that a late word is told from an
-invented one; the lower ``TAG_BITS`` are a keyed hash of the count. Rules, in the order in which they were learned by
-others the hard way:
+rows of one item to one peer under a *lease*, a number that is never used twice and that nobody else can guess. Its
+upper bits count the lends, so that a late word is told from an invented one; the lower ``TAG_BITS`` are a keyed hash of
+the count. Where this side places the bytes (``stream``, ``zmq``, ``memory``) it tells who may write where, by the lease
+alone and not by who writes (``admits``). Where the writer does (``ipc``, ``mooncake``), nothing stops one that leaves
+its blocks: these are for peers that are trusted with the whole pool, and what it commits is checked all the same.
+Rules, in the order in which they were learned by others the hard way:
 
 * A block is free again only when (a) the writer reported every row of it, or (b) the lend was revoked and the writer
   is *fenced* (it said that nothing moves any more, or it is gone) and no copy of this side is under way; and in either
@@ -13,7 +15,7 @@ others the hard way:
 * Rows in a revoked block stay usable until then: a chunk whose commit was lost can still be taken (``kept``).
 * One peer never gets all that others need: it may be stopped, and its blocks then stay quarantined until it runs again
   (``has_share``). With one peer linked there are no others, and it may have every block.
-* What was committed is being read, or was: nothing may be written there any more.
+* What was committed is being read, or was: nothing more is admitted there.
 * Everything about a lend is found by its lease, and every lend is forgotten when its block is freed.
 """
 

@@ -198,7 +198,7 @@ class Fenced(msgspec.Struct, frozen=True, tag="fenced", array_like=True):
     key: ItemKey
     epoch: Count
     reason: Text = ""
-    """Why it stopped unasked: the error of the write that failed. Older peers neither say nor read it."""
+    """Why it stopped unasked, e.g. the error of the write that failed. Older peers neither say nor read it."""
 
 
 class Refuse(msgspec.Struct, frozen=True, tag="refuse", array_like=True):

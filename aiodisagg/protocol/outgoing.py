@@ -10,7 +10,8 @@ else; before it is answered, the write in progress is fenced, so ``Offer`` alway
 An item's record outlives its link for ``retain_s``, because the source and ``written`` are what make a resume cheap.
 It ends earlier when another receiver, one with a link, waits for the room (``RoomWanted``); who returns after that
 sends the media once more. So does that of a receiver which has a link, and for as long has not taken rows that exist,
-or not said that it has them all.
+or not said that it has them all; when it grants blocks later it is told (``Fenced``), and not before: until then it
+lacks nothing. How long a write may take is for the transport to say.
 It is never dropped while a write may still move: every end goes through a fence if a write is in progress. That is
 why an unknown item can be declared fenced at once.
 """
@@ -140,7 +141,9 @@ class OutgoingItem:
     def _owed(self) -> bool:
         """It is the receiver's turn: rows exist that were not taken, or all were, and it has not said so."""
         source = self.source
-        return source is not None and (source.complete or not self._sent.covers(0, source.ready))
+        if source is None or self.writing is not None:
+            return False
+        return source.complete or not self._sent.covers(0, source.ready)
 
     # -- epochs --------------------------------------------------------------------------------------------------
 
@@ -258,7 +261,7 @@ class OutgoingItem:
     def _write_failed(self, event: WriteFailed, now: float) -> Actions:
         if self.writing is None:
             raise InvalidTransition(self.state.value, "WriteFailed")
-        self.writing = None
+        self.writing, self.moved = None, now
         self._tell(f"write failed: {event.reason}")
         if self.fencing or event.epoch != self.epoch:
             return []

@@ -120,7 +120,7 @@ class Sender:
             self.items.pop(user, None)
             self._timers.disarm(user)
             return actions + self.sources.release(item.digest, user)
-        self.sources.here(user, item.here(now))
+        self.sources.here(item.digest, user, item.here(now))
         if item.state.final:
             self._timers.disarm(user)
         else:
@@ -135,7 +135,9 @@ class Sender:
         if isinstance(message, Want):
             return self._want(item, peer, message, now)
         if item is None:
-            return [Send(peer, Fenced(message.key, message.epoch))] if isinstance(message, Cancel) else []
+            why = "its rows are gone" if isinstance(message, Grant) else ""
+            fenced = Send(peer, Fenced(message.key, message.epoch, why))
+            return [] if isinstance(message, Release) else [fenced]
         try:
             return self._step(item, message, now)
         except InvalidTransition as error:

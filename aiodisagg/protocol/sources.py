@@ -11,17 +11,18 @@ send them once more. So nobody fails or looks elsewhere because many wait here, 
 room that those before it need is not given to anybody else, until they end or are forgotten as any other record is.
 
 Of the rows a receiver has its share: its equal part of the room, and more while a quarter stays for the others that
-are linked. Whoever has it is passed over, and keeps its place.
+are linked. Whoever has it is passed over, and keeps its place. Its files in the queue, which may be there for long,
+make way for the next ones of a receiver that has less than its share.
 
 A receiver without a link may come back, so what it wants stays as it is, for as long as nobody else needs the room.
 Who has a link goes before it in every line, and may have its room: a process that was killed or stopped leaves as much
 behind as it had asked for, and everybody else would wait until that is forgotten. Such a receiver is *away*, and so is
-one that has a link and does not take rows that are there.
+one that has a link and does not take rows that are there. What only they want takes nothing from others' shares.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -45,6 +46,10 @@ class Source:
     leaving: bool = False
     """Its users were away, and gave it up for others: it goes when no write of theirs can move any more."""
     users: set[User] = field(default_factory=set)
+    away: set[User] = field(default_factory=set)
+    """Those of its users that have no link, or take no rows."""
+    place: int = 0
+    """In the queue, lower ones first; 0: it is not there."""
 
     @property
     def complete(self) -> bool:
@@ -62,6 +67,16 @@ class Source:
     def idle(self) -> bool:
         """A cache's: nobody wants it."""
         return self.started and self.complete and not self.users
+
+    @property
+    def deserted(self) -> bool:
+        """All who want it are away."""
+        return bool(self.users) and self.users == self.away
+
+    @property
+    def yielding(self) -> bool:
+        """Its room is about to be free, or will be when somebody needs it."""
+        return self.cancelled or self.leaving or self.deserted
 
     @property
     def receivers(self) -> set[str]:
@@ -85,16 +100,19 @@ class SourceTable:
         self.started = 0
         self._waiting_patches = 0
         self._sources: OrderedDict[str, Source] = OrderedDict()
-        self._queue: deque[str] = deque()
+        self._queues: dict[str, OrderedDict[str, None]] = {}
+        """Digests of jobs to start by receiver, as they came; what several want is in the queue of each."""
+        self._places = 0
         self._aside: OrderedDict[str, int] = OrderedDict()
         """Digests whose files are to be sent again, and how large they are."""
-        self._away: set[User] = set()
         self.linked: set[str] = set()
         """Receivers that have a link."""
         self._held: Counter[str] = Counter()
         """Bytes of started sources by receiver; what several want counts for each."""
         self._idle_bytes = 0
         """Of those that are cached and wanted by nobody."""
+        self._yielding_bytes = 0
+        """Of started ones that are ``yielding``."""
 
     def get(self, digest: str) -> Source | None:
         return self._sources.get(digest)
@@ -125,10 +143,12 @@ class SourceTable:
             self.hits += 1
         self._count(source, -1)
         source.users.add(user)
+        source.away.discard(user)
+        source.leaving = False
         self._count(source, +1)
         self.linked.add(user[0])
-        self._away.discard(user)
-        source.leaving = False
+        if source.place:
+            self._queues.setdefault(user[0], OrderedDict())[want.digest] = None
         self._sources.move_to_end(want.digest)
         return self._take_files(source, want) if want.digest in self._aside else source
 
@@ -154,45 +174,89 @@ class SourceTable:
                 del self._held[peer]
         if source.idle:
             self._idle_bytes += sign * source.size_bytes
+        elif source.yielding:
+            self._yielding_bytes += sign * source.size_bytes
+
+    def _enqueue(self, source: Source) -> None:
+        self._places += 1
+        source.place = self._places
+        for peer in source.receivers:
+            self._queues.setdefault(peer, OrderedDict())[source.job.digest] = None
+
+    def _dequeue(self, source: Source) -> None:
+        source.place = 0
+        for peer in source.receivers:
+            self._leave(source, peer)
+
+    def _leave(self, source: Source, peer: str) -> None:
+        queue = self._queues.get(peer)
+        if queue is not None:
+            queue.pop(source.job.digest, None)
+            if not queue:
+                del self._queues[peer]
 
     def _take_files(self, source: Source, want: Want) -> Source | None:
         """Queues a source that was put aside if its turn has come; None: its files are needed for that."""
         if want.media is not None:
             self._aside[want.digest] = _size_of(want.media)
-        if not self._has_turn(want.digest):
+        make_way = self._make_way(want.digest)
+        if make_way is None:
             return source
         if want.media is None:
             return None
         size_bytes = self._aside.pop(want.digest)
-        self._put_aside(size_bytes)
+        self._put_aside(make_way, size_bytes)
         self.file_bytes += size_bytes
         source.job = replace(source.job, media=want.media)
-        self._queue.append(want.digest)
+        self._enqueue(source)
         return source
 
-    def _has_turn(self, digest: str) -> bool:
-        """Whether there is room for its files and for those of all that were put aside before it. Who is away is not
-        counted: what it has in the queue is put aside, and what is aside already comes later."""
-        taken = self.file_bytes
-        if self._away:
-            taken -= sum(self._sources[queued].file_bytes for queued in self._queue if self._deserted(queued))
+    def _make_way(self, digest: str) -> list[str] | None:
+        """What is to go from the queue so that there is room for its files and for those of all that were put aside
+        before it, or None: it has not its turn. Who is behind it is not counted."""
+        full = self._full(self._sources[digest])
+        behind, goes, taken = self._behind(full), [], self.file_bytes
         for other, size_bytes in self._aside.items():
-            if self._deserted(other):
+            if other != digest and self._is_behind(other, full):
                 continue
-            if taken and taken + size_bytes > self.capacity_file_bytes:
-                return False
+            while taken and taken + size_bytes > self.capacity_file_bytes:
+                queued = next(behind, None)
+                if queued is None:
+                    return None
+                goes.append(queued)
+                taken -= self._sources[queued].file_bytes
             if other == digest:
-                return True
+                return goes
             taken += size_bytes
         raise KeyError(digest)
 
-    def _put_aside(self, room: int) -> None:
-        """Puts queued sources aside whose users are all away, the last one first, until there is room for files."""
-        for digest in [queued for queued in reversed(self._queue) if self._deserted(queued)]:
+    def _full(self, source: Source) -> set[str]:
+        """Receivers whose files make way for those of ``source``: what they have in the queue is more than their share,
+        and somebody wants this who has nothing there and may have it."""
+        if source.receivers <= self._queues.keys() or not self._has_share(source):
+            return set()
+        return {peer for peer, queue in self._queues.items() if not self._has_share(self._sources[next(iter(queue))])}
+
+    def _behind(self, full: set[str]) -> Iterator[str]:
+        """Queued digests that nobody wants but who is away, and then those of full receivers; the last ones first."""
+        seen: set[str] = set()
+        for peer in (*(peer for peer in self._queues if peer not in self.linked), *sorted(full)):
+            for digest in reversed(self._queues[peer]):
+                if digest not in seen and self._is_behind(digest, full):
+                    seen.add(digest)
+                    yield digest
+
+    def _is_behind(self, digest: str, full: set[str]) -> bool:
+        source = self._sources[digest]
+        return source.deserted or source.receivers <= full
+
+    def _put_aside(self, digests: list[str], room: int) -> None:
+        """Puts queued sources aside, one after the other, until there is room for files."""
+        for digest in digests:
             if not self.file_bytes or self.file_bytes + room <= self.capacity_file_bytes:
                 return
             source = self._sources[digest]
-            self._queue.remove(digest)
+            self._dequeue(source)
             self._aside[digest] = source.file_bytes
             self._aside.move_to_end(digest, last=False)
             self._drop_files(source)
@@ -212,51 +276,43 @@ class SourceTable:
 
     def release(self, digest: str, user: User) -> list[SenderAction]:
         """Ends a user's interest. A job that nobody wants is cancelled; complete rows stay as a cache."""
-        self._away.discard(user)
         source = self._sources.get(digest)
         if source is None:
             return []
         self._count(source, -1)
         source.users.discard(user)
-        self._count(source, +1)
-        if source.users or source.complete:
-            return []
-        if source.started:
-            if source.cancelled:
-                return []
+        source.away.discard(user)
+        ends = source.started and not (source.users or source.complete or source.cancelled)
+        if ends:
             source.cancelled, source.ready = True, 0  # its rows go when the job stops: nobody may begin to use them
-            return [CancelEncode(digest)]
-        if self._aside.pop(digest, None) is None:
-            self._queue.remove(digest)
-        self._remove(source)
-        return []
+        self._count(source, +1)
+        if user[0] not in source.receivers:
+            self._leave(source, user[0])
+        if not source.started and not source.users:
+            self._aside.pop(digest, None)
+            self._remove(source)
+        return [CancelEncode(digest)] if ends else []
 
-    def here(self, user: User, here: bool) -> None:
+    def here(self, digest: str, user: User, here: bool) -> None:
         """This user's receiver has a link and takes rows, or not."""
-        if here:
-            self._away.discard(user)
-        else:
-            self._away.add(user)
-
-    def _deserted(self, digest: str) -> bool:
-        """All who want it are away."""
-        users = self._sources[digest].users
-        return bool(users) and users <= self._away
+        source = self._sources.get(digest)
+        if source is None or user not in source.users or here == (user not in source.away):
+            return
+        self._count(source, -1)
+        (source.away.discard if here else source.away.add)(user)
+        self._count(source, +1)
 
     def _first(self) -> str | None:
         """Whose turn it is: who came first of those that are not away and may have more, or if all are away, of all."""
-        full: set[str] = set()
-        for digest in self._queue:
-            if self._deserted(digest) or (receivers := self._sources[digest].receivers) <= full:
-                continue
-            if self._has_share(self._sources[digest]):
-                return digest
-            full |= receivers
-        return self._queue[0] if self._queue and not full else None
+        firsts = {next(iter(queue)) for queue in self._queues.values()}
+        line = sorted((self._sources[digest] for digest in firsts), key=lambda source: source.place)
+        here = [source for source in line if not source.deserted]
+        may = (source.job.digest for source in here or line if not here or self._has_share(source))
+        return next(may, None)
 
     def _has_share(self, source: Source) -> bool:
         """Whether one who wants it may have so much more. Who has nothing may have one, whatever its size."""
-        if self._in_use + source.size_bytes <= self.capacity_bytes * 3 // 4:
+        if self._in_use - self._yielding_bytes + source.size_bytes <= self.capacity_bytes * 3 // 4:
             return True
         most = self.capacity_bytes // max(1, len(self.linked))
         held = min(self._held[peer] for peer in source.receivers)
@@ -274,7 +330,7 @@ class SourceTable:
             if self._in_use + source.size_bytes > self.capacity_bytes:
                 break
             actions += self._evict(source.size_bytes)
-            self._queue.remove(digest)
+            self._dequeue(source)
             self.used_bytes += source.size_bytes
             source.started = True
             self._count(source, +1)
@@ -301,8 +357,8 @@ class SourceTable:
         are all away, and it is not. None: nobody. Of such sources the one that was asked for longest ago goes first. To
         be asked after ``admit``, again and again; room that is about to be free is counted.
         """
-        first = self._first() if self._away else None
-        if first is None or self._deserted(first):
+        first = self._first() if self._yielding_bytes else None
+        if first is None or self._sources[first].deserted:
             return None
         started = {d: source for d, source in self._sources.items() if source.started and not source.idle}
         going = {digest for digest, source in started.items() if source.cancelled or source.leaving}
@@ -310,7 +366,7 @@ class SourceTable:
         if self._in_use - coming + self._sources[first].size_bytes <= self.capacity_bytes:
             return None
         for digest, source in started.items():
-            if digest not in going and self._deserted(digest):
+            if digest not in going and source.deserted:
                 source.leaving = True
                 return sorted(source.users)
         return None
@@ -322,7 +378,7 @@ class SourceTable:
         self.used_bytes -= source.size_bytes
         if source.cancelled and source.users:
             source.ready, source.started, source.cancelled = 0, False, False
-            self._queue.append(digest)
+            self._enqueue(source)
             return set(), [DropSource(digest)]
         self._remove(source)
         return source.users, [DropSource(digest)]

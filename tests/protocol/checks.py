@@ -117,6 +117,8 @@ def sender(world: World, process: Process) -> None:
     _demand(used == table.used_bytes, f"{process.name} counts {table.used_bytes} bytes of sources, has {used}")
     _demand(used <= table.capacity_bytes, f"{process.name} is over its capacity: {used}")
     idle = sum(source.size_bytes for source in started.values() if source.idle)
+    gone = sum(source.size_bytes for source in started.values() if not source.idle and source.yielding)
+    _demand(gone == table._yielding_bytes, f"{process.name} counts {table._yielding_bytes} yielding bytes, has {gone}")
     _demand(idle == table._idle_bytes, f"{process.name} counts {table._idle_bytes} bytes of cached sources, has {idle}")
     shares = Counter(peer for source in started.values() for peer in source.receivers for _ in range(source.size_bytes))
     _demand(shares == table._held, f"{process.name} counts {table._held} bytes by receiver, has {shares}")
@@ -128,11 +130,13 @@ def sender(world: World, process: Process) -> None:
     _demand(set(started) == set(process.store), f"{process.name} holds {set(process.store)}, thinks {set(started)}")
     for digest, source in table._sources.items():
         _demand(source.users or source.complete or source.cancelled, f"{digest} is kept for nobody")
-        waits = [digest in line for line in (table._queue, table._aside)]
+        waits = [source.place > 0, digest in table._aside]
         _demand([source.started, *waits].count(True) == 1, f"{digest} is nowhere, or in two lines")
         _demand(not source.file_bytes or digest not in table._aside, f"{digest} is put aside with its files")
         for user in source.users:
             _demand(user in machine.items, f"{digest} is kept for {user}, which is over")
+        queued_for = {peer for peer, queue in table._queues.items() if digest in queue}
+        _demand(queued_for == (source.receivers if source.place else set()), f"{digest} is queued for {queued_for}")
     for user, item in machine.items.items():
         _demand(not item.ended, f"{user} ended and is remembered")
         _demand(item.state.final or user in machine._timers, f"{user} has no timer")
@@ -225,6 +229,6 @@ def at_the_end(world: World) -> None:
         for digest, source in peer.machine.sources._sources.items():
             _demand(source.complete and not source.users, f"{digest} is left at {peer.name}: {source}")
         table = peer.machine.sources
-        _demand(not table._queue and not table._aside, f"jobs left in the queue of {peer.name}")
+        _demand(not table._queues and not table._aside, f"jobs left in the queue of {peer.name}")
         _demand(not table.file_bytes, f"files left at {peer.name}")
     _demand(not world.landings.under_way, f"writes never ended: {world.landings.under_way}")

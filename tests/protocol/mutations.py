@@ -86,7 +86,7 @@ MUTATIONS = (
              "return actions + [Send(peer, Cancel(key, epoch)) for key, epoch in stale.items()]", "return actions"),
     Mutation("a source in use is evicted", SourceTable, "_evict", "if s.idle", "if s.started and s.complete"),
     Mutation("an encode that was wanted again is forgotten", SourceTable, "stopped",
-             "self._queue.append(digest)", "pass"),
+             "self._enqueue(source)", "pass"),
     Mutation("blocks of a lost link stay with the old epoch", IncomingItem, "_settle_older",
              "said = tuple(block.lend.lease for block in old if not block.fenced)", "said = ()"),
     Mutation("a lost link is waited for without end", IncomingItem, "_link_lost",

@@ -231,11 +231,14 @@ class Traffic:
         assert {digest for digest, source in table._sources.items() if source.started} == self.kept
         filed = [source.file_bytes for source in table._sources.values() if source.file_bytes]
         assert table.file_bytes == sum(filed) <= table.capacity_file_bytes
-        assert table._away <= machine.items.keys()
         for digest in table._sources:
-            users = table._sources[digest].users
-            assert users <= machine.items.keys()
-            assert [table._sources[digest].started, digest in table._queue, digest in table._aside].count(True) == 1
+            source = table._sources[digest]
+            assert source.away <= source.users <= machine.items.keys()
+            assert [source.started, source.place > 0, digest in table._aside].count(True) == 1
+            queued_for = {peer for peer, queue in table._queues.items() if digest in queue}
+            assert queued_for == (source.receivers if source.place else set())
+        yielding = sum(source.size_bytes for source in alive if not source.idle and source.yielding)
+        assert table._yielding_bytes == yielding and all(table._queues.values())
         assert all(write.digest in self.kept for write in self.writes), "rows went under a write"
 
     def want(self, peer: str, key: ms.ItemKey, epoch: int, *, files: bool) -> None:
