@@ -88,6 +88,11 @@ class Connection(asyncio.Protocol):
         self._writing = True
         self.parted = False
 
+    @property
+    def quiet(self) -> bool:
+        """Nothing was heard for two heartbeats."""
+        return self._pulse.quiet and not self._heard
+
     # -- called by the event loop -------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
