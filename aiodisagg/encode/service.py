@@ -102,7 +102,7 @@ class EncodeService(EnteredOnce):
         self._labels = PeerLabels()
         self._sessions: dict[str, Session] = {}
         self._waiting: dict[str, Session] = {}
-        """Of peers that have a session: the latest further link, through which nothing was said yet."""
+        """Of peers that have a session: one further link, through which nothing was said yet."""
         self._writers: dict[tuple[str, ItemKey], Session] = {}
         self._stopped = asyncio.Event()
         self._drained = asyncio.Event()
@@ -270,10 +270,14 @@ class EncodeService(EnteredOnce):
 
     async def _serve_link(self, link: Link) -> None:
         """A peer has one session. It may dial anew since it gave the older link up, and then says so by its first
-        word; or because it knows two addresses of this process, and then closes the new link without one."""
-        session = Session(link, self._planes, self._answer, checksum=self.config.checksum, handoff=self._handoff)
-        if (other := self._waiting.get(session.peer)) is not None:
+        word; or because it knows two addresses of this process, and then closes the new link without one. Which of the
+        two a further link is cannot be told, so the first of them is kept while it is heard: it may be in use."""
+        if (other := self._waiting.get(link.remote.incarnation)) is not None:
+            if not (other.link.closed or other.link.quiet):
+                link.abort()
+                return
             other.link.abort()
+        session = Session(link, self._planes, self._answer, checksum=self.config.checksum, handoff=self._handoff)
         self._waiting[session.peer] = session
         try:
             before = self._sessions.get(session.peer)

@@ -17,7 +17,8 @@ class LinkConfig:
     heartbeat_s: float = 1.0
     """A side that said or heard nothing for this long pings."""
     timeout_s: float = 5.0
-    """A peer of which not one byte came for this long is lost; at least two heartbeats."""
+    """A peer of which not one byte came for this long is lost, or too little of a large frame that keeps others waiting
+    (:mod:`aiodisagg.link.room`); at least two heartbeats."""
     handshake_timeout_s: float = 5.0
     """From the first connection attempt to a link that may be used."""
     close_timeout_s: float = 1.0

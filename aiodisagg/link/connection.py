@@ -8,7 +8,7 @@ Life: ``connection_made`` -> handshake -> ``ready`` -> messages -> ``fail``, ``a
   socket; it never stops heartbeats, which are answered in the read callback and sent by a timer.
 * Messages leave in the order of the calls. Above the high-water mark they wait in ``_outbox``, not yet encoded, so a
   hundred large messages that wait cost their references only. A cancelled ``send`` that still waits is taken out.
-* A large frame that comes to a server waits for room (:mod:`aiodisagg.link.room`); its socket is not read meanwhile.
+* A large frame that comes to a server waits for room (:mod:`aiodisagg.link.room`); its socket is read little meanwhile.
 * Every end goes through ``_end``: the first reason stays and is what ``recv`` and ``send`` report.
 """
 
@@ -34,7 +34,7 @@ from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.framing import frame
 from aiodisagg.link.hello import MAX_HANDSHAKE_FRAME_BYTES, Handshake, Hello, bye, decode_bye
 from aiodisagg.link.pulse import Beat, Pulse
-from aiodisagg.link.room import SMALL_BYTES, Room
+from aiodisagg.link.room import Place, Room
 from aiodisagg.protocol.messages import Message, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ class Connection(asyncio.Protocol):
         self.handshake = handshake
         self._config = config
         self._same_user = same_user
-        self._room = room
-        self._in_room = self._waits_for_room = False
+        self._place = None if room is None else Place(room, self._read_or_not)
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self._loop.create_future()
         """Done when messages may be exchanged; else LinkError, AuthenticationFailed or RemoteProtocolError."""
@@ -88,6 +87,11 @@ class Connection(asyncio.Protocol):
         self._nowait_bytes = 0
         self._writing = True
         self.parted = False
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing was heard for two heartbeats."""
+        return self._pulse.quiet and not self._heard
 
     # -- called by the event loop -------------------------------------------------------------------------------
 
@@ -128,8 +132,8 @@ class Connection(asyncio.Protocol):
                     except Exception as error:  # it belongs to the caller of ``deliver``, not to the loop
                         self._end_delivery(error)
                 self._leave_room()
-            if self._room is not None and not self._in_room and reader.part_bytes > SMALL_BYTES:
-                self._ask_for_room(self._room, reader.part_bytes)
+            if self._place is not None:
+                self._place.gather(reader.part_bytes)
         except AuthenticationFailed as error:
             self.fail("auth", "the other side does not know our shared secret", error)
         except RemoteProtocolError as error:
@@ -263,6 +267,7 @@ class Connection(asyncio.Protocol):
             return
         self.reason, self._cause = reason, cause
         self._leave_room()
+        self._place = None  # it refers to this object, and this one to what has come of a frame
         if self._timer is not None:
             self._timer.cancel()
         if not self.ready.done():
@@ -332,7 +337,7 @@ class Connection(asyncio.Protocol):
             self._read_or_not()
 
     def _read_or_not(self) -> None:
-        reading = not (self._queue_full or self._waits_for_room)
+        reading = not self._queue_full and (self._place is None or self._place.read)
         if reading == self._reading or self.reason is not None:
             return
         self._reading = reading
@@ -342,19 +347,9 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.pause_reading()
 
-    def _ask_for_room(self, room: Room, size_bytes: int) -> None:
-        self._in_room = True
-        self._waits_for_room = not room.enter(self, size_bytes, self._has_room)
-        self._read_or_not()
-
-    def _has_room(self) -> None:
-        self._waits_for_room = False
-        self._read_or_not()
-
     def _leave_room(self) -> None:
-        if self._room is not None and self._in_room:
-            self._in_room = self._waits_for_room = False
-            self._room.leave(self)
+        if self._place is not None:
+            self._place.leave()
 
     def _full(self, *, half: bool = False) -> bool:
         share = 2 if half else 1
@@ -385,10 +380,14 @@ class Connection(asyncio.Protocol):
     def _tick(self) -> None:
         """Once a heartbeat."""
         assert self._transport is not None
-        beat = self._pulse.tick(heard=self._heard, said=self._said, reading=self._reading)
+        reading, reader = self._reading, self._reader
+        in_time = self._place is None or self._place.beat(reader.come_bytes, self._config.heartbeat_s)
+        beat = self._pulse.tick(heard=self._heard and in_time, said=self._said, reading=reading)
         self._heard = self._said = False
         if beat is Beat.LOST:
             reason = f"nothing was heard for {self._config.timeout_s:g} s"
+            if not in_time:
+                reason = f"{reader.come_bytes} of {reader.part_bytes} bytes came, too slowly while others wait"
             logger.warning("link to %s: %s", self.peer, reason)
             self.fail("timeout", reason)
             return

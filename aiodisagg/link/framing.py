@@ -55,6 +55,11 @@ class FrameReader:
         """Size of the frame of which a part came; 0: there is none."""
         return 0 if self._part is None else self._size_bytes
 
+    @property
+    def come_bytes(self) -> int:
+        """Size of that part."""
+        return 0 if self._part is None else len(self._part)
+
     def feed(self, data: bytes) -> None:
         """The next bytes of the stream. ``next`` has returned None since the last."""
         if self._start != self._end:  # a part of a header, four bytes at most

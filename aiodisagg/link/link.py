@@ -82,6 +82,11 @@ class Link:
         return self._connection.parted
 
     @property
+    def quiet(self) -> bool:
+        """Nothing was heard of the peer for two heartbeats or longer: perhaps it is gone."""
+        return self._connection.quiet
+
+    @property
     def far_host(self) -> str:
         """Literal address of the other end, if the link is over TCP; else empty."""
         return self._connection.far_host

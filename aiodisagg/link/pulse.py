@@ -35,5 +35,10 @@ class Pulse:
             return Beat.LOST
         return Beat.QUIET if heard and said else Beat.PING
 
+    @property
+    def quiet(self) -> bool:
+        """Nothing was heard in the last two heartbeats; one may pass between a new link's first words and pings."""
+        return self._silent > 1
+
     def __repr__(self) -> str:
         return f"<Pulse silent {self._silent}/{self._limit}>"

@@ -46,9 +46,11 @@ class RawPeer:
             return cls(*await asyncio.open_unix_connection(sock=connect_unix(target)))
         return cls(*await asyncio.open_connection(target.host, target.port))
 
-    async def shake_hands(self, *, secret: bytes | None = SECRET, name: str = "raw") -> Hello:
+    async def shake_hands(
+        self, *, secret: bytes | None = SECRET, name: str = "raw", said: Hello | None = None
+    ) -> Hello:
         shake = Handshake(
-            dialling=True, hello=hello(name), secret=secret, nonce=secrets.token_bytes(32), peer="the server"
+            dialling=True, hello=said or hello(name), secret=secret, nonce=secrets.token_bytes(32), peer="the server"
         )
         self.writer.write(shake.greeting)
         while shake.remote is None:
