@@ -132,9 +132,12 @@ def test_an_item_that_is_placed_again_is_compared_with_few_of_many_peers(monkeyp
     assert "00" not in again and max(again.values()) <= 2
 
 
-def test_one_peer_that_an_item_need_not_avoid_is_found_among_many() -> None:
+@pytest.mark.parametrize("standing", Standing)
+def test_one_peer_that_an_item_need_not_avoid_is_found_among_many(standing: Standing) -> None:
+    """However it stands: it is asked before one that would have to do it again."""
     peers = _Many(50)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    placing.standings.told("49", standing)
     for number in range(8):
         key, spec = _item(number)
         _place(placing, key, spec)
