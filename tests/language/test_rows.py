@@ -69,12 +69,15 @@ class Broken(Zeros):
 
 
 class Made:
-    """A receiver and encode peers; ``cut``: addresses that nobody reaches any more."""
+    """A receiver and encode peers; ``cut``: addresses that nobody reaches any more. ``swallowed``: those where what is
+    sent is dropped, and not sent again; ``unanswered``: of these, which were dialled."""
 
     def __init__(self, receiver: RowReceiver, encoders: list[EncodeService]) -> None:
         self.receiver, self.encoders = receiver, encoders
         self.ends: dict[ItemKey, Fail | None] = {}
         self.cut: set[str] = set()
+        self.swallowed: set[str] = set()
+        self.unanswered: set[str] = set()
 
     def at(self, key: ItemKey) -> EncodeService | None:
         """In whose tower the item is, as far as was heard."""
@@ -129,6 +132,9 @@ async def made(
         dial = links.dial
 
         async def reach(address: str, *args: object, **kwargs: object) -> object:
+            if address in found.swallowed:
+                found.unanswered.add(address)
+                await asyncio.Event().wait()
             if address in found.cut:
                 raise LinkError(address, "no route to host")
             return await dial(address, *args, **kwargs)  # type: ignore[arg-type]
@@ -343,6 +349,24 @@ async def test_when_one_is_back_the_others_are_dialled_at_once(tmp_path: Path, m
         one.cut.clear()
         one.receiver.peers.add(one.encoders[0].address)
         await eventually(lambda: len(one.receiver.peers.linked) == 5 and not one.receiver.unplaced)
+
+
+async def test_when_one_is_back_the_others_are_dialled_anew_whose_packets_were_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were sent again after a second or three, and all that waited went to the first peer."""
+    monkeypatch.setattr(links, "SETTLE_S", PATIENCE_S)
+    async with made(tmp_path, monkeypatch, *(Gated() for _ in range(3))) as one:
+        first, *others = (service.address for service in one.encoders)
+        one.swallowed.update(others)
+        await _cut_off_with(one, 12)
+        await eventually(lambda: one.unanswered == set(others))
+        one.swallowed.clear()
+        one.cut.clear()
+        one.receiver.peers.add(first)
+        await eventually(lambda: not one.receiver.unplaced)
+        given = [len(peer.book.open) for peer in one.receiver.peers.linked]
+        assert len(given) == 3 and sum(given) == 12 and max(given) <= 6
 
 
 async def test_no_item_fails_while_a_peer_is_linked_that_encodes(
