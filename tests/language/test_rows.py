@@ -27,6 +27,7 @@ from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 from aiodisagg.protocol.events import Fail, ItemRequested, MessageReceived
 from aiodisagg.protocol.messages import ItemKey, Refuse, Urgency
 from aiodisagg.scheduler.book import PeerBook
+from aiodisagg.scheduler.cost import StageModel
 from aiodisagg.scheduler.health import HealthConfig
 from tests.services.system import PATIENCE_S, eventually
 
@@ -140,7 +141,10 @@ async def made(
             return await dial(address, *args, **kwargs)  # type: ignore[arg-type]
 
         monkeypatch.setattr(links, "dial", reach)
-        monkeypatch.setattr(PeerBook, "doubt", 0.0)  # of equal ones the first by name is asked
+        # They are and stay equal, whatever keeps this machine busy, and of equal ones the first by name is asked.
+        monkeypatch.setattr(PeerBook, "doubt", 0.0)
+        monkeypatch.setattr(PeerBook, "told", lambda book, patches, now: None)
+        monkeypatch.setattr(StageModel, "observe", lambda model, features, seconds: 0.0)
         await stack.enter_async_context(receiver)
         for service in services:
             receiver.peers.add(service.address)
@@ -284,12 +288,14 @@ async def test_who_shares_a_picture_of_a_large_batch_does_not_wait_for_the_batch
     encoder = Gated()
     batch = [(ItemKey(1, n), dataclasses.replace(item_of(n, 64), urgency=Urgency(600.0, 0, 4096))) for n in range(8)]
     async with made(tmp_path, monkeypatch, encoder) as one:
-        one.receiver.request(batch, 600.0)
-        await eventually(lambda: one.at(ItemKey(1, 0)) is not None)
+        one.receiver.request(batch[:1], 600.0)
+        await eventually(lambda: encoder.encoded == [0])
+        one.receiver.request(batch[1:], 600.0)
         last = dataclasses.replace(item_of(7, 64), urgency=Urgency(600.0, -1, 256))
         one.receiver.request([(B, last)], 600.0)
-        job = one.encoders[0].pipeline._jobs[last.digest]
-        await eventually(lambda: job.claim.priority == -1 and job.stage == "prepared")
+        jobs = one.encoders[0].pipeline._jobs
+        await eventually(lambda: [job.stage for job in jobs.values()] == ["encoding", *["prepared"] * 7])
+        await eventually(lambda: jobs[last.digest].claim.priority == -1)
         encoder.gate.set()
         await eventually(lambda: len(one.ends) == 9)
         assert set(one.ends.values()) == {None}
