@@ -195,9 +195,10 @@ class EncodePipeline:
         entry.prepare_s, entry.prepared_at = seconds, time.monotonic()
         if isinstance(outcome, Patches):
             entry.prepared = outcome.room
+            claim, alone = entry.claim, entry.alone
             if entry.end is None:  # cancelled in this very moment, it is taken out again
-                self._tower.add(job.digest, entry.claim, outcome, job.rows, alone=entry.alone)
-            self._on_loop(self._prepared, entry)
+                self._tower.add(job.digest, claim, outcome, job.rows, alone=alone)
+            self._on_loop(self._prepared, entry, claim, alone)
         else:
             self._on_loop(self._not_prepared, entry, outcome)
 
@@ -206,13 +207,15 @@ class EncodePipeline:
         if entry is not None and not entry.prepare_s:  # else it is over already, and so short that nobody has to know
             self._enter(entry, "preparing", at - entry.since, at)
 
-    def _prepared(self, entry: _Job) -> None:
-        """The tower has it, and may have begun already."""
-        if entry.stage == "encoding" or self._jobs.get(entry.start.digest) is not entry:
+    def _prepared(self, entry: _Job, claim: Claim, alone: bool) -> None:
+        """The tower has it, by this claim, and may have begun already."""
+        if self._jobs.get(entry.start.digest) is not entry:
             return
-        self.prepare_s += entry.prepare_s
-        self._tower.change(entry.start.digest, entry.claim, alone=entry.alone)  # it may have changed just before
-        self._enter(entry, "prepared", entry.prepare_s, entry.prepared_at)
+        if (entry.claim, entry.alone) != (claim, alone):  # since it was given to the tower
+            self._tower.change(entry.start.digest, entry.claim, alone=entry.alone)
+        if entry.stage != "encoding":
+            self.prepare_s += entry.prepare_s
+            self._enter(entry, "prepared", entry.prepare_s, entry.prepared_at)
         if entry.end is not None:  # no piece of it is begun from now on
             self._leave_tower(entry)
 

@@ -74,8 +74,12 @@ class Complaints:
         return (refusal for refusal in refusals.values() if provider not in ("", refusal.peer))
 
     def delivered(self, peer: str) -> None:
+        """What it refused before is forgiven."""
         if (about := self._about.get(peer)) is not None:
             about.warned.clear()
+        if self.pending.pop(peer, 0):
+            for refusals in self._open.values():
+                refusals.pop(peer, None)
 
     def last_refusal(self, peer: str) -> str:
         about = self._about.get(peer)

@@ -68,6 +68,8 @@ class EncodePeer:
     refused: str = ""
     """Why nobody there is of use, as it was said last."""
     moved: asyncio.Event = field(default_factory=asyncio.Event)
+    dialling: asyncio.Timeout | None = None
+    """Ends an attempt to reach it, and another begins at once."""
     outbox: dict[ItemKey, deque[Message]] = field(default_factory=dict)
     """Media that wait for the link, by item, and what was said of the same item after them. The first item's first word
     is under way. Bounded by the items under way: only refers."""
@@ -260,9 +262,7 @@ class EncodePeers:
                     await self._pause(peer, FIRST_RETRY_S)  # where that link was is dialled first
                     continue
                 try:
-                    link = await dial(
-                        peer.address, self._hello(), secret=self._secret, config=self._config, ssl=self._ssl
-                    )
+                    link = await self._dial(peer)
                 except AiodisaggError as error:
                     self._not_reached(peer, error)
                 else:
@@ -277,6 +277,20 @@ class EncodePeers:
         finally:
             del self._by_address[peer.address]
             self._gone(peer)
+
+    async def _dial(self, peer: EncodePeer) -> Link:
+        """Begins anew, once, when the network is back: TCP says again what was dropped only after whole seconds."""
+
+        async def begin() -> Link:
+            return await dial(peer.address, self._hello(), secret=self._secret, config=self._config, ssl=self._ssl)
+
+        try:
+            async with asyncio.timeout(None) as peer.dialling:
+                return await begin()
+        except TimeoutError:  # of ``_settle``: who dials raises none
+            return await begin()
+        finally:
+            peer.dialling = None
 
     async def _pause(self, peer: EncodePeer, seconds: float) -> bool:
         """Whether the time went by; it returns early when there is news of the peer."""
@@ -362,6 +376,9 @@ class EncodePeers:
         for peer in self._by_address.values():
             if peer.incarnation != first.incarnation:
                 peer.moved.set()
+                if peer.incarnation and peer.dialling is not None:  # else it was never linked, and nothing was lost
+                    peer.dialling.reschedule(0.0)
+                    peer.dialling = None
 
     def _costs(self, remote: Hello) -> PeerCosts:
         """What to expect of a peer before it did anything."""

@@ -2,7 +2,8 @@
 
 A fetch is the protocol's item; it bears the key of the request's item that started it and outlives that one while
 others share it. An item's deadline is its own: who joins a fetch and has less time leaves it earlier; who has more
-time than the fetch continues with another. Who joins and goes before the others hurries the fetch.
+time than the fetch continues with another. Who joins and goes before the others hurries the fetch, and the one that
+continues begins as urgent as the most urgent of those that are left.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 from prometheus_client.core import Metric
@@ -48,9 +49,9 @@ class _Wanted:
     fan: FanOut | None = None
     timer: asyncio.TimerHandle | None = None
 
-    def spec_after(self, seconds: float) -> ItemSpec:
-        """The item, so much later than it was asked for."""
-        return dataclasses.replace(self.spec, urgency=self.spec.urgency.later(seconds))
+    def urgency(self, now: float) -> Urgency:
+        """As it is by now."""
+        return self.spec.urgency.later(self.timeout_s - (self.deadline - now))
 
 
 class Sharing:
@@ -221,7 +222,8 @@ class Sharing:
         self.flights.hedge(flight.digest, key)
         self._put(key, self._fans[leg])
         left_s = max(max(flight.sharers.values()) - self._loop.time(), 0.001)
-        return key, wanted.spec_after(math.inf), left_s  # it has waited long enough
+        waited = wanted.spec.urgency.later(math.inf)  # long enough
+        return key, dataclasses.replace(wanted.spec, urgency=waited), left_s
 
     def sharers(self, leg: ItemKey) -> tuple[ItemKey, ...]:
         flight = self.flights.of(leg)
@@ -282,10 +284,12 @@ class Sharing:
                 self._end_leg(other)
             self._tell(landing.sharers, failed)
         if heir is not None and fan is not None:
-            wanted = self._wanted[heir]
+            wanted, now = self._wanted[heir], self._loop.time()
             self._put(heir, fan)
-            left_s = wanted.deadline - self._loop.time()
-            self._fetch([(heir, wanted.spec_after(wanted.timeout_s - left_s), max(left_s, 0.001))])
+            urgencies = (self._wanted[key].urgency(now) for key in self.sharers(heir))
+            urgency = reduce(lambda best, one: one if one.before(best) else best, urgencies)
+            spec = dataclasses.replace(wanted.spec, urgency=urgency)
+            self._fetch([(heir, spec, max(wanted.deadline - now, 0.001))])
 
     def _tell(self, sharers: Sequence[ItemKey], failed: Fail | None) -> None:
         for key in sharers:

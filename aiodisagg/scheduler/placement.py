@@ -1,9 +1,9 @@
 """Where items are encoded: wherever they are predicted to be complete first.
 
 A peer is a flow shop: files wait for a preparing thread, prepared items for the tower, rows for the link. The local
-tower is a candidate like any other; its rows are not transferred. Before time counts, in this order: peers that the
-item should avoid come last, then those that drain, then suspects; and among equals a peer that holds the digest, or is
-encoding it, wins: nothing is encoded twice while anybody has it.
+tower is a candidate like any other; its rows are not transferred. Before time counts, peers that drain come last, and
+suspects before them; and among equals a peer that holds the digest, or is encoding it, wins: nothing is encoded twice
+while anybody has it.
 
 A request's items are placed together. Prompt order is tried, and the largest first, which balances better; what counts
 is when the last of the prompt can be computed, in the steps that suit it (:mod:`~aiodisagg.scheduler.pieces`). The
@@ -101,18 +101,17 @@ class Placement:
     service: Service
 
 
-def place(wanted: Wanted, peers: Iterable[PeerView], avoid: frozenset[str] = frozenset()) -> Placement | None:
+def place(wanted: Wanted, peers: Iterable[PeerView]) -> Placement | None:
     """The peer where the item is complete first, as far as is known; None if there is no peer."""
     best: PeerView | None = None
-    least: tuple[bool, Standing, bool, float, str] | None = None
+    least: tuple[Standing, bool, float, str] | None = None
     digest, size = wanted.digest, wanted.size
     for view in peers:
-        kind = (view.peer in avoid, view.standing)
-        if least is not None and kind > least[:2]:
+        if least is not None and view.standing > least[0]:
             continue
         held = view.holding.get(digest)
         finish_s = finish(view.costs.predict(size), view.backlog, held)[1]
-        rank = (*kind, held is None, finish_s + view.unsure_s(digest, finish_s), view.peer)
+        rank = (view.standing, held is None, finish_s + view.unsure_s(digest, finish_s), view.peer)
         if least is None or rank < least:
             best, least = view, rank
     if best is None:
@@ -132,19 +131,19 @@ def finish(service: Service, ahead: Backlog, held_s: float | None = None) -> tup
 
 
 def place_together(
-    wanted: Sequence[Wanted], peers: Sequence[PeerView], avoid: frozenset[str] = frozenset(), *,
-    own: str = "", step_s: float = 0.0,
-) -> tuple[Placement, ...]:  # fmt: skip
+    wanted: Sequence[Wanted], peers: Sequence[PeerView], *, own: str = "", step_s: float = 0.0
+) -> tuple[Placement, ...]:
     """A peer for each item, in the order of ``wanted``, which is the prompt's; empty if there is no peer.
 
     ``own``, ``step_s``: as ``computed_s`` has them.
     """
     if len(wanted) == 1:
-        single = place(wanted[0], peers, avoid)
+        single = place(wanted[0], peers)
         return () if single is None else (single,)
-    peers = _best(peers, avoid)
     if not peers or not wanted:
         return ()
+    best = min(view.standing for view in peers)
+    peers = sorted((view for view in peers if view.standing == best), key=lambda view: view.peer)
     services = [[view.costs.predict(item.size) for view in peers] for item in wanted]
     unsure_s = [  # bounded: of equal peers nobody gets a second item before all have one
         min(view.unsure_s(wanted[0].digest, finish(service, view.backlog)[1]), service.tower_s)
@@ -175,13 +174,6 @@ def computed_s(wanted: Sequence[Wanted], placed: Sequence[Placement], *, own: st
     needed = list(accumulate((item.prefill_s for item in wanted), initial=0.0))
     there = list(accumulate((one.finish_s for one in placed), max))
     return pieces.plan(there, lambda i, k: step_s + needed[k] - needed[i], busy_s)[1] if placed else busy_s
-
-
-def _best(peers: Sequence[PeerView], avoid: frozenset[str]) -> list[PeerView]:
-    """The peers of the best kind there is, by name."""
-    kinds = [(view.peer in avoid, view.standing) for view in peers]
-    best = min(kinds, default=None)
-    return sorted((view for view, kind in zip(peers, kinds, strict=True) if kind == best), key=lambda view: view.peer)
 
 
 class _Queues:

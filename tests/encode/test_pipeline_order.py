@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from typing import Any
 
 import pytest
 from stepped import PATIENCE_S, Stepped, bench, plain
@@ -77,6 +79,38 @@ async def test_who_is_wanted_sooner_passes_what_is_not_in_the_tower_yet() -> Non
         assert ready[-2:] == ["6", "5"]
         encoder.permits.release(7)
         assert [(await made.call())[0][0] for _ in range(6)] == [3, 4, 6, 1, 2, 5]
+
+
+@pytest.mark.parametrize(("cancelled", "calls"), [(False, [1, 1, 2]), (True, [2])])
+async def test_what_is_said_of_a_video_as_the_tower_takes_it_counts_for_the_rest_of_it(
+    cancelled: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tower had begun by the time that the loop knew it was prepared: the rest went by the class of before."""
+    encoder = Stepped()
+    async with bench(encoder, batch_patches=16, prepare_threads=1) as made:
+        add, given, said, begun = made.pipeline._tower.add, threading.Event(), threading.Event(), threading.Event()
+
+        def give(*what: Any, **how: Any) -> None:
+            given.set()
+            assert said.wait(PATIENCE_S)
+            add(*what, **how)
+            assert begun.wait(PATIENCE_S)
+
+        monkeypatch.setattr(made.pipeline._tower, "add", give)
+        video = made.start(1, t=3, urgency=Urgency(PATIENCE_S, -1 if cancelled else 1, 48))
+        assert await asyncio.to_thread(given.wait, PATIENCE_S)
+        if cancelled:
+            made.pipeline.cancel(video)
+        else:
+            made.pipeline.change(ChangeEncode(video, Urgency(PATIENCE_S, -1, 48), False))
+        said.set()
+        assert await made.call() == [(1, 16)]
+        begun.set()
+        await made.prepared(made.start(2, urgency=Urgency(PATIENCE_S, 0, 16)))
+        encoder.permits.release(4)
+        assert [(await made.call())[0][0] for _ in calls] == calls
+        await made.until(RowsReady("2", 4))
+        assert made.ends() == ({video: "cancelled"} if cancelled else {})
 
 
 @pytest.mark.parametrize("late", [False, True])

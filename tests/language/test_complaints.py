@@ -29,6 +29,7 @@ async def test_a_broken_peer_is_named_once_with_what_it_says(
     """Every item was fetched, from somebody else: nothing was said of the peer that refused all of them."""
     caplog.set_level(logging.INFO, LOGGER)
     async with made(tmp_path, monkeypatch, Broken(MODEL), Zeros(MODEL)) as one:
+        one.receiver.placing.standings.config = HealthConfig(suspect_s=300.0)
         for number in range(4):  # of equal ones the first by name is asked; from the third on it is a suspect
             key = ItemKey(number, 0)
             one.receiver.request([(key, item_of(number, 64))], 60.0)
@@ -39,7 +40,7 @@ async def test_a_broken_peer_is_named_once_with_what_it_says(
     assert [record.levelname for record in said] == ["WARNING"]
     assert "encode peer e0 (life-0) refused item 0.0: encode_failed: " in said[0].getMessage()
     (suspect,) = [record for record in caplog.records if "is a suspect" in record.getMessage()]
-    assert suspect.levelname == "WARNING" and "e0 (life-0) is a suspect for 10 s: it" in suspect.getMessage()
+    assert suspect.levelname == "WARNING" and "e0 (life-0) is a suspect for 300 s: it" in suspect.getMessage()
     assert (broken["name"], broken["standing"], good["standing"]) == ("e0", "suspect", "ready")
     assert "illegal memory access" in str(broken["last_refusal"]) and good["last_refusal"] == ""
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from aiodisagg.bench.synthetic import SyntheticEncoder, item_of, synthetic_model
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.errors import LinkClosed, NoEncodePeer
 from aiodisagg.language.peers import EncodePeer, EncodePeers, LinkEvent
-from aiodisagg.link import Hello, Link, LinkServer, PeerRole
+from aiodisagg.link import Hello, Link, LinkServer, PeerRole, dial
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.peer.config import EncodeConfig
 from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
@@ -138,6 +139,43 @@ async def test_an_address_where_nobody_listens_is_said_once_and_to_whom_waits(ca
             await peers.wait_any(0.3)  # of several attempts
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 1 and "unix:@nobody-listens-here" in warned[0]
+
+
+@pytest.mark.parametrize(("was_linked", "times"), [(True, 2), (False, 1)])
+async def test_a_dial_that_takes_long_is_begun_anew_once_after_a_link_was_lost(
+    was_linked: bool, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often another peer is lost and back meanwhile."""
+    begun, answers = 0, asyncio.Event()
+
+    async def dial_slowly(address: str, *what: Any, **how: Any) -> Link:
+        nonlocal begun
+        if address == slow.address:
+            begun += 1
+            await answers.wait()
+        return await dial(address, *what, **how)
+
+    monkeypatch.setattr("aiodisagg.language.peers.dial", dial_slowly)
+    async with dialling() as (peers, events), Listener("slow") as slow:
+        peers.add(slow.address)
+        await eventually(lambda: begun)
+        if was_linked:
+            answers.set()
+            assert await events.get() == LinkUp("slow")
+            answers.clear()
+            begun = 0
+            (await slow.accepted.get()).abort()
+            assert await events.get() == LinkLost("slow")
+            await eventually(lambda: begun)
+        for _ in range(3):
+            async with Listener("one") as one:
+                peers.add(one.address)
+                assert await events.get() == LinkUp("one")
+                await eventually(lambda: begun == times)
+            assert [await events.get(), await events.get()] == [LinkLost("one"), LinkLost("one", gone=True)]
+        assert begun == times
+        answers.set()
+        assert await events.get() == LinkUp("slow")
 
 
 async def test_media_that_nobody_wants_any_more_are_not_sent() -> None:

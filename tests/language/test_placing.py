@@ -132,9 +132,12 @@ def test_an_item_that_is_placed_again_is_compared_with_few_of_many_peers(monkeyp
     assert "00" not in again and max(again.values()) <= 2
 
 
-def test_one_peer_that_an_item_need_not_avoid_is_found_among_many() -> None:
+@pytest.mark.parametrize("standing", Standing)
+def test_one_peer_that_an_item_need_not_avoid_is_found_among_many(standing: Standing) -> None:
+    """However it stands: it is asked before one that would have to do it again."""
     peers = _Many(50)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    placing.standings.told("49", standing)
     for number in range(8):
         key, spec = _item(number)
         _place(placing, key, spec)
@@ -204,6 +207,27 @@ def test_a_peer_that_refuses_everything_at_once_does_not_attract_items() -> None
     assert 3 <= first["00"] <= 6 and min(first[peer] for peer in ("01", "02", "03")) > 100  # at 10, 30, 70 s again
     assert _samples(placing, "item_refusals_total") == {("encode_failed", ""): first["00"]}
     assert placing.moves == first["00"]
+
+
+def test_what_a_peer_refused_before_it_delivered_is_not_held_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had no memory for a moment, and got nothing new until others had delivered that, nor for ten seconds after."""
+    monkeypatch.setattr(PeerBook, "doubt", 0.0)  # of equal ones the first by name is asked
+    placing = Placing(cast(EncodePeers, _Many(2)), 4, HealthConfig())
+    keys = [_item(number)[0] for number in range(5)]
+    for key in keys:
+        placing.errand(key, _item(key.room)[1])
+    *refused, delivered = keys[:3]
+    for key in keys[:3]:
+        assert _ask(placing, key, frozenset({"01"}), 0.0) == "00"
+    for key in refused:
+        _refuse(placing, "00", key, 0.0)
+        assert _ask(placing, key, frozenset({"00"}), 0.0) == "01"
+    assert _ask(placing, keys[3], frozenset(), 0.0) == "01", "perhaps it refuses everything"
+    placing.over(delivered, complete=True)
+    assert _ask(placing, keys[4], frozenset(), 1.0) == "00"
+    for key in refused:
+        placing.over(key, complete=True)
+    assert placing.judged("00", 1.0)["standing"] == "ready"
 
 
 def test_of_a_request_only_one_item_is_the_trial_of_a_suspect() -> None:

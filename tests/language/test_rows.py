@@ -27,6 +27,7 @@ from aiodisagg.peer.config import EncodeConfig, LanguageConfig
 from aiodisagg.protocol.events import Fail, ItemRequested, MessageReceived
 from aiodisagg.protocol.messages import ItemKey, Refuse, Urgency
 from aiodisagg.scheduler.book import PeerBook
+from aiodisagg.scheduler.cost import StageModel
 from aiodisagg.scheduler.health import HealthConfig
 from tests.services.system import PATIENCE_S, eventually
 
@@ -69,12 +70,15 @@ class Broken(Zeros):
 
 
 class Made:
-    """A receiver and encode peers; ``cut``: addresses that nobody reaches any more."""
+    """A receiver and encode peers; ``cut``: addresses that nobody reaches any more. ``swallowed``: those where what is
+    sent is dropped, and not sent again; ``unanswered``: of these, which were dialled."""
 
     def __init__(self, receiver: RowReceiver, encoders: list[EncodeService]) -> None:
         self.receiver, self.encoders = receiver, encoders
         self.ends: dict[ItemKey, Fail | None] = {}
         self.cut: set[str] = set()
+        self.swallowed: set[str] = set()
+        self.unanswered: set[str] = set()
 
     def at(self, key: ItemKey) -> EncodeService | None:
         """In whose tower the item is, as far as was heard."""
@@ -129,12 +133,18 @@ async def made(
         dial = links.dial
 
         async def reach(address: str, *args: object, **kwargs: object) -> object:
+            if address in found.swallowed:
+                found.unanswered.add(address)
+                await asyncio.Event().wait()
             if address in found.cut:
                 raise LinkError(address, "no route to host")
             return await dial(address, *args, **kwargs)  # type: ignore[arg-type]
 
         monkeypatch.setattr(links, "dial", reach)
-        monkeypatch.setattr(PeerBook, "doubt", 0.0)  # of equal ones the first by name is asked
+        # They are and stay equal, whatever keeps this machine busy, and of equal ones the first by name is asked.
+        monkeypatch.setattr(PeerBook, "doubt", 0.0)
+        monkeypatch.setattr(PeerBook, "told", lambda book, patches, now: None)
+        monkeypatch.setattr(StageModel, "observe", lambda model, features, seconds: 0.0)
         await stack.enter_async_context(receiver)
         for service in services:
             receiver.peers.add(service.address)
@@ -278,12 +288,14 @@ async def test_who_shares_a_picture_of_a_large_batch_does_not_wait_for_the_batch
     encoder = Gated()
     batch = [(ItemKey(1, n), dataclasses.replace(item_of(n, 64), urgency=Urgency(600.0, 0, 4096))) for n in range(8)]
     async with made(tmp_path, monkeypatch, encoder) as one:
-        one.receiver.request(batch, 600.0)
-        await eventually(lambda: one.at(ItemKey(1, 0)) is not None)
+        one.receiver.request(batch[:1], 600.0)
+        await eventually(lambda: encoder.encoded == [0])
+        one.receiver.request(batch[1:], 600.0)
         last = dataclasses.replace(item_of(7, 64), urgency=Urgency(600.0, -1, 256))
         one.receiver.request([(B, last)], 600.0)
-        job = one.encoders[0].pipeline._jobs[last.digest]
-        await eventually(lambda: job.claim.priority == -1 and job.stage == "prepared")
+        jobs = one.encoders[0].pipeline._jobs
+        await eventually(lambda: [job.stage for job in jobs.values()] == ["encoding", *["prepared"] * 7])
+        await eventually(lambda: jobs[last.digest].claim.priority == -1)
         encoder.gate.set()
         await eventually(lambda: len(one.ends) == 9)
         assert set(one.ends.values()) == {None}
@@ -343,6 +355,24 @@ async def test_when_one_is_back_the_others_are_dialled_at_once(tmp_path: Path, m
         one.cut.clear()
         one.receiver.peers.add(one.encoders[0].address)
         await eventually(lambda: len(one.receiver.peers.linked) == 5 and not one.receiver.unplaced)
+
+
+async def test_when_one_is_back_the_others_are_dialled_anew_whose_packets_were_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were sent again after a second or three, and all that waited went to the first peer."""
+    monkeypatch.setattr(links, "SETTLE_S", PATIENCE_S)
+    async with made(tmp_path, monkeypatch, *(Gated() for _ in range(3))) as one:
+        first, *others = (service.address for service in one.encoders)
+        one.swallowed.update(others)
+        await _cut_off_with(one, 12)
+        await eventually(lambda: one.unanswered == set(others))
+        one.swallowed.clear()
+        one.cut.clear()
+        one.receiver.peers.add(first)
+        await eventually(lambda: not one.receiver.unplaced)
+        given = [len(peer.book.open) for peer in one.receiver.peers.linked]
+        assert len(given) == 3 and sum(given) == 12 and max(given) <= 6
 
 
 async def test_no_item_fails_while_a_peer_is_linked_that_encodes(

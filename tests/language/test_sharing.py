@@ -117,6 +117,23 @@ async def test_a_second_fetch_goes_first_and_one_that_goes_on_has_waited_already
     sharing.close()
 
 
+async def test_a_fetch_that_goes_on_goes_as_early_as_the_first_of_those_who_are_left() -> None:
+    """It went by the next one to come, whose class may be the lowest."""
+    fetched: list[tuple[ItemKey, ItemSpec, float]] = []
+    sharing = Sharing(
+        fetched.extend, nothing, nothing, deliver=nothing, ended=nothing,
+        cache_bytes=1 << 20, row_bytes=4, tasks=Tasks("test"), traces=Traces(), accelerator=None,
+    )  # fmt: skip
+    for room, (priority, timeout_s) in enumerate([(-8, 5.0), (8, 60.0), (-1, 60.0), (0, 60.0)]):
+        spec = dataclasses.replace(SPEC, urgency=Urgency(10.0, priority, 64))
+        sharing.request([(ItemKey(room, 0), spec)], timeout_s)
+    sharing._loop = Later(sharing._loop, 6.0)  # type: ignore[assignment]
+    sharing.failed(Fail(ItemKey(0, 0), "deadline", "late", ()))
+    (_, (key, spec, _)) = fetched
+    assert (key, spec.urgency.priority) == (ItemKey(1, 0), -1) and 0.0 <= spec.urgency.due_s <= 4.0
+    sharing.close()
+
+
 async def test_whoever_joins_a_fetch_says_how_urgent_it_is_to_all_that_fetch() -> None:
     told: list[tuple[ItemKey, Urgency]] = []
     sharing = Sharing(

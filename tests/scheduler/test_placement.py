@@ -65,12 +65,11 @@ def test_who_holds_or_encodes_the_digest_wins() -> None:
     assert held is not None and held.held and (held.ready_s, held.finish_s) == (2.0, 2.5)
 
 
-def test_avoided_draining_and_suspect_peers_only_if_there_is_no_better_one() -> None:
+def test_draining_and_suspect_peers_only_if_there_is_no_better_one() -> None:
     drains, suspect, busy = peer("d", 0.0, Standing.DRAINING), peer("s", 0.0, Standing.SUSPECT), peer("b", 9.0)
     assert where(place(item("x"), [drains, suspect, busy])) == "b"
-    assert where(place(item("x"), [drains, suspect, busy], frozenset({"b"}))) == "s"
-    assert where(place(item("x"), [drains, suspect, busy], frozenset({"b", "s"}))) == "d"
-    assert where(place(item("x"), [busy], frozenset({"b"}))) == "b"
+    assert where(place(item("x"), [drains, suspect])) == "s"
+    assert where(place(item("x"), [drains])) == "d"
     assert where(place(item("x"), [peer("d", 0.0, Standing.DRAINING, x=0.0), busy])) == "b", "it takes nothing new"
 
 
@@ -145,42 +144,28 @@ views = st.lists(
     ),
     min_size=1, max_size=6, unique_by=lambda view: view.peer,
 )  # fmt: skip
-avoids = st.frozensets(st.sampled_from("abcdef"))
 few = settings(max_examples=40)
 
 
 @few
-@given(wanteds, views, avoids)
-def test_an_avoided_peer_never_when_another_exists(
-    wanted: list[Wanted], peers: list[PeerView], avoid: frozenset[str]
-) -> None:
-    found = place_together(wanted, peers, avoid)
-    names = {view.peer for view in peers}
-    assert len(found) == len(wanted)
-    for placement in found:
-        assert placement.peer in (names - avoid or names)
-
-
-@few
-@given(wanteds, views, avoids)
-def test_single_flight(wanted: list[Wanted], peers: list[PeerView], avoid: frozenset[str]) -> None:
+@given(wanteds, views)
+def test_single_flight(wanted: list[Wanted], peers: list[PeerView]) -> None:
     """Of each digest at most one item is encoded, and none if a usable peer has it."""
-    best = min((view.peer in avoid, view.standing) for view in peers)
-    usable = [view for view in peers if (view.peer in avoid, view.standing) == best]
-    found = place_together(wanted, peers, avoid)
+    best = min(view.standing for view in peers)
+    usable = [view for view in peers if view.standing == best]
+    found = place_together(wanted, peers)
+    assert len(found) == len(wanted) and {one.peer for one in found} <= {view.peer for view in usable}
     for digest in {entry.digest for entry in wanted}:
         encoded = [p for entry, p in zip(wanted, found, strict=True) if entry.digest == digest and not p.held]
         assert len(encoded) == (0 if any(digest in view.holding for view in usable) else 1)
 
 
 @few
-@given(wanteds, views, avoids, st.randoms())
-def test_equal_inputs_give_equal_answers(
-    wanted: list[Wanted], peers: list[PeerView], avoid: frozenset[str], random: object
-) -> None:
+@given(wanteds, views, st.randoms())
+def test_equal_inputs_give_equal_answers(wanted: list[Wanted], peers: list[PeerView], random: object) -> None:
     shuffled = list(peers)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert place_together(wanted, peers, avoid) == place_together(wanted, shuffled, avoid)
+    assert place_together(wanted, peers) == place_together(wanted, shuffled)
 
 
 @few
