@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -42,7 +43,10 @@ class Child:
         return json.loads(heard)
 
     def signal(self, number: signal.Signals) -> None:
+        """Of SIGSTOP, returns when all threads have stopped: on busy processors they go on for a while."""
         self.process.send_signal(number)
+        if number is signal.SIGSTOP:
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     async def die(self) -> None:
         self.signal(signal.SIGKILL)
