@@ -152,7 +152,8 @@ class Tower:
             self._running[piece.digest] -= 1
             if not self._running[piece.digest]:
                 del self._running[piece.digest]
-            self._wake.notify()
+            if self._queue and not self._running:  # else nothing was kept out
+                self._wake.notify()
 
     def close(self) -> None:
         """Returns when the thread has ended, after the batch it is in; what waits is dropped. Blocking."""

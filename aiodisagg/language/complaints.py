@@ -70,7 +70,8 @@ class Complaints:
     def over(self, key: ItemKey, provider: str = "") -> Iterator[Refusal]:
         """The item was delivered by ``provider``, or by nobody. Returns the refusals that were the refusers' fault."""
         refusals = self._open.pop(key, {})
-        self.pending -= Counter(refusals.keys())
+        if refusals:
+            self.pending -= Counter(refusals.keys())
         return (refusal for refusal in refusals.values() if provider not in ("", refusal.peer))
 
     def delivered(self, peer: str) -> None:

@@ -141,7 +141,7 @@ class Placing:
 
     def _standing(self, peer: str, now: float) -> Standing:
         """Who refused as many items as make a suspect is one until it is known whether others deliver them."""
-        standing, refused = self.standings.of(peer, now), self._complaints.pending[peer]
+        standing, refused = self.standings.of(peer, now), self._complaints.pending.get(peer, 0)
         return max(standing, Standing.SUSPECT) if refused >= self.standings.config.failures else standing
 
     def asked(self, key: ItemKey, placement: Placement, now: float) -> EncodePeer:

@@ -131,11 +131,17 @@ class OutgoingItem:
 
     def here(self, now: float) -> bool:
         """Its receiver has a link and takes the rows that there are, as far as it was seen lately."""
-        return self.linked and not (self._owed and now >= self.moved + self._config.retain_s)
+        return self.linked and (now < self._yields or not self._owed)
 
     def due(self, now: float) -> float:
         """When TimerFired is to be fed."""
-        return min(self.timer, self.moved + self._config.retain_s) if self._owed and self.here(now) else self.timer
+        may_yield = self.linked and now < self._yields < self.timer and self._owed
+        return self._yields if may_yield else self.timer
+
+    @property
+    def _yields(self) -> float:
+        """When a receiver that takes no rows counts as away."""
+        return self.moved + self._config.retain_s
 
     @property
     def _owed(self) -> bool:

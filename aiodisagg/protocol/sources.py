@@ -304,6 +304,8 @@ class SourceTable:
 
     def _first(self) -> str | None:
         """Whose turn it is: who came first of those that are not away and may have more, or if all are away, of all."""
+        if not self._queues:
+            return None
         firsts = {next(iter(queue)) for queue in self._queues.values()}
         line = sorted((self._sources[digest] for digest in firsts), key=lambda source: source.place)
         here = [source for source in line if not source.deserted]

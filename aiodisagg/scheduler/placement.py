@@ -77,7 +77,7 @@ class PeerView(NamedTuple):
         """How much later than ``finish_s`` the digest may be there; see the module's text."""
         if not self.doubt:
             return 0.0
-        chance = (xxhash.xxh3_64_intdigest(f"{digest}{self.peer}".encode()) + 1) / 2.0**64
+        chance = (xxhash.xxh3_64_intdigest((digest + self.peer).encode()) + 1) / 2.0**64
         return self.doubt * finish_s * -math.log(chance)
 
 
@@ -111,6 +111,9 @@ def place(wanted: Wanted, peers: Iterable[PeerView]) -> Placement | None:
             continue
         held = view.holding.get(digest)
         finish_s = finish(view.costs.predict(size), view.backlog, held)[1]
+        rank = (view.standing, held is None, finish_s, view.peer)
+        if least is not None and rank >= least:  # and it may only be later
+            continue
         rank = (view.standing, held is None, finish_s + view.unsure_s(digest, finish_s), view.peer)
         if least is None or rank < least:
             best, least = view, rank
