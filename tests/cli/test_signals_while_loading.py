@@ -16,17 +16,24 @@ pytestmark = pytest.mark.slow
 PATIENCE_S = 120.0
 
 LOADS_FOR_EVER = """
-import sys, threading, time
-import psutil
+import asyncio, sys, threading
 import aiodisagg.language.service
 from aiodisagg.cli import main
 
+create, created = asyncio.create_subprocess_exec, threading.Event()
+
+async def create_and_tell(*arguments, **words):
+    made = await create(*arguments, **words)
+    created.set()
+    return made
+
 def load(config):
-    while "--separate" in sys.argv and not psutil.Process().children():
-        time.sleep(0.01)
+    if "--separate" in sys.argv:
+        created.wait()
     print("loading", flush=True)
     threading.Event().wait()
 
+asyncio.create_subprocess_exec = create_and_tell
 aiodisagg.language.service.load_language_half = load
 main()
 """

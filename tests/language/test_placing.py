@@ -16,12 +16,13 @@ from aiodisagg.link.hello import PeerRole
 from aiodisagg.peer import metrics
 from aiodisagg.protocol.blocks import BlockPool
 from aiodisagg.protocol.events import Fail, ItemRequested, ItemSpec, MessageReceived, Place, Placed
-from aiodisagg.protocol.messages import ItemKey, Progress, Refuse
+from aiodisagg.protocol.messages import ItemKey, Refuse
 from aiodisagg.protocol.receiving import Receiver
 from aiodisagg.scheduler.book import PeerBook
 from aiodisagg.scheduler.cost import PeerCosts, PrefillCosts, Rates
 from aiodisagg.scheduler.health import HealthConfig
 from aiodisagg.scheduler.placement import Standing
+from tests.language.many import Many, item_of
 from tests.protocol import truth
 
 RECORD = PeerRecord(name="encode", incarnation="x", role=PeerRole.ENCODE)
@@ -43,22 +44,6 @@ def test_what_was_said_before_the_link_counts_from_when_it_was_said_until_the_pe
     late = peers["x"] = EncodePeer("unix:late", "x")
     placing.link_up("x")
     assert not late.digests and late.book.backlog(20.0).tower_s == 0.0
-
-
-class _Many:
-    """So many linked peers."""
-
-    def __init__(self, count: int) -> None:
-        self.linked = [EncodePeer(f"unix:{i}", f"{i:02d}") for i in range(count)]
-
-    def get(self, incarnation: str) -> EncodePeer | None:
-        return next((peer for peer in self.linked if peer.incarnation == incarnation), None)
-
-    by_incarnation = get
-
-
-def _item(number: int, digest: str = "") -> tuple[ItemKey, ItemSpec]:
-    return ItemKey(number, 0), ItemSpec(digest or f"{number:032x}", "image", (1, 64, 64), 1024, 0.0, (b"file",))
 
 
 def _place(placing: Placing, key: ItemKey, spec: ItemSpec, now: float = 0.0) -> str:
@@ -90,38 +75,38 @@ def _samples(placing: Placing, name: str) -> dict[tuple[str, ...], float]:
 
 
 def test_of_many_peers_all_get_their_share() -> None:
-    peers = _Many(50)
+    peers = Many(50)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
-    given = Counter(_place(placing, *_item(i)) for i in range(150))
+    given = Counter(_place(placing, *item_of(i)) for i in range(150))
     assert len(given) == 50 and max(given.values()) <= 4
 
 
 def test_who_holds_an_item_is_asked_for_it_wherever_it_stands_in_turn() -> None:
-    peers = _Many(50)
+    peers = Many(50)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
-    first = _place(placing, *_item(0, "f" * 32))
+    first = _place(placing, *item_of(0, "f" * 32))
     peers.linked[33].digests = frozenset({"a" * 12})
-    assert [_place(placing, *_item(i, "f" * 32)) for i in range(1, 5)] == [first] * 4
-    assert [_place(placing, *_item(i, "a" * 32)) for i in range(5, 9)] == ["33"] * 4
+    assert [_place(placing, *item_of(i, "f" * 32)) for i in range(1, 5)] == [first] * 4
+    assert [_place(placing, *item_of(i, "a" * 32)) for i in range(5, 9)] == ["33"] * 4
 
 
 def test_the_own_tower_is_compared_for_every_item() -> None:
-    peers = _Many(50)
+    peers = Many(50)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
     placing.own = "37"
     for peer in peers.linked:
         peer.book = PeerBook(PeerCosts(Rates(transfer_byte_s=1e-12 if peer.incarnation == "37" else 1e-3)))
     for i in range(12):
-        key, spec = _item(i)
+        key, spec = item_of(i)
         assert _place(placing, key, spec) == "37"
         placing.over(key)
 
 
 def test_an_item_that_is_placed_again_is_compared_with_few_of_many_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """All were looked at for each: a peer that died with a hundred items held the loop up for a tenth of a second."""
-    peers = _Many(200)
+    peers = Many(200)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
-    keys = [_item(number) for number in range(50)]
+    keys = [item_of(number) for number in range(50)]
     for key, spec in keys:
         _place(placing, key, spec)
     looked = Mock(side_effect=PeerBook.backlog, autospec=True)
@@ -135,11 +120,11 @@ def test_an_item_that_is_placed_again_is_compared_with_few_of_many_peers(monkeyp
 @pytest.mark.parametrize("standing", Standing)
 def test_one_peer_that_an_item_need_not_avoid_is_found_among_many(standing: Standing) -> None:
     """However it stands: it is asked before one that would have to do it again."""
-    peers = _Many(50)
+    peers = Many(50)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
     placing.standings.told("49", standing)
     for number in range(8):
-        key, spec = _item(number)
+        key, spec = item_of(number)
         _place(placing, key, spec)
         assert _ask(placing, key, frozenset(peer.incarnation for peer in peers.linked[:-1]), 0.0) == "49"
     assert _ask(placing, key, frozenset(peer.incarnation for peer in peers.linked), 0.0), "better than none"
@@ -152,12 +137,12 @@ def test_the_own_tower_gets_less_than_its_share_where_prefill_takes_long(
     """Its device has the prompt to compute as well. How long that takes is learned."""
     given = []
     for name in ("", "00"):
-        placing = Placing(cast(EncodePeers, _Many(2)), 4, HealthConfig())
+        placing = Placing(cast(EncodePeers, Many(2)), 4, HealthConfig())
         placing.own = name
         placing.prefill = PrefillCosts(step_s, token_s)
         keys = [ItemKey(1, index) for index in range(4)]
         for key in keys:
-            placing.errand(key, _item(key.index)[1])
+            placing.errand(key, item_of(key.index)[1])
         placing.plan(keys, 0.0)
         places = [placing.choose(key, frozenset(), 0.0) for key in keys]
         given.append(Counter(place.peer for place in places if place is not None)["00"])
@@ -166,11 +151,11 @@ def test_the_own_tower_gets_less_than_its_share_where_prefill_takes_long(
 
 def test_a_peer_that_gets_nothing_is_tried_with_an_item_now_and_then() -> None:
     """What is believed of it may be wrong."""
-    peers = _Many(4)
+    peers = Many(4)
     peers.linked[0].book = PeerBook(PeerCosts(Rates(tower_s=1.0)))
     placing, tried = Placing(cast(EncodePeers, peers), 4, HealthConfig()), []
     for number in range(300):
-        key, spec = _item(number)
+        key, spec = item_of(number)
         if _place(placing, key, spec) == "00":
             tried.append(number)
         placing.over(key)
@@ -178,11 +163,11 @@ def test_a_peer_that_gets_nothing_is_tried_with_an_item_now_and_then() -> None:
 
 
 def test_peers_that_drain_are_asked_only_if_all_do() -> None:
-    peers = _Many(50)
+    peers = Many(50)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
     for peer in peers.linked[:-1]:
         placing.standings.told(peer.incarnation, Standing.DRAINING)
-    assert {_place(placing, *_item(i)) for i in range(8)} == {"49"}
+    assert {_place(placing, *item_of(i)) for i in range(8)} == {"49"}
 
 
 # -- who fails --------------------------------------------------------------------------------------------------------
@@ -190,12 +175,12 @@ def test_peers_that_drain_are_asked_only_if_all_do() -> None:
 
 def test_a_peer_that_refuses_everything_at_once_does_not_attract_items() -> None:
     """It had never anything to do and was predicted to be the fastest: 189 of 200 items were asked of it first."""
-    peers, now, first = _Many(4), 0.0, Counter[str]()
+    peers, now, first = Many(4), 0.0, Counter[str]()
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
     under_way: list[ItemKey] = []
     for number in range(400):
         now += 0.2
-        key, spec = _item(number)
+        key, spec = item_of(number)
         peer = _place(placing, key, spec, now)
         first[peer] += 1
         if peer == "00":
@@ -212,10 +197,10 @@ def test_a_peer_that_refuses_everything_at_once_does_not_attract_items() -> None
 def test_what_a_peer_refused_before_it_delivered_is_not_held_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It had no memory for a moment, and got nothing new until others had delivered that, nor for ten seconds after."""
     monkeypatch.setattr(PeerBook, "doubt", 0.0)  # of equal ones the first by name is asked
-    placing = Placing(cast(EncodePeers, _Many(2)), 4, HealthConfig())
-    keys = [_item(number)[0] for number in range(5)]
+    placing = Placing(cast(EncodePeers, Many(2)), 4, HealthConfig())
+    keys = [item_of(number)[0] for number in range(5)]
     for key in keys:
-        placing.errand(key, _item(key.room)[1])
+        placing.errand(key, item_of(key.room)[1])
     *refused, delivered = keys[:3]
     for key in keys[:3]:
         assert _ask(placing, key, frozenset({"01"}), 0.0) == "00"
@@ -231,13 +216,13 @@ def test_what_a_peer_refused_before_it_delivered_is_not_held_against_it(monkeypa
 
 
 def test_of_a_request_only_one_item_is_the_trial_of_a_suspect() -> None:
-    peers = _Many(2)
+    peers = Many(2)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig(suspect_s=10.0))
     for _ in range(2):
         placing.standings.failed("00", 0.0)
     keys = [ItemKey(1, index) for index in range(6)]
     for key in keys:
-        placing.errand(key, _item(key.index)[1])
+        placing.errand(key, item_of(key.index)[1])
     placing.plan(keys, 10.0)
     assert Counter(_ask(placing, key, frozenset(), 10.0) for key in keys) == {"00": 1, "01": 5}
 
@@ -253,9 +238,9 @@ def test_of_a_request_only_one_item_is_the_trial_of_a_suspect() -> None:
     ],
 )
 def test_only_what_another_peer_may_do_better_is_held_against_a_peer(code: str, standing: Standing) -> None:
-    placing = Placing(cast(EncodePeers, _Many(2)), 4, HealthConfig())
+    placing = Placing(cast(EncodePeers, Many(2)), 4, HealthConfig())
     for number in range(3):
-        key, spec = _item(number)
+        key, spec = item_of(number)
         placing.errand(key, spec)
         assert _ask(placing, key, frozenset({"01"}), 0.0) == "00"
         _refuse(placing, "00", key, 0.0, code)
@@ -270,7 +255,7 @@ def test_only_what_another_peer_may_do_better_is_held_against_a_peer(code: str, 
 def _fetch(placing: Placing, number: int, refuses: Container[str], now: float) -> tuple[list[str], str]:
     """An item from the peers' refusals to its end: who was asked, and the code of its failure, if it failed."""
     pool, asked = BlockPool(64, 64, truth.ROW_BYTES), list[str]()
-    receiver, (key, spec) = Receiver(truth.MODEL, pool), _item(number)
+    receiver, (key, spec) = Receiver(truth.MODEL, pool), item_of(number)
     placing.errand(key, spec)
     actions = receiver.handle(ItemRequested(key, spec, 60.0), now)
     while True:
@@ -291,7 +276,7 @@ def _fetch(placing: Placing, number: int, refuses: Container[str], now: float) -
 
 def test_items_that_nobody_can_encode_are_not_taken_to_everybody_and_make_no_suspects() -> None:
     """A file that every peer refused was sent to all two hundred of them; a second one made all of them suspects."""
-    peers = _Many(200)
+    peers = Many(200)
     names = [peer.incarnation for peer in peers.linked]
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
     for number in range(2):
@@ -303,7 +288,7 @@ def test_items_that_nobody_can_encode_are_not_taken_to_everybody_and_make_no_sus
 def test_as_many_broken_peers_as_end_an_item_end_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the fastest, since they have nothing to do: items that they refuse are taken to others."""
     monkeypatch.setattr(PeerBook, "doubt", 0.0)  # of equal ones the first by name is asked
-    peers = _Many(12)
+    peers = Many(12)
     broken = [peer.incarnation for peer in peers.linked[:9]]
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
     assert _fetch(placing, 0, broken, 0.0)[1] == "prepare_failed"
@@ -314,9 +299,9 @@ def test_as_many_broken_peers_as_end_an_item_end_no_second_one(monkeypatch: pyte
 
 @pytest.mark.parametrize("linked", [True, False])
 def test_a_peer_that_items_are_taken_from_is_a_suspect_unless_its_link_was_lost(linked: bool) -> None:
-    peers = _Many(2)
+    peers = Many(2)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
-    keys = [_item(number, "f" * 32) for number in range(2)]
+    keys = [item_of(number, "f" * 32) for number in range(2)]
     (first,) = {_place(placing, *one) for one in keys}
     if not linked:
         del peers.linked[int(first)]
@@ -326,65 +311,12 @@ def test_a_peer_that_items_are_taken_from_is_a_suspect_unless_its_link_was_lost(
     assert placing.moves == 2
 
 
-# -- who dies ---------------------------------------------------------------------------------------------------------
-
-
-def _in_both_towers(peers: _Many) -> Placing:
-    """One item was in the towers of both peers when their links were lost."""
-    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
-    for now, peer in enumerate(peers.linked):
-        key, spec = _item(1)
-        placing.errand(key, spec)
-        placement = placing.choose(key, frozenset(other.incarnation for other in peers.linked if other != peer), now)
-        assert placement is not None and placement.peer == peer.incarnation
-        placing.asked(key, placement, now)
-        placing.heard(peer.incarnation, Progress(key, 1, "encoding", 0.1, 0), now)
-        placing.link_lost(peer.incarnation, now)
-        placing.over(key)
-    return placing
-
-
-def test_links_that_are_cut_make_no_poison_until_the_peers_are_known_to_be_dead() -> None:
-    placing, digest = _in_both_towers(_Many(2)), _item(1)[1].digest
-    assert not placing.poison.refuses(digest, 2.0) and placing.poison.unsure_s(digest, 2.0) > 0
-    placing.link_lost("00", 2.0, gone=True)
-    assert not placing.poison.refuses(digest, 2.0)
-    placing.link_lost("01", 2.0, gone=True)
-    assert placing.poison.refuses(digest, 2.0)
-
-
-@pytest.mark.parametrize("linked", [True, False])
-def test_membership_knows_who_is_dead_but_a_link_knows_better(linked: bool) -> None:
-    peers = _Many(2)
-    placing, digest = _in_both_towers(peers), _item(1)[1].digest
-    if not linked:
-        peers.linked.clear()
-    placing.told([], ["00", "01"], 2.0)
-    assert placing.poison.refuses(digest, 2.0) is not linked
-
-
-def test_who_was_about_to_end_did_not_die_of_an_item() -> None:
-    peers = _Many(2)
-    for peer in peers.linked:
-        peer.book = PeerBook(PeerCosts())
-    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
-    placing.standings.told("00", Standing.DRAINING)
-    key, spec = _item(1)
-    placing.errand(key, spec)
-    placement = placing.choose(key, frozenset({"01"}), 0.0)
-    assert placement is not None and placement.peer == "00"
-    placing.asked(key, placement, 0.0)
-    placing.heard("00", Progress(key, 1, "encoding", 0.1, 0), 0.0)
-    placing.link_lost("00", 0.0)
-    assert not placing.poison.suspect(spec.digest, 0.0)
-
-
 # -- what they are called ---------------------------------------------------------------------------------------------
 
 
 def test_two_peers_of_one_name_are_two_series_and_who_is_gone_is_none() -> None:
     """A scrape with a series twice is thrown away as a whole."""
-    peers = _Many(2)
+    peers = Many(2)
     placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
     for peer in peers.linked:
         peer.name = "encode"
@@ -393,7 +325,7 @@ def test_two_peers_of_one_name_are_two_series_and_who_is_gone_is_none() -> None:
     series = [line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")]
     assert len(set(series)) == len(series)
     assert 'aiodisagg_prediction_error{peer="encode/01",stage="tower"}' in series
-    key, spec = _item(1)
+    key, spec = item_of(1)
     peer = _place(placing, key, spec)
     _refuse(placing, peer, key, 0.0)
     label = "encode" if peer == "00" else "encode/01"

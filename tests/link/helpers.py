@@ -1,4 +1,4 @@
-"""A peer made of a bare socket, and short ways to hellos and messages."""
+"""Pairs of links, a peer made of a bare socket, and short ways to hellos and messages."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import secrets
 import struct
+from collections.abc import AsyncIterator
 
-from aiodisagg.link import Hello, LinkServer, PeerRole, framing
+from aiodisagg.link import Hello, Link, LinkConfig, LinkServer, PeerRole, dial, framing
 from aiodisagg.link.address import UnixAddress, connect_unix, parse
 from aiodisagg.link.hello import Handshake
-from aiodisagg.protocol.messages import Chunk, Commit, ItemKey, Message, Refuse, Release, encode
+from aiodisagg.protocol.messages import Chunk, Commit, ItemKey, Message, Refuse, Release, Want, encode
+from aiodisagg.protocol.rows import ModelFingerprint
 
 SECRET = b"correct horse battery"
 
@@ -84,3 +86,65 @@ class RawPeer:
         self.writer.close()
         with contextlib.suppress(ConnectionError):
             await self.writer.wait_closed()
+
+
+FAST = LinkConfig(heartbeat_s=0.02, timeout_s=0.06)
+PATIENT = LinkConfig(heartbeat_s=0.02, timeout_s=60.0)
+
+
+class Listener:
+    """A server whose links come out of a queue and stay open until the test is done."""
+
+    def __init__(self, address: str, config: LinkConfig) -> None:
+        self.accepted: asyncio.Queue[Link] = asyncio.Queue()
+        self.server = LinkServer(address, lambda: hello("server"), on_link=self._hold, secret=SECRET, config=config)
+
+    async def _hold(self, link: Link) -> None:
+        self.accepted.put_nowait(link)
+        await asyncio.Event().wait()
+
+
+@contextlib.asynccontextmanager
+async def listening(address: str, config: LinkConfig | None = None) -> AsyncIterator[Listener]:
+    listener = Listener(address, config or LinkConfig())
+    async with listener.server:
+        yield listener
+
+
+@contextlib.asynccontextmanager
+async def linked(
+    address: str, config: LinkConfig | None = None, dialler_config: LinkConfig | None = None
+) -> AsyncIterator[tuple[Link, Link]]:
+    """(dialler's side, server's side)"""
+    async with listening(address, config) as listener:
+        dialler = dialler_config or config
+        near = await dial(listener.server.address, hello("dialler", PeerRole.LANGUAGE), secret=SECRET, config=dialler)
+        far = await listener.accepted.get()
+        try:
+            yield near, far
+        finally:
+            await near.aclose()
+
+
+def large(size_bytes: int) -> Message:
+    model = ModelFingerprint("Qwen3VLMoeForConditionalGeneration", 64, 3, "bfloat16", "w")
+    media = (bytes(range(256)) * (size_bytes // 256),)
+    return Want(ItemKey(1, 0), 1, "d", "image", (1, 2, 2), 1, 0.0, (), (), model, 5.0, media)
+
+
+async def flood(link: Link, count: list[int]) -> None:
+    while True:
+        await link.send(large(64 << 10))
+        count[0] += 1
+
+
+async def stuck(link: Link) -> tuple[asyncio.Task[None], list[int]]:
+    """A task that floods the link, once it can get nothing more in."""
+    sent = [0]
+    task = asyncio.create_task(flood(link, sent))
+    before = -1
+    while link._connection._writing or sent[0] != before:
+        before = sent[0]
+        for _ in range(50):
+            await asyncio.sleep(0)
+    return task, sent

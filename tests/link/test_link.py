@@ -1,58 +1,18 @@
-"""Links between two peers: order, size, back-pressure, liveness, and every way to end."""
+"""Links between two peers: order, size, back-pressure, and every way to end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 
 import pytest
 
 from aiodisagg.errors import LinkClosed, LinkError, MessageTooLarge, RemoteProtocolError
-from aiodisagg.link import Link, LinkConfig, LinkServer, PeerRole, dial, framing
-from aiodisagg.link.pulse import Beat, Pulse
-from aiodisagg.protocol.messages import ItemKey, Message, Want
-from aiodisagg.protocol.rows import ModelFingerprint
-from tests.link.helpers import SECRET, RawPeer, commit, hello, text, word
+from aiodisagg.link import Link, LinkConfig, PeerRole, dial, framing
+from aiodisagg.protocol.messages import Message
+from tests.link.helpers import SECRET, RawPeer, commit, hello, large, linked, listening, stuck, text, word
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
-
-FAST = LinkConfig(heartbeat_s=0.02, timeout_s=0.06)
-PATIENT = LinkConfig(heartbeat_s=0.02, timeout_s=60.0)
-
-
-class Listener:
-    """A server whose links come out of a queue and stay open until the test is done."""
-
-    def __init__(self, address: str, config: LinkConfig) -> None:
-        self.accepted: asyncio.Queue[Link] = asyncio.Queue()
-        self.server = LinkServer(address, lambda: hello("server"), on_link=self._hold, secret=SECRET, config=config)
-
-    async def _hold(self, link: Link) -> None:
-        self.accepted.put_nowait(link)
-        await asyncio.Event().wait()
-
-
-@contextlib.asynccontextmanager
-async def listening(address: str, config: LinkConfig | None = None) -> AsyncIterator[Listener]:
-    listener = Listener(address, config or LinkConfig())
-    async with listener.server:
-        yield listener
-
-
-@contextlib.asynccontextmanager
-async def linked(
-    address: str, config: LinkConfig | None = None, dialler_config: LinkConfig | None = None
-) -> AsyncIterator[tuple[Link, Link]]:
-    """(dialler's side, server's side)"""
-    async with listening(address, config) as listener:
-        dialler = dialler_config or config
-        near = await dial(listener.server.address, hello("dialler", PeerRole.LANGUAGE), secret=SECRET, config=dialler)
-        far = await listener.accepted.get()
-        try:
-            yield near, far
-        finally:
-            await near.aclose()
 
 
 async def test_both_sides_know_each_other(address: str) -> None:
@@ -84,12 +44,6 @@ async def test_messages_arrive_once_and_in_order_both_ways(address: str) -> None
                 group.create_task(talk(link))
         assert heard[0].result() == said
         assert heard[1].result() == said
-
-
-def large(size_bytes: int) -> Message:
-    model = ModelFingerprint("Qwen3VLMoeForConditionalGeneration", 64, 3, "bfloat16", "w")
-    media = (bytes(range(256)) * (size_bytes // 256),)
-    return Want(ItemKey(1, 0), 1, "d", "image", (1, 2, 2), 1, 0.0, (), (), model, 5.0, media)
 
 
 async def test_a_message_of_tens_of_mebibytes(address: str) -> None:
@@ -127,24 +81,6 @@ async def test_who_dials_takes_no_large_frame(address: str) -> None:
 # -- back-pressure ----------------------------------------------------------------------------------------------
 
 SMALL_QUEUES = LinkConfig(max_queued_messages=4, high_water_bytes=64 << 10)
-
-
-async def flood(link: Link, count: list[int]) -> None:
-    while True:
-        await link.send(large(64 << 10))
-        count[0] += 1
-
-
-async def stuck(link: Link) -> tuple[asyncio.Task[None], list[int]]:
-    """A task that floods the link, once it can get nothing more in."""
-    sent = [0]
-    task = asyncio.create_task(flood(link, sent))
-    before = -1
-    while link._connection._writing or sent[0] != before:
-        before = sent[0]
-        for _ in range(50):
-            await asyncio.sleep(0)
-    return task, sent
 
 
 async def test_what_the_other_side_does_not_accept_is_not_sent(address: str) -> None:
@@ -313,119 +249,3 @@ async def test_garbage_closes_that_link_only(address: str, junk: bytes) -> None:
         await good.send(word(5))
         assert await far.recv() == word(5)
         await good.aclose()
-
-
-# -- liveness ---------------------------------------------------------------------------------------------------
-
-
-async def test_a_silent_peer_is_given_up_and_told_so(address: str) -> None:
-    async with listening(address, FAST) as listener:
-        raw = await RawPeer.connect(listener.server)
-        await raw.shake_hands()
-        link = await listener.accepted.get()
-        with pytest.raises(LinkClosed, match=r"nothing was heard for 0\.06 s"):
-            await link.recv()
-        assert b"nothing was heard" in await raw.until(framing.BYE)
-        await raw.aclose()
-
-
-async def test_an_idle_link_lives_on_pongs(address: str) -> None:
-    async with listening(address, FAST) as listener:
-        raw = await RawPeer.connect(listener.server)
-        await raw.shake_hands()
-        link = await listener.accepted.get()
-        for _ in range(15):  # five timeouts
-            await raw.until(framing.PING)
-            raw.writer.write(framing.frame(framing.PONG))
-        assert not link.closed
-        await raw.aclose()
-
-
-async def test_pings_are_answered_while_the_application_takes_nothing(address: str) -> None:
-    async with listening(address, PATIENT) as listener:
-        raw = await RawPeer.connect(listener.server)
-        await raw.shake_hands()
-        link = await listener.accepted.get()
-        for number in range(100):
-            raw.say(word(number))
-        raw.writer.write(framing.frame(framing.PING))
-        await raw.until(framing.PONG)
-        assert [await link.recv() for _ in range(100)] == [word(n) for n in range(100)]
-        await raw.aclose()
-
-
-async def test_a_side_whose_queue_is_full_still_beats_and_does_not_blame_its_peer(address: str) -> None:
-    config = LinkConfig(heartbeat_s=0.02, timeout_s=0.06, max_queued_messages=4)
-    async with listening(address, config) as listener:
-        raw = await RawPeer.connect(listener.server)
-        await raw.shake_hands()
-        link = await listener.accepted.get()
-        for number in range(4):
-            raw.say(word(number))
-        for _ in range(15):
-            await raw.until(framing.PING)
-        assert not link.closed
-        assert [await link.recv() for _ in range(4)] == [word(n) for n in range(4)]
-        # It reads again: now silence counts.
-        with pytest.raises(LinkClosed, match="nothing was heard"):
-            await link.recv()
-        await raw.aclose()
-
-
-async def test_the_bytes_of_a_large_frame_count_as_life(address: str) -> None:
-    async with listening(address, FAST) as listener:
-        raw = await RawPeer.connect(listener.server)
-        await raw.shake_hands()
-        link = await listener.accepted.get()
-        raw.writer.write(framing.header(framing.MESSAGE, 1 << 20))
-        for _ in range(15):
-            await raw.until(framing.PING)
-            raw.writer.write(b"x")
-        assert not link.closed
-        await raw.aclose()
-
-
-async def test_a_peer_that_lives_and_does_not_read_is_not_lost(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After twice the timeout the kernel ended the connection: to it a closed window is like a host that vanished."""
-    busy = LinkConfig(heartbeat_s=0.02, timeout_s=0.06, max_queued_messages=4, high_water_bytes=64 << 10)
-    ticks, enough = 0, asyncio.Event()
-    real = Pulse.tick
-
-    def tick(pulse: Pulse, *, heard: bool, said: bool, reading: bool) -> Beat:
-        nonlocal ticks
-        ticks += 1
-        if ticks > 200:  # of both sides: two seconds, and the kernel looks twice in the first of them
-            enough.set()
-        return real(pulse, heard=heard, said=said, reading=reading)
-
-    async with linked(address, busy) as (near, far):
-        task, _ = await stuck(near)
-        monkeypatch.setattr(Pulse, "tick", tick)
-        waiting = asyncio.create_task(enough.wait())
-        await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
-        assert not task.done() and not near.closed and not far.closed
-        assert await far.recv() == large(64 << 10)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-
-async def test_two_sides_of_unlike_heartbeats_keep_each_other_alive(
-    address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = LinkConfig(heartbeat_s=30.0, timeout_s=60.0)
-    ticks, enough = 0, asyncio.Event()
-    real = Pulse.tick
-
-    def tick(pulse: Pulse, *, heard: bool, said: bool, reading: bool) -> Beat:
-        nonlocal ticks
-        ticks += 1
-        if ticks == 15:  # five timeouts of the fast side; the slow one never ticks
-            enough.set()
-        return real(pulse, heard=heard, said=said, reading=reading)
-
-    monkeypatch.setattr(Pulse, "tick", tick)
-    async with linked(address, FAST, slow) as (near, far):
-        await enough.wait()
-        assert not near.closed
-        assert not far.closed

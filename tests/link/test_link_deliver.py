@@ -8,8 +8,7 @@ import pytest
 
 from aiodisagg.errors import LinkClosed
 from aiodisagg.protocol.messages import Message
-from tests.link.helpers import word
-from tests.link.test_link import linked
+from tests.link.helpers import linked, word
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 

@@ -9,8 +9,7 @@ import pytest
 from aiodisagg.link import Link, LinkConfig, LinkServer, framing
 from aiodisagg.link.room import Room
 from aiodisagg.protocol.messages import Message, encode
-from tests.link.helpers import SECRET, RawPeer, hello
-from tests.link.test_link import large
+from tests.link.helpers import SECRET, RawPeer, hello, large
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 MiB = 1 << 20
