@@ -11,7 +11,7 @@ from stepped import Stepped, bench
 
 from aiodisagg.encode import tower
 from aiodisagg.encode.core import NICE, CoreGate
-from aiodisagg.protocol.events import RowsReady
+from aiodisagg.protocol.events import ChangeEncode, RowsReady
 from aiodisagg.protocol.messages import Urgency
 from tests.services.system import eventually
 
@@ -132,3 +132,19 @@ async def test_what_is_due_waits_for_no_prompts_nor_for_who_does(monkeypatch: py
         assert await made.call() == [(3, 16)] and gate.waits == 1
         gate.prefill_waits(False)
         assert await made.call() == [(2, 16)]
+
+
+@pytest.mark.anyio
+async def test_what_becomes_due_while_it_waits_for_prompts_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else asks for the same picture, and cannot wait."""
+    monkeypatch.setattr(tower, "LONGEST_S", PATIENCE_S)
+    gate, encoder = CoreGate(), Stepped(permits=9)
+    gate.prefill_waits(True)
+    async with bench(encoder, batch_patches=16, gate=gate) as made:
+        await made.prepared(digest := made.start(2, urgency=PATIENT))
+        await eventually(gate.whole_prompts, "it waits for prompts")
+        made.pipeline.change(ChangeEncode(digest, Urgency(0.0), False))
+        assert encoder.calls.empty()
+        gate.prefill_waits(True)  # another step with prompts
+        assert await made.call() == [(2, 16)]
+        gate.prefill_waits(False)
