@@ -68,6 +68,12 @@ class Random:
         hidden, name = self.config.text_config.hidden_size, str(self.dtype).removeprefix("torch.")
         return ModelFingerprint(self.config.architectures[0], hidden, levels, name, "random")
 
+    def words(self) -> torch.Tensor:
+        """int64: ids of tokens that are whole letters: others are held back until their neighbours complete them."""
+        tokenizer = build_tokenizer(TOKENIZER)
+        ordinary = [token for token in range(TOKENIZER) if token not in tokenizer.all_special_ids]
+        return torch.tensor([token for token in ordinary if tokenizer.decode([token]).strip().isascii()])
+
     def planner(self) -> Qwen3VLPlanner:
         return Qwen3VLPlanner(self.folder)
 
