@@ -72,6 +72,7 @@ def both_command(
             if inter_token_ms is not None and not inter_token_ms > 0:
                 raise ConfigError("inter_token_ms", f"must be above 0, not {inter_token_ms:g}")
             await check_bind(host, port)
+            await check_bind(of_language.data_host, 0, "data_")
             await asyncio.to_thread(_check_tower, of_encode.model)
             if not separate:
                 from aiodisagg.both.service import BothService
