@@ -72,7 +72,7 @@ class ChatHandler:
     def __init__(self, backend: ChatBackend, config: HttpConfig, fetcher: MediaFetcher, workers: Workers) -> None:
         self._backend, self._config, self._fetcher, self._workers = backend, config, fetcher, workers
         self._in_use: set[str] = set()
-        self._budget = Budget(config.max_held_bytes)
+        self._budget = Budget(config.max_held_bytes, config.tenant_names)
 
     async def __call__(self, request: web.Request, request_id: str, tenant: Tenant) -> web.StreamResponse:
         """The backend gets ``request_id`` too, so that its traces have the client's name for the request; while
@@ -80,7 +80,7 @@ class ChatHandler:
         own_id = next(name for name in self._names(request_id) if name not in self._in_use)
         self._in_use.add(own_id)
         try:
-            with self._budget.share() as share:
+            with self._budget.share(tenant.name) as share:
                 return await self._answer(request, request_id, own_id, tenant, share)
         finally:
             self._in_use.remove(own_id)
