@@ -96,6 +96,7 @@ def test_a_model_without_a_tower_cannot_encode(command: tuple[str, ...], text_on
         (("language", "--pool-mib", "0"), "'--pool-mib': 0.0 is not in the range"),
         (("language", "--cache-mib", "-1"), "'--cache-mib': -1.0 is not in the range"),
         (("language", "--max-requests", "0"), "'--max-requests': 0 is not in the range"),
+        (("both", "--model", ".", "--http-port", "0"), "http_port: is a tower's in a process of its own (--separate)"),
         (("language", "--model", ".", "--data-host", "localhost"), "data_host: 'localhost' is not an address"),
         (("language", "--model", ".", "--media-domain", "a/b"), "http.allowed_media_domains: 'a/b' is not a host name"),
         (("bench", "load", "--dtype", "foo"), "'foo' is not one of 'bfloat16'"),
