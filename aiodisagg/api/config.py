@@ -76,7 +76,7 @@ class HttpConfig:
     body_timeout_s: float = 60.0
     """A body that has not arrived after this long is a 408."""
     write_timeout_s: float = 60.0
-    """A client that takes nothing of its stream for this long counts as gone."""
+    """A client that does not take an answer, or the next piece of its stream, within this time counts as gone."""
     request_timeout_s: float = 600.0
     """From the parsed request to the last token, fetching media included; more is a 504."""
     default_max_tokens: int = 4096
