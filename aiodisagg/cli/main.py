@@ -133,6 +133,9 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
         "max_pixels",
     )
     given = {f"{what}_bytes": options[f"{what}_mib"] for what in ("pool", "cache", "kv")}
+    for key, mib in given.items():
+        if mib is not None and not math.isfinite(mib):
+            raise ConfigError(key, f"must be finite, not {mib} MiB")
     sizes = {key: None if mib is None else int(mib * MiB) for key, mib in given.items()}
     line = {key: options[key] for key in ("max_queue", "max_ttft_s", "max_wait_s", "order")}
     return LanguageConfig(**_settings(options, *same, admission=AdmissionConfig(**line), **sizes))
