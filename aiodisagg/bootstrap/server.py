@@ -42,7 +42,7 @@ STUCK_S = 10.0
 """Who takes nothing of an answer for this long is dropped; a watcher comes back for a snapshot."""
 
 KEEPALIVE_S = 75.0
-"""Of every HTTP server here: a connection on which nobody asks anything. Proxies in front of one keep it less long."""
+"""Of every HTTP server here: a connection on which nobody asks anything. A proxy in front should keep it less long."""
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
