@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +38,7 @@ from aiodisagg.api.schema import (
     DeltaBody,
     UsageBody,
 )
+from aiodisagg.bootstrap.sending import taken
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams, Usage
 from aiodisagg.errors import DeadlineExceeded, EngineError
 from aiodisagg.models.base import ChatMessage
@@ -72,7 +73,7 @@ class ChatHandler:
     def __init__(self, backend: ChatBackend, config: HttpConfig, fetcher: MediaFetcher, workers: Workers) -> None:
         self._backend, self._config, self._fetcher, self._workers = backend, config, fetcher, workers
         self._in_use: set[str] = set()
-        self._budget = Budget(config.max_held_bytes)
+        self._budget = Budget(config.max_held_bytes, config.tenant_names)
 
     async def __call__(self, request: web.Request, request_id: str, tenant: Tenant) -> web.StreamResponse:
         """The backend gets ``request_id`` too, so that its traces have the client's name for the request; while
@@ -80,7 +81,7 @@ class ChatHandler:
         own_id = next(name for name in self._names(request_id) if name not in self._in_use)
         self._in_use.add(own_id)
         try:
-            with self._budget.share() as share:
+            with self._budget.share(tenant.name) as share:
                 return await self._answer(request, request_id, own_id, tenant, share)
         finally:
             self._in_use.remove(own_id)
@@ -223,7 +224,7 @@ class _Stream:
     async def run(self, deltas: AsyncGenerator[Delta, None], request_id: str) -> web.StreamResponse:
         """Raises what ``deltas`` raises for its first delta; later errors go into the stream."""
         delta = await anext(deltas)
-        await self._response.prepare(self._request)
+        await taken(self._request, self._response.prepare(self._request), self._timeout_s)
         await self._send(DeltaBody(role="assistant", content=""))
         while True:
             if delta.text:
@@ -248,21 +249,11 @@ class _Stream:
         await self._write(_encode(msgspec.structs.replace(self._chunk, choices=[choice])))
 
     async def _write(self, data: bytes) -> None:
-        await self._taken(self._response.write(b"data: " + data + b"\n\n"))
+        await taken(self._request, self._response.write(b"data: " + data + b"\n\n"), self._timeout_s)
 
     async def _end(self) -> web.StreamResponse:
-        await self._taken(self._response.write_eof())
+        await taken(self._request, self._response.write_eof(), self._timeout_s)
         return self._response
-
-    async def _taken(self, written: Awaitable[None]) -> None:
-        """Cuts the connection and raises ConnectionResetError if the client does not take this in time."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await written
-        except TimeoutError as error:
-            if self._request.transport is not None:
-                self._request.transport.abort()
-            raise ConnectionResetError(f"the client took nothing for {self._timeout_s:g} s") from error
 
 
 def model_not_found(name: str, served: Sequence[str]) -> Refused:

@@ -67,7 +67,8 @@ class HttpConfig:
     max_body_bytes: int = 64 * MiB
     """Largest request body; more is a 413."""
     max_held_bytes: int = 4096 * MiB
-    """Bodies and media of all requests together, until they are answered; a request beyond that is a 429."""
+    """Bodies and media of all requests together, until they are answered; a request beyond that is a 429, and so is one
+    of a tenant that would then hold more than fifteen times what is left."""
     max_text_chars: int = 2 * MiB
     """Text of a request. More takes seconds to tokenize, and fits no model."""
     max_parts: int = 8192
@@ -75,7 +76,7 @@ class HttpConfig:
     body_timeout_s: float = 60.0
     """A body that has not arrived after this long is a 408."""
     write_timeout_s: float = 60.0
-    """A client that takes nothing of its stream for this long counts as gone."""
+    """A client that does not take an answer, or the next piece of its stream, within this time counts as gone."""
     request_timeout_s: float = 600.0
     """From the parsed request to the last token, fetching media included; more is a 504."""
     default_max_tokens: int = 4096
@@ -123,6 +124,11 @@ class HttpConfig:
                 ipaddress.ip_network(network, strict=False)
             except ValueError as error:
                 raise ConfigError("http.allow_private_media_hosts", str(error)) from error
+
+    @property
+    def tenant_names(self) -> frozenset[str]:
+        """Those that are configured, and the one of who says no name; none if no tenants are."""
+        return frozenset({own.tenant.name for own in self.api_keys} | {Tenant().name}) if self.api_keys else frozenset()
 
     def _check_keys(self) -> None:
         keys = [own.key for own in self.api_keys] + ([] if self.api_key is None else [self.api_key])

@@ -25,6 +25,7 @@ from aiodisagg.api.failures import Refused, failure_of
 from aiodisagg.api.fetch import MediaFetcher
 from aiodisagg.api.media_cache import MediaCache
 from aiodisagg.api.schema import ModelBody, ModelList
+from aiodisagg.bootstrap.sending import send
 from aiodisagg.bootstrap.server import KEEPALIVE_S
 from aiodisagg.errors import Draining
 from aiodisagg.link.address import cannot_listen, check_port, is_loopback
@@ -232,22 +233,20 @@ class HttpServer:
             response = await handler(request)
         except Exception as error:
             if request.transport is None or request.transport.is_closing():
-                raise ConnectionResetError("the client is gone, there is nobody to tell") from error
+                raise asyncio.CancelledError("the client is gone, there is nobody to tell") from error
             failure = failure_of(error, running.request_id)
             if running.has_begun:  # no room for a second response behind the first
                 request.transport.close()
-                raise ConnectionResetError("a response that had begun failed") from error
+                raise asyncio.CancelledError("a response that had begun failed") from error
             if failure.status < 500:
                 logger.info("%s refused: %s", running.request_id, ascii(failure.message))
             response, ends = failure.as_response(), isinstance(error, Draining)
-        if not running.has_begun:
-            response.headers["X-Request-Id"] = running.request_id
-            if self._stopping or ends:
-                response.force_close()
-        return response
+        if not running.has_begun and (self._stopping or ends):
+            response.force_close()
+        return await send(request, response, self._config.write_timeout_s)
 
     async def _begin(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Runs before a response's first byte: a stream's while it is being handled, all others' after that."""
+        """Runs before a response's first byte."""
         running = self._running.get(id(request))
         if running is not None:
             running.has_begun = True

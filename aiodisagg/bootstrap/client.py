@@ -22,7 +22,8 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0
 REQUEST_TIMEOUT_S = 5.0
 QUIET_S = 30.0
 """A membership stream without a line for this long is dead; servers send one every third of a lease."""
-MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_LINE_BYTES = 64 * 1024 * 1024
+"""As many peers as a server takes, 10,000, are 42 MB with all that they advertise."""
 MAX_REASONS = 64
 """Why entries cannot be read is warned of once a reason, and of so many reasons."""
 

@@ -26,6 +26,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from aiodisagg.bootstrap.registry import PeerRecord, Registry
+from aiodisagg.bootstrap.sending import send, taken
 from aiodisagg.bootstrap.wire import Failure, Heartbeat, Lease, Watched, check_token
 from aiodisagg.errors import ConfigError, LinkError
 from aiodisagg.link.address import TcpAddress, cannot_listen, check_port, is_loopback, reachable_host, resolve
@@ -38,10 +39,10 @@ MAX_PEERS = 10_000
 TOGETHER_S = 0.5
 """For so long changes of loads are collected. Who comes, goes, drains or is suspect is told at once."""
 STUCK_S = 10.0
-"""A watcher that takes no line for this long is dropped; it comes back for a snapshot."""
+"""Who takes nothing of an answer for this long is dropped; a watcher comes back for a snapshot."""
 
 KEEPALIVE_S = 75.0
-"""Of every HTTP server here: a connection on which nobody asks anything. Proxies in front of one keep it less long."""
+"""Of every HTTP server here: a connection on which nobody asks anything. A proxy in front should keep it less long."""
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -94,7 +95,7 @@ class BootstrapServer:
         if self._config.token is None and not is_loopback(literal):
             raise ConfigError("host", f"{self._host} can be reached by other hosts; that needs a token")
         self._reachable = reachable_host(literal)
-        app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(middlewares=[self._serve], client_max_size=MAX_BODY_BYTES)
         app.router.add_put("/v1/peers/{incarnation}", self._register)
         app.router.add_post("/v1/peers/{incarnation}/heartbeat", self._heartbeat)
         app.router.add_delete("/v1/peers/{incarnation}", self._leave)
@@ -142,6 +143,9 @@ class BootstrapServer:
     # -- handlers ------------------------------------------------------------------------------------------------
 
     @web.middleware
+    async def _serve(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await send(request, await self._guard(request, handler), STUCK_S)
+
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         token = self._config.token
         if token is not None and request.path != "/health":
@@ -194,7 +198,7 @@ class BootstrapServer:
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         known = _Known(-1, _role(request), False)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
-        await response.prepare(request)
+        await taken(request, response.prepare(request), STUCK_S)
         task = asyncio.current_task()
         assert task is not None
         self._watchers.add(task)
@@ -203,15 +207,10 @@ class BootstrapServer:
                 if self._settled() and not known.settled:
                     known = known._replace(revision=-1, settled=True)
                 (line, _), now = self._line(known), self.registry.revision
-                async with asyncio.timeout(STUCK_S):
-                    await response.write(line)
+                await taken(request, response.write(line), STUCK_S)
                 known = known._replace(revision=now)
                 await self._next_change(known)
-        except (ConnectionResetError, asyncio.CancelledError):
-            return response
-        except TimeoutError:
-            if request.transport is not None:  # to close it would wait for the watcher to take the rest
-                request.transport.abort()
+        except asyncio.CancelledError:
             return response
         finally:
             self._watchers.discard(task)

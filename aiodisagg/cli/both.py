@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import Announce, begin, fail, run, until
+from aiodisagg.cli.process import PORT, Announce, begin, fail, run, until
 from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.link.address import check_bind
 
@@ -27,8 +27,8 @@ INLINE_HELP = "The tower takes turns with the engine, prefill waits for all imag
 INTER_TOKEN_MS = 50.0
 INTER_TOKEN_HELP = "Pace that running streams are owed while images are encoded."
 TOKEN_VARIABLE = "AIODISAGG_BOOTSTRAP_TOKEN"
-_LEFT_OUT = ("zero_deepstack", "http_port", "http_host", "steps_fd")
-"""Of an encode peer's options: there is one HTTP server; a tower of its own process has none."""
+_LEFT_OUT = ("zero_deepstack", "steps_fd")
+"""Of an encode peer's options."""
 
 
 def both_command(
@@ -47,6 +47,9 @@ def both_command(
         help=f"{INTER_TOKEN_HELP} If left out: --itl-budget-ms; on a CPU none, unless --separate.",
     )
     @click.option("--separate", is_flag=True, help="Run the tower in a process of its own; it registers as one, too.")
+    @click.option(
+        "--http-port", type=PORT, help="With --separate: the tower's /live, /health and /metrics; 0 takes a free port."
+    )
     @click.option("--inline", is_flag=True, help=INLINE_HELP)
     def both(
         host: str,
@@ -66,12 +69,15 @@ def both_command(
         async def serve(stop: asyncio.Event, announce: Announce) -> None:
             if separate and inline:
                 raise ConfigError("inline", "a tower in a process of its own is not part of the engine's loop")
+            if options["http_port"] is not None and not separate:
+                raise ConfigError("http_port", "is a tower's in a process of its own (--separate); else all is at port")
             of_both = options | {"name": options["name"] or f"both-{secrets.token_hex(3)}"}
             of_language, of_encode = language_config(of_both), encode_config(of_both)
             front = _Front(http_config(options), host, port, peers, announce)
             if inter_token_ms is not None and not inter_token_ms > 0:
                 raise ConfigError("inter_token_ms", f"must be above 0, not {inter_token_ms:g}")
             await check_bind(host, port)
+            await check_bind(of_language.data_host, 0, "data_")
             await asyncio.to_thread(_check_tower, of_encode.model)
             if not separate:
                 from aiodisagg.both.service import BothService
@@ -141,7 +147,10 @@ async def _serve_separate(
             service.add_tower(address, tower["incarnation"])
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(cluster.watch())
-                await front.serve(service, {"address": address, "incarnation": config.incarnation}, stop)
+                facts = {"address": address, "incarnation": config.incarnation}
+                if "url" in tower:
+                    facts["tower_url"] = tower["url"]
+                await front.serve(service, facts, stop)
                 watch.cancel()
         except* AiodisaggError as errors:
             raise errors.exceptions[0] from None

@@ -25,6 +25,7 @@ from aiodisagg.cli.process import (
     Announce,
     begin,
     check_address,
+    not_empty,
     order_option,
     process_options,
     run,
@@ -87,6 +88,7 @@ def peer_options(command: Command) -> Command:
 def _settings(options: dict[str, Any], *same: str, **other: Any) -> dict[str, Any]:
     """Of a peer's configuration; ``same``: options that are called as its fields are."""
     settings = {key: options[key] for key in (*_PEER, *same)} | other
+    settings["bootstrap_token"] = not_empty(TOKEN_VARIABLE, options["bootstrap_token"])
     if options["secret_file"] is not None:
         settings["secret"] = options["secret_file"].read_bytes().strip()
     tls = [options[f"tls_{what}"] for what in ("certificate", "key", "authority")]
@@ -99,7 +101,7 @@ def _settings(options: dict[str, Any], *same: str, **other: Any) -> dict[str, An
     return settings
 
 
-_PEER = ("model", "bootstrap", "bootstrap_token", "name", "data_host", "device", "row_dtype")
+_PEER = ("model", "bootstrap", "name", "data_host", "device", "row_dtype")
 
 
 def encode_config(options: dict[str, Any]) -> EncodeConfig:
@@ -131,6 +133,9 @@ def language_config(options: dict[str, Any]) -> LanguageConfig:
         "max_pixels",
     )
     given = {f"{what}_bytes": options[f"{what}_mib"] for what in ("pool", "cache", "kv")}
+    for key, mib in given.items():
+        if mib is not None and not math.isfinite(mib):
+            raise ConfigError(key, f"must be finite, not {mib} MiB")
     sizes = {key: None if mib is None else int(mib * MiB) for key, mib in given.items()}
     line = {key: options[key] for key in ("max_queue", "max_ttft_s", "max_wait_s", "order")}
     return LanguageConfig(**_settings(options, *same, admission=AdmissionConfig(**line), **sizes))
@@ -144,11 +149,9 @@ def http_config(options: dict[str, Any]) -> HttpConfig:
     """Raises ConfigError."""
     from aiodisagg.api.config import PRIVATE_NETWORKS, HttpConfig, MiB, read_keys
 
-    if options["api_key"] is None and KEY_VARIABLE in os.environ:  # click takes an empty one for none
-        raise ConfigError(KEY_VARIABLE, "is set but empty; unset it if nobody shall need a key")
     file: Path | None = options["keys_file"]
     return HttpConfig(
-        api_key=options["api_key"],
+        api_key=not_empty(KEY_VARIABLE, options["api_key"]),
         api_keys=() if file is None else read_keys(file.read_bytes(), str(file)),
         max_requests=options["max_requests"] or options["max_queue"] + options["max_running"] + _BEFORE_THE_LINE,
         default_max_tokens=options["default_max_tokens"],
@@ -170,7 +173,7 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
     async def serve(stop: asyncio.Event, announce: Announce) -> None:
         from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
 
-        async with BootstrapServer(host, port, BootstrapConfig(token=token)) as server:
+        async with BootstrapServer(host, port, BootstrapConfig(token=not_empty(TOKEN_VARIABLE, token))) as server:
             announce({"url": server.url})
             await stop.wait()
 
@@ -211,25 +214,21 @@ def encode(
 
     async def serve(stop: asyncio.Event, announce: Announce) -> None:
         config = encode_config(options)
+        await check_bind(config.data_host, 0, "data_")
         if http_port is not None:
             await check_bind(http_host, http_port, "http_")
         from aiodisagg.encode.gate import SlackGate
-        from aiodisagg.encode.service import EncodeService, load_encoder  # after the checks: torch takes seconds
+        from aiodisagg.encode.service import EncodeService  # after the checks: torch takes seconds
         from aiodisagg.encode.steps import StepReader
         from aiodisagg.scheduler.slack import Slack
 
-        encoder = None
-        if zero_deepstack:
-            from aiodisagg.encode.ablation import WithoutDeepStack
-
-            encoder = WithoutDeepStack(await asyncio.to_thread(load_encoder, config))
         async with AsyncExitStack() as stack:
             gate = None
             if steps_fd is not None:
                 gate = SlackGate(Slack(inter_token_ms / 1000))
                 reader = await stack.enter_async_context(StepReader(gate, socket.socket(fileno=steps_fd)))
                 stop = reader.ended  # a signal to all processes of a unit is for the one that still needs this tower
-            service = await stack.enter_async_context(EncodeService(config, encoder=encoder, gate=gate))
+            service = await stack.enter_async_context(EncodeService(config, gate=gate, zero_deepstack=zero_deepstack))
             facts = {"name": service.name, "address": service.address, "incarnation": config.incarnation}
             if http_port is not None:
                 from aiodisagg.peer.http import MetricsServer
@@ -324,6 +323,7 @@ def language(
     async def serve(stop: asyncio.Event, announce: Announce) -> None:
         config, http = language_config(options), http_config(options)
         await check_bind(host, port)
+        await check_bind(config.data_host, 0, "data_")
         from aiodisagg.api import HttpServer  # after the checks: torch takes seconds
         from aiodisagg.language.service import LanguageService
 

@@ -147,6 +147,14 @@ async def until(stop: asyncio.Event, service: Serving) -> None:
         raise errors.exceptions[0] from None
 
 
+def not_empty(variable: str, value: str | None) -> str | None:
+    """``value`` of an option that ``variable`` has otherwise. Raises ConfigError for a variable that is set but empty,
+    as of a secret that a container was not given: click takes it for none, which opens what a secret keeps closed."""
+    if value is None and variable in os.environ:
+        raise ConfigError(variable, "is set but empty; unset it if there shall be none")
+    return value
+
+
 def process_options(command: Command) -> Command:
     """Options of every long-running process."""
     for option in (

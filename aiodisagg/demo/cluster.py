@@ -87,6 +87,7 @@ class Cluster:
         command += ["--parent", str(os.getpid())]
         command += ["-v"] * self._verbose
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        environment.pop("AIODISAGG_API_KEY", None)  # of an API for others; who starts these has to be let in
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,

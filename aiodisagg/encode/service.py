@@ -13,6 +13,7 @@ from prometheus_client.core import Metric
 from aiodisagg.bootstrap.client import BootstrapClient
 from aiodisagg.bootstrap.registry import Load, PeerRecord, PeerState
 from aiodisagg.device.copies import open_accelerator
+from aiodisagg.encode.ablation import WithoutDeepStack
 from aiodisagg.encode.gate import Gate
 from aiodisagg.encode.handoff import HandOff
 from aiodisagg.encode.pipeline import EncodePipeline
@@ -88,14 +89,15 @@ class EncodeService(EnteredOnce):
         encoder: instead of the checkpoint's vision tower; anything that satisfies ``VisionEncoder``.
         gate: asked before the tower begins a batch; for a tower that shares its device.
         role: what it says of itself; ``BOTH`` for the encode half of such a peer.
+        zero_deepstack: rows have zeros for DeepStack, to see what these are worth.
     """
 
     def __init__(
         self, config: EncodeConfig, *, encoder: VisionEncoder | None = None, gate: Gate | None = None,
-        role: PeerRole = PeerRole.ENCODE,
+        role: PeerRole = PeerRole.ENCODE, zero_deepstack: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.config, self.role = config, role
+        self.config, self.role, self._zero_deepstack = config, role, zero_deepstack
         self._gate = gate
         self.name = config.name or f"encode-{config.incarnation[:6]}"
         self._encoder = encoder
@@ -121,6 +123,8 @@ class EncodeService(EnteredOnce):
         with _as_listen():
             await server.check()  # loading may take minutes
         encoder = self._encoder if self._encoder is not None else await asyncio.to_thread(load_encoder, config)
+        if self._zero_deepstack:
+            encoder = WithoutDeepStack(encoder)
         self.model = encoder.fingerprint
         self.times: ServiceTimes | None = None
         if config.self_test_s > 0:

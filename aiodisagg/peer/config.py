@@ -160,7 +160,7 @@ class LanguageConfig(PeerConfig):
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     """Who of those that wait goes next, and who is sent away."""
     max_pixels: int | None = None
-    """Pixels of an image after resizing; None: what the checkpoint says."""
+    """Pixels of an image after resizing; None or 0: what the checkpoint says."""
     request_timeout_s: float = 300.0
     """Deadline of a request's items, at most 1e9."""
     peer_wait_s: float = 10.0
@@ -184,6 +184,7 @@ class LanguageConfig(PeerConfig):
         for key in ("pool_bytes", "block_rows", "kv_bytes", "token_budget"):
             if (value := getattr(self, key)) is not None:
                 check(key, value)
+        check("max_pixels", self.max_pixels or 0, exclusive=False)
         for key in ("stall_s", "max_running"):
             check(key, getattr(self, key))
         check("window_blocks", self.window_blocks, high=MOST_LENDS)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from aiohttp import web
 
-from aiodisagg.bootstrap.server import KEEPALIVE_S
+from aiodisagg.bootstrap.sending import send
+from aiodisagg.bootstrap.server import KEEPALIVE_S, STUCK_S
 from aiodisagg.link.address import cannot_listen, check_port
 
 Ready = Callable[[], tuple[bool, str]]
@@ -31,6 +32,18 @@ def add_probes(app: web.Application, ready: Ready, broken: Callable[[], str]) ->
 
     app.router.add_get("/live", live)
     app.router.add_get("/health", health)
+
+
+@web.middleware
+async def _in_time(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:  # fmt: skip
+    try:
+        response = await handler(request)
+    except web.HTTPException as error:
+        await send(request, error, STUCK_S)
+        raise
+    return await send(request, response, STUCK_S)
 
 
 class MetricsServer:
@@ -57,7 +70,7 @@ class MetricsServer:
         return f"http://{host}:{self._port}"
 
     async def __aenter__(self) -> MetricsServer:
-        app = web.Application()
+        app = web.Application(middlewares=[_in_time])
         add_probes(app, self._ready, self._broken)
         app.router.add_get("/metrics", self._scrape)
         self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=KEEPALIVE_S)

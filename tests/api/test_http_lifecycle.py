@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -109,7 +110,7 @@ async def test_leaving_while_media_are_fetched_stops_the_fetch() -> None:
     assert not backend.calls
 
 
-async def test_a_client_that_does_not_read_holds_the_backend_back_and_is_cut() -> None:
+async def test_a_client_that_does_not_read_holds_the_backend_back_and_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     backend = ScriptedBackend(forever("x" * 10_000))
     async with serving(backend, write_timeout_s=0.2) as served:
         _reader, writer = await served.connect(stream=True)
@@ -120,6 +121,7 @@ async def test_a_client_that_does_not_read_holds_the_backend_back_and_is_cut() -
         writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]  # nobody here did wrong
 
 
 async def test_a_client_that_does_not_read_the_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

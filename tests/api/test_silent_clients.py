@@ -1,15 +1,19 @@
-"""Connections on which nobody asks anything end: each holds a descriptor, and needs no key."""
+"""Connections on which nobody asks anything, or reads any answer, end: each holds a descriptor, and needs no key."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
 from http_fakes import ScriptedBackend
 
+from aiodisagg.api import HttpConfig
 from aiodisagg.api import server as api
 from aiodisagg.bootstrap import server as bootstrap
+from aiodisagg.bootstrap.registry import PeerRecord
+from aiodisagg.link.hello import PeerRole
 from aiodisagg.peer import http as peer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -37,3 +41,39 @@ async def test_a_connection_on_which_nobody_asks_ends(
         assert heard.startswith(b"HTTP/1.1 200" if said else b"")
         writer.close()
         await writer.wait_closed()
+
+
+class Talkative(ScriptedBackend):
+    def metrics(self) -> str:
+        return LONG
+
+
+LONG = "# " + "x" * 500_000
+
+
+@pytest.mark.parametrize("which", ["api", "bootstrap", "metrics"])
+async def test_a_connection_on_which_nobody_reads_the_answers_ends(
+    which: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was kept for as long as the client liked, with megabytes of the kernel's memory."""
+    monkeypatch.setattr(bootstrap, "STUCK_S", 0.05)
+    monkeypatch.setattr(peer, "STUCK_S", 0.05)
+    server: Any
+    if which == "api":
+        server = api.HttpServer(Talkative(), port=0, config=HttpConfig(write_timeout_s=0.05))
+    elif which == "metrics":
+        server = peer.MetricsServer(lambda: LONG, lambda: (True, "ok"), "127.0.0.1", 0)
+    else:
+        server = bootstrap.BootstrapServer("127.0.0.1", 0)
+        record = PeerRecord(name="a", incarnation="a", role=PeerRole.LANGUAGE, addresses=("x" * 250,) * 2_000)
+        server.registry.register(record, 0.0)
+    async with server:
+        _reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]), limit=1)
+        path = b"/v1/peers" if which == "bootstrap" else b"/metrics"
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(60):
+                while True:
+                    writer.write(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+                    await writer.drain()
+        writer.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

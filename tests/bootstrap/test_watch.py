@@ -119,6 +119,20 @@ async def test_a_client_asks_for_the_role_that_it_watches() -> None:
             assert set(language._there[server.url]) == {"e-life"}
 
 
+async def test_a_snapshot_of_all_peers_that_a_server_takes_is_read() -> None:
+    """Ten thousand with 256 digests each are 42 MB, of which nothing was heard; fewer with long records are as much."""
+    async with BootstrapServer("127.0.0.1", 0, BootstrapConfig(lease_s=3600)) as server:
+        now = asyncio.get_running_loop().time()
+        for number in range(170):
+            addresses = tuple(f"tcp:{number}.{i}:{'7' * 240}" for i in range(1000))
+            server.registry.register(msgspec.structs.replace(record(f"e{number}"), addresses=addresses), now)
+        language = BootstrapClient(server.url, record("l", PeerRole.LANGUAGE))
+        async with language, asyncio.timeout(60):
+            async for change in language.watch(PeerRole.ENCODE):
+                assert len(change.present) == 170
+                break
+
+
 @pytest.mark.usefixtures("slow")
 async def test_a_line_is_made_once_for_all_who_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     made, encode = list[Watched](), msgspec.json.encode

@@ -47,6 +47,17 @@ def test_a_key_that_is_set_but_empty_does_not_open_the_api(command: str, monkeyp
     assert http_config(options(command)).api_key is None
 
 
+@pytest.mark.parametrize(
+    "command", ["bootstrap --host 192.0.2.1", "encode --model .", "language --model .", "both --model ."]
+)
+def test_a_bootstrap_token_that_is_set_but_empty_is_not_none(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer would be told by the server that its token is wrong, again and again, and the server would have none."""
+    monkeypatch.setenv("AIODISAGG_BOOTSTRAP_TOKEN", "")
+    found = CliRunner().invoke(main, command.split())
+    assert found.exit_code == 1
+    assert found.output.startswith("Error: AIODISAGG_BOOTSTRAP_TOKEN: is set but empty"), found.output
+
+
 @pytest.mark.parametrize("command", ["language", "both"])
 def test_names_of_the_model(command: str) -> None:
     given = options(command, "--served-model-name", "qwen", "--served-model-name", "qwen-latest")

@@ -55,6 +55,14 @@ async def test_what_the_user_says_of_threads_reaches_the_processes(monkeypatch: 
         assert psutil.Process(member.process.process.pid).environ()["OMP_NUM_THREADS"] == "3"
 
 
+async def test_the_users_api_key_is_not_that_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shell in which it was set the demo waited for ever: its language peer let nobody in."""
+    monkeypatch.setenv("AIODISAGG_API_KEY", "sekret")
+    async with Cluster() as cluster:
+        member = await cluster.start("bootstrap", "bootstrap", "--port", "0")
+        assert "AIODISAGG_API_KEY" not in psutil.Process(member.process.process.pid).environ()
+
+
 @pytest.mark.parametrize("kill", [False, True])
 async def test_device_and_dtype_are_those_of_the_peers(kill: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     started: dict[str, tuple[str, ...]] = {}

@@ -132,7 +132,7 @@ async def test_a_tower_of_its_own_process_is_a_peer_and_ends_with_the_other_half
     async with Cluster() as cluster:
         bootstrap = (await cluster.start("bootstrap", "bootstrap", "--port", "0")).facts["url"]
         options = ("--model", str(moe), "--bootstrap", bootstrap, "--port", "0", "--transports", "ipc")
-        both = await cluster.start("both", "both", "--name", "x", "--separate", *options)
+        both = await cluster.start("both", "both", "--name", "x", "--separate", "--http-port", "0", *options)
         await until_states(bootstrap, {"x": ("language", "ready"), "x-tower": ("encode", "ready")})
         async with aiohttp.ClientSession(both.facts["url"]) as session:
             ask = body(both.facts["model"], ImagePart(png(128, 96, 1)), "What is it?", max_tokens=8)
@@ -141,6 +141,9 @@ async def test_a_tower_of_its_own_process_is_a_peer_and_ends_with_the_other_half
             async with session.get("/debug/requests") as response:
                 (trace, _) = await response.json()
             assert trace["items"][0]["peers"] == ["x-tower"]
+            async with session.get(f"{both.facts['tower_url']}/metrics") as response:
+                counted = (await response.text()).splitlines()
+            assert "aiodisagg_items_encoded_total 1.0" in counted
             # All processes of a unit get the signal; the tower ends when the other half has, which may need it.
             psutil.Process(both.process.process.pid).children()[0].send_signal(signal.SIGTERM)
             for seed in (2, 3):
