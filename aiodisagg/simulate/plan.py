@@ -6,9 +6,10 @@ nothing. For each kind the size is bracketed from a guess and then bisected, by 
 can no longer meet the goal is left there. For a split each size is tried with several numbers of encode peers, uphill
 from the one that did best before: what they have to do depends on the load and not on the size, and so the first guess
 is as many as would be busy half of the time. What the search found is then judged by other seeds, and moved by a step
-or two if these disagree. Their mean is given with its 95 % interval, beside that of the
-next size below; what none of the judged requests did may still be done by three in as many. If the interval reaches below the goal, or that of the smaller one above it, as many seeds more are
-heard; if it still does, the answer is within the noise of the workload, and says so.
+or two if these disagree. Their mean is given with its 95 % interval, beside that of the next size below; what none of
+the judged requests did may still be done by three in as many. If the interval reaches below the goal, or that of the
+smaller one above it, as many seeds more are heard; if it still does, the answer is within the noise of the workload,
+and says so.
 """
 
 from __future__ import annotations
