@@ -10,6 +10,8 @@ with prompt tokens, then the tower, then steps that only decode. What is left to
 * **While the tower has work, prompts are computed in one piece.** A chunk brings no first token nearer, delays the
   tower that the rest of the prompt may be waiting for, and reads all weights once more. Rows from elsewhere for a peer
   whose tower is idle are computed as they come.
+* **A prompt that waits for a step of decodes lends it its place.** Else it would wait for the tower, which goes before
+  the step: so no batch begins until that has ended. Only a prompt that needs no rows does, so this ends soon.
 * **Steps with prompts without end do not stop a batch.** One that they have kept for ``LONGEST_S`` is waited for: each
   of them begins after it, or a pace late.
 """
@@ -34,7 +36,7 @@ class DeviceGate(SlackGate):
     ) -> None:
         super().__init__(slack, clock=clock)
         self._longest_s = longest_s
-        self._stepping = self._prefills = False
+        self._stepping = self._prefills = self._lent = False
         self._free: Callable[[], None] = lambda: None
         self._marked = 0.0
         self._step_waited_s = 0.0
@@ -48,6 +50,10 @@ class DeviceGate(SlackGate):
         with self._changed:
             self._prefills = waits
 
+    def prompt_came(self) -> None:
+        with self._changed:
+            self._lent = self._stepping and not self._prefills
+
     def step_began(self) -> None:
         with self._changed:
             if self._prefills and not self._may_begin():
@@ -59,7 +65,7 @@ class DeviceGate(SlackGate):
     def step_ended(self, decodes: int) -> None:
         with self._changed:
             self._mark()
-            self._stepping = False
+            self._stepping = self._lent = False
             self.stepped(max(0.0, self._clock() - self._began - self._step_waited_s), decodes)
 
     def slowed(self) -> bool:
@@ -75,6 +81,10 @@ class DeviceGate(SlackGate):
         self._free = free
 
     # -- the tower's thread --------------------------------------------------------------------------------------
+
+    @property
+    def open(self) -> bool:
+        return self._closed or (not self._lent and super().open)
 
     def wait(self, patience_s: Callable[[], float] = endless, *, block: bool = True) -> bool:
         with self._changed:

@@ -21,6 +21,9 @@ class StepWatcher:
     def prefill_waits(self, waits: bool) -> None:
         """Told before each step, and when there is none to do: whether there are prompt tokens to compute now."""
 
+    def prompt_came(self) -> None:
+        """Told, on any thread, of a prompt that needs no rows: it could be computed now, but for the step at work."""
+
     def whole_prompts(self) -> bool:
         """Whether prompts shall wait for all of their rows for now, since somebody else wants the device."""
         return False

@@ -259,12 +259,12 @@ class StepThread:
             sequence = self._sequences[request_id]
             sequence.rows.reuse(self._scheduler.reused(request_id))
             self._scheduler.set_front(request_id, sequence.rows.front)  # no rows had to come for that
+            if sequence.rows.front == sequence.plan.tokens:
+                self._watcher.prompt_came()
             self._news.append(News(sequence.handle, needed=sequence.rows.ask()))
 
     def _set_front(self, request_id: str) -> None:
-        sequence = self._sequences[request_id]
-        front = sequence.rows.front
-        self._scheduler.set_front(request_id, front, monotonic())
+        self._scheduler.set_front(request_id, self._sequences[request_id].rows.front, monotonic())
 
     def _compute(self, step: Step) -> None:
         batch = [Work(s, self._sequences[s.request_id], self._scheduler.pages_of(s.request_id)) for s in step.segments]

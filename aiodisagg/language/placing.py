@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import msgspec
@@ -27,8 +28,9 @@ logger = logging.getLogger(__name__)
 PREFILL = PrefillCosts(step_s=5e-3, token_s=2e-5)
 """To begin with: modelled for Qwen3-VL-30B-A3B on an H200."""
 
-COMPARED = 16
-"""Peers that are compared for an item where there are more, at least; twice as many as a request has items."""
+COMPARED, AGAIN = 16, 8
+"""Peers that are compared for an item where there are more, at least; twice as many as a request has items. Of these so
+many are the ones that were chosen last."""
 
 STANDINGS = {
     PeerState.JOINING: Standing.SUSPECT,
@@ -60,6 +62,8 @@ class Placing:
         self._loads: dict[str, tuple[Load, float]] = {}
         """By incarnation, linked or not: what membership said last, and when. What is as before is not said again."""
         self._turn = 0
+        self._chosen: OrderedDict[str, None] = OrderedDict()
+        """The peers that items to be encoded were placed at last, the latest at the end."""
         self.prefill = PREFILL
         """What the engine has learned, set by who owns it."""
 
@@ -109,14 +113,17 @@ class Placing:
         return placed[0] if placed else None
 
     def _candidates(self, linked: Sequence[EncodePeer], digests: Sequence[str], now: float) -> list[PeerView]:
-        """Which of these peers are compared: all, or of many the next ones in turn, the own tower, and who may hold an
-        item.
+        """Which of these peers are compared: all, or of many the next ones in turn, those that were chosen last, the
+        own tower, and who may hold an item.
 
-        The best of sixteen is about as good as the best of all, and all would be looked at for every item.
+        Of equal peers the best of a few is about as good as the best of all, which would be looked at for every item.
+        Where few are fast, or slow ones are next to each other, most few have no fast one among them: so the best are
+        remembered (Mitzenmacher, Prabhakar, Shah 2002: load balancing with memory).
         """
         count = max(COMPARED, 2 * len(digests))
         if len(linked) <= count:
             return self._views(linked, digests, now)
+        count -= len(self._chosen)
         start = self._turn = self._turn % len(linked)
         self._turn += count
         chosen = [*linked[start : start + count], *linked[: max(0, start + count - len(linked))]]
@@ -124,7 +131,8 @@ class Placing:
         prefixes = {digest[:PREFIX] for digest in digests}
         for peer in linked:
             may_hold = not prefixes.isdisjoint(peer.digests) or any(map(peer.book.knows, digests))
-            if (may_hold or peer.incarnation == self.own) and peer.incarnation not in names:
+            again = peer.incarnation in self._chosen or peer.incarnation == self.own
+            if (may_hold or again) and peer.incarnation not in names:
                 chosen.append(peer)
         views = self._views(chosen, digests, now)
         return views if any(view.standing is Standing.READY for view in views) else self._views(linked, digests, now)
@@ -151,7 +159,13 @@ class Placing:
         self.moves += errand.last not in ("", placement.peer)
         errand.peer, errand.book, errand.last = peer, peer.book, placement.peer
         errand.asked, errand.refused = now, False
-        self.trials.asked(placement.peer, trial=errand.trial == placement.peer)
+        trial = errand.trial == placement.peer
+        self.trials.asked(placement.peer, trial=trial)
+        if not trial and not placement.held:
+            self._chosen[placement.peer] = None
+            self._chosen.move_to_end(placement.peer)
+            if len(self._chosen) > AGAIN:
+                self._chosen.popitem(last=False)
         if trial_s := self.standings.asked(placement.peer, now):
             logger.info(
                 "encode peer %s (%s) is tried with item %s; a suspect for %g s more if that fails",

@@ -296,7 +296,9 @@ class AdmissionQueue:
                 break
             ahead_s -= last_s
             at -= 1
-        start_s = in_flight_s + ahead_s + self._shares.others(flow, entry.has_media, ahead_s, price)
+        if at < len(line.entries):
+            not_ours_s = in_flight_s + self._shares.others(flow, entry.has_media, ahead_s, price)
+        start_s = ahead_s + not_ours_s
         latest = entry.limit - lane.predicted_s(0.0, entry.work)
         entry.release_by, entry.service_s = min(now + self.config.max_wait_s, latest), cost_s
         if lane.prices.known:
@@ -322,8 +324,10 @@ class AdmissionQueue:
     def _victim(self, newcomer: Entry) -> Entry:
         """Who leaves a queue that is over its bound; the newcomer, if that is its own tenant's affair and no class is
         below its own."""
-        flows = {entry.flow.name: entry.flow for entry in self._waiting.values()}
-        longest = max(flows.values(), key=lambda flow: (flow.waiting / flow.weight, flow is newcomer.flow, flow.name))
+        longest = max(
+            self._shares.waiting(PLACES),
+            key=lambda flow: (flow.waiting / flow.weight, flow is newcomer.flow, flow.name),
+        )
         last = max(
             (line.entries[-1] for line in longest.lines if line.entries),
             key=lambda entry: (entry.priority, entry.order),
@@ -332,11 +336,7 @@ class AdmissionQueue:
 
     def _backlog_s(self, now: float) -> float:
         """What is to be done for all that are here."""
-        return sum(
-            lane.in_flight_s(now)
-            + sum(lane.prices.of(flow.lines[lane.has_media].work) for flow in self._shares.waiting(lane.has_media))
-            for lane in self.lanes
-        )
+        return sum(lane.in_flight_s(now) + lane.prices.of(self._shares.work[lane.has_media]) for lane in self.lanes)
 
     @staticmethod
     def _retry_after(seconds: float) -> float:

@@ -171,6 +171,8 @@ class Shares:
         self._idle: list[tuple[float, str]] = []
         """Of each flow that has nothing here, and of no other, what it had; least first."""
         self._open = 0
+        self.work = [NOTHING, NOTHING]
+        """Of all that wait, by ``has_media``."""
 
     def enter(self, tenant: Tenant) -> Flow:
         """The tenant's flow, with one more request open; the weight is the one given last."""
@@ -205,6 +207,7 @@ class Shares:
     def line_up(self, entry: Entry, at: int) -> None:
         """The entry waits from now on, behind ``at`` others of its tenant and lane."""
         entry.flow.lines[entry.has_media].insert(at, entry)
+        self.work[entry.has_media] += entry.work
         for queue in (self.queues[entry.has_media], self.queues[PLACES]):
             queue.join(entry.flow)
 
@@ -212,14 +215,15 @@ class Shares:
         """It does not wait any more."""
         flow = entry.flow
         flow.lines[entry.has_media].remove(entry)
+        self.work[entry.has_media] -= entry.work
         if not flow.lines[entry.has_media].entries:
             self.queues[entry.has_media].leave(flow)
         if not flow.waiting:
             self.queues[PLACES].leave(flow)
 
-    def waiting(self, has_media: bool) -> Collection[Flow]:
-        """Flows with somebody in line for this lane."""
-        return self.queues[has_media].flows.values()
+    def waiting(self, queue: int) -> Collection[Flow]:
+        """Flows with somebody in this queue: in line for a lane, or, for the places, at all."""
+        return self.queues[queue].flows.values()
 
     def serve(self, entry: Entry, decided: int) -> None:
         """The entry, which waits, is given what it costs, because it was its turn in this queue."""
@@ -240,7 +244,7 @@ class Shares:
         mine = queue.start(flow) + ahead_s / flow.weight
         found = 0.0
         for other in queue.flows.values():
-            if other is not flow:
-                theirs = max(0.0, (mine - queue.start(other)) * other.weight)
+            theirs = (mine - queue.start(other)) * other.weight
+            if theirs > 0 and other is not flow:
                 found += min(price(other.lines[has_media].work), theirs)
         return found

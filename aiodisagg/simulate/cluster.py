@@ -178,6 +178,8 @@ class Cluster:
             peer.tower = Tower(self.clock, self.costs, device.tower, kept_rows=self.system.kept_rows, slack=slack)
             if peer.engine is not None:
                 peer.engine.beside = peer.tower
+                if priorities:
+                    peer.tower.lends = peer.engine.waited_for
                 if self.system.turns:
                     peer.engine.turns = True
                     peer.tower.beside = peer.engine

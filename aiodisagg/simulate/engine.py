@@ -76,6 +76,7 @@ class Engine:
         self._woken = False
         self._began_s = 0.0
         self._decodes = 0
+        self._waited_for = False
         self.beside: Tower | None = None
         """The tower that shares the device and takes what slack this engine leaves."""
         device.before_sharing = self.cut
@@ -86,6 +87,10 @@ class Engine:
 
     def fits(self, request: SimRequest) -> bool:
         return request.prompt + request.output <= self.scheduler.largest()
+
+    def waited_for(self) -> bool:
+        """Whether the step at work only decodes, and a prompt has come since it began that could be computed now."""
+        return self._waited_for
 
     def add(self, request: SimRequest) -> None:
         self._requests[request.name] = request
@@ -99,6 +104,7 @@ class Engine:
             priority=request.source.priority,
             stops=tuple(accumulate(item.rows for item in request.items)),
         )
+        self._waited_for |= self.device.engine.busy and not self.device.prompts and request.front >= request.prompt
         self.wake()
 
     def arrived(self, request: SimRequest) -> None:
@@ -249,6 +255,7 @@ class Engine:
             batch, self._encoding = self._encoding, []
             moved_s = sum(self.costs.local_s(item.rows) for item in batch)
             self.device.clock.at(now + moved_s, self._rows_come, batch)
+        self._waited_for = False
         segments = self._segments if steps == 1 else self.scheduler.leap(self._segments, steps)
         self._planned = 1
         step_s = (now - self._began_s) / steps

@@ -6,9 +6,10 @@ nothing. For each kind the size is bracketed from a guess and then bisected, by 
 can no longer meet the goal is left there. For a split each size is tried with several numbers of encode peers, uphill
 from the one that did best before: what they have to do depends on the load and not on the size, and so the first guess
 is as many as would be busy half of the time. What the search found is then judged by other seeds, and moved by a step
-or two if these disagree. Their mean is given with its 95 % interval, beside that of the
-next size below. If the interval reaches below the goal, or that of the smaller one above it, as many seeds more are
-heard; if it still does, the answer is within the noise of the workload, and says so.
+or two if these disagree. Their mean is given with its 95 % interval, beside that of the next size below; what none of
+the judged requests did may still be done by three in as many. If the interval reaches below the goal, or that of the
+smaller one above it, as many seeds more are heard; if it still does, the answer is within the noise of the workload,
+and says so.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ GRAIN = 20
 """Sizes are told apart to this part of themselves, and to a device below that: seeds differ by as much."""
 GUESS = 1.6
 """How many times as much a device does as it would with ``CAPACITY_BATCH`` streams: where the first search begins."""
+UNSEEN = 3.0
+"""Requests that may do what none of those that were judged did (the "rule of three", at 95 %)."""
 IDLE = 0.1
 """Devices that are busy for less of the time are enough: more would not help."""
 
@@ -144,12 +147,16 @@ class Trial:
 
     def candidate(self, kind: str, system: System, runs: Sequence[Report]) -> Candidate:
         roles = [use.role for use in runs[0].use]
+        attained = mean_of(one.attained for one in runs)
+        if len(runs) > 1:
+            least = UNSEEN / max(1, sum(one.judged for one in runs))
+            attained = msgspec.structs.replace(attained, half=max(attained.half, least))
         return Candidate(
             kind=kind,
             devices=system.devices,
             encode=system.encode,
             language=system.language,
-            attained=mean_of(one.attained for one in runs),
+            attained=attained,
             ttft_mean_ms=mean_of(one.ttft.mean for one in runs),
             ttft_p99_ms=mean_of(one.ttft.p99 for one in runs),
             itl_p99_ms=mean_of(one.itl.p99 for one in runs),

@@ -91,6 +91,8 @@ class Tower:
         self._prepared_s: dict[int, float] = {}
         self.beside: Engine | None = None
         """The engine that shares the device, if they take turns."""
+        self.lends: Callable[[], bool] = lambda: False
+        """Whether a prompt waits for a step before which batches go: see :mod:`aiodisagg.encode.device`."""
         self.batches = 0
         self.encoded = 0
         self.hits = 0
@@ -155,6 +157,8 @@ class Tower:
             not tower_may_begin(head.request.begun_s, self.beside.oldest_prefill_s())
             or self.beside.has_before(head.request)
         ):
+            return
+        if self.lends():
             return
         if self.slack is not None and not self.slack.free:
             self._lane.device.before_sharing()  # a leap of the engine would earn nothing before its end

@@ -58,6 +58,23 @@ def test_a_step_that_only_decodes_waits_for_the_batch_beside_it_and_is_not_calle
     assert gate._slack.earned_s == pytest.approx(0.05)
 
 
+def test_no_batch_goes_before_a_step_that_a_prompt_waits_for() -> None:
+    """The prompt waited for a step of decodes, and that for all the batches that its pace has room for."""
+    gate = made(Clock())
+    begin(gate, prompts=False)
+    gate.prompt_came()
+    assert not gate.open and not gate.wait(block=False)
+    gate.step_ended(2)
+    assert gate.open and gate.wait(block=False)
+    gate.spent(0.01)
+    begin(gate, prompts=True)
+    gate.prompt_came()
+    assert gate.open, "the tower waits for this step anyway"
+    gate.step_ended(3)
+    gate.prompt_came()
+    assert gate.open, "no step is at work"
+
+
 def test_while_the_tower_has_work_prompts_are_computed_in_one_piece() -> None:
     gate = made(Clock())
     assert not gate.whole_prompts()

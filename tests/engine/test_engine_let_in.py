@@ -162,6 +162,36 @@ async def test_a_prompt_in_parts_goes_on_when_the_tower_is_done() -> None:
         await read(handle)
 
 
+async def test_who_comes_with_a_prompt_that_needs_no_rows_is_told_of_during_the_step() -> None:
+    came = []
+
+    class Beside(StepWatcher):
+        def prompt_came(self) -> None:
+            came.append(computed.is_set())
+
+    computed, end = threading.Event(), threading.Event()
+    engine = watched_engine(Beside())
+    forward = engine._runner.forward
+
+    def held(batch: Any) -> Any:
+        computed.set()
+        assert end.wait(PATIENCE_S)
+        return forward(batch)
+
+    engine._runner.forward = held  # type: ignore[method-assign]
+    plan = make_plan([3, (1, 4, 4), 2])
+    async with engine, asyncio.timeout(PATIENCE_S):
+        first = submit(engine, make_plan([20]))
+        try:
+            assert await asyncio.to_thread(computed.wait, PATIENCE_S)
+            image, text = submit(engine, plan), submit(engine, make_plan([5]))
+            assert came == [False, True], "of the first one, and of the text; the image's rows are not here"
+        finally:
+            end.set()
+        deliver_all(engine, image, make_rows(plan, 3))
+        await asyncio.gather(read(first), read(image), read(text))
+
+
 async def test_pages_of_the_step_are_not_given_away() -> None:
     """Room for the one at work, and not for the next beside it."""
     model, plan = tiny_model("dense"), make_plan([30])

@@ -102,6 +102,22 @@ def test_the_own_tower_is_compared_for_every_item() -> None:
         placing.over(key)
 
 
+@pytest.mark.parametrize(("count", "fast"), [(64, 16), (200, 4)])
+def test_fast_peers_among_many_slow_ones_get_the_items(count: int, fast: int) -> None:
+    """The slow ones, linked one after the other as hosts of a kind are, were compared with each other only: they got
+    three items of four, and at 0.7 of what all could do items took 3,400 ms instead of 50."""
+    peers = Many(count)
+    placing = Placing(cast(EncodePeers, peers), 4, HealthConfig())
+    for number, peer in enumerate(peers.linked):
+        peer.book = PeerBook(PeerCosts(Rates(tower_s=1e-3 if number < fast else 1.0)))
+    given = Counter[bool]()
+    for number in range(400):
+        key, spec = item_of(number)
+        given[int(_place(placing, key, spec)) < fast] += number >= 40
+        placing.over(key)
+    assert given[True] > 0.98 * given.total()
+
+
 def test_an_item_that_is_placed_again_is_compared_with_few_of_many_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """All were looked at for each: a peer that died with a hundred items held the loop up for a tenth of a second."""
     peers = Many(200)
@@ -154,12 +170,12 @@ def test_a_peer_that_gets_nothing_is_tried_with_an_item_now_and_then() -> None:
     peers = Many(4)
     peers.linked[0].book = PeerBook(PeerCosts(Rates(tower_s=1.0)))
     placing, tried = Placing(cast(EncodePeers, peers), 4, HealthConfig()), []
-    for number in range(300):
+    for number in range(800):
         key, spec = item_of(number)
         if _place(placing, key, spec) == "00":
             tried.append(number)
         placing.over(key)
-    assert tried == [256, 273, 290]
+    assert tried == [256, 769]
 
 
 def test_peers_that_drain_are_asked_only_if_all_do() -> None:

@@ -26,7 +26,9 @@ Attained = Callable[[System, int], float]
 """Of a cluster and a seed."""
 
 
-def made_up(monkeypatch: pytest.MonkeyPatch, attained: Attained, *, busy: float = 0.5) -> list[tuple[System, int]]:
+def made_up(
+    monkeypatch: pytest.MonkeyPatch, attained: Attained, *, busy: float = 0.5, judged: int = 10_000
+) -> list[tuple[System, int]]:
     """Clusters that attain what the test says; returns what will have been run."""
     template = run(replicas(1), TIMES, generate(TEXT, Gamma(1.0), 3))
     ran: list[tuple[System, int]] = []
@@ -34,7 +36,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, attained: Attained, *, busy: float 
     def fake(system: System, times: ServiceTimes, workload: Sequence[WorkloadRequest], **options: Any) -> Report:
         ran.append((system, options["seed"]))
         use = tuple(msgspec.structs.replace(one, busy=busy) for one in template.use)
-        return msgspec.structs.replace(template, attained=attained(system, options["seed"]), use=use)
+        return msgspec.structs.replace(template, attained=attained(system, options["seed"]), use=use, judged=judged)
 
     monkeypatch.setattr(planning, "run", fake)
     return ran
@@ -126,6 +128,17 @@ def test_where_seeds_differ_more_are_heard_and_then_it_is_not_sure(monkeypatch: 
     made_up(monkeypatch, lambda system, seed: 0.95 if system.devices >= 5 else 0.3)
     found = answers(seeds=1)["replicas"]
     assert found.sure and found.chosen is not None and found.chosen.attained.seeds == 2, "one alone says nothing"
+
+
+@pytest.mark.parametrize(("judged", "share", "sure"), [(2, 0.9, False), (2000, 0.999, True), (2000, 0.9999, False)])
+def test_that_all_seeds_agree_says_no_more_than_their_requests_do(
+    judged: int, share: float, sure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal seeds had an interval of nothing: 100 % of three times two requests was sure to be above any goal."""
+    made_up(monkeypatch, lambda system, seed: 1.0, judged=judged)
+    found = answers(share=share)["replicas"]
+    assert found.chosen is not None and found.chosen.devices == 1 and found.sure is sure
+    assert sure or "reaches below the goal" in found.why
 
 
 def test_where_more_devices_are_no_help_none_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
