@@ -122,7 +122,9 @@ class Qwen3VLPlanner:
         _check_system(messages, str(text))
         pieces = self._expand(str(text), items)
         with self._lock:
-            short = np.asarray(self._tokenizer("".join(pieces))["input_ids"], dtype=np.int64)
+            # What begins a prompt is in the template; a tokenizer that adds it would say it twice.
+            made = self._tokenizer("".join(pieces), add_special_tokens=False)
+        short = np.asarray(made["input_ids"], dtype=np.int64)
         return self._lay_out(short, items, limit)
 
     def _check_ids(self) -> None:
