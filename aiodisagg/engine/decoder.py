@@ -26,6 +26,8 @@ from aiodisagg.engine.kernels import Kernels, Shapes
 
 LAYERS = ("Qwen3VLMoeTextDecoderLayer", "Qwen3VLTextDecoderLayer", "Qwen3MoeDecoderLayer", "Qwen3DecoderLayer")
 """transformers' layers whose mathematics this is."""
+ROPES = ("default", "linear", "yarn", "llama3")
+"""Frequencies that are known when a model is made; the model's own module turns positions into angles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ def unsupported(model: Any) -> str | None:
     if any(getattr(layer.self_attn, "sliding_window", None) is not None for layer in layers):
         return "some of its layers have a sliding window"
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        return f"its rope is {rope['rope_type']}"
+    if rope.get("rope_type", "default") not in ROPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"its rope is {rope}"
     if not all(getattr(layer.mlp.gate, "norm_topk_prob", True) for layer in layers if hasattr(layer.mlp, "experts")):
         return "its router does not renormalise"
     return None

@@ -133,11 +133,14 @@ def load_language(
 
 def _load_deepstack(info: ModelInfo, dtype: torch.dtype, device: str | torch.device) -> Any:
     family = Qwen3MoeForCausalLMWithDeepStack if info.is_moe else Qwen3ForCausalLMWithDeepStack
-    config = copy.deepcopy(info.config.text_config)
-    tied = config.tie_word_embeddings = bool(info.config.tie_word_embeddings)
+    config, table = copy.deepcopy(info.config.text_config), TEXT_PREFIX + "embed_tokens.weight"
     with Weights(info.folder) as weights:
+        tied = bool(info.config.tie_word_embeddings)
+        if tied and HEAD in weights:  # a head that was trained apart counts, also for transformers
+            tied = torch.equal(weights.tensor(HEAD), weights.tensor(table))
+        config.tie_word_embeddings = tied
         names = {"model." + name.removeprefix(TEXT_PREFIX): name for name in weights.names(TEXT_PREFIX)}
-        names[HEAD] = TEXT_PREFIX + "embed_tokens.weight" if tied else HEAD
+        names[HEAD] = table if tied else HEAD
         causal = _build(info, family, config, weights, names, TEXT_PREFIX, dtype, device)
     if tied:
         causal.lm_head.weight = causal.model.embed_tokens.weight

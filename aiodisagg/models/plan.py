@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +52,9 @@ def _tokenizer(folder: Path) -> Any:
         found = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise what they raise
         raise CheckpointError(str(folder), "tokenizer", f"cannot be loaded: {error}") from error
+    if not found.is_fast:
+        fail(folder, "tokenizer", f"a {type(found).__name__} is none of the tokenizers library")
+    found("")  # sets it to cut and to pad nothing, whatever its file says; it must not be set while it encodes
     if not found.chat_template:  # older folders keep it where only processors look
         found.chat_template = read_json(folder, "chat_template.json", {}).get("chat_template")
     if not found.chat_template:
@@ -87,8 +89,6 @@ class Qwen3VLPlanner:
         self._max_pixels, self._max_video_pixels, self._max_frames = max_pixels, max_video_pixels, max_frames
         self._tokenizer = _tokenizer(self._info.folder)
         self._check_ids()
-        # A fast tokenizer may be reconfigured while it encodes and then refuses a second thread ("Already borrowed").
-        self._lock = threading.Lock()
         self._eos = eos_ids(self._info) or frozenset({self._tokenizer.eos_token_id} - {None})
         self._placeholders: dict[ItemKind, tuple[str, int]] = {}
         if self._info.is_vision_language:
@@ -121,9 +121,7 @@ class Qwen3VLPlanner:
             raise InvalidRequest("messages", f"the model's chat template refuses them: {error}") from error
         _check_system(messages, str(text))
         pieces = self._expand(str(text), items)
-        with self._lock:
-            short = np.asarray(self._tokenizer("".join(pieces))["input_ids"], dtype=np.int64)
-        return self._lay_out(short, items, limit)
+        return self._lay_out(np.asarray(self._encode("".join(pieces)), dtype=np.int64), items, limit)
 
     def _check_ids(self) -> None:
         """Every id is a row of the embedding table: beyond it a text of a client would raise on a CPU, and break a GPU
@@ -138,6 +136,16 @@ class Qwen3VLPlanner:
         token, largest = max(self._tokenizer.get_vocab().items(), key=lambda entry: int(entry[1]))
         if largest >= rows:
             fail(folder, "tokenizer", f"its largest id {largest} ({token!r}) {table}")
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens, by any number of threads at once: two megabytes of text take a second, and nobody waits for them.
+
+        This call alone lets other Python go on, and keeps no account of where each token was, which costs as much
+        again and more. What begins a prompt is in the template; a tokenizer that adds it would say it twice.
+        """
+        (found,) = self._tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = found.ids
+        return ids
 
     # -- steps of plan --------------------------------------------------------------------------------------------
 

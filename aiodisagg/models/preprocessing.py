@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,15 @@ _TURNS = {
 }
 """By the value of the orientation: what makes the picture upright. Those from 5 on swap its sides."""
 _SWAPS = frozenset(_TURNS[value] for value in (5, 6, 7, 8))
-_PNG_CHUNK = struct.Struct(">I4s")
-_PNG_PIXELS, _PNG_TEXTS = (b"IDAT", b"fdAT"), (b"tEXt", b"zTXt", b"iTXt")
+_PNG, _PNG_CHUNK = b"\x89PNG\r\n\x1a\n", struct.Struct(">I4s")
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_PNG_WORDS = (*_PNG_TEXTS, b"iCCP", b"eXIf")
+"""Chunks that change no pixel. Texts and colour profiles may be compressed, a thousand times, and be many."""
 _PNG_TURNING_TEXTS = (b"exif", b"xmp", b"Raw profile type exif", b"XML:com.adobe.xmp")
 """Keywords of the texts in which Pillow looks for an orientation."""
+_MAX_EXIF_PIECES = 64
+"""Pillow puts the pieces of a JPEG's EXIF together one by one, which takes minutes for millions of small ones."""
+_STRIP_PIXELS = 1 << 20
 _MAX_ASPECT = 200
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
@@ -192,8 +197,10 @@ def _grown(height: int, width: int, beta: float, factor: int) -> tuple[int, int]
 
 def _open(data: bytes, param: str) -> Image.Image:
     """Reads the header only."""
+    if data.count(b"Exif\0\0") > _MAX_EXIF_PIECES:
+        raise MediaError(param, f"its EXIF is in more than {_MAX_EXIF_PIECES} pieces")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(_wordless(data)), formats=FORMATS)
         width, height = image.size
     # Malformed bytes reach Pillow's parsers here: OSError, SyntaxError, ValueError, struct.error, zlib.error, its
     # DecompressionBomb warnings and errors and more. Whatever it is, it says one thing about the file.
@@ -232,44 +239,73 @@ def decode_rgb(data: bytes, param: str) -> Image.Image:
         if turn is not None:
             image = image.transpose(turn)
         if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
+            return _on_white(image)
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     except Exception as error:  # as in _open
         raise MediaError(param, f"broken or truncated image: {_brief(error)}") from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In RGB, some rows at a time: there are three pictures of four bytes a pixel on the way to it."""
+    made, rows = Image.new("RGB", image.size), max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        part = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", part.size, (255, 255, 255, 255))
+        made.paste(Image.alpha_composite(white, part).convert("RGB"), box)
+    return made
 
 
 def _turn(image: Image.Image, data: bytes) -> Image.Transpose | None:
     """What makes a picture upright of which the header was read; finds what ``ImageOps.exif_transpose`` would find, and
     decodes no pixel. A planner may be asked for a thousand pictures of 64 megapixels in files of 8 KB."""
     if image.format == "PNG":
-        _read_late_chunks(image, data)
+        _read_turns(image, data)
     # The PNG class's own getexif() decodes all pixels first, to come by the chunks behind them.
     return _TURNS.get(Image.Image.getexif(image).get(_ORIENTATION, 1))
 
 
-def _read_late_chunks(image: Image.Image, data: bytes) -> None:
-    """Adds to a PNG's ``info`` what turns the picture and lies behind its pixels, by walking the heads of chunks.
-
-    Of several chunks that say the same the last one counts, and only that is read: texts may be compressed.
-    """
-    found: dict[bytes, tuple[bytes, int, int]] = {}
-    animated, behind, at = getattr(image, "is_animated", False), False, 8  # behind the file's signature
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, where its body begins, length) of each, as long as they are chunks to Pillow."""
+    at = len(_PNG)
     while at + _PNG_CHUNK.size <= len(data):
         length, kind = _PNG_CHUNK.unpack_from(data, at)
         at += _PNG_CHUNK.size
-        if kind in _PNG_PIXELS:
-            behind = True
-        elif kind == b"IEND" or not kind.isalnum() or (behind and animated and kind == b"fcTL"):
-            break  # where Pillow stops, too: at what is no chunk, and in an animation behind the first frame
-        elif behind and kind == b"eXIf":
+        if kind == b"IEND" or not kind.replace(b"_", b"0").isalnum():
+            return
+        yield kind, at, length
+        at += length + 4  # and its checksum
+
+
+def _wordless(data: bytes) -> bytes:
+    """A PNG without its ``_PNG_WORDS``, which Pillow reads, and decompresses, all. Other files as they are."""
+    if not data.startswith(_PNG):
+        return data
+    kept, since = [], 0
+    for kind, at, length in _png_chunks(data):
+        if kind in _PNG_WORDS:
+            kept.append(data[since : at - _PNG_CHUNK.size])
+            since = at + length + 4
+    return b"".join([*kept, data[since:]]) if kept else data
+
+
+def _read_turns(image: Image.Image, data: bytes) -> None:
+    """Adds to a PNG's ``info`` what turns the picture, before or behind its pixels.
+
+    Of several chunks that say the same the last one counts, and only that is read.
+    """
+    found: dict[bytes, tuple[bytes, int, int]] = {}
+    animated, behind = getattr(image, "is_animated", False), False
+    for kind, at, length in _png_chunks(data):
+        behind |= kind in (b"IDAT", b"fdAT")
+        if behind and animated and kind == b"fcTL":
+            break  # where Pillow stops, too: behind the first frame
+        if kind == b"eXIf":
             found[b"exif"] = kind, at, length
-        elif behind and kind in _PNG_TEXTS:
+        elif kind in _PNG_TEXTS:
             keyword = data[at : at + min(length, 80)].split(b"\0", 1)[0]
             if keyword in _PNG_TURNING_TEXTS:
                 found[keyword] = kind, at, length
-        at += length + 4  # and its checksum
     source = io.BytesIO(data)
     stream = PngStream(source)
     stream.im_info = image.info

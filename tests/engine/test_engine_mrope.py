@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_device_runner import GROUPED, on_device
 from test_engine_monolith import NEW, truth_and_inputs
-from tiny_engine import ask, make_engine, make_plan, monolith_and_half, plain_loop, tiny_model
+from tiny_engine import ask, make_engine, make_plan, make_rows, monolith_and_half, plain_loop, tiny_model
 from transformers import (
     AutoConfig,
     Qwen3Config,
@@ -105,6 +105,32 @@ async def test_sections_in_the_config_of_a_text_model_make_no_three_rows(fused: 
     model.config.rope_parameters["mrope_section"] = [4, 2, 2]
     async with on_device(model, GROUPED) if fused else make_engine(model) as engine:
         assert (await ask(engine, plan, max_tokens=NEW)).tokens == expected
+
+
+SCALED: dict[str, dict[str, Any]] = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "linear": {"factor": 3.0},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rope", SCALED)
+@pytest.mark.parametrize("kind", ["moe", "text"])
+async def test_frequencies_that_a_config_scales(kind: str, rope: str, fused: bool) -> None:
+    """On a GPU such a model was left to transformers' forward, without graphs."""
+    plan = make_plan([30] if kind == "text" else [9, (1, 5, 6), 9])
+    rows, usual = make_rows(plan, 2), tiny_model(kind)
+    config = copy.deepcopy(usual.config)
+    config.rope_parameters |= {"rope_type": rope, **SCALED[rope]}
+    model = type(usual)(config).eval()
+    model.load_state_dict(usual.state_dict())
+    expected = plain_loop(model, plan, rows, NEW)
+    async with on_device(model, GROUPED) if fused else make_engine(model) as engine:
+        assert (await ask(engine, plan, rows, max_tokens=NEW)).tokens == expected
+    assert expected != plain_loop(usual, plan, rows, NEW), "the scaling has no effect"
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}

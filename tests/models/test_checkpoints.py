@@ -94,6 +94,19 @@ def test_a_tied_head_is_the_embedding_table_itself(tiny: Tiny, dtype: torch.dtyp
     assert half.lm_head.weight is half.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("moe", [True, False])
+def test_a_head_that_is_stored_beside_the_table_it_is_tied_to(tiny: Tiny, tmp_path: Path, moe: bool) -> None:
+    """One that was trained apart was left out, and every token of an answer was another."""
+    folder = Path(shutil.copytree(tiny(moe=moe, levels=2, tied=True), tmp_path / "head"))
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.language_model.embed_tokens.weight"].clone()}))
+    half = load_language(folder)
+    assert half.lm_head.weight is half.model.embed_tokens.weight
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.language_model.embed_tokens.weight"].flip(0)}))
+    both = Halves(folder, F32, F32)
+    asked = both.ask(PROMPTS["one image"])
+    assert torch.equal(both.logits(asked), both.truth(asked))
+
+
 @pytest.mark.parametrize("intermediate", [32, 64], ids=["2I == H", "I == H"])
 @pytest.mark.parametrize("layout", ["hub", "transformers"])
 def test_square_experts_are_told_apart(tmp_path: Path, intermediate: int, layout: Any) -> None:

@@ -18,6 +18,7 @@ from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from aiodisagg.errors import MediaError
+from aiodisagg.models import preprocessing
 from aiodisagg.models.base import ImagePart, ItemKind
 from aiodisagg.models.preprocessing import MAX_SOURCE_PIXELS, decode_rgb, header_size, image_grid, load_settings
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
@@ -73,6 +74,22 @@ def test_pixels_are_transformers_bit_for_bit(tiny: Tiny, picture: str) -> None:
     expected = Qwen2VLImageProcessorPil.from_pretrained(folder)(transposed, return_tensors="pt")
     assert expected["image_grid_thw"].tolist() == [list(grid)]
     assert torch.equal(mine.pixel_values, expected["pixel_values"])
+
+
+@pytest.mark.parametrize("picture", ["alpha", "grey with alpha", "palette with a transparent colour"])
+def test_a_transparent_picture_is_laid_on_white_in_pieces(monkeypatch: pytest.MonkeyPatch, picture: str) -> None:
+    """At once, one of 64 megapixels in a file of 66 KB took 768 MiB in each thread that prepares."""
+    data = PICTURES[picture]()
+    whole, lay, laid = np.asarray(decode_rgb(data, "image")), Image.alpha_composite, []
+
+    def noted(white: Image.Image, part: Image.Image) -> Image.Image:
+        laid.append(part.width * part.height)
+        return lay(white, part)
+
+    monkeypatch.setattr(preprocessing, "_STRIP_PIXELS", 500)
+    monkeypatch.setattr(Image, "alpha_composite", noted)
+    assert np.array_equal(np.asarray(decode_rgb(data, "image")), whole)
+    assert len(laid) > 1 and max(laid) <= 500 and sum(laid) == whole.shape[0] * whole.shape[1]
 
 
 def _bomb(width: int, height: int) -> bytes:
