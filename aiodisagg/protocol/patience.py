@@ -9,6 +9,10 @@ What goes wrong is counted by what it says of whom:
 * An attempt that brings nothing, an epoch without a row: its link was lost, its writes failed, or rows that exist do
   not come. Any peer has such a moment, and the next epoch goes on where it ended. After ``max_attempts`` in a row
   another peer is asked.
+* Rows that are ready and lent blocks, and do not come: it is asked, in the same epoch, whether it is writing them. If
+  not, that attempt brought nothing. If so, the network may be slow, or shared by many, and a new epoch would have the
+  chunk begun once more: a network on which it takes longer than ``stall_s`` would never bring one. So it may go on, for
+  ``max_attempts`` such questions, after which another peer may be quicker; whoever is next has twice as long each time.
 * A write that fails may be the plane it went by, and the next one goes by another: the first is followed by the next
   epoch at once. Further ones are followed by pauses, each twice as long as the one before, whoever failed: where
   nothing can be written, the two sides would otherwise ask and fail as fast as they can talk. A peer that failed
@@ -65,6 +69,9 @@ class Patience:
     config: ReceiverConfig
     unanswered: int = 0
     _fruitless: int = 0
+    _slow: int = 0
+    _left_slow: int = 0
+    """Peers that were left because their writes took long."""
     _refusals: int = 0
     _refused_by: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """By code."""
@@ -89,6 +96,14 @@ class Patience:
         if self._fruitless < self.config.max_attempts:
             return False
         self._fruitless = 0
+        return True
+
+    def slow(self) -> bool:
+        """Rows are being written, and it takes long. True: ask another peer; whoever is next has twice as long."""
+        self._slow += 1
+        if self._slow < self.config.max_attempts << min(self._left_slow, 30):
+            return False
+        self._slow, self._left_slow = 0, self._left_slow + 1
         return True
 
     def write_failed(self, peer: str, why: str) -> float:
@@ -139,6 +154,6 @@ class Patience:
         return self._undelivered >= self.config.max_attempts
 
     def rows_came(self) -> None:
-        self._fruitless = self._undelivered = 0
+        self._fruitless = self._slow = self._undelivered = 0
         self._spoiled.clear()
         self._failed_writes.clear()
