@@ -5,7 +5,8 @@ Theory
 What goes wrong is counted by what it says of whom:
 
 * A question that is not answered, a ``Want`` without an ``Offer``: that process hangs, or nobody is at the other end.
-  After ``max_stalls`` in a row another peer is asked.
+  Or the item's files are on their way yet. After ``max_stalls`` in a row another peer is asked, and whoever is next has
+  twice as long each time: files that take longer would never reach anybody.
 * An attempt that brings nothing, an epoch without a row: its link was lost, its writes failed, or rows that exist do
   not come. Any peer has such a moment, and the next epoch goes on where it ended. After ``max_attempts`` in a row
   another peer is asked.
@@ -68,6 +69,8 @@ class Patience:
 
     config: ReceiverConfig
     unanswered: int = 0
+    _left_silent: int = 0
+    """Peers that were left because they did not answer."""
     _fruitless: int = 0
     _slow: int = 0
     _left_slow: int = 0
@@ -82,9 +85,12 @@ class Patience:
     """By peer: how many since rows came, and what was said of the last one."""
 
     def stalled(self) -> bool:
-        """A question got no answer. True: ask another peer."""
+        """A question got no answer. True: ask another peer; whoever is next has twice as long."""
         self.unanswered += 1
-        return self.unanswered >= self.config.max_stalls
+        if self.unanswered < self.config.max_stalls << min(self._left_silent, 30):
+            return False
+        self._left_silent += 1
+        return True
 
     def answered(self) -> None:
         """The peer lives; also of a peer that was not asked yet."""

@@ -23,15 +23,17 @@ TURN_S = 0.05
 
 
 class Network:
-    """A receiver, its peers, and one network for all that they write: ``row_s`` for each row, shared by turns."""
+    """A receiver, its peers, and one network for all that they write: ``row_s`` for each row, shared by turns.
+    ``file_s``: so long is an item's file on its way, and what is said of the item comes after it."""
 
-    def __init__(self, *peers: str, blocks: int = 4, row_s: dict[str, float]) -> None:
+    def __init__(self, *peers: str, blocks: int = 4, row_s: dict[str, float], file_s: float = 0.0) -> None:
         self.receiving = Receiving(blocks=blocks, rows_per_block=4)
         self.sendings = {peer: Sending() for peer in peers}
         self.ends: dict[ms.ItemKey, ev.Finish | ev.Fail] = {}
         self.written: Counter[str] = Counter()
-        self.wants: Counter[str] = Counter()
-        self._row_s, self._now = row_s, 0.0
+        self._row_s, self._file_s, self._now = row_s, file_s, 0.0
+        self._jobs: dict[tuple[str, str], ev.StartEncode] = {}
+        self._sent: dict[tuple[str, ms.ItemKey], float] = {}
         self._writes: dict[tuple[str, ms.ItemKey], tuple[ev.Write, float]] = {}
         self._line: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -56,10 +58,15 @@ class Network:
         for action in actions:
             match action:
                 case ev.Send(peer, message):
-                    self.wants[peer] += isinstance(message, ms.Want)
-                    self._at(self._now + 0.01, lambda p=peer, m=message: self._to_sender(p, ev.MessageReceived("L", m)))
-                case ev.Place(key, avoid):
-                    peer = next((peer for peer in self.sendings if peer not in avoid), next(iter(self.sendings)))
+                    with_file = isinstance(message, ms.Want) and message.media is not None
+                    when = max(self._now, self._sent.get((peer, message.key), 0.0)) + (
+                        self._file_s if with_file else 0.0
+                    )
+                    self._sent[peer, message.key] = when
+                    self._at(when + 0.01, lambda p=peer, m=message: self._to_sender(p, ev.MessageReceived("L", m)))
+                case ev.Place(key):  # whoever was asked longest ago
+                    peer = next(iter(self.sendings))
+                    self.sendings[peer] = self.sendings.pop(peer)
                     self._at(self._now, lambda key=key, peer=peer: self._to_receiver(ev.Placed(key, peer)))
                 case ev.Take(key, chunk):
                     self._at(self._now, lambda k=key, chunk=chunk: self._to_receiver(ev.RowsTaken(k, chunk)))
@@ -75,17 +82,26 @@ class Network:
             match action:
                 case ev.Send(_, message):
                     self._at(self._now + 0.01, lambda m=message: self._to_receiver(ev.MessageReceived(peer, m)))
-                case ev.StartEncode(digest, rows=rows):
-                    self._at(self._now, lambda d=digest, rows=rows: self._to_sender(peer, ev.RowsReady(d, rows)))
+                case ev.StartEncode():
+                    self._jobs[peer, action.digest] = action
+                    self._at(self._now + 0.1, lambda job=action: self._encoded(peer, job))
+                case ev.CancelEncode(digest):
+                    del self._jobs[peer, digest]
+                    stopped = ev.EncodeStopped(digest, "cancelled", "", True)
+                    self._at(self._now, lambda stopped=stopped: self._to_sender(peer, stopped))
                 case ev.Write(_, key):
                     self._writes[peer, key] = action, float(action.stop - action.start)
                     self.written[peer] += action.stop - action.start
                 case ev.Fence(_, key):
                     if (under_way := self._writes.pop((peer, key), None)) is not None:
-                        stopped = ev.WriteFailed("L", key, under_way[0].epoch, "stopped")
-                        self._at(self._now, lambda stopped=stopped: self._to_sender(peer, stopped))
+                        failed = ev.WriteFailed("L", key, under_way[0].epoch, "stopped")
+                        self._at(self._now, lambda failed=failed: self._to_sender(peer, failed))
                     self._at(self._now, lambda key=key: self._to_sender(peer, ev.WritesFenced("L", key)))
         self._look(self.sendings[peer], lambda event: self._to_sender(peer, event))
+
+    def _encoded(self, peer: str, job: ev.StartEncode) -> None:
+        if self._jobs.get((peer, job.digest)) is job:
+            self._to_sender(peer, ev.RowsReady(job.digest, job.rows))
 
     def _look(self, side: Receiving | Sending, feed: Callable[[Any], None]) -> None:
         due = side.machine.next_timer()
@@ -132,6 +148,14 @@ def test_who_is_alone_has_twice_as_long_each_time() -> None:
     network.fetch(1)
     assert isinstance(network.ends[ms.ItemKey(1, 0)], ev.Finish)
     assert network.written == {"A": ROWS + 4}
+
+
+def test_a_file_that_takes_longer_than_a_peer_is_waited_for() -> None:
+    """It was on its way to one peer and then to the other, ten seconds each, until the item's deadline."""
+    network = Network("A", "B", row_s={"A": 0.1, "B": 0.1}, file_s=15.0)
+    network.fetch(1)
+    assert isinstance(network.ends[ms.ItemKey(1, 0)], ev.Finish)
+    assert network.receiving.now < 40.0
 
 
 def test_a_peer_that_does_not_write_what_it_owes_is_asked_anew() -> None:
