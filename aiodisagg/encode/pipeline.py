@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from aiodisagg.device.copies import DeviceBytes
 from aiodisagg.device.vitals import Vitals
 from aiodisagg.encode.gate import Gate, OpenGate
-from aiodisagg.encode.prepare import Preparer
+from aiodisagg.encode.prepare import Misnamed, Preparer, check_name
 from aiodisagg.encode.queue import Piece
 from aiodisagg.encode.selftest import small_picture
 from aiodisagg.encode.tower import Made, NotFinite, Tower, WrongRows
@@ -187,6 +187,7 @@ class EncodePipeline:
     # -- prepare -------------------------------------------------------------------------------------------------
 
     def _prepare(self, job: StartEncode) -> Patches:
+        check_name(job)
         return self.encoder.prepare(ItemKind(job.kind), job.media, job.grid_thw, job.fps)
 
     def _prepared_on_thread(self, job: StartEncode, outcome: Patches | Exception, seconds: float) -> None:
@@ -223,7 +224,9 @@ class EncodePipeline:
         self.prepare_s += entry.prepare_s
         digest = entry.start.digest
         if isinstance(error, MediaError):
-            entry.end = EncodeStopped(digest, "invalid_media", str(error), False)
+            # Whoever shares what somebody else misnamed has files of its own to send.
+            retryable = isinstance(error, Misnamed)
+            entry.end = EncodeStopped(digest, "invalid_media", str(error), retryable)
         else:
             logger.error("item %s: preparing failed", digest, exc_info=error)
             entry.end = EncodeStopped(digest, "prepare_failed", f"{type(error).__name__}: {error}", True)

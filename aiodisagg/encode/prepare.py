@@ -7,15 +7,34 @@ it each.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
 
-from aiodisagg.models.base import Patches
+from aiodisagg.errors import MediaError
+from aiodisagg.models.base import ItemKind, Patches, item_digest
 from aiodisagg.protocol.events import StartEncode
 from aiodisagg.scheduler.order import Claim, Order, Queue
 
 Prepare = Callable[[StartEncode], Patches]
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+
+
+class Misnamed(MediaError):
+    """The files are not those that the digest names."""
+
+
+def check_name(job: StartEncode) -> None:
+    """Raises Misnamed. Rows are kept by digest, for every language peer: one that sends other files for a picture of
+    somebody else would have its own seen there. Digests of another form are the business of who made them up.
+    """
+    if not _DIGEST.fullmatch(job.digest):
+        return
+    kind = ItemKind(job.kind)
+    written = [job.fps, int(job.fps)] if job.fps.is_integer() else [job.fps]  # older ones have it as their caller does
+    if not any(item_digest(kind, job.grid_thw, fps, job.media) == job.digest for fps in written):
+        raise Misnamed("media", f"the files are not those of {job.digest}")
 
 
 class Preparer:

@@ -60,6 +60,14 @@ FOREVER_S = 9e8
 Deliver = Callable[[ItemKey, int, memoryview | DeviceBytes], None]
 
 
+async def _close(making: asyncio.Task[RowMemory]) -> None:
+    """Closes what is made, or would be."""
+    if not making.done():
+        await asyncio.wait([making])
+    if making.exception() is None:
+        await asyncio.shield(asyncio.to_thread(making.result().close))
+
+
 class RowReceiver(EnteredOnce):
     """An async context manager. Methods belong to the loop's thread.
 
@@ -95,8 +103,10 @@ class RowReceiver(EnteredOnce):
     async def _open(self) -> None:
         config, row_bytes = self.config, self.layout.row_bytes
         self.pool = receive_pool(config, row_bytes)
-        memory = await asyncio.to_thread(RowMemory, self.pool.size_bytes, self._accelerator)
-        self._stack.push_async_callback(asyncio.to_thread, memory.close)
+        make = asyncio.to_thread(RowMemory, self.pool.size_bytes, self._accelerator)
+        making = asyncio.get_running_loop().create_task(make, name="receive pool")
+        self._stack.push_async_callback(_close, making)  # also of who is cancelled while the thread makes it
+        memory = await asyncio.shield(making)
         receiver_config = ReceiverConfig(
             failover_s=config.failover_s, stall_s=config.stall_s, window_blocks=config.window_blocks
         )

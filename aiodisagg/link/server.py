@@ -93,7 +93,13 @@ class LinkServer:
     async def __aenter__(self) -> LinkServer:
         """Raises ConfigError: address in use or not ours, or reachable by other hosts without a secret."""
         server = await self._bind()
-        await server.start_serving()
+        try:
+            await (
+                server.start_serving()
+            )  # asyncio's lets the loop turn, so this may be cancelled, and somebody may dial
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
         return self
 
     async def check(self) -> None:

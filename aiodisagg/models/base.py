@@ -7,6 +7,7 @@ before a single patch is computed (gate A), so KV pages and blocks can be reserv
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -86,6 +87,17 @@ class PlannedItem:
     param: str = ""
     """Where the client named it, ``messages[i].content[j]``: what errors say. Empty: only its place among the items is
     known."""
+
+
+def item_digest(kind: ItemKind, grid_thw: tuple[int, int, int], fps: float, media: Sequence[bytes]) -> str:
+    """blake2b-128, in hex, of what determines an item's rows on a given model.
+
+    Encode peers check it: what is computed in another way has to have another length, and they take it as it is.
+    """
+    total = hashlib.blake2b(f"{kind.value} {grid_thw} {fps!r} {[len(m) for m in media]}".encode(), digest_size=16)
+    for data in media:
+        total.update(data)
+    return total.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ longer, at the same resolution, begins with the same items.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,7 +28,16 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from aiodisagg.errors import CheckpointError, InvalidRequest, MediaError, PromptTooLong
-from aiodisagg.models.base import ChatMessage, ImagePart, ItemKind, PlannedItem, PromptPlan, TextPart, VideoPart
+from aiodisagg.models.base import (
+    ChatMessage,
+    ImagePart,
+    ItemKind,
+    PlannedItem,
+    PromptPlan,
+    TextPart,
+    VideoPart,
+    item_digest,
+)
 from aiodisagg.models.checkpoint import read_info
 from aiodisagg.models.folder import fail, read_json
 from aiodisagg.models.loading import eos_ids
@@ -207,7 +215,7 @@ class Qwen3VLPlanner:
         if isinstance(part, ImagePart):
             kind, media, fps = ItemKind.IMAGE, (part.data,), 0.0
         else:
-            kind, media, fps = ItemKind.VIDEO, part.frames, part.fps
+            kind, media, fps = ItemKind.VIDEO, part.frames, float(part.fps)  # an encode peer reads one
             if not 1 <= len(media) <= self._max_frames:
                 raise MediaError(param, f"a video has 1 to {self._max_frames} frames, not {len(media)}")
             if not 0.0 < fps <= 1000.0:
@@ -294,14 +302,6 @@ def _check_system(messages: Sequence[ChatMessage], text: str) -> None:
             if (found := text.find(said, at)) < 0:
                 raise InvalidRequest(f"messages[{i}]", "the model's chat template leaves out a system message here")
             at = found + len(said)
-
-
-def item_digest(kind: ItemKind, grid_thw: tuple[int, int, int], fps: float, media: Sequence[bytes]) -> str:
-    """blake2b-128, in hex, of what determines an item's rows on a given model."""
-    total = hashlib.blake2b(f"{kind.value} {grid_thw} {fps!r} {[len(m) for m in media]}".encode(), digest_size=16)
-    for data in media:
-        total.update(data)
-    return total.hexdigest()
 
 
 def frame_times(frames: int, fps: float, temporal_patch: int) -> list[float]:

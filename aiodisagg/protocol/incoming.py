@@ -91,7 +91,7 @@ class IncomingItem:
         self.wake = self.deadline
         self._story = Story(now)
         self._pool, self._config = pool, config
-        self._linked = self._resting = self._sent_media = False
+        self._linked = self._resting = self._sent_media = self._wonders = False
         self._has_media: set[str] = set()
         self._avoid: set[str] = set()
         self._patience = Patience(config)
@@ -130,18 +130,20 @@ class IncomingItem:
         assert self.peer is not None
         actions = self._withdraw(keep=True)
         self.epoch += 1
-        self.state, self.ready, self._resting = State.BOOTSTRAPPING, 0, False
-        self.wake = now + self._config.stall_s
+        self.state, self.ready, self._resting, self._wonders = State.BOOTSTRAPPING, 0, False, False
         self._story.tell(now, f"{why}, epoch {self.epoch}, {len(self.held)}/{self.spec.rows} rows held")
-        spec = self.spec
-        media = None if self.peer in self._has_media else spec.media
+        media = None if self.peer in self._has_media else self.spec.media
         self._has_media.add(self.peer)
         self._sent_media = media is not None
+        return [*actions, self._want(now, media)]
+
+    def _want(self, now: float, media: tuple[bytes, ...] | None) -> Send:
+        self.wake, spec = now + self._config.stall_s, self.spec
         want = Want(
             self.key, self.epoch, spec.digest, spec.kind, spec.grid_thw, spec.rows, spec.fps, self.held.told(),
             self.meta.lacking, self.model, max(0.0, self.deadline - now), media, self._urgency.later(now - self._urged),
         )  # fmt: skip
-        return [*actions, Send(self.peer, want)]
+        return Send(str(self.peer), want)
 
     def _hurried(self, event: ItemHurried, now: float) -> Actions:
         """Asks once more, from the better place, unless the peer has begun: before that there is nothing to lose."""
@@ -171,18 +173,19 @@ class IncomingItem:
     def _fail_over(self, now: float, why: str) -> Actions:
         """Leaves the current peer; what it was lent stays quarantined until it is fenced."""
         actions = self._withdraw(keep=False)
-        if self.peer is not None:
-            self._avoid.add(self.peer)
-            actions.append(Send(self.peer, Cancel(self.key, self.epoch)))
+        actions += self._part(Cancel)
+        self._avoid.add(str(self.peer))
         self._story.tell(now, f"left {self.peer}: {why}")
         self.peer, self.state, self.wake = None, State.BOOTSTRAPPING, self.deadline
         return [*actions, Place(self.key, frozenset(self._avoid))]
 
+    def _part(self, word: type[Cancel | Release]) -> Actions:
+        return [] if self.peer is None else [Send(self.peer, word(self.key, self.epoch))]
+
     def _link_lost(self, event: LinkLost, now: float) -> Actions:
         if event.gone:
             return self._fail_over(now, "its process ended")
-        self._linked = False
-        actions = self._withdraw(keep=True)
+        actions, self._linked = self._withdraw(keep=True), False
         self.state, self.wake = State.BOOTSTRAPPING, now + self._config.failover_s
         self._story.tell(now, f"link to {self.peer} lost")
         return actions
@@ -202,31 +205,35 @@ class IncomingItem:
             return self._fail_over(now, f"its link did not come back in {self._config.failover_s:g} s")
         if self._resting:
             return self._new_epoch(now, "rested")
-        if self.state is State.BOOTSTRAPPING:
-            if self._patience.stalled():
-                return self._fail_over(now, f"no answer to {self._patience.unanswered} questions")
-        elif self._owes() and self._patience.fruitless():
-            return self._fail_over(now, "rows that are ready do not arrive")
+        owed = any(not block.revoked and block.lend.start < self.ready for block in self.lends.values())
+        if owed and not self._wonders and self.state is not State.BOOTSTRAPPING:
+            self._wonders = True  # a new epoch would end a write that is only slow
+            return [self._want(now, None)]
+        if (self._wonders or self.state is State.BOOTSTRAPPING) and self._patience.stalled():
+            return self._fail_over(now, f"no answer to {self._patience.unanswered} questions")
         return self._new_epoch(now, f"no progress in {self._config.stall_s:g} s")
 
-    def _owes(self) -> bool:
-        """The peer has rows that it was lent blocks for."""
-        return any(not block.revoked and block.lend.start < self.ready for block in self.lends.values())
+    def _late(self, now: float, writing: bool) -> Actions:
+        """It owes rows for long, and says whether it is writing them."""
+        self._wonders = False
+        if (self._patience.slow if writing else self._patience.fruitless)():
+            return self._fail_over(now, "rows that are ready do not arrive")
+        return [] if writing else self._new_epoch(now, f"no progress in {self._config.stall_s:g} s")
 
     # -- what the sender says ------------------------------------------------------------------------------------
 
     def _offered(self, event: Offer, now: float) -> Actions:
-        assert self.peer is not None
+        peer = str(self.peer)
         if self._resting:  # of the epoch that ended with a failed write, said twice
             return []
         if event.model != self.model or event.rows != self.spec.rows or event.ready > event.rows:
-            raise RemoteProtocolError(self.peer, f"item {self.key}: offer does not fit what was wanted: {event}")
+            raise RemoteProtocolError(peer, f"item {self.key}: offer does not fit what was wanted: {event}")
         if event.needs_media:
-            self._has_media.discard(self.peer)
+            self._has_media.discard(peer)
             actions = self._settle_older(event.epoch)
             if self._sent_media:
                 return actions + self._give_up_on(now, "media_ignored", "asks for media that it was sent", True)
-            return actions + self._new_epoch(now, f"{self.peer} has neither rows nor media")
+            return actions + self._new_epoch(now, f"{peer} has neither rows nor media")
         for chunk, meta in event.written:
             self._check_chunk(chunk, meta)
         actions = [take for chunk, meta in event.written for take in self._take(chunk, meta)]
@@ -236,7 +243,7 @@ class IncomingItem:
             self.state = State.TRANSFERRING if self.claimed else State.WAITING_FOR_INPUT
             self._story.tell(now, f"offered, {event.ready} rows ready")
         self._heard(now, event.ready)
-        return actions
+        return actions + (self._late(now, event.writing) if self._wonders else [])
 
     def _settle_older(self, epoch: int) -> Actions:
         """Nothing of this peer that is older than ``epoch`` moves; also what it was lent in an earlier stay."""
@@ -249,9 +256,8 @@ class IncomingItem:
         return [Revoke(NOBODY, said)] if said else []
 
     def _progress(self, event: Progress, now: float) -> Actions:
-        assert self.peer is not None
         if event.ready > self.spec.rows:
-            raise RemoteProtocolError(self.peer, f"item {self.key}: {event.ready} of {self.spec.rows} rows ready")
+            raise RemoteProtocolError(str(self.peer), f"item {self.key}: {event.ready} of {self.spec.rows} rows ready")
         self._story.tell(now, event.stage)
         self._heard(now, event.ready)
         return []
@@ -264,7 +270,7 @@ class IncomingItem:
         self._check_chunk(event.chunk, event.meta)
         actions = self._take(event.chunk, event.meta)
         if actions:
-            self.state = State.TRANSFERRING
+            self.state, self._wonders = State.TRANSFERRING, False
             self._heard(now, event.chunk.stop)
         return actions
 
@@ -323,9 +329,7 @@ class IncomingItem:
             return []
         self.state = State.SUCCESS
         farewell = Cancel if any(block.revoked or not block.done for block in self.lends.values()) else Release
-        actions = self._withdraw(keep=False)
-        if self.peer is not None:
-            actions.append(Send(self.peer, farewell(self.key, self.epoch)))
+        actions = self._withdraw(keep=False) + self._part(farewell)
         self._story.tell(now, "complete")
         return [*actions, Finish(self.key)]
 
@@ -348,9 +352,7 @@ class IncomingItem:
 
     def fail(self, now: float, code: str, message: str) -> Actions:
         """Ends the item; its blocks are quarantined until fenced."""
-        actions = self._withdraw(keep=False)
-        if self.peer is not None:
-            actions.append(Send(self.peer, Cancel(self.key, self.epoch)))
+        actions = self._withdraw(keep=False) + self._part(Cancel)
         self.state = State.FAILED
         self._story.tell(now, f"{code}: {message}")
         return [*actions, Fail(self.key, code, message, self._story.lines)]
@@ -365,10 +367,8 @@ class IncomingItem:
         return []
 
     def __repr__(self) -> str:
-        return (
-            f"<IncomingItem {self.key} {self.state.value} epoch {self.epoch} from {self.peer}, "
-            f"{len(self.held)}/{self.spec.rows} rows, {len(self.lends)} blocks>"
-        )
+        rows = f"{len(self.held)}/{self.spec.rows} rows, {len(self.lends)} blocks"
+        return f"<IncomingItem {self.key} {self.state.value} epoch {self.epoch} from {self.peer}, {rows}>"
 
     TABLE: ClassVar[dict[tuple[State, type], Callable[..., Actions]]] = {}
 

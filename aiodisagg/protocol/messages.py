@@ -162,6 +162,9 @@ class Offer(msgspec.Struct, frozen=True, tag="offer", array_like=True):
     needs_media: bool
     ready: Count
     written: Annotated[tuple[tuple[Chunk, Meta | None], ...], msgspec.Meta(max_length=MOST_WRITTEN)]
+    writing: bool = False
+    """A write of this epoch is under way; when it has failed is for its transport to say. Older peers neither say nor
+    read it."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):

@@ -176,9 +176,8 @@ class OutgoingItem:
     def _offer(self) -> SenderAction:
         source = self.source
         ready = source.ready if source is not None else 0
-        offer = Offer(
-            self.key, self.epoch, self.rows, self._model, source is None, ready, tuple(self.written[-MOST_WRITTEN:])
-        )
+        written, writing = tuple(self.written[-MOST_WRITTEN:]), self.writing is not None
+        offer = Offer(self.key, self.epoch, self.rows, self._model, source is None, ready, written, writing)
         return Send(self.peer, offer)
 
     def _forget(self, held: tuple[tuple[int, int], ...]) -> None:

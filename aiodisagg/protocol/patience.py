@@ -5,10 +5,15 @@ Theory
 What goes wrong is counted by what it says of whom:
 
 * A question that is not answered, a ``Want`` without an ``Offer``: that process hangs, or nobody is at the other end.
-  After ``max_stalls`` in a row another peer is asked.
+  Or the item's files are on their way yet. After ``max_stalls`` in a row another peer is asked, and whoever is next has
+  twice as long each time: files that take longer would never reach anybody.
 * An attempt that brings nothing, an epoch without a row: its link was lost, its writes failed, or rows that exist do
   not come. Any peer has such a moment, and the next epoch goes on where it ended. After ``max_attempts`` in a row
   another peer is asked.
+* Rows that are ready and lent blocks, and do not come: it is asked, in the same epoch, whether it is writing them. If
+  not, that attempt brought nothing. If so, the network may be slow, or shared by many, and a new epoch would have the
+  chunk begun once more: a network on which it takes longer than ``stall_s`` would never bring one. So it may go on, for
+  ``max_attempts`` such questions, after which another peer may be quicker; whoever is next has twice as long each time.
 * A write that fails may be the plane it went by, and the next one goes by another: the first is followed by the next
   epoch at once. Further ones are followed by pauses, each twice as long as the one before, whoever failed: where
   nothing can be written, the two sides would otherwise ask and fail as fast as they can talk. A peer that failed
@@ -64,7 +69,12 @@ class Patience:
 
     config: ReceiverConfig
     unanswered: int = 0
+    _left_silent: int = 0
+    """Peers that were left because they did not answer."""
     _fruitless: int = 0
+    _slow: int = 0
+    _left_slow: int = 0
+    """Peers that were left because their writes took long."""
     _refusals: int = 0
     _refused_by: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """By code."""
@@ -75,9 +85,12 @@ class Patience:
     """By peer: how many since rows came, and what was said of the last one."""
 
     def stalled(self) -> bool:
-        """A question got no answer. True: ask another peer."""
+        """A question got no answer. True: ask another peer; whoever is next has twice as long."""
         self.unanswered += 1
-        return self.unanswered >= self.config.max_stalls
+        if self.unanswered < self.config.max_stalls << min(self._left_silent, 30):
+            return False
+        self._left_silent += 1
+        return True
 
     def answered(self) -> None:
         """The peer lives; also of a peer that was not asked yet."""
@@ -89,6 +102,14 @@ class Patience:
         if self._fruitless < self.config.max_attempts:
             return False
         self._fruitless = 0
+        return True
+
+    def slow(self) -> bool:
+        """Rows are being written, and it takes long. True: ask another peer; whoever is next has twice as long."""
+        self._slow += 1
+        if self._slow < self.config.max_attempts << min(self._left_slow, 30):
+            return False
+        self._slow, self._left_slow = 0, self._left_slow + 1
         return True
 
     def write_failed(self, peer: str, why: str) -> float:
@@ -139,6 +160,6 @@ class Patience:
         return self._undelivered >= self.config.max_attempts
 
     def rows_came(self) -> None:
-        self._fruitless = self._undelivered = 0
+        self._fruitless = self._slow = self._undelivered = 0
         self._spoiled.clear()
         self._failed_writes.clear()

@@ -79,7 +79,7 @@ MUTATIONS = (
              "item.epoch < 1 and self._timers.arm(item.key, item.timer)"),
     Mutation("a cancelled item keeps its source", Sender, "_step",
              "return actions + self.sources.release(item.digest, user)", "return actions"),
-    Mutation("a want does not state the ledger", IncomingItem, "_new_epoch", "self.held.told(),", "(),"),
+    Mutation("a want does not state the ledger", IncomingItem, "_want", "self.held.told(),", "(),"),
     Mutation("the rest of a block begins at its first byte", OutgoingItem, "_pump",
              "rest = lend.offset + (stop - lend.start) * self._row_bytes", "rest = lend.offset"),
     Mutation("a reconnect asks for no fence", Receiver, "_link_up",
