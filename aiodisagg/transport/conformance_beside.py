@@ -6,10 +6,11 @@ Also of waits: a fence, a revoke or a disconnect concerns what it names, and who
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 
 from aiodisagg.errors import WriteRefused
 from aiodisagg.transport.base import FenceKind, Slice
-from aiodisagg.transport.testing import MIB, Checks, Kit, expect, pattern, raises
+from aiodisagg.transport.testing import MIB, Checks, ConformanceError, Kit, expect, pattern, raises
 
 BESIDE = Checks()
 
@@ -158,3 +159,31 @@ async def lease_of_another_pool_is_refused(kit: Kit) -> None:
             await writer.write(remotes[0], [Slice(item.source, 0, item.lease)])
         await writer.write(remotes[1], [item])
         expect(one.untouched() and two.holds(b"for two", 0), "a lease is valid in the pool that lent it")
+
+
+@BESIDE.add
+async def revoke_waits_for_nobody_who_left(kit: Kit) -> None:
+    """A writer that leaves while it is asked, and one that gives up connecting, wherever it was in it."""
+    async with kit.receiver() as receiver, kit.writer() as (writer, name):
+        description, unused = receiver.transport.describe(), receiver.lender.lend(0, 1)
+        for _ in range(3):
+            remote = await writer.connect(description, peer=receiver.incarnation)
+            await _ends(asyncio.gather(receiver.transport.revoke(name, [unused]), writer.disconnect(remote)))
+        for turns in range(12):
+            connecting = asyncio.ensure_future(writer.connect(description, peer=receiver.incarnation))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+            await _ends(receiver.transport.revoke(name, [unused]))
+        remote = await writer.connect(description, peer=receiver.incarnation)
+        await writer.write(remote, [receiver.slice(b"still here", 5)])
+        expect(receiver.holds(b"still here", 5), "who comes back is as welcome as before")
+
+
+async def _ends(wait: Awaitable[object]) -> None:
+    try:
+        async with asyncio.timeout(60):
+            await wait
+    except TimeoutError as error:
+        raise ConformanceError("a revoke ends when its writer has left") from error
