@@ -177,6 +177,28 @@ async def close_ends_writes_under_way(kit: Kit) -> None:
 
 
 @CHECKS.add
+async def close_is_one_however_often_it_is_called(kit: Kit) -> None:
+    """Whoever may free the pool after ``aclose`` may do so after any call of it that returned."""
+    await _use(kit)
+    for turns, cancelled in ((0, True), (1, True), (3, True), (1, False)):
+        before = set(threading.enumerate())
+        async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
+            write = asyncio.ensure_future(writer.write(remote, [receiver.slice(pattern(8 * MIB), 0)]))
+            await asyncio.sleep(0)
+            closes = []
+            for transport in (writer, receiver.transport):
+                closes.append(asyncio.ensure_future(transport.aclose()))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if cancelled:
+                    closes[-1].cancel()
+                await transport.aclose()
+            left = _threads(before)
+            await asyncio.gather(write, *closes, return_exceptions=True)
+            expect(not left, f"any close that returns is the end, and leaves no threads {left}")
+
+
+@CHECKS.add
 async def use_after_close_is_an_error(kit: Kit) -> None:
     async with kit.pair() as (receiver, writer, remote, _):
         description = receiver.transport.describe()
@@ -286,8 +308,13 @@ async def threads_end_with_close(kit: Kit) -> None:
     await _use(kit)  # what a library makes once, and keeps, is made here
     before = set(threading.enumerate())
     await _use(kit)
-    left = [thread.name for thread in set(threading.enumerate()) - before if not thread.name.startswith("asyncio_")]
+    left = _threads(before)
     expect(not left, f"no thread is left, not {left}")
+
+
+def _threads(before: set[threading.Thread]) -> list[str]:
+    """Names of those that have begun since, without a loop's own."""
+    return [thread.name for thread in set(threading.enumerate()) - before if not thread.name.startswith("asyncio_")]
 
 
 @CHECKS.add
