@@ -146,13 +146,24 @@ class Attachment:
                 self._sock.send(encode(self._waiting[0][0]))
 
     def _on_message(self) -> None:
-        assert self._sock is not None
-        try:
-            packet = self._sock.recv(MAX_MESSAGE)
-        except (BlockingIOError, ConnectionResetError):
-            return  # a reset: it left with our question unread; what it said before is still to be read
-        except OSError:
-            packet = b""
+        left = False
+        while self._sock is not None:
+            try:
+                packet = self._sock.recv(MAX_MESSAGE)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                # It left with our question unread. What it said before is still to be read, all of it and now: uvloop
+                # calls nobody a second time for a socket that has had an error.
+                left = True
+                continue
+            except OSError:
+                packet = b""
+            self._hear(packet)
+            if not left:
+                return
+
+    def _hear(self, packet: bytes) -> None:
         match decode(packet):
             case Barred(ticket) if self._waiting and self._waiting[0][0].ticket == ticket:
                 _, future = self._waiting.popleft()

@@ -140,13 +140,18 @@ class Lane:
         """Has the peer chunks to answer?"""
         return bool(self._unanswered)
 
+    @property
+    def ready(self) -> bool:
+        """Is there credit, and perhaps a chunk for it?"""
+        return bool(self._turns) and len(self._unanswered) < self._window
+
     def add(self, write: Outgoing) -> None:
         if not write.exhausted:
             self._turns.append(write)
 
     def next(self) -> tuple[int, Slice, Outgoing] | None:
         """The next chunk to send and its number; None: nothing to send, or no credit."""
-        while self._turns and len(self._unanswered) < self._window:
+        while self.ready:
             write = self._turns.popleft()
             piece = write.take()
             if piece is None:

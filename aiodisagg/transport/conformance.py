@@ -1,17 +1,21 @@
 """The checks behind :func:`aiodisagg.transport.testing.check_transport`: one promise of the interface each.
 
-Here: what arrives, and how peers come and go. Who may touch memory, and when, is in ``conformance_ownership``.
+Here: what arrives, and how peers come and go. Who may touch memory, and when, is in ``conformance_ownership``; what
+writes and waits have to do with each other, in ``conformance_beside``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import random
 import threading
 
 from aiodisagg.errors import PeerGone, TransportClosed, TransportError, TransportUnavailable
+from aiodisagg.transport.conformance_beside import BESIDE
 from aiodisagg.transport.conformance_ownership import OWNERSHIP
-from aiodisagg.transport.testing import MIB, Checks, ConformanceError, Kit, expect, loop_watch, pattern, raises
+from aiodisagg.transport.testing import GUARD, MIB, Checks, ConformanceError, Kit, expect, loop_watch, pattern, raises
 
 CHECKS = Checks()
 
@@ -66,6 +70,44 @@ async def slices_scatter_and_gather(kit: Kit) -> None:
 
 
 @CHECKS.add
+async def odd_sizes_arrive_whole(kit: Kit) -> None:
+    """Around the sizes of usual pieces, the last bytes first: a write that ends early has not placed them yet."""
+    async with kit.pair(9 * MIB) as (receiver, writer, remote, _):
+        for size in (65_535, MIB - 1, MIB + 1, 2 * MIB + 3, 4 * MIB + 4097, 8 * MIB + 1):
+            data = pattern(size, size)
+            await writer.write(remote, [receiver.slice(data, 3)])
+            expect(receiver.holds(data[-9:], size - 6), f"a write of {size} bytes ends when the last of them is there")
+            expect(receiver.holds(data, 3), f"{size} bytes arrived as written")
+            expect(receiver.untouched(0, 3) and receiver.untouched(3 + size), "nothing around them changed")
+            receiver.arena.view[:] = bytes([GUARD]) * receiver.arena.size_bytes
+
+
+@CHECKS.add
+async def many_slices_of_one_size(kit: Kit) -> None:
+    """More than one call of a kernel takes, and alike in everything but place and content."""
+    async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
+        for size, count in ((100, 3000), (2 * MIB, 3)):
+            source = memoryview(pattern(size * count))
+            pieces = [source[number * size : (number + 1) * size] for number in range(count)]
+            places = [(count - 1 - number) * (size + 4) for number in range(count)]
+            await writer.write(remote, [receiver.slice(*one) for one in zip(pieces, places, strict=True)])
+            for piece, place in zip(pieces, places, strict=True):
+                expect(receiver.arena.view[place : place + size] == piece, "each slice is in its own place")
+                expect(receiver.untouched(place + size, place + size + 4), "and nothing in between changed")
+
+
+@CHECKS.add
+async def source_is_read_anew(kit: Kit) -> None:
+    async with kit.pair(4 * MIB) as (receiver, writer, remote, _):
+        for size in (1000, 3 * MIB):
+            source = bytearray(size)
+            for fill in (1, 2, 3):
+                source[:] = bytes([fill]) * size
+                await writer.write(remote, [receiver.slice(source, 0)])
+                expect(receiver.holds(source, 0), "what arrives is what the source holds when it is written")
+
+
+@CHECKS.add
 async def many_writers_at_once(kit: Kit) -> None:
     async with kit.receiver(8 * MIB) as receiver:
 
@@ -111,7 +153,8 @@ async def small_write_passes_a_huge_one(kit: Kit) -> None:
         await asyncio.gather(*huge)
 
 
-CHECKS |= OWNERSHIP  # here, since they run in this order
+CHECKS |= BESIDE  # here, since they run in this order
+CHECKS |= OWNERSHIP
 
 
 @CHECKS.add
@@ -131,6 +174,28 @@ async def close_ends_writes_under_way(kit: Kit) -> None:
         source[:] = bytes(len(source))
         await writer.aclose()
         expect(bytes(receiver.arena.view) == landed or not kit.capabilities.one_sided, "nothing moves after close")
+
+
+@CHECKS.add
+async def close_is_one_however_often_it_is_called(kit: Kit) -> None:
+    """Whoever may free the pool after ``aclose`` may do so after any call of it that returned."""
+    await _use(kit)
+    for turns, cancelled in ((0, True), (1, True), (3, True), (1, False)):
+        before = set(threading.enumerate())
+        async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
+            write = asyncio.ensure_future(writer.write(remote, [receiver.slice(pattern(8 * MIB), 0)]))
+            await asyncio.sleep(0)
+            closes = []
+            for transport in (writer, receiver.transport):
+                closes.append(asyncio.ensure_future(transport.aclose()))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if cancelled:
+                    closes[-1].cancel()
+                await transport.aclose()
+            left = _threads(before)
+            await asyncio.gather(write, *closes, return_exceptions=True)
+            expect(not left, f"any close that returns is the end, and leaves no threads {left}")
 
 
 @CHECKS.add
@@ -240,8 +305,46 @@ async def damaged_descriptions_are_transport_errors(kit: Kit) -> None:
 
 @CHECKS.add
 async def threads_end_with_close(kit: Kit) -> None:
+    await _use(kit)  # what a library makes once, and keeps, is made here
     before = set(threading.enumerate())
-    async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
-        await writer.write(remote, [receiver.slice(pattern(8 * MIB), 0)])
-    left = [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("aiodisagg")]
+    await _use(kit)
+    left = _threads(before)
     expect(not left, f"no thread is left, not {left}")
+
+
+def _threads(before: set[threading.Thread]) -> list[str]:
+    """Names of those that have begun since, without a loop's own."""
+    return [thread.name for thread in set(threading.enumerate()) - before if not thread.name.startswith("asyncio_")]
+
+
+@CHECKS.add
+async def close_leaves_no_descriptor_and_no_task(kit: Kit) -> None:
+    await _use(kit)
+    gc.collect()
+    tasks, files = asyncio.all_tasks(), _descriptors()
+    await _use(kit)
+    gc.collect()
+    for _ in range(100):  # sockets that were closed end in a later turn
+        if asyncio.all_tasks() <= tasks and _descriptors() <= files:
+            return
+        await asyncio.sleep(0.01)
+    expect(False, f"close leaves {_descriptors() - files} descriptors and tasks {asyncio.all_tasks() - tasks}")
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+async def _use(kit: Kit) -> None:
+    """Two connections, one that is given up, a write that ends and one that is cancelled; nothing is disconnected."""
+    async with kit.pair(8 * MIB) as (receiver, writer, remote, _):
+        description = receiver.transport.describe()
+        await writer.connect(description, peer=receiver.incarnation)
+        given_up = asyncio.ensure_future(writer.connect(description, peer=receiver.incarnation))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await writer.write(remote, [receiver.slice(pattern(8 * MIB), 0)])
+        write = asyncio.ensure_future(writer.write(remote, [receiver.slice(pattern(8 * MIB), 0)]))
+        await asyncio.sleep(0)
+        write.cancel()
+        await asyncio.gather(given_up, write, return_exceptions=True)

@@ -25,11 +25,50 @@ async def source_is_released(kit: Kit) -> None:
             data = pattern(size)
             item = receiver.slice(data, 0)
             await writer.write(remote, [item])
-            item.source.release()
-            try:
-                data.extend(b"x")
-            except BufferError:
-                expect(False, f"nothing refers to a source of {size} bytes after its write")
+            _expect_released(item, data, f"nothing refers to a source of {size} bytes after its write")
+
+
+def _expect_released(item: Slice, data: bytearray, promise: str) -> None:
+    item.source.release()
+    try:
+        data.extend(b"x")
+    except BufferError:
+        expect(False, promise)
+
+
+@OWNERSHIP.add
+async def source_is_released_by_a_fence(kit: Kit) -> None:
+    """Also that of a write that was cancelled or refused: memory to which something refers cannot be given back."""
+    async with kit.pair(8 * MIB) as (receiver, writer, remote, name):
+        for size in (1000, 5 * MIB):
+            for turns in (1, 2, 4, 8, 1, 2, 4, 8):
+                data = pattern(size)
+                item = receiver.slice(data, 0)
+                await _cancelled(writer.write(remote, [item]), turns)
+                await writer.fence(remote)
+                _expect_released(item, data, "nothing refers to the source of a cancelled write after the fence")
+            data = pattern(size)
+            item = receiver.slice(data, 0)
+            receiver.lender.withdraw(item.lease)
+            await receiver.transport.revoke(name, [item.lease])
+            with raises(WriteRefused):
+                await writer.write(remote, [item])
+            await writer.fence(remote)
+            _expect_released(item, data, "nothing refers to the source of a refused write after the fence")
+
+
+@OWNERSHIP.add
+async def fence_waits_for_writes_under_way(kit: Kit) -> None:
+    async with kit.pair(kit.huge_bytes) as (receiver, writer, remote, _):
+        size = kit.huge_bytes // 8
+        source, late = bytearray(b"\xaa" * size), b"\x55" * size
+        writes = [asyncio.ensure_future(writer.write(remote, [receiver.slice(source, at * size)])) for at in range(8)]
+        await asyncio.sleep(0)
+        await writer.fence(remote)
+        source[:] = late
+        outcomes = await asyncio.gather(*writes, return_exceptions=True)
+        expect(outcomes == [None] * 8, f"a fence stops no write: {outcomes}")
+        expect(bytes(receiver.arena.view) == b"\xaa" * (8 * size), "what was under way was waited for")
 
 
 async def _cancelled(write: Awaitable[None], turns: int) -> bool:
@@ -119,17 +158,20 @@ async def revoke_waits_for_what_was_admitted(kit: Kit) -> None:
 
     async with kit.pair(size + MIB) as (receiver, writer, remote, name):
         receiver.lender.admitted = hold
-        item = receiver.slice(pattern(size), MIB)
+        item, unused = receiver.slice(pattern(size), MIB), receiver.lender.lend(0, 1)
         write, holds = asyncio.ensure_future(writer.write(remote, [item])), asyncio.ensure_future(asked.wait())
         revoke = None
         try:
             await asyncio.wait([write, holds], return_when=asyncio.FIRST_COMPLETED)
             if holds.done():  # else it asks on the loop's thread, where nothing can come in between
                 receiver.lender.withdraw(item.lease)
-                revoke = asyncio.ensure_future(receiver.transport.revoke(name, [item.lease]))
-                for _ in range(20):
-                    await asyncio.sleep(0)
-                expect(not revoke.done(), "revoke waits for a copy that was admitted before")
+                for left in (1, 0):  # whoever stopped waiting and asks again waits as long
+                    revoke = asyncio.ensure_future(receiver.transport.revoke(name, [unused, item.lease]))
+                    for _ in range(20):
+                        await asyncio.sleep(0)
+                    expect(not revoke.done(), "revoke waits for a copy that was admitted before")
+                    if left:
+                        revoke.cancel()
         finally:
             go.set()
             holds.cancel()

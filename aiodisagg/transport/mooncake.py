@@ -100,6 +100,7 @@ class MooncakeTransport(Transport):
         self._arena: Arena | None = None
         self._engines: list[Opened] = []
         self._opening: set[asyncio.Future[Opened]] = set()
+        self._closing: asyncio.Task[None] | None = None
         self._openers = Openers(self.name)
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[object]] = set()
@@ -325,10 +326,14 @@ class MooncakeTransport(Transport):
         await remote.side.close(goodbye=remote.goodbye)
 
     async def aclose(self) -> None:
-        if self._state in ("new", "closed"):
-            self._state = "closed"
-            return
+        """Whoever calls it a second time, or again after a cancelled call, waits for the end of the same close."""
+        if self._state in ("opening", "open"):
+            self._closing = asyncio.ensure_future(self._close())
         self._state = "closed"
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         for remote in self._remotes:
             for job in remote.jobs:
                 remote.stop(job, TransportClosed(self.name, "closed in mid-write", peer=remote.peer))

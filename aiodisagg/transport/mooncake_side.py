@@ -31,6 +31,7 @@ import contextlib
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -152,6 +153,29 @@ class Wire:
             await self._writer.wait_closed()
 
 
+class Quarantine:
+    """Calls ``over`` after ``seconds`` in which this process ran. One that is stopped (or whose host is) takes no bytes
+    from its sockets meanwhile; when it goes on, all clocks say that it is late, and the bytes come then. So it counts
+    steps: a stop shortens one of them."""
+
+    STEPS = 10
+
+    def __init__(self, seconds: float, over: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._step_s, self._left, self._over = seconds / self.STEPS, self.STEPS, over
+        self._timer = self._loop.call_later(self._step_s, self._step)
+
+    def _step(self) -> None:
+        self._left -= 1
+        if self._left:
+            self._timer = self._loop.call_later(self._step_s, self._step)
+        else:
+            self._over()
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+
 class Attachment:
     """Receiver's side of one writer. It ends with the writer's goodbye, or a quarantine after its connection or after
     words that are late."""
@@ -165,7 +189,7 @@ class Attachment:
         self._held: dict[asyncio.Future[None], int] = {}
         """Leases of those and of what was answered late."""
         self._tickets = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Quarantine | None = None
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     def bar(self, leases: Sequence[int]) -> list[asyncio.Future[None]]:
@@ -198,7 +222,7 @@ class Attachment:
             await self._listen(check)
         finally:
             if not self.ended.done():
-                self._timer = self._loop.call_later(self._quarantine_s, self.end)
+                self._timer = Quarantine(self._quarantine_s, self.end)
 
     async def _listen(self, check: Callable[[bytes], bool]) -> None:
         while True:
@@ -211,7 +235,7 @@ class Attachment:
                 case Barred(ticket, late) if self._waiting and self._waiting[0][0].ticket == ticket:
                     _, future = self._waiting.popleft()
                     if late:
-                        self._loop.call_later(self._quarantine_s, _settle, future)
+                        Quarantine(self._quarantine_s, partial(_settle, future))
                     else:
                         _settle(future)
                     if self._waiting:

@@ -7,6 +7,7 @@ each by its name. pytest is not needed. The checks know only the interface and a
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import itertools
 import random
@@ -112,6 +113,8 @@ class Kit:
     """Longest wall time between two turns of the loop; generous, other programs run beside the tests."""
     lag_cpu_s: float = 0.002
     """Longest processor time of the loop's thread between two turns, or half of a huge copy's if that is longer."""
+    patience_s: float = 300.0
+    """Longest time of one check, however slow the machine; a call that never returns is found by it."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -153,13 +156,28 @@ class Checks(dict[str, Check]):
     """Checks by their names, in the order in which they are run."""
 
     def add(self, check: Check) -> Check:
-        self[check.__name__] = check
-        return check
+        @functools.wraps(check)
+        async def bounded(kit: Kit) -> None:
+            task = asyncio.ensure_future(check(kit))
+            try:
+                done, _ = await asyncio.wait({task}, timeout=kit.patience_s)
+            except asyncio.CancelledError:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                raise
+            if not done:
+                task.cancel()  # and is not waited for: what hangs may hang in its end, too
+                raise ConformanceError(f"every call ends; this check did not in {kit.patience_s:g} s")
+            task.result()
+
+        self[check.__name__] = bounded
+        return bounded
 
 
 def pattern(size_bytes: int, seed: int = 0) -> bytearray:
-    """Random bytes, the same each time; others for another seed."""
-    start = seed * 4099 % 65536
+    """Random bytes, the same each time; others for another seed. They come again after an odd number: pieces of a
+    round size, put into each other's places, show."""
+    start = seed * 4099 % 65536 | 1
     return bytearray((_DATA[start:] * (size_bytes // (len(_DATA) - start) + 1))[:size_bytes])
 
 

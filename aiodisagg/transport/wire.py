@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from aiodisagg.transport import chunks
@@ -71,9 +72,10 @@ class Wire(asyncio.BufferedProtocol):
         self._chunk: Chunk | None = None
         self._whole = True
         self._aborted = False
-        self._room = asyncio.Event()
-        self._room.set()
+        self._room = True
         self._bulk = False
+        self._feeder: Callable[[], None] | None = None
+        self._fed_soon = False
         self._asked = 0
         self.broken = ""
         """Why this side ended the stream, if it did."""
@@ -85,7 +87,7 @@ class Wire(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._room.set()
+        self._feeder = None
         self._side.lost(self)
         self.gave_up()
 
@@ -101,13 +103,28 @@ class Wire(asyncio.BufferedProtocol):
         if self._transport is not None:
             await asyncio.shield(self._ended)
 
-    async def send(self, data: bytes | memoryview) -> None:
-        """Bulk through asyncio's own buffers, for streams that have to be encrypted; returns when there is room again.
+    def send(self, data: memoryview) -> None:
+        """Bulk through asyncio's own buffers, for streams that have to be encrypted: while there is room, see ``feed``.
         The data must not change before the peer has answered or the connection is lost."""
         if self._transport is not None and not self._transport.is_closing():
             self._bulk = True
             self._transport.write(data)
-            await self._room.wait()
+
+    def feed(self, feeder: Callable[[], None] | None) -> None:
+        """As a loop's ``add_writer``: called in each of its turns in which there is room to ``send``; None: no more."""
+        self._feeder = feeder
+        self._feed_soon()
+
+    def _feed_soon(self) -> None:
+        if self._feeder is not None and self._room and not self._fed_soon:
+            self._fed_soon = True
+            asyncio.get_running_loop().call_soon(self._feed)
+
+    def _feed(self) -> None:
+        self._fed_soon = False
+        if self._feeder is not None and self._room:
+            self._feeder()
+            self._feed_soon()
 
     def say(self, word: Word) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -120,13 +137,14 @@ class Wire(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """A peer that does not read our answers is not read either; that it does not read our bulk is its right."""
-        self._room.clear()
+        self._room = False
         if self._transport is not None and not self._bulk:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        self._room.set()
+        self._room = True
         self._go_on()
+        self._feed_soon()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._chunk is None:
@@ -174,7 +192,7 @@ class Wire(asyncio.BufferedProtocol):
             asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        if self._transport is not None and not self._transport.is_closing() and (self._bulk or self._room.is_set()):
+        if self._transport is not None and not self._transport.is_closing() and (self._bulk or self._room):
             self._transport.resume_reading()
 
     def _end_payload(self) -> None:

@@ -36,7 +36,11 @@ def engine_imported() -> None:
 def kit(huge_bytes: int) -> Kit:
     if RDMA:  # without a device, in an emulated machine: everything takes fifty times as long
         return Kit(
-            lambda: MooncakeTransport(chunk_bytes=1 << 20, connect_timeout_s=60), 12 << 20, lag_s=60, lag_cpu_s=5
+            lambda: MooncakeTransport(chunk_bytes=1 << 20, connect_timeout_s=60),
+            12 << 20,
+            lag_s=60,
+            lag_cpu_s=5,
+            patience_s=1800,
         )
     return Kit(MooncakeTcpTransport, huge_bytes)
 
