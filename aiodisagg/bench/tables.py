@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group
 from rich.table import Table
 
-from aiodisagg.bench.control import ControlReport
+from aiodisagg.bench.control import STEADY_PER_S, ControlReport
 from aiodisagg.bench.faults import FaultReport
 from aiodisagg.bench.resume import ResumeReport
 from aiodisagg.bench.reuse import ReuseReport
@@ -77,6 +77,8 @@ def control_table(report: ControlReport) -> Table:
         "requests/s",
         "p50",
         "p99",
+        f"at {STEADY_PER_S:,.0f}/s: p50",
+        "p99",
         "at half of it",
         "p50",
         "p99",
@@ -85,9 +87,10 @@ def control_table(report: ControlReport) -> Table:
     ):
         found.add_column(column, justify="right")
     for one in report.measured:
-        full, half = one.latency_ms, one.half_latency_ms
+        full, steady, half = one.latency_ms, one.steady_latency_ms, one.half_latency_ms
         found.add_row(
             str(one.peers), f"{one.requests_per_s:,.0f}", f"{full.p50:.1f} ms", f"{full.p99:.1f} ms",
+            f"{steady.p50:.2f} ms", f"{steady.p99:.2f} ms",
             f"{one.half_per_s:,.0f}/s", f"{half.p50:.2f} ms", f"{half.p99:.2f} ms",
             f"{one.receiver_cpu_us:.0f} us", f"{one.encoders_cpu_us:.0f} us",
         )  # fmt: skip

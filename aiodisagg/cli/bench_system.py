@@ -129,7 +129,7 @@ def bench_control_command(
         report = uvloop.run(bench_control(options, lambda text: click.echo(text, err=True)))
     except AiodisaggError as error:
         raise click.ClickException(str(error)) from error
-    Console(width=None if sys.stdout.isatty() else 120).print(control_table(report))
+    Console(width=None if sys.stdout.isatty() else 160).print(control_table(report))
     if report.growth:
         click.echo(report.growth)
     if json_file is not None:

@@ -214,7 +214,7 @@ class EncodePipeline:
             return
         if (entry.claim, entry.alone) != (claim, alone):  # since it was given to the tower
             self._tower.change(entry.start.digest, entry.claim, alone=entry.alone)
-        if entry.stage != "encoding":
+        if entry.stage != "encoding" and self._tower.waits(entry.start.digest):  # else one word does for both, soon
             self.prepare_s += entry.prepare_s
             self._enter(entry, "prepared", entry.prepare_s, entry.prepared_at)
         if entry.end is not None:  # no piece of it is begun from now on

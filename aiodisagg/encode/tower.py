@@ -139,6 +139,12 @@ class Tower:
             self._queue.change(digest, claim, alone=alone)
             self._wake.notify()
 
+    def waits(self, digest: str) -> bool:
+        """Whether an item is here that will not begin at once: others are before it, or the gate is closed."""
+        gate_open = self._gate.open  # before the lock: who holds the gate's asks for this one
+        with self._wake:
+            return digest in self._items and (len(self._items) > 1 or bool(self._running) or not gate_open)
+
     def cancel(self, digest: str) -> bool:
         """Takes out what has not begun; whether a piece is in the tower and still to be brought."""
         with self._wake:

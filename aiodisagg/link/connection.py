@@ -32,6 +32,7 @@ from aiodisagg.link import framing
 from aiodisagg.link.address import check_user, far_host, tune_tcp
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.framing import frame
+from aiodisagg.link.gather import Gather
 from aiodisagg.link.hello import MAX_HANDSHAKE_FRAME_BYTES, Handshake, Hello, bye, decode_bye
 from aiodisagg.link.pulse import Beat, Pulse
 from aiodisagg.link.room import Place, Room
@@ -56,10 +57,8 @@ class Connection(asyncio.Protocol):
     def __init__(
         self, handshake: Handshake, config: LinkConfig, *, peer: str, same_user: bool = False, room: Room | None = None
     ) -> None:
-        self.peer = peer
-        self.handshake = handshake
-        self._config = config
-        self._same_user = same_user
+        self.peer, self.handshake = peer, handshake
+        self._config, self._same_user = config, same_user
         self._place = None if room is None else Place(room, self._read_or_not)
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self._loop.create_future()
@@ -73,6 +72,7 @@ class Connection(asyncio.Protocol):
         self.far_host = ""
         self._cause: BaseException | None = None
         self._transport: asyncio.Transport | None = None
+        self._gather = Gather()
         self._reader = framing.FrameReader(peer, MAX_HANDSHAKE_FRAME_BYTES)
         self._max_sent_bytes = config.max_frame_bytes
         self._pulse = Pulse(config.heartbeat_s, config.timeout_s)
@@ -85,8 +85,7 @@ class Connection(asyncio.Protocol):
         self._handler: Callable[[Message], None] | None = None
         self._outbox: OrderedDict[asyncio.Future[None] | object, Message | bytes] = OrderedDict()
         self._nowait_bytes = 0
-        self._writing = True
-        self.parted = False
+        self._writing, self.parted = True, False
 
     @property
     def quiet(self) -> bool:
@@ -101,6 +100,7 @@ class Connection(asyncio.Protocol):
         if self.reason is not None:  # given up before it began: the server closed, or TLS took too long
             transport.abort()
             return
+        self._gather.open(transport.write)
         transport.set_write_buffer_limits(high=self._config.high_water_bytes)
         sock = transport.get_extra_info("socket")
         if self._same_user:
@@ -118,6 +118,7 @@ class Connection(asyncio.Protocol):
         self.bytes_received += len(data)
         reader = self._reader
         reader.feed(data)
+        self._gather.hold()
         try:
             while self.reason is None and (whole := reader.next()) is not None:
                 kind, payload = whole
@@ -138,6 +139,7 @@ class Connection(asyncio.Protocol):
             self.fail("auth", "the other side does not know our shared secret", error)
         except RemoteProtocolError as error:
             self.fail("protocol", str(error), error)
+        self._gather.release()
 
     def eof_received(self) -> None:
         self._close("the peer ended the connection without a word")
@@ -256,6 +258,7 @@ class Connection(asyncio.Protocol):
         """Ends the connection; what was written gets ``close_timeout_s`` to leave."""
         if self.reason is not None:
             return
+        self._gather.release()
         self._end(reason, cause)
         if self._transport is not None:
             self._transport.close()
@@ -266,6 +269,7 @@ class Connection(asyncio.Protocol):
         if self.reason is not None:
             return
         self.reason, self._cause = reason, cause
+        self._gather.drop()
         self._leave_room()
         self._place = None  # it refers to this object, and this one to what has come of a frame
         if self._timer is not None:
@@ -365,9 +369,8 @@ class Connection(asyncio.Protocol):
         return payload
 
     def _put(self, data: bytes) -> None:
-        assert self._transport is not None
         self.bytes_sent += len(data)
-        self._transport.write(data)
+        self._gather.put(data)
 
     def _write(self, payload: bytes) -> None:
         self._said = True

@@ -61,6 +61,20 @@ async def test_rows_of_a_video_leave_by_groups_of_frame_pairs() -> None:
         assert made.pipeline.items_encoded == 1
 
 
+async def test_what_finds_the_tower_idle_is_not_said_to_wait_for_it() -> None:
+    """A word less for each item to the language peer, which reads and answers it; who waits is said to."""
+    async with bench(encoder := Stepped()) as made:
+        for n in range(10):
+            encoder.permits.release()
+            await made.until(RowsReady(made.start(n), 4))
+        assert {event.stage for event in made.told if isinstance(event, StageEntered)} <= {"preparing", "encoding"}
+        made.start(10)
+        assert [await made.call() for _ in range(11)][-1] == [(10, 16)]
+        behind = made.start(11)
+        await made.prepared(behind)
+        assert [e.stage for e in made.told if isinstance(e, StageEntered) and e.digest == behind][-1] == "prepared"
+
+
 async def test_an_image_behind_a_video_shares_its_last_batch() -> None:
     async with bench(encoder := Stepped(), batch_patches=48) as made:
         video, image = await made.in_order(5, t=4), await made.in_order(6)
