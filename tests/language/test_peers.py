@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -139,6 +140,18 @@ async def test_an_address_where_nobody_listens_is_said_once_and_to_whom_waits(ca
             await peers.wait_any(0.3)  # of several attempts
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 1 and "unix:@nobody-listens-here" in warned[0]
+
+
+async def test_who_is_named_again_is_dialled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST_RETRY_S", "LAST_RETRY_S"):
+        monkeypatch.setattr(f"aiodisagg.language.peers.{name}", 1e6)
+    address = f"unix:@aiodisagg-test-{secrets.token_hex(8)}"
+    async with dialling() as (peers, events):
+        peers.add(address)
+        await eventually(lambda: peers._by_address[address].refused)
+        async with Listener("one", address):
+            peers.add(address)
+            assert await events.get() == LinkUp("one")
 
 
 @pytest.mark.parametrize(("was_linked", "times"), [(True, 2), (False, 1)])
