@@ -98,6 +98,18 @@ async def test_another_process_at_one_address_is_found_though_the_other_still_le
             assert {peer.incarnation for peer in peers.linked} == {"one", "two"}
 
 
+async def test_what_a_life_of_a_process_held_is_not_believed_of_the_next() -> None:
+    async with dialling() as (peers, events):
+        async with Listener("one") as first:
+            peers.add(first.address)
+            assert await events.get() == LinkUp("one")
+            peers.linked[0].digests = frozenset({"held by it"})
+        async with Listener("two", first.address):
+            while await events.get() != LinkUp("two"):
+                pass
+            assert peers.linked[0].digests == frozenset()
+
+
 async def test_a_peer_is_gone_when_nobody_listens_at_any_of_its_addresses() -> None:
     async with dialling() as (peers, events):
         async with Listener("one") as other, Listener("one") as first:
