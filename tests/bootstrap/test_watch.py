@@ -149,3 +149,14 @@ def test_who_is_not_in_a_snapshot_is_gone_though_more_came_before_it_was_read() 
     assert len(client._apply(url, line("stays", "left", snapshot=True)).present) == 2
     change = client._apply(url, _merge(line("stays", snapshot=True), line("new", snapshot=False)))
     assert [one.name for one in change.gone] == ["left"] and [one.name for one in change.present] == ["new"]
+
+
+def test_who_is_gone_and_comes_back_as_it_was_is_told_again() -> None:
+    """A server's revisions begin anew with its next life."""
+    url = "http://127.0.0.1:1"
+    entry = PeerEntry(record=record("one"), state=PeerState.READY, load=Load(), revision=1)
+    there, gone = Watched("life", 1, True, True, (entry,)), Watched("life", 2, True, True)
+    client = BootstrapClient(url, record("me", PeerRole.LANGUAGE))
+    client._reached.add(url)
+    for line, present in ((there, ["one"]), (gone, []), (there, ["one"])):
+        assert [one.name for one in client._apply(url, line).present] == present
