@@ -80,6 +80,15 @@ async def test_how_late_the_client_was_is_told() -> None:
     assert report.runs[0].client.late_max_ms == 125.0
 
 
+async def test_every_replica_is_warmed_up() -> None:
+    async with serving(FakeServer(steady)) as first, serving(FakeServer(steady)) as second:
+        urls = (first.url, second.url)
+        options = ServeOptions(urls=urls, mix=MIX, concurrencies=(2,), warmup=3, probes=0, requests=2)
+        await bench_serve(options)
+    met = 2  # requests by which a replica is met
+    assert [len(one.bodies) - met for one in (first, second)] == [4, 4], "three to warm up, and one of two"
+
+
 async def test_runs_differ_in_their_pictures_and_pools_are_shared() -> None:
     mix = Mix(exactly(2), ((32, 32),), exactly(5), exactly(1), pool=3, reuse=0.5)
     options = {"mix": mix, "concurrencies": (1, 2), "seeds": (0, 1), "probes": 0, "warmup": 0}
