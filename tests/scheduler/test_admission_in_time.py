@@ -18,6 +18,9 @@ def test_who_cannot_be_in_time_is_shed_at_once_and_told_when_to_come_back() -> N
     (shed,) = front.arrive("d", Work(0, 600_000))
     assert shed == Shed("d", "predicted", pytest.approx(4 * 3.002 - 10.0))
     assert front.order("a") == ["a", "b", "c"]
+    for name in "abc":
+        front.end(name)
+    assert not front.queue._shares._flows, "nobody is here, and nobody owes anything"
 
 
 def test_a_deadline_counts_like_the_limit_of_the_service() -> None:
