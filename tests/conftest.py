@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +36,23 @@ LOOPS = [
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
     """asyncio; a module that promises to work on every loop parametrizes this with ``LOOPS``."""
     return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def skip(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Moves the running loop's clock on: what is to happen in so many seconds happens now. asyncio's own loop only."""
+    ahead_s = 0.0
+
+    def skip(seconds: float) -> None:
+        nonlocal ahead_s
+        if not ahead_s:
+            loop = asyncio.get_running_loop()
+            assert not isinstance(loop, uvloop.Loop), "its clock is its own"
+            now = loop.time
+            monkeypatch.setattr(loop, "time", lambda: now() + ahead_s)
+        ahead_s += seconds
+
+    return skip
 
 
 def _open_files() -> dict[int, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import time
 
 import aiodisagg
 
@@ -20,12 +19,11 @@ def test_import_pulls_in_nothing_heavy() -> None:
 
 def test_import_takes_less_than_a_fifth_of_a_second() -> None:
     def seconds(script: str) -> float:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", script], check=True)
-        return time.perf_counter() - began
+        """Of a processor: a machine may be busy."""
+        script = f"import time; began = time.process_time(); {script}; print(time.process_time() - began)"
+        return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
-    extra = [seconds("import aiodisagg") - seconds("pass") for _ in range(5)]
-    assert statistics.median(extra) < 0.2
+    assert statistics.median(seconds("import aiodisagg") for _ in range(5)) < 0.2
 
 
 def test_public_names_are_found_where_they_live() -> None:

@@ -14,7 +14,6 @@ from aiodisagg.bench.chat_body import Body
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 Balance = Literal["least-outstanding", "round-robin"]
-BALANCES: tuple[Balance, ...] = ("least-outstanding", "round-robin")
 
 
 class ServerError(AiodisaggError):

@@ -26,7 +26,6 @@ from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.language.trace import MAX_FINISHED
 
 Scenario = Literal["kill", "bootstrap", "stop", "netcut"]
-SCENARIOS: tuple[Scenario, ...] = ("kill", "bootstrap", "stop", "netcut")
 AWAY_S = {"bootstrap": 10.0, "stop": 5.0, "netcut": 5.0}
 
 

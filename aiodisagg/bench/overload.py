@@ -130,13 +130,13 @@ class OverloadReport(msgspec.Struct, frozen=True):
         return min(one.goodput / most for one, most in zip(own, best, strict=True) if one.load > 1)
 
 
-def workload(count: int, rate: float, seed: int, text_share: float = 0.5) -> list[Request]:
-    """Poisson arrivals; a share of text only, the others with one to eight images; 32-128 tokens of text."""
+def workload(count: int, rate: float, seed: int) -> list[Request]:
+    """Poisson arrivals; half of text only, the others with one to eight images; 32-128 tokens of text."""
     rng = random.Random(seed)
     found, now = [], 0.0
     for _ in range(count):
         now += rng.expovariate(rate)
-        count_of_images = 0 if rng.random() < text_share else rng.randint(1, 8)
+        count_of_images = 0 if rng.random() < 0.5 else rng.randint(1, 8)
         images = tuple(rng.choice(IMAGES) for _ in range(count_of_images))
         found.append(Request(now, rng.randint(32, 128), images, rng.randint(64, 192)))
     return found

@@ -1,4 +1,4 @@
-"""Plots of measurements; the only file that imports matplotlib (the extra ``bench``)."""
+"""Plots of ``bench resume`` and ``bench transport``; imports matplotlib (the extra ``bench``) when it draws."""
 
 from __future__ import annotations
 

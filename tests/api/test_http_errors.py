@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -133,13 +134,17 @@ async def test_a_backend_that_fails_while_it_closes_ends_the_connection_and_no_m
         assert completion.choices[0].message.content == "next"
 
 
-async def test_a_backend_that_is_late_is_stopped() -> None:
+async def test_a_backend_that_is_late_is_stopped(skip: Callable[[float], None]) -> None:
     backend = ScriptedBackend([asyncio.Event()])
-    async with serving(backend, request_timeout_s=0.05) as served:
-        status, error = await served.refused()
+    async with serving(backend, request_timeout_s=10.0) as served:
+        refused = asyncio.create_task(served.refused())
+        await backend.started.get()
+        skip(10.0)
+        status, error = await refused
         assert (status, error["code"]) == (504, "deadline_exceeded")
         backend.script = [Delta("so far", (1,)), asyncio.Event()]
         stream = await served.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+        skip(10.0)
         with pytest.raises(openai.APIError) as caught:
             async for _ in stream:
                 pass

@@ -207,13 +207,25 @@ async def test_what_a_host_may_answer() -> None:
             assert message in told and "SECRET" not in told
 
 
-async def test_a_slow_host_times_out_and_is_let_go() -> None:
-    hung_up = asyncio.Event()
+async def test_as_many_redirects_are_followed_as_may_be() -> None:
+    routes = {"/2": leads_to("/1"), "/1": leads_to("/0"), "/0": says(png()), "/3": leads_to("/2")}
+    backend = ScriptedBackend()
+    settings = {"max_media_redirects": 2, "allow_private_media_hosts": LOOPBACK}
+    async with media_host(routes) as (url, _), serving(backend, **settings) as served:
+        await served.client.chat.completions.create(model=MODEL, messages=asking(image(f"{url}/2")))
+        assert backend.calls[0].messages[0].parts == (ImagePart(png()),)
+        assert "more than 2 redirects" in await refusal(served, f"{url}/3")
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})])  # for ``skip``
+async def test_a_slow_host_times_out_and_is_let_go(skip: Callable[[float], None]) -> None:
+    arrived, hung_up = asyncio.Event(), asyncio.Event()
 
     async def slow(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "image/png"})
         await response.prepare(request)
         await response.write(b"x")
+        arrived.set()
         try:
             await asyncio.Event().wait()
         finally:
@@ -222,9 +234,12 @@ async def test_a_slow_host_times_out_and_is_let_go() -> None:
 
     async with (
         media_host({"/slow": slow}) as (url, _),
-        serving(ScriptedBackend(), media_timeout_s=0.1, allow_private_media_hosts=LOOPBACK) as served,
+        serving(ScriptedBackend(), media_timeout_s=20.0, allow_private_media_hosts=LOOPBACK) as served,
     ):
-        assert "within 0.1 s" in await refusal(served, f"{url}/slow")
+        refused = asyncio.create_task(refusal(served, f"{url}/slow"))
+        await arrived.wait()
+        skip(20.0)
+        assert "within 20 s" in await refused
         await hung_up.wait()
 
 

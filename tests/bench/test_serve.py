@@ -37,8 +37,10 @@ def steady(body: dict[str, Any]) -> list[Step]:
     return answer_of(gaps, prompt=5 + 2 * words(body) + 10 * count)
 
 
-async def measure(options: dict[str, Any], script: Any = steady) -> tuple[ServeReport, FakeServer, list[Outcome]]:
-    clock, kept = FakeClock(), []
+async def measure(
+    options: dict[str, Any], script: Any = steady, clock: FakeClock | None = None
+) -> tuple[ServeReport, FakeServer, list[Outcome]]:
+    clock, kept = clock or FakeClock(), []
     async with serving(FakeServer(script, clock)) as server:
         given = ServeOptions(**{"urls": (server.url,), "warmup": 1, "probes": 2, "requests": 6, **options})
         report = await bench_serve(given, keep=lambda run, outcomes: kept.extend(outcomes), clock=clock)
@@ -66,6 +68,25 @@ async def test_a_closed_loop_of_one_measures_what_the_server_does() -> None:
     assert run.all.goodput == [Goodput(1.0, pytest.approx(6 / seconds), 1.0), Goodput(0.5, 0.0, 0.0)]
     assert sum(run.replicas.values()) == 6 and run.client.late_max_ms == 0.0
     assert [one.number for one in kept] == list(range(6))
+
+
+async def test_how_late_the_client_was_is_told() -> None:
+    class Late(FakeClock):
+        async def until(self, at_s: float) -> None:
+            self.value = max(self.value, at_s + 0.125)
+
+    trace = (WorkloadRequest(1.0, (), 5, 1),)
+    report, _, _ = await measure({"trace": trace, "probes": 0, "warmup": 0}, lambda body: answer_of([0.5]), Late())
+    assert report.runs[0].client.late_max_ms == 125.0
+
+
+async def test_every_replica_is_warmed_up() -> None:
+    async with serving(FakeServer(steady)) as first, serving(FakeServer(steady)) as second:
+        urls = (first.url, second.url)
+        options = ServeOptions(urls=urls, mix=MIX, concurrencies=(2,), warmup=3, probes=0, requests=2)
+        await bench_serve(options)
+    met = 2  # requests by which a replica is met
+    assert [len(one.bodies) - met for one in (first, second)] == [4, 4], "three to warm up, and one of two"
 
 
 async def test_runs_differ_in_their_pictures_and_pools_are_shared() -> None:

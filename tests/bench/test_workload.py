@@ -188,6 +188,7 @@ def test_a_scaled_mix_is_smaller_in_every_field_asked_for() -> None:
     assert (small.sizes.at(0.5), small.text_tokens.at(0.5)) == (pytest.approx(52), pytest.approx(53))
     assert isinstance(small.output_tokens, Quantiles) and small.output_tokens.at(0.5) == pytest.approx(25)
     assert small.images == servegen_mix().images
+    assert parse_ranges("text", "0,8").scaled(0.5) == parse_ranges("text", "0,4"), "what has none gets none"
     half = named_mix("images-1-8").scaled(visual=0.25, output=0.25)
     assert half.sizes == ((640, 360),) and half.output_tokens == exactly(32)
 

@@ -118,6 +118,8 @@ def test_match_gives_ready_peers_of_the_same_model_least_busy_first() -> None:
     registry.expire(5.5)
     found = registry.match("l-life")
     assert found is not None and [entry.record.name for entry in found] == ["idle", "both", "busy"]
+    found = registry.match("both-life")
+    assert found is not None and [entry.record.name for entry in found] == ["idle", "busy"], "it knows itself"
     assert registry.match("nobody") is None
 
 

@@ -355,6 +355,16 @@ async def test_heartbeats_of_strangers_and_unknown_roles_are_told_apart_from_suc
             assert "aiodisagg_bootstrap_watchers 0.0" in await response.text()
 
 
+async def test_whom_a_full_server_knows_may_say_something_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiodisagg.bootstrap.server.MAX_PEERS", 1)
+    async with BootstrapServer(port=0) as server, aiohttp.ClientSession() as session:
+        for name, status in (("known", 200), ("known", 200), ("another", 429)):
+            one = record(name)
+            url = f"{server.url}/v1/peers/{one.incarnation}"
+            async with session.put(url, data=msgspec.json.encode(one)) as response:
+                assert response.status == status
+
+
 async def test_a_token_keeps_strangers_out() -> None:
     config = BootstrapConfig(token="let me in")
     async with BootstrapServer(port=0, config=config) as server:

@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from aiodisagg.bootstrap.client import BootstrapClient
+from aiodisagg.bootstrap.client import BootstrapClient, _merge
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
 from aiodisagg.bootstrap.wire import Heartbeat, Watched
@@ -149,3 +149,28 @@ async def test_a_line_is_made_once_for_all_who_watch(monkeypatch: pytest.MonkeyP
         await server.join(record("a"))
         assert [said(await told(lines)) for lines in (one, two, three)] == [[("a", PeerState.READY, 0)]] * 3
         assert len(made) == 1
+
+
+def test_who_is_not_in_a_snapshot_is_gone_though_more_came_before_it_was_read() -> None:
+    url = "http://127.0.0.1:1"
+
+    def line(*names: str, snapshot: bool) -> Watched:
+        entries = (PeerEntry(record=record(name), state=PeerState.READY, load=Load(), revision=1) for name in names)
+        return Watched("life", 1, snapshot, True, tuple(entries))
+
+    client = BootstrapClient(url, record("me", PeerRole.LANGUAGE))
+    client._reached.add(url)
+    assert len(client._apply(url, line("stays", "left", snapshot=True)).present) == 2
+    change = client._apply(url, _merge(line("stays", snapshot=True), line("new", snapshot=False)))
+    assert [one.name for one in change.gone] == ["left"] and [one.name for one in change.present] == ["new"]
+
+
+def test_who_is_gone_and_comes_back_as_it_was_is_told_again() -> None:
+    """A server's revisions begin anew with its next life."""
+    url = "http://127.0.0.1:1"
+    entry = PeerEntry(record=record("one"), state=PeerState.READY, load=Load(), revision=1)
+    there, gone = Watched("life", 1, True, True, (entry,)), Watched("life", 2, True, True)
+    client = BootstrapClient(url, record("me", PeerRole.LANGUAGE))
+    client._reached.add(url)
+    for line, present in ((there, ["one"]), (gone, []), (there, ["one"])):
+        assert [one.name for one in client._apply(url, line).present] == present

@@ -14,7 +14,7 @@ from aiodisagg.device import pool as device_pool
 from aiodisagg.device.copies import Accelerator, DeviceBytes
 from aiodisagg.device.pool import NAME, DevicePool
 from aiodisagg.encode.handoff import HandOff
-from aiodisagg.errors import DeviceError, WriteFailed, WriteRefused
+from aiodisagg.errors import DeviceError, PeerGone, WriteFailed, WriteRefused
 from aiodisagg.link.hello import Hello, PeerRole
 from aiodisagg.peer.planes import Plane
 from aiodisagg.transport.base import Remote, Slice
@@ -230,6 +230,7 @@ class _Stuck(MemoryTransport):
         self.fenced = asyncio.Event()
         self.sources: list[memoryview] = []
         self.fails = True
+        self.lost = False
 
     async def write(self, remote: Remote, slices: Sequence[Slice]) -> None:
         self.sources.append(slices[0].source)
@@ -238,10 +239,13 @@ class _Stuck(MemoryTransport):
 
     async def fence(self, remote: Remote) -> None:
         await self.fenced.wait()
+        if self.lost:
+            raise PeerGone(self.name, "nobody knows what it reads", peer=remote.peer)
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["fenced", "never fenced"])
 async def test_the_source_of_a_failed_write_is_not_reused_before_the_fence(
-    accelerator: Accelerator, cuda: FakeCuda
+    accelerator: Accelerator, cuda: FakeCuda, lost: bool
 ) -> None:
     first, second = on_device(cuda, b"first"), on_device(cuda, b"other")
     async with way(accelerator, _Stuck) as one:
@@ -249,14 +253,17 @@ async def test_the_source_of_a_failed_write_is_not_reused_before_the_fence(
         assert isinstance(stuck, _Stuck)
         with pytest.raises(WriteFailed):
             await one.handoff.write(one.plane, first, 0, 1)
-        stuck.fails = False
+        stuck.fails, stuck.lost = False, lost
         await one.handoff.write(one.plane, second, 0, 2)
         assert [bytes(source) for source in stuck.sources] == [b"first", b"other"]
         stuck.fenced.set()
         await one.handoff._tasks.join()
         for _ in range(3):
-            await one.handoff.write(one.plane, first, 0, 3)
+            await one.handoff.write(one.plane, second, 0, 3)
         assert cuda.names().count("register") == 2
+        assert not lost or bytes(stuck.sources[0]) == b"first", "it may be read for as long as this process lives"
         stuck.sources.clear()
+        for buffer in one.handoff._unfenced:
+            buffer.close()
     cuda.free(first.address)
     cuda.free(second.address)

@@ -45,6 +45,19 @@ async def test_who_is_due_waits_for_nobody_that_came_later() -> None:
         assert [(await made.call())[0][0] for _ in range(2)] == [2, 3]
 
 
+async def test_who_is_due_stays_so_whatever_is_said_of_it_later() -> None:
+    encoder = Stepped()
+    async with bench(encoder, batch_patches=16, prepare_threads=1) as made:
+        await made.in_order(1)
+        assert await made.call() == [(1, 16)]
+        made.start(2, urgency=Urgency(0.0, 0, 16))
+        made.start(3, urgency=Urgency(PATIENCE_S, -8, 16))
+        await made.prepared("2", "3")
+        made.pipeline.change(ChangeEncode("2", Urgency(PATIENCE_S, 0, 16), True))  # another one wants it to be alone
+        encoder.permits.release(3)
+        assert [(await made.call())[0][0] for _ in range(2)] == [2, 3]
+
+
 async def test_what_is_needed_first_is_encoded_first_whatever_is_prepared_first() -> None:
     encoder = Stepped()
     encoder.slow[1] = threading.Event()

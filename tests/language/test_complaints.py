@@ -132,3 +132,17 @@ def test_a_peer_makes_neither_lines_nor_memory_at_will(caplog: pytest.LogCapture
         asked.refused(0.0, f"code-{number}", "x" * 4096)
     refusals = [record.getMessage() for record in caplog.records if "refused item" in record.getMessage()]
     assert len([line for line in refusals if "code-" in line]) == 1 and max(map(len, refusals)) < 700
+
+
+def test_what_nobody_delivered_is_nobodys_fault() -> None:
+    asked = _Asked()
+    for number in range(HealthConfig().failures + 1):
+        now = float(number)
+        key = asked.ask(now)
+        asked.placing.refused("life", Refuse(key, 1, "encode_failed", "out of memory", True), now)
+        asked.placing.given_up(key, now)
+        placement = asked.placing.choose(key, frozenset({"life"}), now)
+        assert placement is not None
+        asked.placing.asked(key, replace(placement, peer="good"), now)
+        asked.placing.over(key)
+    assert asked.placing.judged("life", now)["standing"] == "ready"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -97,6 +98,18 @@ async def test_another_process_at_one_address_is_found_though_the_other_still_le
             assert {peer.incarnation for peer in peers.linked} == {"one", "two"}
 
 
+async def test_what_a_life_of_a_process_held_is_not_believed_of_the_next() -> None:
+    async with dialling() as (peers, events):
+        async with Listener("one") as first:
+            peers.add(first.address)
+            assert await events.get() == LinkUp("one")
+            peers.linked[0].digests = frozenset({"held by it"})
+        async with Listener("two", first.address):
+            while await events.get() != LinkUp("two"):
+                pass
+            assert peers.linked[0].digests == frozenset()
+
+
 async def test_a_peer_is_gone_when_nobody_listens_at_any_of_its_addresses() -> None:
     async with dialling() as (peers, events):
         async with Listener("one") as other, Listener("one") as first:
@@ -139,6 +152,18 @@ async def test_an_address_where_nobody_listens_is_said_once_and_to_whom_waits(ca
             await peers.wait_any(0.3)  # of several attempts
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 1 and "unix:@nobody-listens-here" in warned[0]
+
+
+async def test_who_is_named_again_is_dialled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST_RETRY_S", "LAST_RETRY_S"):
+        monkeypatch.setattr(f"aiodisagg.language.peers.{name}", 1e6)
+    address = f"unix:@aiodisagg-test-{secrets.token_hex(8)}"
+    async with dialling() as (peers, events):
+        peers.add(address)
+        await eventually(lambda: peers._by_address[address].refused)
+        async with Listener("one", address):
+            peers.add(address)
+            assert await events.get() == LinkUp("one")
 
 
 @pytest.mark.parametrize(("was_linked", "times"), [(True, 2), (False, 1)])

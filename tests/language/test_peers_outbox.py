@@ -11,7 +11,7 @@ from aiodisagg.bench.synthetic import item_of
 from aiodisagg.language.peers import EncodePeer
 from aiodisagg.language.placing import Placing
 from aiodisagg.link.config import LinkConfig
-from aiodisagg.protocol.events import LinkUp, MessageReceived
+from aiodisagg.protocol.events import LinkLost, LinkUp, MessageReceived
 from aiodisagg.protocol.messages import Cancel, Grant, ItemKey, Refuse, Want
 from aiodisagg.scheduler.health import HealthConfig
 from tests.conftest import LOOPS
@@ -71,6 +71,22 @@ async def test_the_words_of_an_item_stay_in_order_behind_its_media() -> None:
         found = [(type(m).__name__, m.key.index, m.epoch) for m in [await there.recv() for _ in range(5)]]
         assert found == [("Cancel", 2, 1), ("Want", 0, 1), ("Cancel", 0, 2), ("Want", 1, 1), ("Want", 1, 2)]
         assert not peers.linked[0].outbox
+
+
+async def test_what_went_through_a_link_is_counted_when_it_has_ended() -> None:
+    async with dialling() as (peers, events):
+        async with Listener("one") as listener:
+            peers.add(listener.address)
+            assert await events.get() == LinkUp("one")
+            there = await listener.accepted.get()
+            peers.send("one", want(0))
+            assert (await there.recv()).key.index == 0
+            sent, received = peers.link_bytes
+            assert sent > len(BIG) > received > 0
+        while await events.get() != LinkLost("one"):
+            pass
+        ended = peers.link_bytes
+        assert ended[0] >= sent and received <= ended[1] < len(BIG)
 
 
 def test_media_that_were_not_sent_come_with_the_next_question() -> None:

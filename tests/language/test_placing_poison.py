@@ -40,6 +40,16 @@ def test_links_that_are_cut_make_no_poison_until_the_peers_are_known_to_be_dead(
     assert placing.poison.refuses(digest, 2.0)
 
 
+def test_who_said_goodbye_did_not_die_of_an_item() -> None:
+    peers = Many(2)
+    for peer in peers.linked:
+        peer.parted = True
+    placing = _in_both_towers(peers)
+    for incarnation in ("00", "01"):
+        placing.link_lost(incarnation, 2.0, gone=True)
+    assert not placing.poison.refuses(item_of(1)[1].digest, 2.0)
+
+
 @pytest.mark.parametrize("linked", [True, False])
 def test_membership_knows_who_is_dead_but_a_link_knows_better(linked: bool) -> None:
     peers = Many(2)

@@ -97,6 +97,37 @@ async def test_what_is_the_items_own_fault_is_told_at_once_whatever_a_second_fet
     sharing.close()
 
 
+async def test_who_has_left_gets_no_rows_of_what_the_others_still_wait_for() -> None:
+    given: list[ItemKey] = []
+    sharing = Sharing(
+        nothing, nothing, nothing, deliver=lambda key, start, data: given.append(key), ended=nothing,
+        cache_bytes=1 << 20, row_bytes=4, tasks=Tasks("test"), traces=Traces(), accelerator=None,
+    )  # fmt: skip
+    sharing.request([(A, SPEC)], 60.0)
+    sharing.request([(B, SPEC)], 60.0)
+    sharing.deliver(A, 0, memoryview(bytes(8)))
+    sharing.cancel(A)
+    sharing.deliver(A, 2, memoryview(bytes(8)))
+    assert given == [A, B, B]
+    sharing.close()
+
+
+async def test_when_one_of_two_fetches_has_landed_the_other_is_dropped() -> None:
+    told: list[tuple[ItemKey, Fail | None]] = []
+    dropped: list[ItemKey] = []
+    sharing = Sharing(
+        nothing, dropped.append, nothing, deliver=nothing, ended=lambda key, failed: told.append((key, failed)),
+        cache_bytes=1 << 20, row_bytes=4, tasks=Tasks("test"), traces=Traces(), accelerator=None,
+    )  # fmt: skip
+    sharing.request([(A, SPEC)], 60.0)
+    second = sharing.hedge(A)
+    assert second is not None and sharing.hedge(A) is None, "two are enough"
+    sharing.deliver(second[0], 0, memoryview(bytes(16)))
+    sharing.landed(second[0])
+    assert told == [(A, None)] and dropped == [A] and sharing.has("digest")
+    sharing.close()
+
+
 async def test_a_second_fetch_goes_first_and_one_that_goes_on_has_waited_already() -> None:
     fetched: list[tuple[ItemKey, ItemSpec, float]] = []
     sharing = Sharing(

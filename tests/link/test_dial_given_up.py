@@ -61,7 +61,7 @@ async def test_an_address_that_swallows_everything_does_not_keep_the_next_from_b
             return ["127.0.0.2", "127.0.0.1"]
 
         monkeypatch.setattr(link_module, "resolve", resolve)
-        config = LinkConfig(handshake_timeout_s=1.0)
+        config = LinkConfig(handshake_timeout_s=5.0)
         made = await dial(server.address, hello(), secret=SECRET, config=config)
         await made.aclose()
         for one in (*waiting, full):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import ssl
@@ -53,6 +54,14 @@ async def check(server: LinkServer, *, secret: bytes | None = SECRET, ssl: ssl.S
     await link.aclose()
 
 
+async def check_in_the_end(server: LinkServer) -> None:
+    """The same of a server that bears strangers so shortly that a busy machine may be too slow for it, now and then."""
+    async with asyncio.timeout(60):
+        while True:
+            with contextlib.suppress(LinkError):
+                return await check(server)
+
+
 # -- bad clients ------------------------------------------------------------------------------------------------
 
 
@@ -69,7 +78,7 @@ async def test_a_silent_client_is_dropped(address: str) -> None:
         raw = await RawPeer.connect(server)
         await raw.end()
         await raw.aclose()
-        await check(server)
+        await check_in_the_end(server)
 
 
 @pytest.mark.parametrize("junk", [b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 64, framing.frame(framing.GREETING, b"\x93")])
@@ -330,7 +339,7 @@ async def test_tls() -> None:
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     theirs.load_cert_chain(CERTIFICATE)
     ours = ssl.create_default_context(cafile=str(CERTIFICATE))
-    async with serve("tcp:127.0.0.1:0", ssl=theirs, config=LinkConfig(handshake_timeout_s=0.5)) as server:
+    async with serve("tcp:127.0.0.1:0", ssl=theirs) as server:
         await check(server, ssl=ours)
         with pytest.raises(LinkError):
             await dial(server.address, hello(), secret=SECRET, ssl=ssl.create_default_context())

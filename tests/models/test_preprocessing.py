@@ -201,3 +201,10 @@ def test_every_planned_grid_is_accepted(tiny: Tiny) -> None:
         grid = image_grid(height, width, settings, int(2 ** random.uniform(10, 16)))
         patches = both.encoder.prepare(ItemKind.IMAGE, [png(width, height)], grid, 0.0)
         assert patches.pixel_values.shape[0] == patches.count
+
+
+def test_sides_of_two_hundred_to_one_are_the_longest_there_are(tiny: Tiny) -> None:
+    settings = load_settings(tiny(moe=True, levels=3))[0]
+    assert image_grid(4, 800, settings)[0] == image_grid(800, 4, settings)[0] == 1
+    with pytest.raises(ValueError, match="200:1"):
+        image_grid(4, 801, settings)

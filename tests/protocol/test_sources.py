@@ -28,6 +28,17 @@ def started(actions: list[Any]) -> list[str]:
     return [action.digest for action in actions if isinstance(action, StartEncode)]
 
 
+def test_only_what_is_whole_is_told_of_as_held() -> None:
+    table = SourceTable(1000, 1, 1000)
+    source = table.acquire(want(), A)
+    assert source is not None and not list(table.newest())
+    table.admit()
+    table.ready(source, source.job.rows - 1)
+    assert not list(table.newest())
+    done(table, "item-2")
+    assert list(table.newest()) == ["item-2"]
+
+
 def test_one_encode_serves_everybody() -> None:
     table = SourceTable(1000, 1, 1000)
     first = table.acquire(want(), A)

@@ -62,7 +62,7 @@ def test_who_joins_and_goes_first_has_the_question_asked_once_more_until_rows_ex
     receiving.place(peer="A")
     receiving.offer(ready=0)
     receiving.now = 3.0
-    assert receiving.do(ev.ItemHurried(KEY, ms.Urgency(9.0, -2, 4096))) == [], "it goes after who waits already"
+    assert receiving.do(ev.ItemHurried(KEY, ms.Urgency(7.0, -2, 4096))) == [], "who waits already is due in 5 s"
     again = only(receiving.do(ev.ItemHurried(KEY, ms.Urgency(9.0, -3, 8))), ms.Want)
     assert (again.urgency, again.epoch, again.media) == (ms.Urgency(9.0, -3, 8), 2, None)
     receiving.offer(ready=3)

@@ -18,6 +18,9 @@ def test_who_cannot_be_in_time_is_shed_at_once_and_told_when_to_come_back() -> N
     (shed,) = front.arrive("d", Work(0, 600_000))
     assert shed == Shed("d", "predicted", pytest.approx(4 * 3.002 - 10.0))
     assert front.order("a") == ["a", "b", "c"]
+    for name in "abc":
+        front.end(name)
+    assert not front.queue._shares._flows, "nobody is here, and nobody owes anything"
 
 
 def test_a_deadline_counts_like_the_limit_of_the_service() -> None:
@@ -49,8 +52,8 @@ def test_a_deadline_that_has_passed_costs_nothing() -> None:
     front = Front.of(min_in_flight=1)
     assert front.arrive("now", within=0.0) == [Expire("now", 0.0)]
     front.arrive("a")
-    front.arrive("b", within=2.0)
     front.arrive("c", within=1.0)
+    front.arrive("b", within=2.0)
     assert front.queue.next_timer() == 1.0
     assert front.tick(1.0) == [Expire("c", 1.0)]
     assert front.queue.next_timer() == 2.0
@@ -67,6 +70,9 @@ def test_who_can_no_longer_be_in_time_is_not_released() -> None:
     (shed, release) = front.do(FirstToken("a"), after=0.7)
     assert isinstance(shed, Shed) and (shed.request_id, shed.reason) == ("late", "late")
     assert release == Release("next", pytest.approx(0.7))
+    for name in ("a", "next"):
+        front.end(name)
+    assert not front.queue._shares._flows, "nobody is here, and nobody owes anything"
 
 
 def test_who_would_be_late_behind_what_is_in_flight_is_not_released() -> None:

@@ -60,6 +60,16 @@ def test_an_item_that_leaves_takes_its_work_with_it() -> None:
     assert ahead(at) == (2.0, 20.0, 1.0)
 
 
+def test_what_two_asked_for_is_known_until_both_have_left() -> None:
+    at = book()
+    ask(at, "x", 10, digest="one")
+    ask(at, "y", 10, digest="one")
+    at.left("x")
+    assert at.knows("one") and at.holding(["one"], 0.0).keys() == {"one"}
+    at.left("y")
+    assert not at.knows("one") and not at.holding(["one"], 0.0)
+
+
 def test_stages_teach_costs() -> None:
     at = book()
     for now in range(0, 3000, 100):

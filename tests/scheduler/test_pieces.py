@@ -63,7 +63,7 @@ def test_the_first_of_many_parts_stays_alone() -> None:
 
 
 def test_of_many_parts_neighbours_are_one() -> None:
-    began = time.perf_counter()
+    began = time.thread_time()  # of this thread alone: a machine may be busy
     first, done = plan([float(i) for i in range(5000)], cost)
-    assert time.perf_counter() - began < 1.0
+    assert time.thread_time() - began < 1.0
     assert first < 5000 and 5003 < done < 5003 + 5000 / (MOST - 1) + STEP_S * MOST

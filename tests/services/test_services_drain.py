@@ -18,9 +18,9 @@ from aiodisagg.demo.cluster import Cluster
 from aiodisagg.models.base import ImagePart
 from tests.models.halves import png
 from tests.services.openai_chat import content
+from tests.services.system import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
-PATIENCE_S = 60.0
 STREAM_TOKENS = 800
 """The tiny model does not end its answer to this question before."""
 

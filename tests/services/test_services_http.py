@@ -25,7 +25,7 @@ from aiodisagg.api import HttpServer
 from aiodisagg.models.synthetic import build_tiny
 from tests.models.halves import PROMPTS, chat, encoded, halves, noise, png, video
 from tests.services.openai_chat import chat_body, content
-from tests.services.system import PATIENCE_S, MiB, System, encode_config, language_config, system
+from tests.services.system import PATIENCE_S, MiB, System, encode_config, eventually, language_config, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 _TLS = ssl.create_default_context()  # never used, but a client makes one unless it is given, and that takes long
@@ -229,6 +229,7 @@ async def test_an_encode_peer_of_other_weights_is_never_used(
             await served.create(**body)
         assert caught.value.status_code == 503 and caught.value.code == "no_encode_peer"
         assert (await served.create(**chat_body(language, "Only text.", max_tokens=2))).choices
+        await eventually(lambda: "is not usable" in caplog.text)  # a busy machine may not have linked it in that time
         assert sum("is not usable" in line and "stranger" in line for line in caplog.messages) == 1
         assert "is not usable" in caplog.text and not language.ready()[0]
         async with EncodeService(encode_config(moe)) as friend:

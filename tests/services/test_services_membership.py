@@ -14,6 +14,7 @@ from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
 from aiodisagg.errors import ConfigError, NoEncodePeer
 from aiodisagg.models.base import ChatMessage, ImagePart
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
+from tests.bootstrap.test_server_and_client import free_port
 from tests.models.halves import chat, halves, png
 from tests.services.system import Held, System, encode_config, eventually, language_config, system
 
@@ -33,14 +34,6 @@ def question(seed: int = 0) -> list[ChatMessage]:
 def truth(moe: Path, messages: list[ChatMessage]) -> tuple[int, ...]:
     both = halves(moe)
     return tuple(both.true_tokens(both.ask(messages), 6))
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 async def test_any_start_order_and_a_bootstrap_server_that_restarts(moe: Path, vision: Qwen3VLVisionEncoder) -> None:

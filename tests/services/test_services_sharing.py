@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -130,15 +130,18 @@ async def test_when_all_that_share_leave_nothing_is_fetched_any_more(moe: Path, 
 
 
 @pytest.mark.parametrize("short", [0, 1], ids=["the first", "the second"])
-async def test_a_deadline_is_that_of_one_of_them(moe: Path, vision: Qwen3VLVisionEncoder, short: int) -> None:
+async def test_a_deadline_is_that_of_one_of_them(
+    moe: Path, vision: Qwen3VLVisionEncoder, short: int, skip: Callable[[float], None]
+) -> None:
     """The one out of time gets its error while the encoder hangs; the other one gets its answer later."""
     held = Held(vision)
-    limits = [30.0, 30.0]
-    limits[short] = 0.3
+    limits = [60.0, 60.0]
+    limits[short] = 20.0
     async with system(moe, encoder=held) as made:
         tasks = [asyncio.ensure_future(made.ask(question(), 6, timeout_s=limit)) for limit in limits]
         await eventually(lambda: held.entered["encode"] == 1 and shared(made) == 1)
-        with pytest.raises(DeadlineExceeded, match=r"0\.[23]"):
+        skip(20.0)
+        with pytest.raises(DeadlineExceeded, match=r"(20|19\.\d+) s"):
             await tasks[short]
         assert not held.gate.is_set() and not tasks[1 - short].done()
         held.gate.set()

@@ -53,6 +53,7 @@ def test_every_request_ends_once_with_all_its_tokens(system: System, protocol: b
         assert all(item.arrived == item.rows for item in request.items)
     for peer in cluster.peers:
         assert peer.owed_s == pytest.approx(0.0, abs=1e-9) and peer.asked_rows == 0
+        assert peer.door is None or peer.door.waiting_s == pytest.approx(0.0, abs=1e-9)
         if peer.engine is not None:
             assert peer.engine.active == 0
             assert peer.engine.scheduler.pages.free == peer.engine.scheduler.pages.count
@@ -108,6 +109,18 @@ def test_rows_of_the_own_tower_are_no_nearer_than_they_are() -> None:
     own.heard(4096, frozenset(), 0.0)
     views = [known.view([0], 0.0) for known in (own, other)]
     assert first_finish(request.items, views, "own", costs, Trials())[0].peer == "other"
+
+
+def test_what_is_encoded_lies_before_nobody_though_its_rows_are_still_on_their_way() -> None:
+    costs = Costs(TIMES)
+    (item,) = Cluster(flexible(2), TIMES)._request(0, WorkloadRequest(0.0, (ImageSpec(0, 1920, 1080),), 64, 1)).items
+    known = Known("other", costs, local=False)
+    (placement,) = first_finish([item], [known.view([0], 0.0)], "", costs, Trials())
+    known.asked(item, placement, 0.0)
+    assert known.view([], 0.0).backlog.tower_s > 0.0
+    for number, stage in enumerate(("prepared", "encoding", "encoded"), 1):
+        known.entered(item, stage, 0.1, 0, 0.1 * number)
+    assert known.view([], 0.3).backlog.tower_s == 0.0
 
 
 def test_who_is_judged_from_its_arrival_has_its_deadline_from_there() -> None:

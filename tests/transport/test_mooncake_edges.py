@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 import pytest
 
 from aiodisagg import strangers
+from aiodisagg.bench.watch import LoopWatch
 from aiodisagg.errors import ConfigError, PeerGone, TransportUnavailable, WriteRefused
 from aiodisagg.transport import mooncake_engine
 from aiodisagg.transport.base import Slice, Transport
@@ -199,12 +199,12 @@ async def test_closing_does_not_freeze_the_loop(no_leaks: None) -> None:
         remote = await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)
         await writer.write(remote, [receiver.slice(b"x" * 100_000, 0)])
         closing = asyncio.ensure_future(_close(writer, receiver.transport))
-        worst_s = 0.0
-        while not closing.done():
-            turn_s = time.perf_counter()
-            await asyncio.sleep(0)
-            worst_s = max(worst_s, time.perf_counter() - turn_s)
-        assert worst_s < 0.5, f"one turn of the loop took {worst_s:.3f} s"
+        watch = LoopWatch()  # which knows what was not the loop's fault: other processes had the processor
+        await closing
+        await asyncio.sleep(0.01)  # it looks once more
+        worst = watch.take()
+        watch.close()
+        assert worst.held_ms < 500, f"one turn of the loop took {worst.held_ms:.0f} ms"
 
 
 async def _close(*transports: Transport) -> None:

@@ -241,14 +241,14 @@ async def test_addresses_are_checked(no_leaks: None) -> None:
 
 
 async def test_without_the_key_nobody_gets_in(no_leaks: None) -> None:
-    kit = Kit(lambda: ZmqTransport(encrypt=True, connect_timeout_s=1))
-    async with kit.receiver() as receiver, kit.writer() as (writer, _):
+    kit, hasty = Kit(lambda: ZmqTransport(encrypt=True)), Kit(lambda: ZmqTransport(encrypt=True, connect_timeout_s=1))
+    async with kit.receiver() as receiver, kit.writer() as (writer, _), hasty.writer() as (intruder, _):
         pool = unpack("zmq", _Pool, receiver.transport.describe())
         assert len(pool.server_key) == 40
         for key, why in ((zmq.curve_keypair()[0], "lost|no answer"), (b"short", "cannot connect")):
             forged = msgspec.structs.replace(pool, server_key=key)
             with pytest.raises(PeerGone, match=why):
-                await writer.connect(pack("zmq", forged), peer=receiver.incarnation)
+                await intruder.connect(pack("zmq", forged), peer=receiver.incarnation)
         async with Kit(lambda: ZmqTransport(connect_timeout_s=1)).writer() as (open_writer, _):
             with pytest.raises(PeerGone):
                 forged = msgspec.structs.replace(pool, server_key=b"")
