@@ -120,10 +120,12 @@ class EncodeService(EnteredOnce):
         )  # fmt: skip
         with _as_listen():
             await server.check()  # loading may take minutes
+        logger.info("%s: loading the encode half of %s on %s", self.name, config.model, config.device)
         encoder = self._encoder if self._encoder is not None else await asyncio.to_thread(load_encoder, config)
         self.model = encoder.fingerprint
         self.times: ServiceTimes | None = None
         if config.self_test_s > 0:
+            logger.info("%s: measuring the tower, for %g s at most", self.name, config.self_test_s)
             threads = config.prepare_threads
             self.times = await asyncio.to_thread(self_test, encoder, config.self_test_s, prepare_threads=threads)
         sender_config = SenderConfig(retain_s=config.retain_s, capacity_bytes=config.source_bytes)
@@ -157,6 +159,7 @@ class EncodeService(EnteredOnce):
             role=self.role,
             model=encoder.fingerprint,
             times=self.times,
+            sends_by=tuple(self._planes.open_transports),
         )
         with _as_listen():
             self._server = await self._stack.enter_async_context(server)
