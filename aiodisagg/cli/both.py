@@ -73,13 +73,15 @@ def both_command(
             if inter_token_ms is not None and not inter_token_ms > 0:
                 raise ConfigError("inter_token_ms", f"must be above 0, not {inter_token_ms:g}")
             await check_bind(host, port)
-            await asyncio.to_thread(_check_tower, of_encode.model)
+            await asyncio.to_thread(check_tower, of_encode.model)
             if not separate:
                 from aiodisagg.both.service import BothService
 
                 pace = None if inter_token_ms is None else inter_token_ms / 1000
+                service = BothService(of_language, of_encode, inter_token_s=pace, inline=inline)
+                await service.encode.check()
                 loaded = begin_loading("both halves", of_encode.model, of_encode.device, ready_fd)
-                async with BothService(of_language, of_encode, inter_token_s=pace, inline=inline) as service:
+                async with service:
                     loaded()
                     facts = {"address": service.address, "incarnation": of_encode.incarnation}
                     await front.serve(service, facts, stop)
@@ -176,7 +178,7 @@ def _arguments(command: click.Command, options: dict[str, Any]) -> list[str]:
     return found
 
 
-def _check_tower(folder: Path) -> None:
+def check_tower(folder: Path) -> None:
     """Before either half is loaded. Raises CheckpointError."""
     from aiodisagg.models.checkpoint import read_info
 

@@ -15,7 +15,7 @@ import click
 
 import aiodisagg
 from aiodisagg.cli.bench import bench
-from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, NO_DTYPE, TOKEN_VARIABLE, both_command
+from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, NO_DTYPE, TOKEN_VARIABLE, both_command, check_tower
 from aiodisagg.cli.options import no_dtype, peer_options, rare_peer_options
 from aiodisagg.cli.process import (
     GIVEN_FILE,
@@ -193,6 +193,8 @@ def encode(
         from aiodisagg.encode.steps import StepReader
         from aiodisagg.scheduler.slack import Slack
 
+        await EncodeService(config).check()
+        await asyncio.to_thread(check_tower, config.model)
         loaded = begin_loading("the encode half", config.model, config.device, ready_fd)
         encoder = None
         if zero_deepstack:

@@ -116,8 +116,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         who = f"{self.name} ({self.incarnation})"
         if self.model != model or not self.role.encodes:
             return f"{who} runs {self.model} as {self.role}, not {model}"
+        if self.sends_by is None or not other.transports:  # one of them does not say
+            return ""
         near = self.same_host(other)
-        if self.sends_by is None or any(n in other.transports and (near or n not in LOCAL) for n in self.sends_by):
+        if any(name in other.transports and (near or name not in LOCAL) for name in self.sends_by):
             return ""
         theirs, ours = ", ".join(self.sends_by), ", ".join(other.transports)
         hint = "" if near else "; on two hosts memory and ipc do not count"
