@@ -80,7 +80,7 @@ def both_command(
                 pace = None if inter_token_ms is None else inter_token_ms / 1000
                 service = BothService(of_language, of_encode, inter_token_s=pace, inline=inline)
                 await service.encode.check()
-                loaded = begin_loading("both halves", of_encode.model, of_encode.device, ready_fd)
+                loaded = await begin_loading("both halves", of_encode.model, of_encode.device, ready_fd)
                 async with service:
                     loaded()
                     facts = {"address": service.address, "incarnation": of_encode.incarnation}
@@ -90,7 +90,7 @@ def both_command(
             arguments += ["--inter-token-ms", str(inter_token_ms or of_language.pace_ms or INTER_TOKEN_MS)]
             if options["bootstrap_token"]:  # not where everybody reads it
                 os.environ[TOKEN_VARIABLE] = options["bootstrap_token"]
-            loaded = begin_loading("both halves", of_encode.model, of_encode.device, ready_fd)
+            loaded = await begin_loading("both halves", of_encode.model, of_encode.device, ready_fd)
             await _serve_separate(front, of_language, arguments, verbose, stop, loaded)
 
         run(serve, ready_fd)

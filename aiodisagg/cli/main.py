@@ -195,7 +195,7 @@ def encode(
 
         await EncodeService(config).check()
         await asyncio.to_thread(check_tower, config.model)
-        loaded = begin_loading("the encode half", config.model, config.device, ready_fd)
+        loaded = await begin_loading("the encode half", config.model, config.device, ready_fd)
         encoder = None
         if zero_deepstack:
             from aiodisagg.encode.ablation import WithoutDeepStack
@@ -307,7 +307,7 @@ def language(
         from aiodisagg.api import HttpServer  # after the checks: torch takes seconds
         from aiodisagg.language.service import LanguageService
 
-        loaded = begin_loading("the language half", config.model, config.device, ready_fd)
+        loaded = await begin_loading("the language half", config.model, config.device, ready_fd)
         async with LanguageService(config) as service:
             loaded()
             for address in peers:

@@ -175,11 +175,14 @@ def begin(name: str, verbose: int, parent: int | None) -> None:
         die_with_parent(parent)
 
 
-def begin_loading(halves: str, model: Path, device: str, ready_fd: int | None) -> Callable[[], None]:
+async def begin_loading(halves: str, model: Path, device: str, ready_fd: int | None) -> Callable[[], None]:
     """Says on stderr that a peer loads, which may take minutes; the result says that it has. A launcher, which waits on
-    ``ready_fd``, shows that by itself."""
+    ``ready_fd``, shows that by itself. Raises ConfigError if there is no such device."""
     if ready_fd is not None:
         return lambda: None
+    from aiodisagg.models.loading import check_device  # torch takes seconds
+
+    await asyncio.to_thread(check_device, device)
     click.echo(f"loading {halves} of {model} on {device} ...", err=True)
     began = time.monotonic()
     return lambda: click.echo(f"loaded in {time.monotonic() - began:.1f} s", err=True)

@@ -159,7 +159,7 @@ class Demo:
         """Waits until every encode peer is linked, so that the work is shared from the first request on."""
         while True:
             async with session.get("/debug/peers") as response:
-                linked = [peer for peer in await response.json() if peer.get("standing") != "unusable"]
+                linked = [peer for peer in await response.json() if "why" not in peer]  # else it is of no use
                 if len(linked) >= self.options.encoders:
                     return
             await asyncio.sleep(REFRESH_S)
