@@ -100,7 +100,14 @@ class EncodeFailed(AiodisaggError):
 
 
 class NoEncodePeer(AiodisaggError):
-    """No compatible encode peer is known, or none can bring rows here, and the language peer has no own tower."""
+    """No compatible encode peer is known, or none can bring rows here, and the language peer has no own tower.
+
+    ``reason``: what is wrong with those that there are, for whoever asked, without addresses; or nothing.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class EngineError(AiodisaggError):
@@ -142,7 +149,7 @@ class RemoteProtocolError(ProtocolError):
     """A peer sent something that the protocol does not allow. The only error a bad peer can cause."""
 
     def __init__(self, peer: str, message: str) -> None:
-        self.peer = peer
+        self.peer, self.message = peer, message
         super().__init__(f"peer {peer}: {message}")
 
 
@@ -154,7 +161,7 @@ class LinkError(AiodisaggError):
     """A control link cannot be opened or was lost. ``peer`` is an address before the handshake, a name after."""
 
     def __init__(self, peer: str, message: str) -> None:
-        self.peer = peer
+        self.peer, self.message = peer, message
         super().__init__(f"link to {peer}: {message}")
 
 
@@ -175,10 +182,10 @@ class AuthenticationFailed(LinkError):
 
 
 class BootstrapError(AiodisaggError):
-    """The bootstrap server cannot be reached or refused what was asked."""
+    """The bootstrap server cannot be reached or refused what was asked. ``lasting``: only a person can change that."""
 
-    def __init__(self, url: str, message: str) -> None:
-        self.url = url
+    def __init__(self, url: str, message: str, *, lasting: bool = False) -> None:
+        self.url, self.message, self.lasting = url, message, lasting
         super().__init__(f"bootstrap {url}: {message}")
 
 

@@ -166,6 +166,15 @@ def of_seed(cell: Cell, base: Cell, seed: int) -> str:
 
 
 def main(file: Path, shapes: Sequence[str]) -> None:
+    try:
+        work(file, shapes)
+    except OSError as error:
+        raise SystemExit(f"{error.filename}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise SystemExit(f"{file}, or what it is made of, is not what was expected: {error}") from error
+
+
+def work(file: Path, shapes: Sequence[str]) -> None:
     if shapes:
         pairs = [shape.partition("=") for shape in shapes]
         cells = [cell for name, _, files in pairs for cell in cells_of(name, [Path(one) for one in files.split(",")])]

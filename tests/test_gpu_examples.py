@@ -95,3 +95,15 @@ def test_a_table_of_cells_compares_equal_seeds_and_tells_the_others(
     first, second = read_measured(out).cells
     assert first.all.ttft_ms is not None and first.all.ttft_ms.mean == 200.0
     assert [run.seed for run in second.runs] == [1, 9] and second.all.requests == 4
+
+
+def test_a_file_of_cells_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import gpu_cells
+
+    with pytest.raises(SystemExit) as caught:
+        gpu_cells.main(tmp_path / "nowhere.json", ())
+    assert caught.value.code == f"{tmp_path / 'nowhere.json'}: No such file or directory"
+    (other := tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match="is not what was expected: Object missing required field `cells`"):
+        gpu_cells.main(other, ())

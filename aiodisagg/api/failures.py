@@ -76,7 +76,8 @@ def failure_of(error: Exception, request_id: str) -> Failure:
             return _of_aiohttp(error)
         case NoEncodePeer():
             logger.warning("%s no encode peer: %s", request_id, error)
-            message = "no encode peer is available for images and videos"
+            reason = f": {error.reason}" if error.reason else ""
+            message = f"no encode peer is available for images and videos{reason}"
             return Failure(503, message, SERVER, None, "no_encode_peer", _retry_after(1.0))
         case DeadlineExceeded():
             logger.warning("%s %s", request_id, error)

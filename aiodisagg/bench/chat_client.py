@@ -88,6 +88,28 @@ class _Models(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Event).decode
+_MOST_SAID = 300
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Failed(msgspec.Struct):
+    error: _Error | str
+
+
+def _said(body: bytes) -> str:
+    """The message of an error's body; of a body in another form, its beginning."""
+    try:
+        error = msgspec.json.decode(body, type=_Failed).error
+    except msgspec.MsgspecError:
+        return _short(body)
+    return (error if isinstance(error, str) else error.message)[:_MOST_SAID]
+
+
+def _short(body: bytes) -> str:
+    return " ".join(body[:_MOST_SAID].decode(errors="replace").split())
 
 
 class Answer:
@@ -98,6 +120,8 @@ class Answer:
         self.prompt_tokens = 0
         self.output_tokens = 0
         self.error = "cut off"  # until its end says otherwise
+        self.said = ""
+        """What the server, or a library, said of the error."""
 
     def hear(self, data: bytes, now: float) -> None:
         """The data of one server-sent event that was read at ``now``."""
@@ -107,10 +131,10 @@ class Answer:
         try:
             event = _decode(data)
         except msgspec.MsgspecError:
-            self.error = "not understood"
+            self.error, self.said = "not understood", _short(data)
             return
         if event.error is not None:
-            self.error = "error in the stream"
+            self.error, self.said = "error in the stream", _said(data)
         if event.usage is not None:
             self.prompt_tokens = event.usage.prompt_tokens
             self.output_tokens = event.usage.completion_tokens or 0
@@ -140,7 +164,7 @@ class ChatClient:
         except TimeoutError:
             answer.error = "timeout"
         except (aiohttp.ClientError, ConnectionError, ValueError) as error:  # ValueError: a line without an end
-            answer.error = f"connection: {type(error).__name__}"
+            answer.error, answer.said = f"connection: {type(error).__name__}", str(error)[:_MOST_SAID]
         if not answer.output_tokens:  # a server that counts nothing
             answer.output_tokens = len(answer.text_s)
         return answer
@@ -153,7 +177,7 @@ class ChatClient:
         async with self._session.post(endpoint, data=_pieces(body), headers=headers) as response:
             if response.status != 200:
                 answer.error = f"HTTP {response.status}"
-                await response.read()
+                answer.said = _said(await response.read())
                 return
             async for line in response.content:
                 if line.startswith(b"data:"):

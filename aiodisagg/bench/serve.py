@@ -186,7 +186,8 @@ class Bench:
             for url in options.urls:
                 answer = await self._client.ask(url, body)
                 if answer.error:
-                    raise ServerError(url, f"does not answer: {answer.error}")
+                    said = f" ({answer.said})" if answer.said else ""
+                    raise ServerError(url, f"does not answer: {answer.error}{said}")
             tokens.append(answer.prompt_tokens)
         self.style = replace(words, tokens_per_word=(tokens[1] - tokens[0]) / 200 or 1.0)
 

@@ -63,6 +63,7 @@ class Load:
             output_tokens=answer.output_tokens,
             url=url,
             error=answer.error,
+            said=answer.said,
         )
         self.ended(outcome)
 

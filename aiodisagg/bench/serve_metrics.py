@@ -40,6 +40,8 @@ class Outcome:
     url: str = ""
     error: str = ""
     """Its kind; empty for an answer that came to its end."""
+    said: str = ""
+    """What was said of the error."""
 
     @property
     def ttft_s(self) -> float:
@@ -144,6 +146,8 @@ class Summary(msgspec.Struct, frozen=True):
     tpot_ms: Spread | None
     e2e_ms: Spread | None
     goodput: list[Goodput] = []
+    examples: dict[str, str] = {}
+    """What was said of the first error of each kind, if anything."""
 
 
 def summarize(
@@ -178,6 +182,7 @@ def summarize(
         tpot_ms=Spread.of(one.tpot_s for one in fine if one.tpot_s is not None),
         e2e_ms=Spread.of(one.e2e_s for one in fine),
         goodput=good,
+        examples={one.error: one.said for one in reversed(outcomes) if one.error and one.said},
     )
 
 

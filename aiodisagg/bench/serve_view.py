@@ -36,7 +36,8 @@ def serve_tables(report: ServeReport) -> Group:
 
 def _notes(report: ServeReport) -> list[str]:
     """What the tables leave out."""
-    found = []
+    examples = {kind: said for run in reversed(report.runs) for kind, said in run.all.examples.items()}
+    found = [f"{kind}, for example: {said}" for kind, said in sorted(examples.items())]
     if not report.unloaded:
         found.append("No goodput: no request was answered alone, so there is nothing to compare with (--probes).")
     blind = [name for name, alone in report.unloaded.items() if not alone.tpot_ms and _streams(report, name)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,7 +15,7 @@ import aiohttp
 import msgspec
 
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState, host_name
-from aiodisagg.bootstrap.wire import Heartbeat, Lease, Watched, check_url, read_watched
+from aiodisagg.bootstrap.wire import Failure, Heartbeat, Lease, Watched, check_url, read_watched
 from aiodisagg.errors import BootstrapError
 from aiodisagg.link.hello import PeerRole, host_identity
 
@@ -24,6 +27,7 @@ QUIET_S = 30.0
 """A membership stream without a line for this long is dead; servers send one every third of a lease."""
 MAX_LINE_BYTES = 64 * 1024 * 1024
 """As many peers as a server takes, 10,000, are 42 MB with all that they advertise."""
+MAX_FAILURE_BYTES = 64 * 1024
 MAX_REASONS = 64
 """Why entries cannot be read is warned of once a reason, and of so many reasons."""
 
@@ -81,6 +85,8 @@ class BootstrapClient:
         """What ``watch`` said last of everybody."""
         self._reached: set[str] = set()
         """Servers whose membership stream is open."""
+        self._away: dict[str, str] = {}
+        """Why this peer is not registered, by server, as it was warned of."""
         self._unread: set[str] = set()
         """Why entries could not be read, as it was warned of."""
         self._news = {url: asyncio.Event() for url in self.urls}
@@ -126,7 +132,7 @@ class BootstrapClient:
         while True:
             try:
                 lease = await self._call("PUT", url, "", msgspec.json.encode(self.record))
-                logger.info("registered at %s", url)
+                logger.info("registered at %s%s", url, ": it works again" if self._away.pop(url, "") else "")
                 self.registered.set()
                 retry_s = FIRST_RETRY_S
                 while True:
@@ -135,8 +141,10 @@ class BootstrapClient:
                     beat = Heartbeat(self._load(), self.record.state)
                     lease = await self._call("POST", url, "/heartbeat", msgspec.json.encode(beat))
             except BootstrapError as error:
-                level = logging.DEBUG if retry_s < LAST_RETRY_S else logging.WARNING
-                logger.log(level, "%s; trying again in %.2g s", error, retry_s)
+                known = self._away.get(url) == error.message or (retry_s < LAST_RETRY_S and not error.lasting)
+                if not known:  # once, until it changes: it may be so for days
+                    self._away[url] = error.message
+                logger.log(logging.DEBUG if known else logging.WARNING, "%s; trying again", error)
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
@@ -146,10 +154,25 @@ class BootstrapClient:
             async with self._session.request(method, target, data=body) as response:
                 said = await response.read()
                 if response.status != 200:
-                    raise BootstrapError(url, f"{response.status}: {said[:500].decode(errors='replace')}")
+                    raise self._refused(url, response.status, said)
                 return msgspec.json.decode(said, type=Lease)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
-            raise BootstrapError(url, str(error) or type(error).__name__) from error
+        except (ValueError, RecursionError) as error:
+            raise BootstrapError(url, f"it is no bootstrap server: {error}") from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise BootstrapError(url, _reason(error)) from error
+
+    def _refused(self, url: str, status: int, said: bytes) -> BootstrapError:
+        if status == 401:
+            ours = "refuses our token" if self._token else "wants a token, and we have none"
+            said_of_it = "AIODISAGG_BOOTSTRAP_TOKEN or --bootstrap-token has to be what it was started with"
+            return BootstrapError(url, f"it {ours}: {said_of_it}", lasting=True)
+        try:
+            why = msgspec.json.decode(said, type=Failure).error
+        except (ValueError, RecursionError):
+            if status >= 500:  # of a proxy, perhaps
+                return BootstrapError(url, f"it answers {status}")
+            return BootstrapError(url, f"it is no bootstrap server: it answers {status}", lasting=True)
+        return BootstrapError(url, f"{status}: {why[:500]}")
 
     async def _leave(self, url: str) -> None:
         try:
@@ -238,7 +261,7 @@ class BootstrapClient:
                 target = f"{url}/v1/watch{query}"
                 async with self._session.get(target, timeout=timeout, read_bufsize=MAX_LINE_BYTES) as stream:
                     if stream.status != 200:
-                        raise BootstrapError(url, f"{stream.status}")
+                        raise self._refused(url, stream.status, await stream.content.read(MAX_FAILURE_BYTES))
                     self._reached.add(url)
                     async for line in stream.content:
                         told = self._read(url, line)
@@ -256,9 +279,10 @@ class BootstrapClient:
                 RecursionError,
             ) as error:
                 # Once for each time that a server is away: what was known of its peers stands, and grows old.
-                level = logging.DEBUG if warned or retry_s < LAST_RETRY_S else logging.WARNING
+                why = error.message if isinstance(error, BootstrapError) else _reason(error)
+                known = warned or retry_s < LAST_RETRY_S or self._away.get(url) == why
+                level = logging.DEBUG if known else logging.WARNING
                 warned |= level == logging.WARNING
-                why = str(error) or type(error).__name__
                 logger.log(level, "membership of %s is not heard: %s; trying again", url, why)
             finally:
                 if url in self._reached:
@@ -275,6 +299,15 @@ class BootstrapClient:
                 self._unread.add(why)
                 logger.warning("membership of %s: a peer is left out, since its entry cannot be read: %s", url, why)
         return told
+
+
+def _reason(error: Exception) -> str:
+    """Why a server was not reached, without what aiohttp says of its own."""
+    if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error.os_error, ssl.SSLError):
+        cause = error.os_error
+        known = os.strerror(cause.errno) if cause.errno is not None and cause.errno in errno.errorcode else ""
+        return f"cannot connect: {known or cause.strerror or cause}"
+    return str(error) or type(error).__name__
 
 
 def _merge(first: Watched | None, second: Watched) -> Watched:

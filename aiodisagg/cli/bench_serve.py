@@ -185,6 +185,8 @@ def _serve(
     Console(width=None if sys.stdout.isatty() else 160).print(serve_tables(report))
     if json_file is not None:
         write_report(report, json_file)
+    if not any(run.all.completed for run in report.runs):
+        raise AiodisaggError("no request was answered")
     if plot_file is not None:
         from aiodisagg.bench.serve_plot import plot_serve
 

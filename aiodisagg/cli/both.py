@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import PORT, Announce, begin, fail, run, until
+from aiodisagg.cli.process import PORT, Announce, begin, begin_loading, fail, run, until
 from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.link.address import check_bind
 
@@ -27,7 +27,8 @@ INLINE_HELP = "The tower takes turns with the engine, prefill waits for all imag
 INTER_TOKEN_MS = 50.0
 INTER_TOKEN_HELP = "Pace that running streams are owed while images are encoded."
 TOKEN_VARIABLE = "AIODISAGG_BOOTSTRAP_TOKEN"
-_LEFT_OUT = ("zero_deepstack", "steps_fd")
+NO_DTYPE = "no_dtype"
+_LEFT_OUT = ("zero_deepstack", "steps_fd", NO_DTYPE)
 """Of an encode peer's options."""
 
 
@@ -78,12 +79,16 @@ def both_command(
                 raise ConfigError("inter_token_ms", f"must be above 0, not {inter_token_ms:g}")
             await check_bind(host, port)
             await check_bind(of_language.data_host, 0, "data_")
-            await asyncio.to_thread(_check_tower, of_encode.model)
+            await asyncio.to_thread(check_tower, of_encode.model)
             if not separate:
                 from aiodisagg.both.service import BothService
 
                 pace = None if inter_token_ms is None else inter_token_ms / 1000
-                async with BothService(of_language, of_encode, inter_token_s=pace, inline=inline) as service:
+                service = BothService(of_language, of_encode, inter_token_s=pace, inline=inline)
+                await service.encode.check()
+                loaded = await begin_loading("both halves", of_encode.model, of_encode.device, ready_fd)
+                async with service:
+                    loaded()
                     facts = {"address": service.address, "incarnation": of_encode.incarnation}
                     await front.serve(service, facts, stop)
                 return
@@ -91,12 +96,14 @@ def both_command(
             arguments += ["--inter-token-ms", str(inter_token_ms or of_language.pace_ms or INTER_TOKEN_MS)]
             if options["bootstrap_token"]:  # not where everybody reads it
                 os.environ[TOKEN_VARIABLE] = options["bootstrap_token"]
-            await _serve_separate(front, of_language, arguments, verbose, stop)
+            loaded = await begin_loading("both halves", of_encode.model, of_encode.device, ready_fd)
+            await _serve_separate(front, of_language, arguments, verbose, stop, loaded)
 
         run(serve, ready_fd)
 
     own = {param.name: param for param in both.params}  # not an encode peer's of the same name
-    known = own | {param.name: param for param in (*encode.params, *language.params)} | own
+    of_encode, of_language = ({param.name: param for param in command.params} for command in (encode, language))
+    known = of_language | own | of_encode | of_language | own
     both.params = [param for name, param in known.items() if name not in _LEFT_OUT]
     return both
 
@@ -124,8 +131,9 @@ class _Front:
 
 
 async def _serve_separate(
-    front: _Front, config: LanguageConfig, arguments: list[str], verbose: int, stop: asyncio.Event
-) -> None:
+    front: _Front, config: LanguageConfig, arguments: list[str], verbose: int, stop: asyncio.Event,
+    loaded: Callable[[], None],
+) -> None:  # fmt: skip
     """The tower is a child: it is told of every engine step, and its end is this peer's."""
     from aiodisagg.demo.cluster import Cluster
     from aiodisagg.encode.steps import StepSender, step_pair
@@ -143,6 +151,7 @@ async def _serve_separate(
                     starting = group.create_task(_start_tower(cluster, child, theirs.fileno()))
                     service = await stack.enter_async_context(LanguageService(config, watcher=steps))
             tower = starting.result()
+            loaded()
             address = tower["address"]
             service.add_tower(address, tower["incarnation"])
             async with asyncio.TaskGroup() as group:
@@ -178,7 +187,7 @@ def _arguments(command: click.Command, options: dict[str, Any]) -> list[str]:
     return found
 
 
-def _check_tower(folder: Path) -> None:
+def check_tower(folder: Path) -> None:
     """Before either half is loaded. Raises CheckpointError."""
     from aiodisagg.models.checkpoint import read_info
 

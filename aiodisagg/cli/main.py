@@ -15,7 +15,8 @@ import click
 
 import aiodisagg
 from aiodisagg.cli.bench import bench
-from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, TOKEN_VARIABLE, both_command
+from aiodisagg.cli.both import INTER_TOKEN_HELP, INTER_TOKEN_MS, NO_DTYPE, TOKEN_VARIABLE, both_command, check_tower
+from aiodisagg.cli.options import no_dtype, peer_options, rare_peer_options
 from aiodisagg.cli.process import (
     GIVEN_FILE,
     KEY_VARIABLE,
@@ -24,6 +25,7 @@ from aiodisagg.cli.process import (
     POSITIVE,
     Announce,
     begin,
+    begin_loading,
     check_address,
     not_empty,
     order_option,
@@ -54,35 +56,6 @@ def main() -> None:
     """
     # A torch process with as many threads as cores collapses when the cores are busy elsewhere. Before torch is loaded.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def peer_options(command: Command) -> Command:
-    """Options of both kinds of peers."""
-    for option in (
-        click.option("--model", type=click.Path(path_type=Path), required=True, help="Checkpoint folder."),
-        click.option("--bootstrap", multiple=True, help="URL of a bootstrap server; may be given several times."),
-        click.option(
-            "--bootstrap-token", envvar=TOKEN_VARIABLE, show_envvar=True, help="Token of the bootstrap servers."
-        ),
-        click.option("--name", default="", help="For people."),
-        click.option("--secret-file", type=GIVEN_FILE, help="Shared by all peers."),
-        click.option(
-            "--tls-certificate", type=GIVEN_FILE, help="PEM; encrypts what leaves the host. Needs the next two."
-        ),
-        click.option("--tls-key", type=GIVEN_FILE, help="Of the certificate."),
-        click.option("--tls-authority", type=GIVEN_FILE, help="Who signs the certificates of all peers."),
-        click.option("--transports", help="Data planes that may be used, best first, with commas."),
-        click.option(
-            "--data-host",
-            default="",
-            show_default="loopback; with --secret-file every interface",
-            help="Address on which network transports receive.",
-        ),
-        click.option("--device", default="cpu", help="As torch names it."),
-        click.option("--row-dtype", default="bfloat16", help="Element type of rows and of the vision tower."),
-    ):
-        command = option(command)
-    return process_options(command)
 
 
 def _settings(options: dict[str, Any], *same: str, **other: Any) -> dict[str, Any]:
@@ -181,6 +154,7 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 
 
 @main.command()
+@peer_options
 @click.option(
     "--listen",
     default="unix:",
@@ -197,7 +171,8 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @click.option("--self-test-s", default=1.0, help="How long the tower may be measured at the start.")
 @click.option("--inter-token-ms", default=INTER_TOKEN_MS, help=INTER_TOKEN_HELP, hidden=True)
 @click.option("--steps-fd", type=int, hidden=True, help="Where an engine beside it tells of its steps.")
-@peer_options
+@click.option("--dtype", NO_DTYPE, hidden=True, expose_value=False, callback=no_dtype)
+@rare_peer_options
 def encode(
     zero_deepstack: bool,
     http_port: int | None,
@@ -228,7 +203,12 @@ def encode(
                 gate = SlackGate(Slack(inter_token_ms / 1000))
                 reader = await stack.enter_async_context(StepReader(gate, socket.socket(fileno=steps_fd)))
                 stop = reader.ended  # a signal to all processes of a unit is for the one that still needs this tower
-            service = await stack.enter_async_context(EncodeService(config, gate=gate, zero_deepstack=zero_deepstack))
+            service = EncodeService(config, gate=gate, zero_deepstack=zero_deepstack)
+            await service.check()
+            await asyncio.to_thread(check_tower, config.model)
+            loaded = await begin_loading("the encode half", config.model, config.device, ready_fd)
+            await stack.enter_async_context(service)
+            loaded()
             facts = {"name": service.name, "address": service.address, "incarnation": config.incarnation}
             if http_port is not None:
                 from aiodisagg.peer.http import MetricsServer
@@ -245,6 +225,7 @@ def encode(
 
 
 @main.command()
+@peer_options
 @click.option("--host", default="127.0.0.1", help="Of the HTTP API.")
 @click.option("--port", default=8000, type=PORT, help="Of the HTTP API; 0 takes a free one.")
 @click.option(
@@ -307,7 +288,7 @@ def encode(
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse KV pages of prompts that begin alike.")
 @click.option("--dtype", help="Of the language half; float32 on a CPU, bfloat16 elsewhere.")
 @click.option("--max-pixels", type=int, help="Of an image after resizing; the checkpoint's limit if less.")
-@peer_options
+@rare_peer_options
 def language(
     host: str,
     port: int,
@@ -327,7 +308,9 @@ def language(
         from aiodisagg.api import HttpServer  # after the checks: torch takes seconds
         from aiodisagg.language.service import LanguageService
 
+        loaded = await begin_loading("the language half", config.model, config.device, ready_fd)
         async with LanguageService(config) as service:
+            loaded()
             for address in peers:
                 service.add_peer(address)
             async with HttpServer(service, host, port, http, debug=service.debug()) as server:

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -180,6 +181,19 @@ def begin(name: str, verbose: int, parent: int | None) -> None:
     raise_file_limit()
     if parent is not None:
         die_with_parent(parent)
+
+
+async def begin_loading(halves: str, model: Path, device: str, ready_fd: int | None) -> Callable[[], None]:
+    """Says on stderr that a peer loads, which may take minutes; the result says that it has. A launcher, which waits on
+    ``ready_fd``, shows that by itself. Raises ConfigError if there is no such device."""
+    if ready_fd is not None:
+        return lambda: None
+    from aiodisagg.models.loading import check_device  # torch takes seconds
+
+    await asyncio.to_thread(check_device, device)
+    click.echo(f"loading {halves} of {model} on {device} ...", err=True)
+    began = time.monotonic()
+    return lambda: click.echo(f"loaded in {time.monotonic() - began:.1f} s", err=True)
 
 
 def check_plot(plot_file: Path | None) -> None:

@@ -22,6 +22,7 @@ from aiodisagg.demo.kill import kill_in_mid_transfer
 from aiodisagg.demo.tasks import Ask, Monolith, all_digit_asks, digit_asks
 from aiodisagg.demo.view import Moved, Row, moved_items, progress, row_of, table, what_moved
 from aiodisagg.errors import ConfigError
+from aiodisagg.peer.config import no_folder
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class DemoOptions:
         if self.images and self.model is None:
             raise ConfigError("image", "goes with --model; the packaged model reads digits only")
         if self.model is not None and not self.model.is_dir():
-            raise ConfigError("model", f"no such folder: {self.model}")
+            raise no_folder(self.model)
 
     def asks(self) -> list[Ask]:
         if self.model is not None:
@@ -158,7 +159,8 @@ class Demo:
         """Waits until every encode peer is linked, so that the work is shared from the first request on."""
         while True:
             async with session.get("/debug/peers") as response:
-                if len(await response.json()) >= self.options.encoders:
+                linked = [peer for peer in await response.json() if "why" not in peer]  # else it is of no use
+                if len(linked) >= self.options.encoders:
                     return
             await asyncio.sleep(REFRESH_S)
 

@@ -28,7 +28,7 @@ from aiodisagg.peer import metrics
 from aiodisagg.peer.config import EncodeConfig
 from aiodisagg.peer.driver import Driver
 from aiodisagg.peer.once import EnteredOnce
-from aiodisagg.peer.planes import Planes
+from aiodisagg.peer.planes import Planes, TlsContexts
 from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.events import (
     CancelEncode,
@@ -113,21 +113,31 @@ class EncodeService(EnteredOnce):
         self._server: LinkServer | None = None
         self._client: BootstrapClient | None = None
 
-    async def _open(self) -> None:
+    def _link_server(self, tls: TlsContexts | None) -> LinkServer:
         config = self.config
-        tls = config.tls.contexts() if config.tls is not None else None
-        server = LinkServer(
+        return LinkServer(
             config.listen, lambda: self._hello, on_link=self._serve_link, secret=config.secret, config=config.link,
             ssl=None if tls is None else tls[0],
         )  # fmt: skip
+
+    async def check(self) -> None:
+        """Raises ConfigError if nobody could listen at ``config.listen`` now. Entering begins with it: loading may take
+        minutes."""
         with _as_listen():
-            await server.check()  # loading may take minutes
+            await self._link_server(None).check()
+
+    async def _open(self) -> None:
+        config = self.config
+        await self.check()
+        tls = config.tls.contexts() if config.tls is not None else None
+        logger.info("%s: loading the encode half of %s on %s", self.name, config.model, config.device)
         encoder = self._encoder if self._encoder is not None else await asyncio.to_thread(load_encoder, config)
         if self._zero_deepstack:
             encoder = WithoutDeepStack(encoder)
         self.model = encoder.fingerprint
         self.times: ServiceTimes | None = None
         if config.self_test_s > 0:
+            logger.info("%s: measuring the tower, for %g s at most", self.name, config.self_test_s)
             threads = config.prepare_threads
             self.times = await asyncio.to_thread(self_test, encoder, config.self_test_s, prepare_threads=threads)
         sender_config = SenderConfig(retain_s=config.retain_s, capacity_bytes=config.source_bytes)
@@ -161,9 +171,10 @@ class EncodeService(EnteredOnce):
             role=self.role,
             model=encoder.fingerprint,
             times=self.times,
+            sends_by=tuple(self._planes.open_transports),
         )
         with _as_listen():
-            self._server = await self._stack.enter_async_context(server)
+            self._server = await self._stack.enter_async_context(self._link_server(tls))
         if config.bootstrap:
             self._client = BootstrapClient(
                 config.bootstrap, self.record(), load=self.load, token=config.bootstrap_token

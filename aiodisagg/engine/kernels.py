@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from aiodisagg.device.flash import flash_attention
 from aiodisagg.engine.inputs import Piece, StepInputs, listed
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def _with_flash(kernel: Any, shapes: Shapes, limit: float) -> Any:
     from aiodisagg.engine.flash import FlashPrefill
 
     try:
-        from flash_attn.cute import flash_attn_varlen_func
+        flash_attn_varlen_func = flash_attention().flash_attn_varlen_func
 
         found = _check_attend(FlashPrefill(kernel, flash_attn_varlen_func), shapes, lists=True)
         if found > limit:

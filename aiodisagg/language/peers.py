@@ -11,14 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from aiodisagg.errors import (
-    AiodisaggError,
-    LinkClosed,
-    LinkError,
-    MessageTooLarge,
-    NoEncodePeer,
-    RemoteProtocolError,
-)
+from aiodisagg.errors import AiodisaggError, LinkClosed, LinkError, MessageTooLarge, NoEncodePeer, RemoteProtocolError
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.hello import Hello
 from aiodisagg.link.link import Link, dial
@@ -67,6 +60,8 @@ class EncodePeer:
     wanted: bool = True
     refused: str = ""
     """Why nobody there is of use, as it was said last."""
+    useless: bool = False
+    """Somebody answers there, and ``refused`` says why it is of no use."""
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     dialling: asyncio.Timeout | None = None
     """Ends an attempt to reach it, and another begins at once."""
@@ -146,6 +141,16 @@ class EncodePeers:
     def linked(self) -> list[EncodePeer]:
         return list(self._linked.values())
 
+    @property
+    def useless(self) -> str:
+        """Why those who answer and are not linked are of no use."""
+        return "; ".join(dict.fromkeys(peer.refused for peer in self._by_address.values() if peer.useless))
+
+    @property
+    def why_none(self) -> str:
+        """What to say when none is linked."""
+        return "no encode peer is linked" + (f": {self.useless}" if self.useless else "")
+
     def get(self, incarnation: str) -> EncodePeer | None:
         """The peer, if it is linked."""
         return self._linked.get(incarnation)
@@ -156,17 +161,15 @@ class EncodePeers:
         return linked or next((p for p in self._by_address.values() if p.incarnation == incarnation), None)
 
     def described(self) -> list[dict[str, object]]:
-        """The linked peers, for people."""
-        return [
-            {
-                "name": peer.name,
-                "address": peer.address,
-                "items": len(peer.book.open),
-                "bytes": peer.book.size_bytes,
-                **self.judged(peer.incarnation),
-            }
+        """The linked peers, and those that are of no use, for people."""
+        linked: list[dict[str, object]] = [
+            {"name": peer.name, "address": peer.address, "items": len(peer.book.open), "bytes": peer.book.size_bytes}
+            | self.judged(peer.incarnation)
             for peer in self._linked.values()
         ]
+        useless = [peer for peer in self._by_address.values() if peer.useless]
+        linked += [{"name": p.name, "address": p.address, "standing": "unusable", "why": p.refused} for p in useless]
+        return linked
 
     @property
     def link_bytes(self) -> tuple[int, int]:
@@ -183,7 +186,8 @@ class EncodePeers:
             if left_s <= 0:
                 known = ", ".join(self._by_address) or "none known"
                 why = "".join(f"; {peer.refused}" for peer in self._by_address.values() if peer.refused)
-                raise NoEncodePeer(f"no encode peer could be linked within {timeout_s:g} s (addresses: {known}){why}")
+                said = f"no encode peer could be linked within {timeout_s:g} s (addresses: {known}){why}"
+                raise NoEncodePeer(said, self.useless)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_s), self._changed:
                     await self._changed.wait_for(lambda: self._linked or self._closed)
@@ -305,7 +309,7 @@ class EncodePeers:
     def _not_reached(self, peer: EncodePeer, error: AiodisaggError) -> None:
         said = f"encode peer at {peer.address}: {error}"
         logger.log(logging.DEBUG if said == peer.refused else logging.WARNING, "%s; trying again", said)
-        peer.refused = said
+        peer.refused, peer.useless = said, False
         if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
             self._gone(peer)
 
@@ -317,15 +321,15 @@ class EncodePeers:
 
     async def _use(self, peer: EncodePeer, link: Link) -> None:
         remote = link.remote
-        if remote.model != self._model or not remote.role.encodes:
-            said = f"{remote.name} ({remote.incarnation}) runs {remote.model} as {remote.role}, not {self._model}"
+        if said := remote.unfit_for(link.local, self._model):
             if said != peer.refused:  # once for each life of a process, not at every attempt
-                logger.error("encode peer at %s is not usable: %s", peer.address, said)
-            peer.refused = said
+                level = logging.ERROR if remote.model != self._model else logging.WARNING
+                logger.log(level, "encode peer at %s is not usable: %s", peer.address, said)
+            peer.refused, peer.useless, peer.name = said, True, remote.name
             await link.aclose()
             await self._pause(peer, LAST_RETRY_S)
             return
-        peer.refused = ""
+        peer.refused, peer.useless = "", False
         if remote.incarnation != peer.incarnation:
             self._gone(peer)
             known = self.by_incarnation(remote.incarnation)

@@ -312,7 +312,7 @@ class RowReceiver(EnteredOnce):
             absent_s = self.placing.absent_s(key, now)
             patience_s = math.inf if absent_s is None else self.config.peer_wait_s - absent_s
             if patience_s <= 0:
-                why = "every encode peer that is linked drains" if self.peers.linked else "no encode peer is linked"
+                why = "every encode peer that is linked drains" if self.peers.linked else self.peers.why_none
                 self._fail(key, "unreachable", why)
                 return
             self.unplaced[key] = action.avoid

@@ -24,14 +24,7 @@ from aiodisagg.engine.prefix import PageKeys
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
-from aiodisagg.errors import (
-    AiodisaggError,
-    Draining,
-    EngineError,
-    InvalidRequest,
-    Overloaded,
-    PeerBroken,
-)
+from aiodisagg.errors import AiodisaggError, Draining, EngineError, InvalidRequest, Overloaded, PeerBroken
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.counters import engine_metrics
 from aiodisagg.language.items import Item, Items, spec_of
@@ -112,6 +105,7 @@ class LanguageService(EnteredOnce):
         config = self.config
         loaded = self._loaded
         if loaded is None:
+            logger.info("%s: loading the language half of %s on %s", self.name, config.model, config.device)
             loaded = await asyncio.to_thread(load_language_half, config)
         self._planner, half, model = loaded
         self._text_only = half.text_only
@@ -127,6 +121,7 @@ class LanguageService(EnteredOnce):
             order=config.admission.order,
             max_wait_s=config.admission.max_wait_s,
         )
+        logger.info("%s: warming the engine", self.name)
         planner = self._planner
         accelerator = await asyncio.to_thread(open_accelerator, config.device)
         if accelerator is not None:
@@ -144,6 +139,7 @@ class LanguageService(EnteredOnce):
                 broke=self._broke,
             )
         )
+        logger.info("%s: the engine is warm; opening the pool that rows come to, and transports", self.name)
         self._items = Items(self.engine, layout)
         self.rows = await self._stack.enter_async_context(
             RowReceiver(
@@ -375,7 +371,9 @@ class LanguageService(EnteredOnce):
             return False, "draining"
         if self.broken:
             return False, self.broken
-        return (True, "ok") if self._text_only or self.peers.linked else (False, "no encode peer is linked")
+        if self._text_only or self.peers.linked:
+            return True, "ok"
+        return False, self.peers.why_none
 
     def metrics(self) -> str:
         """Everything this peer counts, in Prometheus' text format."""

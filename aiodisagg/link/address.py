@@ -97,6 +97,14 @@ def far_host(name: object) -> str:
     return str(getattr(host, "ipv4_mapped", None) or host)
 
 
+def far_side(sock: socket.socket) -> str:
+    """Who is at the other end of a unix socket; empty for other sockets."""
+    if sock.family != socket.AF_UNIX:
+        return ""
+    pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return f"process {pid} of this host" if pid else "another container of this host"
+
+
 async def resolve(address: TcpAddress) -> list[str]:
     """The literal addresses of a host name, at least one. Raises LinkError."""
     try:

@@ -29,11 +29,11 @@ from aiodisagg.errors import (
     RemoteProtocolError,
 )
 from aiodisagg.link import framing
-from aiodisagg.link.address import check_user, far_host, tune_tcp
+from aiodisagg.link.address import check_user, far_host, far_side, tune_tcp
 from aiodisagg.link.config import LinkConfig
 from aiodisagg.link.framing import frame
 from aiodisagg.link.gather import Gather
-from aiodisagg.link.hello import MAX_HANDSHAKE_FRAME_BYTES, Handshake, Hello, bye, decode_bye
+from aiodisagg.link.hello import MAX_HANDSHAKE_FRAME_BYTES, WRONG_SECRET, Handshake, Hello, bye, decode_bye
 from aiodisagg.link.pulse import Beat, Pulse
 from aiodisagg.link.room import Place, Room
 from aiodisagg.protocol.messages import Message, decode, encode
@@ -69,7 +69,7 @@ class Connection(asyncio.Protocol):
         """Through the socket: handshake, headers and heartbeats included. With TLS, before encryption."""
         self.reason: str | None = None
         """Why this connection ends; None while it lives."""
-        self.far_host = ""
+        self.far_host = self.far_side = ""
         self._cause: BaseException | None = None
         self._transport: asyncio.Transport | None = None
         self._gather = Gather()
@@ -103,6 +103,8 @@ class Connection(asyncio.Protocol):
         self._gather.open(transport.write)
         transport.set_write_buffer_limits(high=self._config.high_water_bytes)
         sock = transport.get_extra_info("socket")
+        self.far_host = far_host(transport.get_extra_info("peername"))
+        self.far_side = self.far_host or far_side(sock)
         if self._same_user:
             try:
                 check_user(sock, self.peer)
@@ -110,7 +112,6 @@ class Connection(asyncio.Protocol):
                 self.fail("auth", "runs as another user; configure a secret on both sides", error)
                 return
         tune_tcp(sock)
-        self.far_host = far_host(transport.get_extra_info("peername"))
         self._put(self.handshake.greeting)
 
     def data_received(self, data: bytes) -> None:
@@ -136,7 +137,7 @@ class Connection(asyncio.Protocol):
             if self._place is not None:
                 self._place.gather(reader.part_bytes)
         except AuthenticationFailed as error:
-            self.fail("auth", "the other side does not know our shared secret", error)
+            self.fail("auth", WRONG_SECRET, error)
         except RemoteProtocolError as error:
             self.fail("protocol", str(error), error)
         self._gather.release()

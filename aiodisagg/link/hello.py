@@ -29,6 +29,9 @@ PROTOCOL_VERSION = 1
 NONCE_BYTES = 32
 MIN_SECRET_BYTES = 16
 MAX_HANDSHAKE_FRAME_BYTES = 128 * 1024
+LOCAL = frozenset({"memory", "ipc"})
+"""Transports that do not leave a host."""
+WRONG_SECRET = "the other side does not know our shared secret: --secret-file must have the same bytes on both sides"
 _MAGIC = "aiodisagg"
 
 T = TypeVar("T")
@@ -69,6 +72,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """Largest frame it accepts, as its link fills in. 0: not said."""
     checksum: bool | None = None
     """Whether it compares checksums of the rows that it receives. None: not said."""
+    sends_by: Annotated[tuple[Name, ...], msgspec.Meta(max_length=16)] | None = None
+    """Transports by which it may send rows, best first. None: not said."""
 
     @classmethod
     def here(
@@ -81,6 +86,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         transports: dict[str, bytes] | None = None,
         times: ServiceTimes | None = None,
         checksum: bool | None = None,
+        sends_by: tuple[str, ...] | None = None,
     ) -> Hello:
         """The hello of this process: boot id and namespace are read from the kernel (blocking, microseconds)."""
         boot_id, net_ns, _ = host_identity()
@@ -94,6 +100,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
             transports=transports or {},
             times=times,
             checksum=checksum,
+            sends_by=sends_by,
         )
 
     def accepting(self, max_frame_bytes: int) -> Hello:
@@ -103,6 +110,20 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     def checks(self, otherwise: bool) -> bool:
         """Whether rows for it need checksums; ``otherwise``: if it did not say."""
         return otherwise if self.checksum is None else self.checksum
+
+    def unfit_for(self, other: Hello, model: ModelFingerprint) -> str:
+        """Why this peer cannot encode for ``other``, as far as they say; empty: it can. ``model``: whose rows."""
+        who = f"{self.name} ({self.incarnation})"
+        if self.model != model or not self.role.encodes:
+            return f"{who} runs {self.model} as {self.role}, not {model}"
+        if self.sends_by is None or not other.transports:  # one of them does not say
+            return ""
+        near = self.same_host(other)
+        if any(name in other.transports and (near or name not in LOCAL) for name in self.sends_by):
+            return ""
+        theirs, ours = ", ".join(self.sends_by), ", ".join(other.transports)
+        hint = "" if near else "; on two hosts memory and ipc do not count"
+        return f"{who} sends by {theirs}, {other.name} receives by {ours}: none in common (--transports){hint}"
 
     def same_host(self, other: Hello) -> bool:
         """Whether both run on one kernel and in one network namespace."""
@@ -198,7 +219,7 @@ class Handshake:
             signed = _decode(_signed, payload, self._peer, "a hello")
             said = (self._hello, signed.hello) if self._dialling else (signed.hello,)
             if not hmac.compare_digest(signed.mac, self._mac(not self._dialling, *said)):
-                raise AuthenticationFailed(self._peer, "the other side does not know our shared secret")
+                raise AuthenticationFailed(self._peer, WRONG_SECRET)
             # Nothing of an unproved hello is looked at before this line.
             self.remote = _decode(_hellos, signed.hello, self._peer, "a hello")
             return None if self._dialling else self._prove(signed.hello, self._hello)

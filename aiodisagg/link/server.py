@@ -31,6 +31,8 @@ from aiodisagg.strangers import Strangers
 
 logger = logging.getLogger(__name__)
 
+REFUSED = 256
+"""So many who dial without success are remembered, the last ones."""
 LEAVE_S = 30.0
 """For what was begun for a link to end, when the server's context is left: longer than any write over TCP, but a fence
 over RDMA may have no end before its transport is closed, and that comes later."""
@@ -75,6 +77,8 @@ class LinkServer:
         self._server: asyncio.Server | None = None
         self._tasks: dict[asyncio.Task[None], Connection] = {}
         self._closing = False
+        self._refused: dict[str, str] = {}
+        """Why there was no link, by who dialled, as it was warned of. Whoever dials for ever is warned of once."""
         self._room = Room(self._config.max_frame_bytes)
         self._unproved: Strangers[Connection] = Strangers(self._config.handshake_timeout_s, _send_away)
 
@@ -201,11 +205,19 @@ class LinkServer:
         try:
             await connection.ready
         except AiodisaggError as error:
-            logger.warning("no link: %s", error)
+            self._warn(connection.far_side or "somebody who left at once", getattr(error, "message", str(error)))
             return False
         finally:
             self._unproved.discard(connection)
+        self._refused.pop(connection.far_side, None)
         return True
+
+    def _warn(self, who: str, why: str) -> None:
+        level = logging.DEBUG if self._refused.pop(who, "") == why else logging.WARNING
+        self._refused[who] = why
+        if len(self._refused) > REFUSED:
+            del self._refused[next(iter(self._refused))]
+        logger.log(level, "no link from %s to %s: %s", who, self._actual, why)
 
     async def _use(self, link: Link) -> None:
         try:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from aiodisagg.errors import InvalidRequest
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -39,7 +41,10 @@ class ImagePart:
     """An image of a message, in the place where the prompt has it."""
 
     data: bytes
-    """The encoded file (JPEG, PNG, WebP ...), as received."""
+    """The encoded file (JPEG, PNG, WebP ...), as received. InvalidRequest is raised for anything else, as a path."""
+
+    def __post_init__(self) -> None:
+        _check_file("ImagePart.data", self.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,16 @@ class VideoPart:
     """Encoded images, all of one size, in order."""
     fps: float = 2.0
     """Frames per second; prompts carry the time of each frame pair."""
+
+    def __post_init__(self) -> None:
+        for index, frame in enumerate(self.frames):
+            _check_file(f"VideoPart.frames[{index}]", frame)
+
+
+def _check_file(param: str, data: object) -> None:
+    if not isinstance(data, bytes | bytearray | memoryview):
+        said = f"takes the bytes of an image file, such as Path(...).read_bytes(), not {type(data).__name__}"
+        raise InvalidRequest(param, said)
 
 
 Part = TextPart | ImagePart | VideoPart

@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from aiodisagg.device.alone import Alone
+from aiodisagg.device.flash import flash_attention
 from aiodisagg.device.graphs import Capture
 from aiodisagg.models.tower_graphs import AttendRanges, TowerGraphs
 
@@ -111,7 +112,7 @@ class BySize:
 
 def flash_4() -> Attend:
     """FlashAttention 4, of the extra ``gpu``: its kernel for Hopper pads heads of 72 to 80. Raises ImportError."""
-    from flash_attn.cute import flash_attn_func
+    flash_attn_func = flash_attention().flash_attn_func
 
     def attend(qkv: torch.Tensor, segments: int, size: int, out: torch.Tensor, scaling: float) -> None:
         q, k, v = qkv.view(segments, size, 3, *qkv.shape[2:]).unbind(2)
@@ -123,7 +124,7 @@ def flash_4() -> Attend:
 
 def flash_4_ranges(scaling: float) -> AttendRanges:
     """The same over segments whose bounds the device knows. Raises ImportError."""
-    from flash_attn.cute import flash_attn_varlen_func
+    flash_attn_varlen_func = flash_attention().flash_attn_varlen_func
 
     def attend(qkv: torch.Tensor, bounds: torch.Tensor, most: int) -> torch.Tensor:
         q, k, v = qkv.unbind(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from aiodisagg.protocol.rows import DTYPE_BYTES
 from aiodisagg.scheduler.admission import AdmissionConfig
 
 MiB = 1 << 20
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 TRANSPORTS = ("memory", "ipc", "mooncake", "stream")
 """Names of the transports that are used unless told otherwise, best first. ``mooncake`` is RDMA: it opens only where
@@ -34,6 +36,14 @@ def check(key: str, value: float, *, low: float = 0.0, high: float = math.inf, e
         raise ConfigError(key, f"must be {'above' if exclusive else 'at least'} {low:g}, not {value}")
     if value > high:
         raise ConfigError(key, f"must be at most {high:g}, not {value}")
+
+
+def no_folder(model: Path) -> ConfigError:
+    """What to say of a ``model`` that is none."""
+    hint = ""
+    if _HUB_NAME.fullmatch(str(model)):
+        hint = f"; names on the hub are not fetched, `hf download {model} --local-dir FOLDER` does that"
+    return ConfigError("model", f"no such folder: {model}{hint}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +87,7 @@ class PeerConfig:
             raise ConfigError("transports", "at least one is needed")
         object.__setattr__(self, "model", Path(self.model))
         if not self.model.is_dir():
-            raise ConfigError("model", f"no such folder: {self.model}")
+            raise no_folder(self.model)
         if self.row_dtype not in DTYPE_BYTES:
             raise ConfigError("row_dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.row_dtype}")
         for url in self.bootstrap:

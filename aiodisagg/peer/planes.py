@@ -14,7 +14,7 @@ from typing import Any
 
 from aiodisagg.errors import TransportError, TransportUnavailable
 from aiodisagg.link.address import is_loopback
-from aiodisagg.link.hello import Hello
+from aiodisagg.link.hello import LOCAL, Hello
 from aiodisagg.transport.arena import Arena
 from aiodisagg.transport.base import Admit, FenceKind, Remote, Transport
 from aiodisagg.transport.description import loopback_of, moved
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 SLOW_S = 3.0
 """A peer that works ends its writes in milliseconds."""
 
-_LOCAL = frozenset({"memory", "ipc"})
 _EVERYWHERE = frozenset({"stream", "zmq"})
 """Transports that can receive on every interface at once."""
 
@@ -126,7 +125,7 @@ class Planes:
             if description is None:
                 offered = ", ".join(remote.transports) or "nothing"
                 reasons.append(f"{name}: not offered, only {offered}")
-            elif name in _LOCAL and not same_host:
+            elif name in LOCAL and not same_host:
                 reasons.append(f"{name}: another host")
             else:
                 loopback = "" if same_host or not far_host or is_loopback(far_host) else loopback_of(description)

@@ -51,21 +51,22 @@ async def test_what_a_model_thinks_is_text_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "error"),
+    ("script", "error", "said"),
     [
-        (429, "HTTP 429"),
-        (503, "HTTP 503"),
-        ([(0.0, event("a"))], "cut off"),
-        ([(0.0, event("a")), (0.0, b'{"error": {"message": "lost", "code": 500}}')], "error in the stream"),
-        ([(0.0, b'{"error": "lost"}'), (0.0, DONE)], "error in the stream"),
-        ([(0.0, b"{"), (0.0, DONE)], "not understood"),
+        (429, "HTTP 429", "no"),
+        (503, "HTTP 503", "no"),
+        ([(0.0, event("a"))], "cut off", ""),
+        ([(0.0, event("a")), (0.0, b'{"error": {"message": "lost", "code": 500}}')], "error in the stream", "lost"),
+        ([(0.0, b'{"error": "lost"}'), (0.0, DONE)], "error in the stream", "lost"),
+        ([(0.0, b'{"error": ["lost"]}'), (0.0, DONE)], "error in the stream", '{"error": ["lost"]}'),
+        ([(0.0, b"{"), (0.0, DONE)], "not understood", "{"),
     ],
 )
-async def test_errors_have_kinds(script: list[Step] | int, error: str) -> None:
+async def test_errors_have_kinds(script: list[Step] | int, error: str, said: str) -> None:
     server = FakeServer(lambda body: script)  # without a clock: not every event makes the client look at it
     async with serving(server), open_session(None) as session:
         answer = await ChatClient(session, FakeClock()).ask(server.url, HELLO)
-    assert answer.error == error
+    assert (answer.error, answer.said) == (error, said)
 
 
 async def test_nobody_listens() -> None:

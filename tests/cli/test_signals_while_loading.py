@@ -72,5 +72,6 @@ def test_a_tower_that_does_not_start_ends_its_peer(tiny: Callable[..., Path]) ->
         with loading(tiny(moe=True, levels=3), "both", "--separate", "--listen", listen) as process:
             _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
-    first, last = err.splitlines()
+    begun, first, last = err.splitlines()
+    assert begun.startswith("loading both halves of ")
     assert first.startswith(f"Error: listen: cannot listen on {listen}") and last == "Error: tower ended with code 1"

@@ -80,3 +80,15 @@ def test_a_folder_may_be_a_string(tmp_path: Path) -> None:
     assert EncodeConfig(model=str(tmp_path)).model == tmp_path  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^model: no such folder: /nowhere"):
         EncodeConfig(model="/nowhere")  # type: ignore[arg-type]
+
+
+def test_a_name_on_the_hub_is_no_folder() -> None:
+    name = "Qwen/Qwen3-VL-30B-A3B-Instruct"
+    said = f"model: no such folder: {name}; names on the hub are not fetched, `hf download {name} --local-dir FOLDER`"
+    with pytest.raises(ConfigError) as caught:
+        EncodeConfig(model=Path(name))
+    assert str(caught.value) == f"{said} does that"
+    for folder in ("/Qwen/Qwen3", "Qwen3", "./Qwen/Qwen3", "a/Qwen/Qwen3"):
+        with pytest.raises(ConfigError) as caught:
+            EncodeConfig(model=Path("/nowhere", folder))
+        assert "hub" not in str(caught.value)

@@ -241,6 +241,39 @@ async def test_an_encode_peer_of_other_weights_is_never_used(
             await served.made.quiet()
 
 
+async def test_an_encode_peer_without_a_transport_in_common_is_never_used(
+    moe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was "ready" everywhere, and every picture got a 503 that did not say why."""
+    caplog.set_level(logging.WARNING, "aiodisagg.language.peers")
+    config = language_config(moe, name="words", peer_wait_s=0.3)
+    async with (
+        LanguageService(config) as language,
+        EncodeService(encode_config(moe, name="tower", transports=("zmq",))) as tower,
+        serving(System(language, [tower])) as served,
+    ):
+        language.add_peer(tower.address)
+        body = chat_body(language, GOOD, "What do you see?", max_tokens=6)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await served.create(**body)
+        why = f"tower ({tower.config.incarnation}) sends by zmq, words receives by memory"
+        why += ": none in common (--transports)"
+        assert caught.value.status_code == 503 and caught.value.code == "no_encode_peer" and why in str(caught.value)
+        assert language.ready() == (False, f"no encode peer is linked: {why}")
+        async with served.session.get("/debug/peers") as response:
+            wanted = {"name": "tower", "address": tower.address, "standing": "unusable", "why": why}
+            assert await response.json() == [wanted]
+        said = [record.getMessage() for record in caplog.records if record.name == "aiodisagg.language.peers"]
+        assert said == [f"encode peer at {tower.address} is not usable: {why}"]
+        async with EncodeService(encode_config(moe)) as friend:
+            served.made.encoders.append(friend)
+            language.add_peer(friend.address)
+            await served.made.linked(1)
+            assert language.ready() == (True, "ok")
+            await served.good()
+            await served.made.quiet()
+
+
 async def test_videos_of_one_and_of_many_frames(served: Served, moe: Path) -> None:
     both = halves(moe)
     for frames in (1, 2, 5):

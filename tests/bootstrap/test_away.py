@@ -1,0 +1,104 @@
+"""What a peer's log says of a server that does not take it: what is wrong, once until that changes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import pytest
+from aiohttp import web
+
+from aiodisagg.bootstrap.client import BootstrapClient
+from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
+from aiodisagg.link.hello import PeerRole
+from tests.bootstrap.test_registry import record
+from tests.bootstrap.test_server_and_client import free_port, watching
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+
+class Log(logging.Handler):
+    """What a person sees, and a way to wait for so many attempts."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.seen: list[str] = []
+        self.attempts = 0
+        self.more = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno > logging.DEBUG:
+            self.seen.append(record.getMessage())
+        self.attempts += "trying again" in record.getMessage()
+        self.more.set()
+
+    async def until(self, enough: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not enough():
+                self.more.clear()
+                await self.more.wait()
+
+    async def tries(self, count: int) -> None:
+        wanted = self.attempts + count
+        await self.until(lambda: self.attempts >= wanted)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Log:
+    monkeypatch.setattr("aiodisagg.bootstrap.client.FIRST_RETRY_S", 1e-3)
+    monkeypatch.setattr("aiodisagg.bootstrap.client.LAST_RETRY_S", 4e-3)
+    caplog.set_level(logging.DEBUG, "aiodisagg.bootstrap.client")
+    handler = Log()
+    logger = logging.getLogger("aiodisagg.bootstrap.client")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    return handler
+
+
+@pytest.mark.parametrize(("token", "why"), [(None, "wants a token, and we have none"), ("mine", "refuses our token")])
+async def test_a_token_that_was_forgotten(log: Log, token: str | None, why: str) -> None:
+    """JSON of the server every 2 s, for ever."""
+    async with BootstrapServer(port=0, config=BootstrapConfig(token="theirs")) as server:
+        async with BootstrapClient(server.url, record("l", PeerRole.LANGUAGE), token=token) as client, watching(client):
+            await log.tries(20)
+    said = f"it {why}: AIODISAGG_BOOTSTRAP_TOKEN or --bootstrap-token has to be what it was started with"
+    assert log.seen[0] in (
+        f"bootstrap {server.url}: {said}; trying again",
+        f"membership of {server.url} is not heard: {said}; trying again",
+    )
+    assert len(log.seen) <= 2 and all(said in line for line in log.seen)
+
+
+async def test_a_server_that_is_not_there_is_told_of_once_and_when_it_comes(log: Log) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    async with BootstrapClient(url, record("e")) as client:
+        await log.tries(20)
+        assert log.seen == [f"bootstrap {url}: cannot connect: Connection refused; trying again"]
+        async with BootstrapServer(port=int(url.rpartition(":")[2])):
+            async with asyncio.timeout(60):
+                await client.registered.wait()
+            await log.until(lambda: len(log.seen) > 1)
+        assert log.seen[1:] == [f"registered at {url}: it works again"]
+        await log.tries(20)
+        assert log.seen[2:] == log.seen[:1]  # it is away once more
+
+
+async def test_another_server_at_its_address(log: Log) -> None:
+    """``--bootstrap`` with a language peer's port: a 404 with the body of an OpenAI error, every 2 s."""
+
+    async def refuse(request: web.Request) -> web.Response:
+        error = {"message": "no such URL", "type": "invalid_request_error", "param": None, "code": "unknown_url"}
+        return web.json_response({"error": error}, status=404)
+
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", refuse)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with BootstrapClient(url, record("e")):
+            await log.tries(20)
+    finally:
+        await runner.cleanup()
+    assert log.seen == [f"bootstrap {url}: it is no bootstrap server: it answers 404; trying again"]
