@@ -53,7 +53,7 @@ def test_help_begins_with_what_is_needed(command: str) -> None:
     said = " ".join(found.output.split())
     assert "zmq and mooncake-tcp only where named" in said and "memory,ipc,mooncake,stream" in said
     of_both = {param.name for name in ("encode", "language") for param in main.commands[name].params}
-    unseen = {"zero_deepstack", "http_port", "http_host", "steps_fd", "no_dtype"}
+    unseen = {"zero_deepstack", "steps_fd", "no_dtype"}
     if command == "both":
         named = {param.name for param in main.commands[command].params}
         assert named == (of_both | {"separate", "inline"}) - unseen

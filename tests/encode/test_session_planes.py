@@ -224,7 +224,7 @@ async def test_planes_that_can_never_connect_are_not_tried_again(monkeypatch: py
     """Not offered, or only for peers of one host."""
     async with one(monkeypatch) as made:
         del made.session.link.remote.transports["best"]
-        monkeypatch.setattr(planes_module, "_LOCAL", frozenset({"middle"}))
+        monkeypatch.setattr(planes_module, "LOCAL", frozenset({"middle"}))
         await made.written(made.worst)
         made.later_s = FORGET_S + 1
         await made.written(made.worst)

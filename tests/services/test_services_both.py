@@ -192,7 +192,7 @@ async def test_a_tower_in_a_process_of_its_own_is_known_as_the_own_one(moe: Path
 
     options = ("--model", str(moe), "--row-dtype", "float32", "--transports", "ipc", "--self-test-s", "0")
     config = language_config(moe, name="a", transports=("ipc",))
-    await _serve_separate(cast(Any, Front()), config, list(options), 0, asyncio.Event())
+    await _serve_separate(cast(Any, Front()), config, list(options), 0, asyncio.Event(), lambda: None)
     assert len(seen) == 1
 
 
