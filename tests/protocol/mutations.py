@@ -154,6 +154,7 @@ def known() -> dict[str, int]:
 def document() -> str:
     lines = [
         "# Planted bugs\n",
+        "For whoever changes the protocol or its tests: the tests notice each of these bugs.\n",
         "Written by `python -m tests.protocol.mutations > docs/mutations.md`. Each line of code below was changed",
         "alone; the reference transfer of `tests/protocol/test_cut.py` was cut at its first messages, and the worlds",
         "of `tests/protocol/world.py` (1, 2, 3 ...) ran until one noticed. `tests/protocol/test_mutations.py` plants",

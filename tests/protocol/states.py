@@ -8,6 +8,8 @@ from aiodisagg.protocol.outgoing import OutgoingItem
 
 _HEAD = """# States and events
 
+For whoever changes the protocol, or reads an `InvalidTransition` in a log.
+
 Generated from the tables in `aiodisagg/protocol/incoming.py` and `aiodisagg/protocol/outgoing.py` by
 `python -m tests.protocol.states > docs/states.md`; a test compares. A cell names the method that handles the event
 in that state; an empty one raises `InvalidTransition` and changes nothing. `ignore`: legal, without any effect.
