@@ -38,7 +38,7 @@ from aiodisagg.api.schema import (
     DeltaBody,
     UsageBody,
 )
-from aiodisagg.bootstrap.sending import taken
+from aiodisagg.bootstrap.sending import taken, wait_for_all
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams, Usage
 from aiodisagg.errors import DeadlineExceeded, EngineError
 from aiodisagg.models.base import ChatMessage
@@ -224,6 +224,7 @@ class _Stream:
     async def run(self, deltas: AsyncGenerator[Delta, None], request_id: str) -> web.StreamResponse:
         """Raises what ``deltas`` raises for its first delta; later errors go into the stream."""
         delta = await anext(deltas)
+        wait_for_all(self._request)
         await taken(self._request, self._response.prepare(self._request), self._timeout_s)
         await self._send(DeltaBody(role="assistant", content=""))
         while True:

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from aiodisagg.bench.serve import Run, ServeReport
 from aiodisagg.bench.serve_metrics import Outcome, Spread, Summary
@@ -31,7 +32,7 @@ def serve_tables(report: ServeReport) -> Group:
     tables = [_rates(report), _latencies(report), _groups(report)]
     if any(run.counters for run in report.runs):
         tables.append(_counters(report))
-    return Group(*tables, *_notes(report))
+    return Group(*tables, *map(Text, _notes(report)))  # not markup: servers say anything
 
 
 def _notes(report: ServeReport) -> list[str]:

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import logging
 import os
-import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -156,10 +155,10 @@ class BootstrapClient:
                 if response.status != 200:
                     raise self._refused(url, response.status, said)
                 return msgspec.json.decode(said, type=Lease)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:  # of a certificate, they are ValueErrors, too
+            raise BootstrapError(url, _reason(error)) from error
         except (ValueError, RecursionError) as error:
             raise BootstrapError(url, f"it is no bootstrap server: {error}") from error
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise BootstrapError(url, _reason(error)) from error
 
     def _refused(self, url: str, status: int, said: bytes) -> BootstrapError:
         if status == 401:
@@ -303,7 +302,7 @@ class BootstrapClient:
 
 def _reason(error: Exception) -> str:
     """Why a server was not reached, without what aiohttp says of its own."""
-    if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error.os_error, ssl.SSLError):
+    if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, aiohttp.ClientSSLError):
         cause = error.os_error
         known = os.strerror(cause.errno) if cause.errno is not None and cause.errno in errno.errorcode else ""
         return f"cannot connect: {known or cause.strerror or cause}"

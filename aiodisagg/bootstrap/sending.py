@@ -2,6 +2,8 @@
 itself when a handler has returned it: who asks and does not read keeps a connection, a descriptor, and what the kernel
 holds of the answer, for as long as it likes. Such questions (``/health``, ``/metrics``) need no key.
 
+A large answer has longer, so that a slow line that takes it all the time is not cut.
+
 A handler whose client is gone, or is cut, ends as if it were cancelled, which aiohttp does itself where it sees the end
 first: any other error is a traceback in the log for each such client.
 """
@@ -12,6 +14,9 @@ import asyncio
 from collections.abc import Awaitable
 
 from aiohttp import web
+
+SLOWEST_S = 1e-6
+"""For each byte of a large piece."""
 
 
 async def taken(request: web.Request, written: Awaitable[object], timeout_s: float) -> None:
@@ -30,10 +35,20 @@ async def taken(request: web.Request, written: Awaitable[object], timeout_s: flo
 
 async def send(request: web.Request, response: web.StreamResponse, timeout_s: float) -> web.StreamResponse:
     """A response of a handler, written to its end, which aiohttp then does not do any more; raises as ``taken``."""
-    await taken(request, _whole(request, response), timeout_s)
+    body = response.body if isinstance(response, web.Response) else None
+    size_bytes = len(body) if isinstance(body, bytes | bytearray) else 0
+    await taken(request, _whole(request, response), timeout_s + size_bytes * SLOWEST_S)
     return response
 
 
+def wait_for_all(request: web.Request) -> None:
+    """Writes to the client of a request wait for its last byte from now on: of the rest, up to 64 KiB, nobody would
+    know whether it is ever taken, and to close the connection waits for that."""
+    if request.transport is not None:
+        request.transport.set_write_buffer_limits(0)
+
+
 async def _whole(request: web.Request, response: web.StreamResponse) -> None:
+    wait_for_all(request)
     await response.prepare(request)
     await response.write_eof()

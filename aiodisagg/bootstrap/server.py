@@ -26,7 +26,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from aiodisagg.bootstrap.registry import PeerRecord, Registry
-from aiodisagg.bootstrap.sending import send, taken
+from aiodisagg.bootstrap.sending import SLOWEST_S, send, taken
 from aiodisagg.bootstrap.wire import Failure, Heartbeat, Lease, Watched, check_token
 from aiodisagg.errors import ConfigError, LinkError
 from aiodisagg.link.address import TcpAddress, cannot_listen, check_port, is_loopback, reachable_host, resolve
@@ -207,7 +207,7 @@ class BootstrapServer:
                 if self._settled() and not known.settled:
                     known = known._replace(revision=-1, settled=True)
                 (line, _), now = self._line(known), self.registry.revision
-                await taken(request, response.write(line), STUCK_S)
+                await taken(request, response.write(line), STUCK_S + len(line) * SLOWEST_S)
                 known = known._replace(revision=now)
                 await self._next_change(known)
         except asyncio.CancelledError:

@@ -182,9 +182,9 @@ def _serve(
 
     with progress() as say:
         report = uvloop.run(bench_serve(given, say, keep))
-    Console(width=None if sys.stdout.isatty() else 160).print(serve_tables(report))
     if json_file is not None:
         write_report(report, json_file)
+    Console(width=None if sys.stdout.isatty() else 160).print(serve_tables(report))
     if not any(run.all.completed for run in report.runs):
         raise AiodisaggError("no request was answered")
     if plot_file is not None:

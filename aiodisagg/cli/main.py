@@ -166,7 +166,7 @@ def bootstrap(host: str, port: int, token: str | None, verbose: int, ready_fd: i
 @click.option("--prepare-threads", default=2)
 @click.option("--zero-deepstack", is_flag=True, help="Send zeros for DeepStack: shows what these rows are worth.")
 @click.option("--http-port", type=PORT, help="Serve /live, /health and /metrics there; 0 takes a free port.")
-@click.option("--http-host", default="127.0.0.1")
+@click.option("--http-host", default="127.0.0.1", help="Of --http-port.")
 @click.option("--retain-s", default=30.0, help="How long rows are kept for a receiver whose link is lost.")
 @click.option("--self-test-s", default=1.0, help="How long the tower may be measured at the start.")
 @click.option("--inter-token-ms", default=INTER_TOKEN_MS, help=INTER_TOKEN_HELP, hidden=True)

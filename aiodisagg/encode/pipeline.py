@@ -225,8 +225,8 @@ class EncodePipeline:
         digest = entry.start.digest
         if isinstance(error, MediaError):
             # Whoever shares what somebody else misnamed has files of its own to send.
-            retryable = isinstance(error, Misnamed)
-            entry.end = EncodeStopped(digest, "invalid_media", str(error), retryable)
+            misnamed = isinstance(error, Misnamed)
+            entry.end = EncodeStopped(digest, "misnamed" if misnamed else "invalid_media", str(error), misnamed)
         else:
             logger.error("item %s: preparing failed", digest, exc_info=error)
             entry.end = EncodeStopped(digest, "prepare_failed", f"{type(error).__name__}: {error}", True)

@@ -89,9 +89,8 @@ class EncodePeers:
         self._by_address: dict[str, EncodePeer] = {}
         self._linked: dict[str, EncodePeer] = {}
         self._tasks = Tasks("links")
-        self._changed = asyncio.Condition()
+        self._changed, self._closed = asyncio.Condition(), False
         self._ended_bytes = [0, 0]
-        self._closed = False
         self._hoped = _now()
         """When there was a peer last, or somebody named one."""
         self._settled = 0.0
@@ -321,6 +320,8 @@ class EncodePeers:
 
     async def _use(self, peer: EncodePeer, link: Link) -> None:
         remote = link.remote
+        if remote.incarnation != peer.incarnation:
+            self._gone(peer)
         if said := remote.unfit_for(link.local, self._model):
             if said != peer.refused:  # once for each life of a process, not at every attempt
                 level = logging.ERROR if remote.model != self._model else logging.WARNING
@@ -331,7 +332,6 @@ class EncodePeers:
             return
         peer.refused, peer.useless = "", False
         if remote.incarnation != peer.incarnation:
-            self._gone(peer)
             known = self.by_incarnation(remote.incarnation)
             peer.book = PeerBook(self._costs(remote)) if known is None else known.book
             peer.incarnation, peer.name, peer.digests = remote.incarnation, remote.name, frozenset()

@@ -316,6 +316,7 @@ class Placing:
                 self.poison.died(incarnation)
             self.standings.told(incarnation, None)
             self.trials.gone(incarnation)
+            self._chosen.pop(incarnation, None)
             self._loads.pop(incarnation, None)
 
     def _heed(self, incarnation: str) -> None:

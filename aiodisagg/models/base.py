@@ -44,7 +44,7 @@ class ImagePart:
     """The encoded file (JPEG, PNG, WebP ...), as received. InvalidRequest is raised for anything else, as a path."""
 
     def __post_init__(self) -> None:
-        _check_file("ImagePart.data", self.data)
+        object.__setattr__(self, "data", _file("ImagePart.data", self.data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,16 @@ class VideoPart:
     """Frames per second; prompts carry the time of each frame pair."""
 
     def __post_init__(self) -> None:
-        for index, frame in enumerate(self.frames):
-            _check_file(f"VideoPart.frames[{index}]", frame)
+        frames = tuple(_file(f"VideoPart.frames[{index}]", frame) for index, frame in enumerate(self.frames))
+        object.__setattr__(self, "frames", frames)
 
 
-def _check_file(param: str, data: object) -> None:
+def _file(param: str, data: object) -> bytes:
+    """Other buffers are copied: nobody may change what a digest names."""
     if not isinstance(data, bytes | bytearray | memoryview):
         said = f"takes the bytes of an image file, such as Path(...).read_bytes(), not {type(data).__name__}"
         raise InvalidRequest(param, said)
+    return bytes(data)
 
 
 Part = TextPart | ImagePart | VideoPart

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,11 +302,17 @@ def _read_turns(image: Image.Image, data: bytes) -> None:
         if behind and animated and kind == b"fcTL":
             break  # where Pillow stops, too: behind the first frame
         if kind == b"eXIf":
-            found[b"exif"] = kind, at, length
+            says = b"exif"
         elif kind in _PNG_TEXTS:
-            keyword = data[at : at + min(length, 80)].split(b"\0", 1)[0]
-            if keyword in _PNG_TURNING_TEXTS:
-                found[keyword] = kind, at, length
+            says = data[at : at + min(length, 80)].split(b"\0", 1)[0]
+        else:
+            continue
+        if says not in _PNG_TURNING_TEXTS:
+            continue
+        end = at + length
+        if not behind and zlib.crc32(data[at - 4 : end]).to_bytes(4, "big") != data[end : end + 4]:
+            raise ValueError(f"broken PNG file: the checksum of {kind!r} is wrong")
+        found[says] = kind, at, length
     source = io.BytesIO(data)
     stream = PngStream(source)
     stream.im_info = image.info

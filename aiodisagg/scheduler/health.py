@@ -37,7 +37,7 @@ REMEMBERED = 4096
 
 ITEMS_FAULT = frozenset({"invalid_media", "wrong_shape", "too_large", "poison"})
 """Codes of refusals that any peer would give."""
-NO_FAULT = ITEMS_FAULT | {"draining", "cancelled"}
+NO_FAULT = ITEMS_FAULT | {"draining", "cancelled", "misnamed"}
 """Codes of refusals that say nothing against a peer."""
 
 

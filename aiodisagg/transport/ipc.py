@@ -188,7 +188,7 @@ class IpcTransport(Transport):
                 raise PeerGone(self.name, "something else answers there", peer=peer)
             mapped = await map_pool(fds[0], words.size_bytes, self._threads)
             self._check_open()
-            remote = IpcRemote(self.name, peer, sock, mapped, words.barred)
+            remote = IpcRemote(self.name, peer, sock, mapped, fds.pop(), words.barred)
             sock = None  # type: ignore[assignment]  # it is the remote's now
         except TimeoutError as error:
             raise PeerGone(self.name, f"no answer in {self._timeout_s:g} s", peer=peer) from error

@@ -17,7 +17,7 @@ import numpy as np
 
 from aiodisagg.errors import PeerGone, TransportClosed, WriteRefused
 from aiodisagg.transport import attach
-from aiodisagg.transport.arena import is_sealed, populate, want_huge_pages
+from aiodisagg.transport.arena import is_sealed, populate, unmap, want_huge_pages
 from aiodisagg.transport.attach import Bar, BarList, Barred, Goodbye
 from aiodisagg.transport.base import Remote, Slice
 from aiodisagg.transport.copying import Copying, CopyThreads, copy_into, settle
@@ -43,10 +43,13 @@ async def map_pool(fd: int, size_bytes: int, threads: CopyThreads) -> mmap.mmap:
 
 
 class IpcRemote(Remote):
-    """A mapped pool. Its socket ends with a goodbye, which is a promise: nothing is written through it any more."""
+    """A mapped pool. Its socket ends with a goodbye, which is a promise: nothing is written through it any more.
+
+    ``mapping`` and ``fd``, the file behind it, are its own from now on.
+    """
 
     def __init__(
-        self, transport: str, peer: str, sock: socket.socket, mapping: mmap.mmap, barred: Iterable[int]
+        self, transport: str, peer: str, sock: socket.socket, mapping: mmap.mmap, fd: int, barred: Iterable[int]
     ) -> None:
         self.peer, self.size_bytes = peer, len(mapping)
         self._bytes = memoryview(mapping)
@@ -55,7 +58,8 @@ class IpcRemote(Remote):
         self.gone = False
         self.closed = False
         self._transport = transport
-        self._mapping = mapping
+        self._mapping, self._fd = mapping, fd
+        self._unmapping: asyncio.Future[None] | None = None
         self._sock: socket.socket | None = sock
         self._barred = BarList(1 << 16)
         self._barred.add(barred)
@@ -120,7 +124,9 @@ class IpcRemote(Remote):
         """Waits for the copies, says goodbye after the last view, unmaps. Idempotent."""
         self.closed = True
         await settle(self._running)
-        self._say_goodbye()
+        self._end()
+        if self._unmapping is not None:
+            await asyncio.shield(self._unmapping)
 
     def _range(self, piece: Slice) -> memoryview:
         return self._bytes[piece.offset : piece.offset + piece.source.nbytes]
@@ -137,7 +143,7 @@ class IpcRemote(Remote):
             future.set_result(None)
         self._answer()
         if self.closed:
-            self._say_goodbye()
+            self._end()
 
     def _copy_ended(self, copying: Copying[Any]) -> None:
         self._running.discard(copying)
@@ -190,13 +196,12 @@ class IpcRemote(Remote):
             self._sock.close()
             self._sock = None
 
-    def _say_goodbye(self) -> None:
-        if self._views or self._running:
+    def _end(self) -> None:
+        if self._views or self._running or self._unmapping is not None:
             return
         if self._sock is not None:
             with contextlib.suppress(OSError):  # the receiver is gone; nobody needs the promise
                 self._sock.send(attach.encode(Goodbye()))
             self._close_socket()
         self._bytes.release()
-        with contextlib.suppress(BufferError):  # a failed copy's traceback still refers to a piece: goes with it
-            self._mapping.close()
+        self._unmapping = self._loop.run_in_executor(None, unmap, self._mapping, self._fd)

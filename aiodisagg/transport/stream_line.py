@@ -183,7 +183,7 @@ class Line:
                 self._stall = loop.call_later(left_s, self._look)
 
     def lose(self, error: TransportError) -> None:
-        """Ends the connection; the first reason stays. A write ends when the pump has let go of its source."""
+        """Ends the connection; the first reason stays. A write ends when the loop has let go of its source."""
         if self.gone is not None:
             return
         self.gone = error

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from typing import Any
 
 import pytest
+from aiohttp import web
 from http_fakes import ScriptedBackend
 
 from aiodisagg.api import HttpConfig
 from aiodisagg.api import server as api
+from aiodisagg.bootstrap import sending
 from aiodisagg.bootstrap import server as bootstrap
 from aiodisagg.bootstrap.registry import PeerRecord
 from aiodisagg.link.hello import PeerRole
@@ -41,6 +44,36 @@ async def test_a_connection_on_which_nobody_asks_ends(
         assert heard.startswith(b"HTTP/1.1 200" if said else b"")
         writer.close()
         await writer.wait_closed()
+
+
+async def test_nobody_may_leave_the_last_of_an_answer_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an answer of which less than 64 KiB did not fit into the kernel's buffers a write did not wait, and the
+    connection could not be closed before somebody read it."""
+    monkeypatch.setattr(peer, "STUCK_S", 0.05)
+    written = sending.wait_for_all
+
+    def into_small_buffers(request: web.Request) -> None:
+        assert request.transport is not None
+        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        written(request)
+
+    cut, taken = asyncio.Event(), sending.taken
+
+    async def watched(*what: Any) -> None:
+        try:
+            await taken(*what)
+        except asyncio.CancelledError:
+            cut.set()
+            raise
+
+    monkeypatch.setattr(sending, "wait_for_all", into_small_buffers)
+    monkeypatch.setattr(sending, "taken", watched)
+    async with peer.MetricsServer(lambda: "x" * 50_000, lambda: (True, "ok"), "127.0.0.1", 0) as server:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.wait_for(cut.wait(), 60)
 
 
 class Talkative(ScriptedBackend):

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from aiohttp import web
@@ -76,6 +76,8 @@ class FakeServer:
     metrics_text: Callable[[], str] = lambda: ""
     before: Callable[[dict[str, Any]], Any] | None = None
     """Awaited before each answer."""
+    said: ClassVar[str] = "near [/INST] [type=missing]"
+    """The message of its errors: to a terminal's markup, tags."""
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read())
@@ -85,7 +87,7 @@ class FakeServer:
             await self.before(body)
         steps = self.script(body)
         if isinstance(steps, int):
-            return web.json_response({"error": {"message": "no", "code": "no"}}, status=steps)
+            return web.json_response({"error": {"message": self.said, "code": "no"}}, status=steps)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for seconds, data in steps:

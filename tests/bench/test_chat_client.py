@@ -53,8 +53,8 @@ async def test_what_a_model_thinks_is_text_too() -> None:
 @pytest.mark.parametrize(
     ("script", "error", "said"),
     [
-        (429, "HTTP 429", "no"),
-        (503, "HTTP 503", "no"),
+        (429, "HTTP 429", FakeServer.said),
+        (503, "HTTP 503", FakeServer.said),
         ([(0.0, event("a"))], "cut off", ""),
         ([(0.0, event("a")), (0.0, b'{"error": {"message": "lost", "code": 500}}')], "error in the stream", "lost"),
         ([(0.0, b'{"error": "lost"}'), (0.0, DONE)], "error in the stream", "lost"),

@@ -32,7 +32,7 @@ async def test_the_exit_status_and_an_example_of_what_was_said(images: str, stat
         )  # fmt: skip
         out, err = await process.communicate()
     assert process.returncode == status, err.decode()
-    assert "HTTP 503, for example: no" in out.decode()
+    assert f"HTTP 503, for example: {FakeServer.said}" in out.decode()
     (run,) = json.loads(await asyncio.to_thread(report.read_bytes))["runs"]
-    assert run["all"]["examples"] == {"HTTP 503": "no"}
+    assert run["all"]["examples"] == {"HTTP 503": FakeServer.said}
     assert err.decode().endswith("Error: no request was answered\n") == bool(status)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.client_reqrep import ConnectionKey
 
 from aiodisagg.bootstrap.client import BootstrapClient
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
+from aiodisagg.errors import BootstrapError
 from aiodisagg.link.hello import PeerRole
 from tests.bootstrap.test_registry import record
 from tests.bootstrap.test_server_and_client import free_port, watching
@@ -102,3 +107,18 @@ async def test_another_server_at_its_address(log: Log) -> None:
     finally:
         await runner.cleanup()
     assert log.seen == [f"bootstrap {url}: it is no bootstrap server: it answers 404; trying again"]
+
+
+async def test_a_certificate_that_is_no_good_is_no_answer_of_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiohttp's error is a ValueError, too."""
+    key = ConnectionKey("there", 443, True, None, None, None, None)
+    error = aiohttp.ClientConnectorCertificateError(key, ssl.SSLCertVerificationError("certificate has expired"))
+
+    def refuse(*what: object, **how: object) -> object:
+        raise error
+
+    client = BootstrapClient("https://there", record("l", PeerRole.LANGUAGE))
+    monkeypatch.setattr(client, "_session", SimpleNamespace(request=refuse), raising=False)
+    with pytest.raises(BootstrapError, match="certificate has expired") as caught:
+        await client._call("PUT", "https://there", "", b"")
+    assert "no bootstrap server" not in str(caught.value)

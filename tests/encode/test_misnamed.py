@@ -89,7 +89,7 @@ async def test_nobody_gets_the_rows_of_other_files_under_the_digest_of_a_picture
         honest = await stack.enter_async_context(asking(tmp_path, service))
         liar.ask(named(OURS, b"%d" % THEIRS))
         failed = await liar.end()
-        assert isinstance(failed, Fail) and failed.code == "invalid_media"
+        assert isinstance(failed, Fail) and failed.code == "misnamed"
         honest.ask(named(OURS))
         assert await honest.end() == rows_of(OURS, ROWS)
 

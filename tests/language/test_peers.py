@@ -49,8 +49,11 @@ async def dialling(config: LinkConfig | None = None) -> AsyncIterator[tuple[Enco
 class Listener(LinkServer):
     """One address of a process. ``links``: that were accepted, each until it is closed."""
 
-    def __init__(self, incarnation: str, address: str = "unix:", config: LinkConfig | None = None) -> None:
-        hello = Hello.here(name="encode", incarnation=incarnation, role=PeerRole.ENCODE, model=MODEL)
+    def __init__(
+        self, incarnation: str, address: str = "unix:", config: LinkConfig | None = None, *, levels: int = 3
+    ) -> None:
+        model = synthetic_model(hidden_size=16, levels=levels)
+        hello = Hello.here(name="encode", incarnation=incarnation, role=PeerRole.ENCODE, model=model)
         super().__init__(address, lambda: hello, on_link=self._accepted, config=config)
         self.accepted: asyncio.Queue[Link] = asyncio.Queue()
 
@@ -119,6 +122,23 @@ async def test_a_peer_is_gone_when_nobody_listens_at_any_of_its_addresses() -> N
             await (await other.accepted.get()).wait_closed()
         assert [await events.get(), await events.get()] == [LinkLost("one"), LinkLost("one", gone=True)]
         assert peers.by_incarnation("one") is None
+
+
+async def test_the_end_of_a_peer_is_known_when_one_of_no_use_has_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what it died of would be carried to others, until membership says that it is gone."""
+    async with dialling() as (peers, events), Listener("one") as first, Listener("two", levels=2) as next_one:
+        leads_to = first.address
+
+        async def dial_there(address: str, *what: Any, **how: Any) -> Link:
+            return await dial(leads_to, *what, **how)
+
+        monkeypatch.setattr("aiodisagg.language.peers.dial", dial_there)
+        peers.add(first.address)
+        assert await events.get() == LinkUp("one")
+        leads_to = next_one.address
+        (await first.accepted.get()).abort()
+        assert [await events.get(), await events.get()] == [LinkLost("one"), LinkLost("one", gone=True)]
+        assert peers.linked == []
 
 
 async def test_two_addresses_dialled_at_once_give_one_link_that_is_not_cut(tmp_path: Path) -> None:

@@ -56,3 +56,14 @@ def test_exif_in_thousands_of_pieces_is_refused() -> None:
     assert header_size(data[:2] + 10 * one + data[2:], "image") == (50, 60)
     with pytest.raises(MediaError, match=r"image: .*EXIF is in more than"):
         header_size(data[:2] + 1000 * one + data[2:], "image")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_turn_with_a_wrong_checksum_is_refused(source: str) -> None:
+    """As every chunk before the pixels: one bit of it turns a picture that was never turned."""
+    turn = SOURCES[source](6)
+    broken = turn[:-1] + bytes([turn[-1] ^ 1])
+    assert header_size(picture(before=turn), "image") == (160, 64)
+    for read in (header_size, decode_rgb):
+        with pytest.raises(MediaError, match="checksum"):
+            read(picture(before=broken), "image")

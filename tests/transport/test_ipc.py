@@ -6,16 +6,18 @@ import asyncio
 import itertools
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from aiodisagg import strangers
 from aiodisagg.errors import PeerGone, TransportClosed, TransportUnavailable, WriteRefused
-from aiodisagg.transport import attach
+from aiodisagg.transport import attach, mapping
 from aiodisagg.transport import ipc as module
 from aiodisagg.transport.arena import Arena, is_sealed
 from aiodisagg.transport.description import pack, unpack
@@ -102,6 +104,36 @@ async def test_the_goodbye_waits_for_the_last_view(no_leaks: None) -> None:
         assert receiver.holds(b"y" * 100, 0)
         del view
         await asyncio.wait_for(revoke, 60)
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+async def test_a_pool_is_unmapped_beside_the_loop(
+    viewed: bool, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    """A gigabyte took 0.1 to 0.3 s, in which a writer's loop did nothing for its other peers."""
+    threads, begun, go, ended = list[int](), threading.Event(), threading.Event(), threading.Event()
+    unmap = mapping.unmap
+
+    def slowly(*what: Any) -> None:
+        threads.append(threading.get_ident())
+        begun.set()
+        assert go.wait(60)
+        unmap(*what)
+        ended.set()
+
+    monkeypatch.setattr(mapping, "unmap", slowly)
+    async with pair() as (receiver, writer, remote, _):
+        mapped = len(pool_mappings())
+        view = remote.view(0, 100, receiver.lender.lend(0, 100)) if viewed else None
+        leaving = asyncio.ensure_future(writer.disconnect(remote))
+        if viewed:
+            await leaving  # which does not wait for views
+            del view
+        assert await asyncio.to_thread(begun.wait, 60)
+        assert leaving.done() == viewed and threads != [threading.get_ident()]
+        go.set()
+        await leaving
+        assert await asyncio.to_thread(ended.wait, 60) and len(pool_mappings()) == mapped - 1
 
 
 async def test_a_writer_that_leaves_without_a_goodbye_is_not_trusted(no_leaks: None) -> None:
