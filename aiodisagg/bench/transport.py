@@ -7,6 +7,7 @@ changing order, so that what else the machine does hits all of them; ratios are 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import platform
 import statistics
@@ -167,6 +168,7 @@ async def _measure(
     for name in paths.transports:
         turns += [(name, paths.limits[name], True), (name, paths.transports[name], False)]
     runs: dict[tuple[str, bool], list[float]] = {}
+    gc.collect()  # a source of an earlier section that went in the middle would hold the loop for 0.1 s
     watch = LoopWatch()
     try:
         for turn in range(options.runs):
