@@ -12,6 +12,20 @@ class AiodisaggError(Exception):
     """Base of all errors of this package."""
 
 
+def own_error(group: ExceptionGroup[Exception]) -> Exception:
+    """The first error of this package in a group of nothing else; else the group.
+
+    For ``raise own_error(group) from None``: what is raised in ``except*`` is wrapped once more by Python before 3.11.4.
+    """
+    mine, others = group.split(AiodisaggError)
+    if mine is None or others is not None:
+        return group
+    first: Exception = mine
+    while isinstance(first, ExceptionGroup):
+        first = first.exceptions[0]
+    return first
+
+
 class ConfigError(AiodisaggError):
     """A setting is missing or out of range. ``key`` names it as the user wrote it."""
 

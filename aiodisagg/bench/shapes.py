@@ -17,7 +17,7 @@ from typing import Literal
 import aiohttp
 
 from aiodisagg.demo.cluster import Cluster, Member
-from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.errors import ConfigError, own_error
 
 On = Literal["cores", "gpus"]
 READY_S = 60.0
@@ -124,8 +124,8 @@ async def started(shape: str, setting: Setting) -> AsyncIterator[tuple[str, ...]
                 async with asyncio.TaskGroup() as group:
                     for part in wave:
                         group.create_task(start(part))
-            except* AiodisaggError as errors:
-                raise errors.exceptions[0] from None
+            except ExceptionGroup as failed:
+                raise own_error(failed) from None
         if meeting is not None:
             await meeting.complete(sum(part.meets for part in parts))
         urls = tuple(facts["url"] for part in parts if "url" in (facts := members[part.name].facts))

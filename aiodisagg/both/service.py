@@ -13,7 +13,7 @@ from aiodisagg.encode.device import DeviceGate
 from aiodisagg.encode.gate import InlineGate, SlackGate
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.engine.types import Delta, SamplingParams
-from aiodisagg.errors import PeerBroken
+from aiodisagg.errors import own_error
 from aiodisagg.language.admission import DEFAULT_TENANT
 from aiodisagg.language.membership import LocalEncoder
 from aiodisagg.language.service import LanguageService
@@ -159,8 +159,8 @@ class BothService(EnteredOnce):
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.language.serve())
                 group.create_task(self.encode.serve())
-        except* PeerBroken as broken:
-            raise broken.exceptions[0] from None
+        except ExceptionGroup as failed:
+            raise own_error(failed) from None
 
 
 def _number(device: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aiodisagg.cli.process import PORT, Announce, begin, begin_loading, fail, run, until
-from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.errors import AiodisaggError, ConfigError, own_error
 from aiodisagg.link.address import check_bind
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ async def _serve_separate(
                     facts["tower_url"] = tower["url"]
                 await front.serve(service, facts, stop)
                 watch.cancel()
-        except* AiodisaggError as errors:
-            raise errors.exceptions[0] from None
+        except ExceptionGroup as failed:
+            raise own_error(failed) from None
         steps.close()
         await cluster.members.pop("tower").process.wait()  # it finishes what other peers asked it for
 

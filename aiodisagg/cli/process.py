@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol
 
 import click
 
-from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.errors import AiodisaggError, ConfigError, own_error
 from aiodisagg.link import address
 from aiodisagg.peer.garbage import settle
 from aiodisagg.scheduler.order import Order
@@ -144,8 +144,8 @@ async def until(stop: asyncio.Event, service: Serving) -> None:
             serving = group.create_task(service.serve())
             await stop.wait()
             serving.cancel()
-    except* AiodisaggError as errors:
-        raise errors.exceptions[0] from None
+    except ExceptionGroup as failed:
+        raise own_error(failed) from None
 
 
 def not_empty(variable: str, value: str | None) -> str | None:

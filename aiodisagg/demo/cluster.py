@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.errors import AiodisaggError, own_error
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +189,6 @@ async def start_system(
     try:
         async with asyncio.TaskGroup() as group:  # one that fails ends the starting of the others
             starts = [group.create_task(cluster.start(*command)) for command in commands]
-    except* AiodisaggError as errors:
-        raise errors.exceptions[0] from None
+    except ExceptionGroup as failed:
+        raise own_error(failed) from None
     return starts[-1].result().facts["url"]
