@@ -15,7 +15,7 @@ class AiodisaggError(Exception):
 def own_error(group: ExceptionGroup[Exception]) -> Exception:
     """The first error of this package in a group of nothing else; else the group.
 
-    For ``raise own_error(group) from None``: what is raised in ``except*`` is wrapped once more by Python before 3.11.4.
+    For ``raise own_error(group) from None``: what is raised in ``except*`` is wrapped again by Python before 3.11.4.
     """
     mine, others = group.split(AiodisaggError)
     if mine is None or others is not None:

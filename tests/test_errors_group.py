@@ -1,4 +1,4 @@
-"""One error of this package out of what a TaskGroup raises, on every Python: ``except*`` wraps it again before 3.11.4."""
+"""One error of this package out of what a TaskGroup raises, on every Python: ``except*`` wraps it before 3.11.4."""
 
 from __future__ import annotations
 

@@ -197,7 +197,8 @@ class IpcRemote(Remote):
             self._sock = None
 
     def _end(self) -> None:
-        if self._views or self._running or self._unmapping is not None:
+        under_way = any(not copying.done.done() for copying in self._running)  # the loop may still owe some their end
+        if self._views or under_way or self._unmapping is not None:
             return
         if self._sock is not None:
             with contextlib.suppress(OSError):  # the receiver is gone; nobody needs the promise

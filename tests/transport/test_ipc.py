@@ -342,3 +342,17 @@ async def test_silent_processes_make_room_for_each_other_and_for_writers(
         await writer.write(late, [receiver.slice(b"late", 0)])
         await writer.write(remote, [receiver.slice(b"fine", 4)])
         assert receiver.holds(b"latefine", 0)
+
+
+async def test_a_copy_of_whose_end_the_loop_has_not_heard_keeps_no_mapping(no_leaks: None) -> None:
+    """Neither goodbye nor unmapping came then, and both sides kept what they held."""
+    async with pair() as (receiver, writer, remote, name):
+        mapped = len(pool_mappings())
+        lease = receiver.lender.lend(0, 1 << 20)
+        copying = writer._threads.start(iter(()), remote.place, (lease,))
+        remote.track(copying)
+        await asyncio.wait([copying.done])
+        remote._running.add(copying)  # as if its callbacks were still to come
+        await asyncio.wait_for(writer.disconnect(remote), 60)
+        assert len(pool_mappings()) == mapped - 1
+        await asyncio.wait_for(receiver.transport.revoke(name, [lease]), 60)
