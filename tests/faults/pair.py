@@ -33,26 +33,29 @@ def rows_of(seed: int, rows: int) -> bytes:
 
 
 class Scissors:
-    """Cuts the link of the k-th message of either side: instead of it, or right after it was handled."""
+    """Cuts the link of the k-th message of either side: instead of it, or right after it was handled.
+
+    ``said``: messages since ``arm``, by their type.
+    """
 
     def __init__(self, monkeypatch: Any, *, delivered: bool) -> None:
-        self.messages, self.at = 0, -1
+        self.said, self.at = Counter[type](), -1
         send_nowait, send, deliver = Link.send_nowait, Link.send, Link.deliver
 
         def send_or_cut(link: Link, message: Message) -> None:
-            if not delivered and self._now():
+            if not delivered and self._now(message):
                 link.abort()
             send_nowait(link, message)
 
         async def wait_or_cut(link: Link, message: Message) -> None:
-            if not delivered and self._now():
+            if not delivered and self._now(message):
                 link.abort()
             await send(link, message)
 
         async def deliver_and_cut(link: Link, handle: Callable[[Message], None]) -> None:
             def handle_and_cut(message: Message) -> None:
                 handle(message)
-                if delivered and self._now():
+                if delivered and self._now(message):
                     link.abort()
 
             await deliver(link, handle_and_cut)
@@ -61,16 +64,16 @@ class Scissors:
         monkeypatch.setattr(Link, "send", wait_or_cut)
         monkeypatch.setattr(Link, "deliver", deliver_and_cut)
 
-    def _now(self) -> bool:
-        self.messages += 1
-        return self.messages == self.at
+    def _now(self, message: Message) -> bool:
+        self.said[type(message)] += 1
+        return self.said.total() == self.at
 
     def arm(self, at: int) -> None:
-        self.messages, self.at = 0, at
+        self.said, self.at = Counter[type](), at
 
     @property
     def cut(self) -> bool:
-        return 0 < self.at <= self.messages
+        return 0 < self.at <= self.said.total()
 
 
 class Pair:
