@@ -51,7 +51,7 @@ async def test_cut_at_every_message(
             made.written.clear()
             if not scissors.cut:
                 break
-        # The last one ran to its end undisturbed. How many grants and stages are said depends on time; the rest does not.
+        # The last one ran to its end undisturbed. How many grants and stages are said depends on time; not the rest.
         assert not again.total() and k > scissors.said.total()
         assert scissors.said[Commit] == sum(-(-rows // BLOCK_ROWS) for rows in SIZES)
         assert all(scissors.said[word] >= len(SIZES) for word in (Want, Offer, Grant, Release))
