@@ -63,6 +63,25 @@ def test_what_goes_along_ends_in_the_same_step_if_it_is_near() -> None:
     assert ranges(s.plan_step(0.0)) == [("a", 0, 16), ("b", 0, 18)], "and nobody behind it"
 
 
+def test_prompts_that_go_along_leave_a_step_the_size_of_a_graph() -> None:
+    """Two at once in a step that is launched took longer than one after the other, and held up all answers."""
+    s = make(num_pages=64, token_budget=64)
+    s.replayed = 32
+    for name, tokens in (("a", 18), ("b", 18), ("c", 60)):
+        s.add(name, tokens, 8, front=tokens)
+    assert ranges(run(s)) == [("a", 0, 18)]
+    assert ranges(run(s)) == [("a", 18, 19), ("b", 0, 18), ("c", 0, 13)], "c takes several steps in any case"
+    assert ranges(run(s)) == [("a", 19, 20), ("b", 18, 19), ("c", 13, 60)], "who is first has all of the budget"
+
+
+def test_a_prompt_of_several_steps_fills_a_graph_behind_another() -> None:
+    s = make(num_pages=64, token_budget=64, order=Order.FIRST_COME)
+    s.replayed = 32
+    for name, tokens in (("a", 10), ("b", 60)):
+        s.add(name, tokens, 1, front=tokens)
+    assert ranges(run(s)) == [("a", 0, 10), ("b", 0, 22)]
+
+
 def test_prefill_stops_at_the_first_missing_row_and_goes_on_when_it_comes() -> None:
     s = make()
     s.add("a", 12, 1, front=5)
