@@ -30,8 +30,7 @@ the step that reaches it samples the next token. A decode is the case in which o
   cannot starve a long one, as that one is due in the end. A prompt that is over what a step has room for, for
   whatever reason, by an eighth of that at most is computed to its end: a further step would cost more than that.
 * On an accelerator steps up to a size are graphs, and larger ones are launched, which takes longer by more than a
-  further step would. So prompts that go along behind another do not make a step larger than a graph, and one that fits
-  whole into the next step is not cut for it.
+  further step would. So prompts that go along behind another do not make a step larger than a graph.
 * Beside decodes the budget is what :class:`~aiodisagg.engine.pace.Pace` allows, so a burst of prompts does not stop
   running streams; without decodes nobody waits for a token and a step is as large as it may be.
 * A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has
@@ -344,14 +343,14 @@ class Scheduler:
         segments: list[Segment] = []
         room = budget
         for request in sorted(prefills, key=lambda r: self._rank(r, now)):
+            most = most_tokens(room)
             if segments and self.replayed:
-                room = min(room, self.replayed - len(decodes) - sum(segment.tokens for segment in segments))
-                if request.complete and room < request.missing <= self.replayed - len(decodes):
-                    break
+                left = self.replayed - len(decodes) - sum(segment.tokens for segment in segments)
+                room, most = min(room, left), min(most, left)
             if room < 1 or not request.ready:
                 break
             tokens = min(request.ready, room)
-            if request.complete and request.missing <= most_tokens(room):
+            if request.complete and request.missing <= most:
                 tokens = request.missing
             stop = request.computed + tokens
             segments.append(Segment(request.request_id, request.computed, stop, samples=stop == request.total))
