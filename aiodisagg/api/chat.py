@@ -10,6 +10,7 @@ comments, which clients skip, and failures are an event in the stream, which the
 from __future__ import annotations
 
 import asyncio
+import codecs
 import itertools
 import logging
 import time
@@ -136,6 +137,8 @@ class ChatHandler:
             raise Refused(408, f"the body did not arrive within {timeout_s:g} s", code="request_timeout") from error
         except web.RequestPayloadError as error:
             raise Refused(400, "the body is broken off or badly framed", code="invalid_body") from error
+        if body.startswith(codecs.BOM_UTF8):  # of PowerShell; JSON's readers may skip it (RFC 8259, 8.1)
+            body[: len(codecs.BOM_UTF8)] = b" " * len(codecs.BOM_UTF8)
         return body
 
     async def _parse(self, body: bytearray, tenant: Tenant) -> ChatRequest:
