@@ -41,6 +41,8 @@ def _notes(report: ServeReport) -> list[str]:
     found = [f"{kind}, for example: {said}" for kind, said in sorted(examples.items())]
     if not report.unloaded:
         found.append("No goodput: no request was answered alone, so there is nothing to compare with (--probes).")
+    if any(run.all.completed and not run.all.prompt_tokens for run in report.runs):
+        found.append("The server counts no tokens: a word is taken for one in a prompt, and a piece in an answer.")
     blind = [name for name, alone in report.unloaded.items() if not alone.tpot_ms and _streams(report, name)]
     if blind:
         found.append(f"Goodput of {', '.join(blind)} is by TTFT only: no answer alone had a second token.")

@@ -78,6 +78,12 @@ def test_errors_are_said_to_be_in_no_latency(tmp_path: Path) -> None:
     assert sum("1 of 2" in line for line in lines[title:]) == 1, "of the second run"
 
 
+def test_tokens_that_are_pieces_are_not_shown_as_tokens(tmp_path: Path) -> None:
+    assert "counts no tokens" not in text_of(serve_tables(REPORT), tmp_path / "out")
+    uncounted = msgspec.structs.replace(REPORT, runs=[run_of("2/s", replace(OUTCOME, prompt_tokens=0))])
+    assert "The server counts no tokens" in text_of(serve_tables(uncounted), tmp_path / "out")
+
+
 def test_what_goodput_could_not_look_at_is_said(tmp_path: Path) -> None:
     def said(unloaded: dict[str, Unloaded], *outcomes: Outcome) -> str:
         groups = {name: summarize(own, unloaded, (2.0,)) for name, own in by_group(outcomes).items()}
