@@ -13,7 +13,6 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import psutil
@@ -172,13 +171,3 @@ async def _memory(options: ResumeOptions, cluster: Cluster, block_rows: int, poo
         found.append(Memory("fixed buffers", many, 100_000, many * 100_000 * row_bytes, None, None, None))
         found.append(Memory("blocks", many, 100_000, options.pool_mib * MiB, None, None, None))
     return found
-
-
-def write(report: ResumeReport, json_file: Path | None, plot_file: Path | None) -> None:
-    """Writes what was asked for. Raises ImportError without matplotlib if a plot is."""
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    if plot_file is not None:
-        from aiodisagg.bench.plot import plot_resume
-
-        plot_resume(report, plot_file)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
-from pathlib import Path
 
 import msgspec
 
@@ -266,7 +265,3 @@ class Bench:
         with watch_client() as cost:
             outcomes = await load.run(list(zip(requests, bodies, strict=True)), arrivals)
         return outcomes, cost
-
-
-def write_report(report: ServeReport, file: Path) -> None:
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")

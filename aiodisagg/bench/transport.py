@@ -23,6 +23,7 @@ from aiodisagg.bench.network import CONGESTION, NetworkUnavailable
 from aiodisagg.bench.partner import Ask, Partner
 from aiodisagg.bench.paths import LIMITS, MiB, Path, Paths
 from aiodisagg.bench.watch import QUIET, Held, LoopWatch
+from aiodisagg.errors import ConfigError
 from aiodisagg.transport import past_caches
 
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -209,11 +210,9 @@ async def _note(loops: dict[str, Loop], name: str, paths: Paths, watch: LoopWatc
     loops[name] = Loop(name, before.writer.worse(writer), before.receiver.worse(receiver))
 
 
-def write(report: TransportReport, json_file: File | None, plot_file: File | None) -> None:
-    """Writes what was asked for. Raises ImportError without matplotlib if a plot is."""
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    if plot_file is not None:
-        from aiodisagg.bench.plot import plot_transport
-
-        plot_transport(report, plot_file)
+def read_report(file: File) -> TransportReport:
+    """What ``--json`` wrote. Raises ConfigError."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=TransportReport)
+    except msgspec.MsgspecError as error:
+        raise ConfigError("read", f"{file} is no report of bench transport: {error}") from error

@@ -11,7 +11,8 @@ from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.workload import Tenant
 from aiodisagg.cli import main
-from aiodisagg.cli.bench_serve import mix_of, progress
+from aiodisagg.cli.bench_serve import mix_of
+from aiodisagg.cli.measuring import progress
 
 SERVE = ("serve", "--url", "http://127.0.0.1:9")
 
