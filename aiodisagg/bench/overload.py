@@ -27,6 +27,7 @@ import msgspec
 from rich.table import Table
 
 from aiodisagg.bench.serve_metrics import percentile
+from aiodisagg.bench.view import table
 from aiodisagg.scheduler.admission import (
     AdmissionConfig,
     AdmissionQueue,
@@ -322,16 +323,16 @@ def bench_overload(loads: Sequence[float], count: int, seed: int, max_wait_s: fl
 def overload_table(report: OverloadReport) -> Table:
     """For a terminal."""
     title = f"Capacity {report.capacity:.2f} requests/s; first tokens wanted within {report.slo_s:.2f} s"
-    found = Table(title=title, title_justify="left")
-    for column in ("load", "", "in time/s", "with images", "tokens/s", "served", "shed"):
-        found.add_column(column, justify="right")
-    for column in ("text p50", "p99", "image p50", "p99", "longest in line", "prediction off by"):
-        found.add_column(column, justify="right")
+    columns = (
+        "load", "", "in time/s", "with images", "tokens/s", "served", "shed", "text p50", "p99", "image p50", "p99",
+        "longest in line", "prediction off by",
+    )  # fmt: skip
+    rows = []
     for one in report.measured:
         times = (one.text_p50_s, one.text_p99_s, one.image_p50_s, one.image_p99_s, one.image_longest_wait_s)
-        found.add_row(
+        rows.append((
             f"{one.load:g}", one.policy, f"{one.goodput:.2f}", f"{one.goodput_images:.2f}",
             f"{one.goodput_tokens:,.0f}", f"{one.served}/{one.requests}", str(sum(one.shed.values())),
             *("-" if math.isnan(seconds) else f"{seconds:.2f} s" for seconds in (*times, one.error_s)),
-        )  # fmt: skip
-    return found
+        ))  # fmt: skip
+    return table(title, columns, rows)

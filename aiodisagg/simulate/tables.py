@@ -1,10 +1,8 @@
-"""What simulations say, as tables for a terminal and for documents."""
+"""What simulations say, as columns and rows of tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from rich.table import Table
 
 from aiodisagg.simulate.compare import Compared
 from aiodisagg.simulate.plan import Answer, Plan
@@ -12,20 +10,6 @@ from aiodisagg.simulate.record import Report, Spread
 from aiodisagg.simulate.studies import Rung
 
 Row = tuple[str, ...]
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
-    found = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        found.add_column(column, justify="right" if i else "left")
-    for row in rows:
-        found.add_row(*row)
-    return found
 
 
 RUN_COLUMNS = (
@@ -72,17 +56,8 @@ def ladder_rows(rungs: Sequence[Rung]) -> list[Row]:
 
 
 PLAN_COLUMNS = (
-    "kind",
-    "devices",
-    "encode : language",
-    "within SLO",
-    "TTFT mean",
-    "p99",
-    "ITL p99",
-    "busy",
-    "sure",
-    "why",
-)
+    "kind", "devices", "encode : language", "within SLO", "TTFT mean", "p99", "ITL p99", "busy", "sure", "why",
+)  # fmt: skip
 
 
 def plan_rows(plan: Plan) -> list[Row]:
@@ -103,17 +78,8 @@ def _plan_row(answer: Answer) -> Row:
 
 
 COMPARE_COLUMNS = (
-    "shape",
-    "mix",
-    "load",
-    "req/s",
-    "mean measured",
-    "predicted",
-    "ratio",
-    "p99 measured",
-    "predicted",
-    "ratio",
-)
+    "shape", "mix", "load", "req/s", "mean measured", "predicted", "ratio", "p99 measured", "predicted", "ratio",
+)  # fmt: skip
 
 
 def compare_rows(cells: Sequence[Compared]) -> list[Row]:
