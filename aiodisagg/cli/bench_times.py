@@ -55,12 +55,11 @@ def _measure(
     model: Path | None, folder: Path, size: str, device: str, beside: tuple[int, ...], quick: bool, json_file: Path,
     again: bool,
 ) -> None:  # fmt: skip
-    import msgspec
     import torch
 
     from aiodisagg.bench.times import TimesOptions, measure_times
     from aiodisagg.models.synthetic import build_synthetic
-    from aiodisagg.simulate.times import Costs, ServiceTimes
+    from aiodisagg.simulate.times import Costs
 
     threads = torch.get_num_threads()
     try:
@@ -78,8 +77,7 @@ def _measure(
                 measure_times(options)
             return
         with _busy(beside, model):
-            found = measure_times(options.quick() if quick else options, say)
-        times = msgspec.convert(msgspec.to_builtins(found), ServiceTimes)
+            times = measure_times(options.quick() if quick else options, say)
         Costs(times)  # checks them
     finally:
         torch.set_num_threads(threads)
