@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,12 @@ import click
 from click.core import ParameterSource
 
 from aiodisagg.cli.measuring import plot_option, say, show, write_json
-from aiodisagg.cli.process import FILE, NEW_FILE, order_option
+from aiodisagg.cli.process import FILE, NEW_FILE, Command, order_option
 from aiodisagg.errors import ConfigError
 
 if TYPE_CHECKING:
     from aiodisagg.bench.workload import Mix
     from aiodisagg.scheduler.order import Order
-
-Command = Callable[..., None]
 
 
 def workload_options(command: Command) -> Command:

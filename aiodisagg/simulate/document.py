@@ -13,8 +13,7 @@ from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.view import markdown
 from aiodisagg.errors import ConfigError
 from aiodisagg.simulate import studies
-from aiodisagg.simulate.runs import Offered, work
-from aiodisagg.simulate.studies import Say
+from aiodisagg.simulate.runs import Offered, Say, work
 from aiodisagg.simulate.tables import LADDER_COLUMNS, ladder_rows
 from aiodisagg.simulate.times import read_times
 
