@@ -87,17 +87,13 @@ class ControlReport(msgspec.Struct, frozen=True):
         few, many = (choose(self.measured, key=lambda one: one.peers) for choose in (min, max))
         if few.peers == many.peers:
             return ""
-        receiver, encoders = (
-            (after - before, (after - before) / (many.peers - few.peers))
-            for before, after in (
-                (few.receiver_cpu_us, many.receiver_cpu_us),
-                (few.encoders_cpu_us, many.encoders_cpu_us),
-            )
-        )
+        peers = many.peers - few.peers
+        receiver_us = many.receiver_cpu_us - few.receiver_cpu_us
+        encoders_us = many.encoders_cpu_us - few.encoders_cpu_us
         return (
             f"from {few.peers} to {many.peers} encode peers: {many.requests_per_s / few.requests_per_s:.2f} times the "
-            f"requests/s; CPU of a request {receiver[0]:+.0f} us at the receiver ({receiver[1]:+.1f} us a peer), "
-            f"{encoders[0]:+.0f} us at the encoders ({encoders[1]:+.1f} us a peer)"
+            f"requests/s; CPU of a request {receiver_us:+.0f} us at the receiver ({receiver_us / peers:+.1f} us a "
+            f"peer), {encoders_us:+.0f} us at the encoders ({encoders_us / peers:+.1f} us a peer)"
         )
 
 

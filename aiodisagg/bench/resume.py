@@ -19,9 +19,9 @@ import psutil
 
 from aiodisagg.bench.transfer import Timed, Transfers, transfers
 from aiodisagg.demo.cluster import Cluster
+from aiodisagg.peer.config import MiB
 from aiodisagg.transport.arena import POOL_NAME
 
-MiB = 1 << 20
 INTERRUPTED = (20_000, 50_000, 100_000)
 SIZES = (1_024, 4_096, 16_384, 32_768, 65_536)
 CUTS = (1, 2, 5)

@@ -9,8 +9,7 @@ from aiodisagg.bench import view
 from aiodisagg.bench.exchange import BARE_TCP, BARE_UNIX, HAND_OFF, TCP, UNIX
 from aiodisagg.bench.transport import Moved, TransportReport
 from aiodisagg.bench.view import size
-
-MiB = 1 << 20
+from aiodisagg.peer.config import MiB
 
 
 def markdown(report: TransportReport) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +19,6 @@ if TYPE_CHECKING:
 
 
 MIX_KEYS = ("mix", "images", "sizes", "tokens", "text", "output", "reuse", "pool", "tenants")
-
-
-def mix_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What a workload is made of."""
-    for option in (
-        click.option("--tenants", help="Who asks, by share and priority (lower goes first): big:3,urgent:1:-1."),
-        click.option("--pool", type=int, help="Pictures that requests share; what the mix has if left out."),
-        click.option("--reuse", type=float, help="Chance that a picture is one of the pool; as the mix if left out."),
-        click.option("--output", help="Tokens of answers, as --images."),
-        click.option("--text", help="Text tokens of prompts, as --images."),
-        click.option("--tokens", help="Visual tokens of a picture, as --images; instead of --sizes."),
-        click.option("--sizes", help="Pictures in pixels, each equally likely: 1280x720,1920x1080."),
-        click.option("--images", help="Pictures of a request: 4, 1-8, 1,2,4 or, weighted, 0:0.5,1-8:0.5."),
-        click.option("--mix", default="images-1-8", help="images-1-8, mixed, servegen, reuse, documents or text."),
-    ):
-        command = option(command)
-    return command
 
 
 def mix_of(
@@ -71,7 +53,15 @@ def mix_of(
 @click.option("--model", default="", help="As the server calls it; its first one if left out.")
 @click.option("--api-key", envvar=KEY_VARIABLE, show_envvar=True)
 @click.option("--balance", type=click.Choice(["least-outstanding", "round-robin"]), default="least-outstanding")
-@mix_options
+@click.option("--mix", default="images-1-8", help="images-1-8, mixed, servegen, reuse, documents or text.")
+@click.option("--images", help="Pictures of a request: 4, 1-8, 1,2,4 or, weighted, 0:0.5,1-8:0.5.")
+@click.option("--sizes", help="Pictures in pixels, each equally likely: 1280x720,1920x1080.")
+@click.option("--tokens", help="Visual tokens of a picture, as --images; instead of --sizes.")
+@click.option("--text", help="Text tokens of prompts, as --images.")
+@click.option("--output", help="Tokens of answers, as --images.")
+@click.option("--reuse", type=float, help="Chance that a picture is one of the pool; as the mix if left out.")
+@click.option("--pool", type=int, help="Pictures that requests share; what the mix has if left out.")
+@click.option("--tenants", help="Who asks, by share and priority (lower goes first): big:3,urgent:1:-1.")
 @click.option("--trace", type=FILE, help="Replay a file of requests instead of a mix.")
 @click.option("--save-trace", type=NEW_FILE, help="Write the first run's requests as such a file.")
 @click.option("--rates", callback=NUMBERS, help="Open loop: requests per second of each run, as 1,2,4.")

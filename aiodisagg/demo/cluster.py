@@ -75,7 +75,7 @@ class Cluster:
 
     async def start(
         self, name: str, *arguments: str, prefix: Sequence[str] = (), pass_fds: Sequence[int] = ()
-    ) -> Member:  # fmt: skip
+    ) -> Member:
         """Runs ``aiodisagg ARGUMENTS`` and waits until it is ready, for as long as it loads. Raises ProcessEnded if it
         ends before.
 
@@ -116,12 +116,9 @@ class Cluster:
         finally:
             pipe.close()
         if not said:
-            raise await self._why(name, process)
+            raise ProcessEnded(name, *await process.wait())
         facts: Mapping[str, str] = json.loads(said)
         return facts
-
-    async def _why(self, name: str, process: _Process) -> ProcessEnded:
-        return ProcessEnded(name, *await process.wait())
 
     async def watch(self) -> None:
         """Raises ProcessEnded as soon as a member ends; returns never. Members removed on purpose do not count."""
@@ -135,7 +132,7 @@ class Cluster:
             for wait in done:
                 member = waits[wait]
                 if self.members.get(member.name) is member:
-                    raise await self._why(member.name, member.process)
+                    raise ProcessEnded(member.name, *await member.process.wait())
 
     def kill(self, name: str) -> Member:
         """kill -9. The member is expected to be gone from then on."""

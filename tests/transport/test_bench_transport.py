@@ -14,11 +14,12 @@ from click.testing import CliRunner
 
 from aiodisagg.bench import transport
 from aiodisagg.bench.partner import Done, Hog, Partner
-from aiodisagg.bench.paths import LIMITS, MiB, Paths, WrongBytes
+from aiodisagg.bench.paths import LIMITS, Paths, WrongBytes
 from aiodisagg.bench.transport import Moved, TransportReport
 from aiodisagg.bench.transport_tables import bars, markdown
 from aiodisagg.bench.watch import Held, LoopWatch
 from aiodisagg.cli import main
+from aiodisagg.peer.config import MiB
 from tests.conftest import LOOPS
 
 loops = pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)
