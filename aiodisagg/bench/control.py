@@ -144,7 +144,7 @@ async def _with(peers: int, options: ControlOptions) -> Controlled:
                 receiver.peers.add(address)
             await _linked(receiver, len(addresses))
             await caller.closed(options.requests // 10, options.concurrency)
-            process = psutil.Process(source.process.process.pid)
+            process = psutil.Process(source.process.pid)
             own_cpu, other_cpu, began = time.process_time(), _cpu(process), time.perf_counter()
             full = await caller.closed(options.requests, options.concurrency)
             seconds = time.perf_counter() - began
