@@ -102,13 +102,12 @@ def _simulate(
 ) -> None:  # fmt: skip
     import msgspec
 
-    from aiodisagg.bench.view import table
     from aiodisagg.bench.workload import read_trace
     from aiodisagg.simulate.doors import Doors, Line
     from aiodisagg.simulate.plot import plot_runs
     from aiodisagg.simulate.runs import Offered, burst, run, work
     from aiodisagg.simulate.systems import named_system
-    from aiodisagg.simulate.tables import RUN_COLUMNS, run_rows
+    from aiodisagg.simulate.tables import run_table
     from aiodisagg.simulate.times import read_times
 
     hardware = read_times(times)
@@ -129,8 +128,7 @@ def _simulate(
         for workload in workloads:
             found.append(run(system, hardware, workload, seed=seed, slo=slo_of(slo), protocol=protocol))
     spent_s = time.perf_counter() - began
-    title = f"{devices} devices, {hardware.name}, SLO {slo}; milliseconds"
-    show(table(title, RUN_COLUMNS, run_rows(found), left=1), 200)
+    show(run_table(f"{devices} devices, {hardware.name}, SLO {slo}; milliseconds", found), 200)
     say(
         f"{sum(one.requests for one in found):,} requests, {sum(one.events for one in found):,} events, {spent_s:.1f} s"
     )
@@ -154,14 +152,13 @@ def _refuse(context: click.Context, key: str, why: str, others: Container[str | 
 def _compare(measured: Path, *, times: str, small: bool, json_file: Path | None, **_: Any) -> None:
     from aiodisagg.bench.compare import small_mixes
     from aiodisagg.bench.mixes import MIX_NAMES, named_mix
-    from aiodisagg.bench.view import table
     from aiodisagg.simulate.compare import compare, read_measured, verdict
-    from aiodisagg.simulate.tables import COMPARE_COLUMNS, compare_rows
+    from aiodisagg.simulate.tables import compare_table
     from aiodisagg.simulate.times import read_times
 
     mixes = small_mixes() if small else {name: named_mix(name) for name in MIX_NAMES}
     cells = compare(read_measured(measured), read_times(times), mixes)
-    show(table("Time to first token, milliseconds", COMPARE_COLUMNS, compare_rows(cells), left=1), 200)
+    show(compare_table(cells), 200)
     write_json(json_file, cells)
     click.echo(verdict(cells))
 
@@ -176,17 +173,16 @@ def plan_command(
     json_file: Path | None, plot_file: Path | None,
 ) -> None:  # fmt: skip
     """Say how many peers of which role a load needs to meet an SLO, and how sure that is."""
-    from aiodisagg.bench.view import table
     from aiodisagg.simulate.plan import PlanGoal, plan
     from aiodisagg.simulate.plot import plot_plan
     from aiodisagg.simulate.runs import Offered
-    from aiodisagg.simulate.tables import PLAN_COLUMNS, plan_rows
+    from aiodisagg.simulate.tables import plan_table
     from aiodisagg.simulate.times import read_times
 
     goal = PlanGoal(rate, slo_of(slo), share, seeds)
     found = plan(read_times(times), Offered(mix_of(mix, small), requests, cv), goal, say=say)
     title = f"{rate:g} requests/s of {mix} on {found.times}: {share:.0%} within {goal.slo:g}x of the unloaded latency"
-    show(table(title, PLAN_COLUMNS, plan_rows(found), left=1), 200)
+    show(plan_table(title, found), 200)
     click.echo("The service times are taken as true: the intervals are of the workload's chance only.")
     write_json(json_file, found)
     if plot_file is not None:
