@@ -22,7 +22,7 @@ from aiodisagg.bench.mixes import named_mix, servegen_mix
 from aiodisagg.bench.serve import Bench, Run, Say, ServeOptions
 from aiodisagg.bench.serve_metrics import Outcome, Summary, Unloaded, summarize
 from aiodisagg.bench.shapes import Setting, modelled, started
-from aiodisagg.bench.workload import Closed, Gamma, Mix
+from aiodisagg.bench.workload import Closed, Gamma, Mix, check
 from aiodisagg.errors import ConfigError
 
 SLO = (5.0, 10.0)
@@ -64,6 +64,7 @@ class CompareOptions:
         for key in ("shapes", "mixes", "loads", "seeds"):
             if not getattr(self, key):
                 raise ConfigError(key, "at least one is needed")
+        check("loads", self.loads, above=0)
 
     def mix(self, name: str) -> Mix:
         """Raises ConfigError."""

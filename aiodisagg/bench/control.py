@@ -24,9 +24,9 @@ import psutil
 from aiodisagg.bench.chat_client import Clock
 from aiodisagg.bench.serve_metrics import Spread
 from aiodisagg.bench.synthetic import item_of, synthetic_model
-from aiodisagg.bench.workload import Gamma
+from aiodisagg.bench.workload import Gamma, check
 from aiodisagg.demo.cluster import Cluster
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.peer.config import LanguageConfig, MiB
 from aiodisagg.peer.garbage import settle
@@ -52,6 +52,14 @@ class ControlOptions:
     cores: tuple[int, int] = (0, 1)
     seed: int = 0
     verbose: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.peers:
+            raise ConfigError("peers", "at least one is needed")
+        check("peers", self.peers, least=1)
+        check("requests", (self.requests,), least=2)  # half of them come in each open loop
+        check("concurrency", (self.concurrency,), least=1)
+        check("rows", (self.rows,), least=1)
 
 
 class ItemFailed(AiodisaggError):

@@ -18,7 +18,7 @@ from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.serve import Bench, Run, Say, ServeOptions
 from aiodisagg.bench.serve_metrics import Outcome, Summary, summarize
 from aiodisagg.bench.shapes import Setting, modelled, started
-from aiodisagg.bench.workload import Closed, Mix, generate
+from aiodisagg.bench.workload import Closed, Mix, check, generate
 
 ENCODE_WITHOUT, LANGUAGE_WITHOUT = ("--source-mib", "8"), ("--cache-mib", "0", "--no-prefix-cache")
 """Options of the peers that make them keep next to nothing."""
@@ -39,6 +39,10 @@ class ReuseOptions:
     reuse: float = 0.8
     scale: float = 1 / 9
     """Visual tokens of a picture, texts and answers, as shares of those of the mix ``reuse``."""
+
+    def __post_init__(self) -> None:
+        check("scale", (self.scale,), above=0)
+        self.mix  # noqa: B018 - whether it is one
 
     @property
     def mix(self) -> Mix:

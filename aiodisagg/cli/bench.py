@@ -55,9 +55,11 @@ def bench_overload_command(
     """Requests in time under more load than can be served, with the line before the engine and without. In virtual
     time with the times of a 30B-A3B model on H200s, unless --real."""
     from aiodisagg.bench.overload import POLICIES, bench_overload, overload_table
+    from aiodisagg.bench.workload import check
 
     if not loads:
         raise ConfigError("loads", "at least one is needed")
+    check("loads", loads, above=0)
     if real is None:
         report = bench_overload(loads, count, seed, max_wait_s)
     else:
