@@ -13,11 +13,12 @@ from rich.console import Console, RenderableType
 from aiodisagg.bench.compare import Cell, CompareReport
 from aiodisagg.bench.compare_view import best_table, compare_table, plot_compare
 from aiodisagg.bench.control import Controlled, ControlReport
-from aiodisagg.bench.serve import Client, Run, ServeReport, write_report
+from aiodisagg.bench.serve import Client, Run, ServeReport
 from aiodisagg.bench.serve_metrics import Outcome, Spread, Unloaded, by_group, summarize
 from aiodisagg.bench.serve_plot import plot_serve
 from aiodisagg.bench.serve_view import append_outcomes, serve_tables
 from aiodisagg.bench.tables import control_table
+from aiodisagg.cli.measuring import write_json
 
 UNLOADED = {"text": Unloaded(1000.0, 125.0, 1250.0)}
 OUTCOME = Outcome(0, "text", 0.0, 0.0, 3.0, (1.5, 2.0, 3.0), 20, 3)
@@ -130,7 +131,7 @@ def test_table_of_control(tmp_path: Path) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    write_report(REPORT, tmp_path / "a.json")
+    write_json(tmp_path / "a.json", REPORT)
     assert msgspec.json.decode((tmp_path / "a.json").read_bytes(), type=ServeReport) == REPORT
     for run in REPORT.runs:
         append_outcomes(tmp_path / "a.jsonl", run, [OUTCOME, FAILED])
