@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from aiodisagg.errors import AiodisaggError, ConfigError, own_error
 from aiodisagg.link import address
 from aiodisagg.peer.garbage import settle
 from aiodisagg.scheduler.order import Order
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -106,7 +109,7 @@ def run(service: Callable[[asyncio.Event, Announce], Awaitable[None]], ready_fd:
                 with os.fdopen(ready_fd, "w") as out:
                     json.dump(dict(facts), out)
             else:
-                click.echo("ready: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+                say("ready: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
 
         await service(stop, announce)
 
@@ -118,6 +121,18 @@ def run(service: Callable[[asyncio.Event, Announce], Awaitable[None]], ready_fd:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """For a person, who may have left: a full disk, or a pipe whose reader ended, is no reason not to serve."""
+    try:
+        click.echo(line, err=err)
+    except OSError as error:
+        logger.warning("%s (stdout or stderr cannot be written: %s)", line, error.strerror)
+        if not err:  # what is left in its buffer would fail at the end once more, and change the exit code
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
 
 
 def _end(number: int, _frame: object = None) -> NoReturn:
@@ -148,6 +163,15 @@ async def until(stop: asyncio.Event, service: Serving) -> None:
         raise own_error(failed) from None
 
 
+def check_temporary() -> None:
+    """Raises ConfigError where torch cannot be imported, as in a container whose file system is read-only."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        text = f"{error.strerror}, and torch needs one that can be written: mount one at /tmp, or name it"
+        raise ConfigError("TMPDIR", text) from error
+
+
 def not_empty(variable: str, value: str | None) -> str | None:
     """``value`` of an option that ``variable`` has otherwise. Raises ConfigError for a variable that is set but empty,
     as of a secret that a container was not given: click takes it for none, which opens what a secret keeps closed."""
@@ -175,8 +199,17 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def hold_standard_streams() -> None:
+    """If stdout is closed when a process starts, the first socket gets its number, and libuv aborts when that socket is
+    closed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+
+
 def begin(name: str, verbose: int, parent: int | None) -> None:
     """The first thing a long-running process does."""
+    hold_standard_streams()
     setup_logging(verbose, name)
     raise_file_limit()
     if parent is not None:
@@ -191,9 +224,9 @@ async def begin_loading(halves: str, model: Path, device: str, ready_fd: int | N
     from aiodisagg.models.loading import check_device  # torch takes seconds
 
     await asyncio.to_thread(check_device, device)
-    click.echo(f"loading {halves} of {model} on {device} ...", err=True)
+    say(f"loading {halves} of {model} on {device} ...", err=True)
     began = time.monotonic()
-    return lambda: click.echo(f"loaded in {time.monotonic() - began:.1f} s", err=True)
+    return lambda: say(f"loaded in {time.monotonic() - began:.1f} s", err=True)
 
 
 def check_plot(plot_file: Path | None) -> None:

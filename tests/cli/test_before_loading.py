@@ -63,3 +63,15 @@ def test_a_mistake_is_told_before_anything_is_loaded(
     assert found.exit_code == 1
     assert found.output.startswith("Error: " + said.format(port=taken, pem=pem)), found.output
     assert found.output.count("\n") == 1
+
+
+def test_no_folder_for_temporary_files_is_named(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only container: thirty lines of traceback out of torch."""
+    folder = str(tiny(moe=True, levels=3))
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/proc/none"])
+    monkeypatch.setattr("tempfile.tempdir", None)
+    for command in ("encode", "language", "both"):
+        found = call(command, "--model", folder)
+        assert found.exit_code == 1
+        assert found.output.startswith("Error: TMPDIR: No usable temporary directory found in ['/proc/none'], and ")
+        assert found.output.count("\n") == 1
