@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-FILES = 65536
-"""Open at once, if the host lets a process have so many."""
+FILES, FEW_FILES = 65536, 1024
+"""Open at once, if the host lets a process have so many; a warning is given where that is fewer than a shell has."""
 
 
 class NewFile(click.Path):
@@ -197,6 +197,9 @@ def raise_file_limit() -> None:
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < FEW_FILES:  # libuv hangs up on who connects when there are no more, and says nothing
+        text = "only %d files may be open at once (ulimit -Hn): peers and clients are hung up on when there are more"
+        logger.warning(text, wanted)
 
 
 def hold_standard_streams() -> None:
