@@ -44,6 +44,9 @@ STUCK_S = 10.0
 KEEPALIVE_S = 75.0
 """Of every HTTP server here: a connection on which nobody asks anything. A proxy in front should keep it less long."""
 
+WATCH_HEADERS = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""The last is for nginx, which else keeps lines until it has many, and clients hear nothing for too long."""
+
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -197,7 +200,7 @@ class BootstrapServer:
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         known = _Known(-1, _role(request), False)
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+        response = web.StreamResponse(headers=WATCH_HEADERS)
         await taken(request, response.prepare(request), STUCK_S)
         task = asyncio.current_task()
         assert task is not None
