@@ -212,11 +212,26 @@ def host_name(boot_id: str, net_ns: str, mount_ns: str) -> str:
     return f"{boot_id}/{net}/{mount}"
 
 
+_OF_A_NAMESPACE = ("unix:@", "tcp:127.", "tcp:localhost:", "tcp:[::1]:")
+"""How addresses begin that mean something in one network namespace only."""
+
+
 def _place(address: str, host: str) -> tuple[str, ...]:
     """An address, and where it is one: loopback and abstract sockets belong to a network namespace, socket files to a
     mount namespace."""
     boot_id, _, namespaces = host.partition("/")
     net_ns, _, mount_ns = namespaces.partition("/")
-    if address.startswith(("unix:@", "tcp:127.", "tcp:localhost:", "tcp:[::1]:")):
+    if address.startswith(_OF_A_NAMESPACE):
         return address, boot_id, net_ns
     return (address, boot_id, mount_ns) if address.startswith("unix:") else (address,)
+
+
+def only_there(address: str, host: str, here: str) -> bool:
+    """Whether an address of ``host`` cannot be dialled ``here``, as far as is known; both as ``host_name`` says. Socket
+    files may be shared by containers."""
+    (theirs, _, at), (ours, _, of) = host.partition("/"), here.partition("/")
+    if not (theirs and ours) or not address.startswith((*_OF_A_NAMESPACE, "unix:")):
+        return False
+    theirs_ns, ours_ns = at.partition("/")[0], of.partition("/")[0]
+    other_ns = bool(theirs_ns and ours_ns) and theirs_ns != ours_ns
+    return theirs != ours or (other_ns and address.startswith(_OF_A_NAMESPACE))
