@@ -96,7 +96,8 @@ class BootstrapServer:
     async def __aenter__(self) -> BootstrapServer:
         literal = await self._literal_host()
         if self._config.token is None and not is_loopback(literal):
-            raise ConfigError("host", f"{self._host} can be reached by other hosts; that needs a token")
+            said = "can be reached by other hosts; that needs a token (--token, AIODISAGG_BOOTSTRAP_TOKEN)"
+            raise ConfigError("host", f"{self._host} {said}")
         self._reachable = reachable_host(literal)
         app = web.Application(middlewares=[self._serve], client_max_size=MAX_BODY_BYTES)
         app.router.add_put("/v1/peers/{incarnation}", self._register)
