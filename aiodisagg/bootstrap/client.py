@@ -186,7 +186,7 @@ class BootstrapClient:
             async with asyncio.timeout(1.0):
                 async with self._session.delete(f"{url}/v1/peers/{self.record.incarnation}"):
                     pass
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # the last: as in ``_call``
             logger.debug("could not leave %s: %s", url, error)
 
     # -- membership ----------------------------------------------------------------------------------------------

@@ -110,6 +110,14 @@ async def test_another_server_at_its_address(log: Log) -> None:
     assert log.seen == [f"bootstrap {url}: it is no bootstrap server: it answers 404; trying again"]
 
 
+async def test_a_name_in_the_url_beside_a_token_does_not_keep_a_peer_from_leaving(log: Log) -> None:
+    """aiohttp takes no two of them: the end of the peer was a traceback."""
+    url = f"http://user:word@127.0.0.1:{free_port()}"
+    async with BootstrapClient(url, record("e"), token="mine"):
+        await log.tries(20)
+    assert log.seen and all("Cannot combine" in line for line in log.seen)
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 async def test_a_server_that_lives_elsewhere_is_named(log: Log, status: int) -> None:
     """``http:`` where a proxy wants ``https:``. Registrations followed, heartbeats became GETs: the peer was registered

@@ -54,6 +54,7 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("encode", "--http-port 0 --http-host not..a..name", "http_host: not..a..name cannot be listened on"),
         ("language", "--bootstrap localhost:8500", "bootstrap: 'localhost:8500' is not the http(s) URL of a server"),
         ("encode", "--bootstrap http://host:port", "bootstrap: 'http://host:port' is not the http(s) URL of a server"),
+        ("both", "--bootstrap http://a?b=c", "bootstrap: 'http://a?b=c' is not the http(s) URL of a server"),
         ("both", "--bootstrap http://", "bootstrap: 'http://' is not the http(s) URL of a server"),
         ("language", "--tls-certificate {pem} --tls-key {pem} --tls-authority {pem}", "tls_certificate: {pem}: "),
         ("encode", "--tls-certificate {pem} --tls-key {pem} --tls-authority {pem}", "tls_certificate: {pem}: "),
