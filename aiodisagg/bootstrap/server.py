@@ -88,6 +88,8 @@ class BootstrapServer:
         self._timer: asyncio.TimerHandle | None = None
         self._telling: asyncio.TimerHandle | None = None
         self._watchers: set[asyncio.Task[object]] = set()
+        self._disputed: set[str] = set()
+        """Addresses that several living peers say are theirs, as it was warned of."""
         self._told = 0
         self._lines: dict[_Known, tuple[bytes, bool]] = {}
         """Of this revision, for all watchers that are as far."""
@@ -175,9 +177,17 @@ class BootstrapServer:
             return _json(Failure("addresses: a wildcard address cannot be dialled by others"), 422)
         if len(self.registry) >= MAX_PEERS and record.incarnation not in self.registry:
             return _json(Failure(f"{MAX_PEERS} peers are registered already"), 429)
+        self._warn_of(record, self.registry.rivals(record))
         self.registry.register(record, self._now())
         self._publish()
         return _json(self._lease())
+
+    def _warn_of(self, record: PeerRecord, rivals: list[PeerRecord]) -> None:
+        if rivals and self._disputed.isdisjoint(record.addresses) and len(self._disputed) < MAX_PEERS:
+            self._disputed.update(record.addresses)
+            names, where = ", ".join(one.name for one in (record, *rivals)), ", ".join(record.addresses)
+            text = "%s take the place of each other again and again: all say that they listen at %s (--listen)"
+            logger.warning(text, names, where)
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
         beat = await _body(request, Heartbeat)
