@@ -325,6 +325,8 @@ def _reason(error: Exception) -> str:
         cause = error.os_error
         known = os.strerror(cause.errno) if cause.errno is not None and cause.errno in errno.errorcode else ""
         return f"cannot connect: {known or cause.strerror or cause}"
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {REQUEST_TIMEOUT_S:g} s"
     return str(error) or type(error).__name__
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -87,6 +88,16 @@ async def test_a_server_that_is_not_there_is_told_of_once_and_when_it_comes(log:
         assert log.seen[1:] == [f"registered at {url}: it works again"]
         await log.tries(20)
         assert log.seen[2:] == log.seen[:1]  # it is away once more
+
+
+async def test_a_server_that_is_stopped(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that was said was "TimeoutError"."""
+    monkeypatch.setattr("aiodisagg.bootstrap.client.REQUEST_TIMEOUT_S", 0.02)
+    with socket.create_server(("127.0.0.1", 0)) as stopped:
+        url = f"http://127.0.0.1:{stopped.getsockname()[1]}"
+        async with BootstrapClient(url, record("e")):
+            await log.tries(20)
+    assert log.seen == [f"bootstrap {url}: no answer within 0.02 s; trying again"]
 
 
 async def test_another_server_at_its_address(log: Log) -> None:
