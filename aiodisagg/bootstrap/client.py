@@ -27,6 +27,8 @@ QUIET_S = 30.0
 MAX_LINE_BYTES = 64 * 1024 * 1024
 """As many peers as a server takes, 10,000, are 42 MB with all that they advertise."""
 MAX_FAILURE_BYTES = 64 * 1024
+KEEP_THE_METHOD = (307, 308)
+"""Redirections that are followed: after others a heartbeat is a GET, and nobody hears it."""
 MAX_REASONS = 64
 """Why entries cannot be read is warned of once a reason, and of so many reasons."""
 
@@ -84,6 +86,8 @@ class BootstrapClient:
         """What ``watch`` said last of everybody."""
         self._reached: set[str] = set()
         """Servers whose membership stream is open."""
+        self._denied: set[str] = set()
+        """Gone, as a reachable server said when another one that could still be reached had them."""
         self._away: dict[str, str] = {}
         """Why this peer is not registered, by server, as it was warned of."""
         self._unread: set[str] = set()
@@ -152,15 +156,19 @@ class BootstrapClient:
         try:
             async with self._session.request(method, target, data=body) as response:
                 said = await response.read()
-                if response.status != 200:
-                    raise self._refused(url, response.status, said)
+                if response.status != 200 or _turned(response):
+                    raise self._refused(url, response, said)
                 return msgspec.json.decode(said, type=Lease)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:  # of a certificate, they are ValueErrors, too
             raise BootstrapError(url, _reason(error)) from error
         except (ValueError, RecursionError) as error:
             raise BootstrapError(url, f"it is no bootstrap server: {error}") from error
 
-    def _refused(self, url: str, status: int, said: bytes) -> BootstrapError:
+    def _refused(self, url: str, response: aiohttp.ClientResponse, said: bytes) -> BootstrapError:
+        status = response.status
+        if _turned(response) or (response.history and status == 401):  # the token is not told to another host
+            there = response.url.origin()
+            return BootstrapError(url, f"it sends us to {there}, which --bootstrap has to name itself", lasting=True)
         if status == 401:
             ours = "refuses our token" if self._token else "wants a token, and we have none"
             said_of_it = "AIODISAGG_BOOTSTRAP_TOKEN or --bootstrap-token has to be what it was started with"
@@ -178,7 +186,7 @@ class BootstrapClient:
             async with asyncio.timeout(1.0):
                 async with self._session.delete(f"{url}/v1/peers/{self.record.incarnation}"):
                     pass
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # the last: as in ``_call``
             logger.debug("could not leave %s: %s", url, error)
 
     # -- membership ----------------------------------------------------------------------------------------------
@@ -195,6 +203,7 @@ class BootstrapClient:
             role: who else there is need not be told; older servers do.
         """
         self._there, self._told = {url: {} for url in self.urls}, {}
+        self._denied.clear()
         changed = asyncio.Event()
         news: dict[str, Watched] = {}
         query = "" if role is None else f"?role={role}"
@@ -226,9 +235,15 @@ class BootstrapClient:
                 there.pop(entry.record.incarnation, None)
             else:
                 there[entry.record.incarnation] = entry
-        left = [entry.record for who, entry in before.items() if who not in there]
+        if url in self._reached:
+            self._denied.difference_update(there)
+            left = [entry.record for who, entry in before.items() if who not in there]
+            self._denied.update(record.incarnation for record in left)
+        else:  # its stream has ended, perhaps long after its host: what others said meanwhile counts now
+            left = [entry.record for who, entry in before.items() if who not in there or who in self._denied]
         gone = tuple(record for record in left if not self._listed(record.incarnation))
         for record in gone:
+            self._denied.discard(record.incarnation)
             for entries in (*self._there.values(), self._told):
                 entries.pop(record.incarnation, None)
         usable = (PeerState.READY, PeerState.SUSPECT)
@@ -260,7 +275,7 @@ class BootstrapClient:
                 target = f"{url}/v1/watch{query}"
                 async with self._session.get(target, timeout=timeout, read_bufsize=MAX_LINE_BYTES) as stream:
                     if stream.status != 200:
-                        raise self._refused(url, stream.status, await stream.content.read(MAX_FAILURE_BYTES))
+                        raise self._refused(url, stream, await stream.content.read(MAX_FAILURE_BYTES))
                     self._reached.add(url)
                     async for line in stream.content:
                         told = self._read(url, line)
@@ -300,12 +315,18 @@ class BootstrapClient:
         return told
 
 
+def _turned(response: aiohttp.ClientResponse) -> bool:
+    return any(one.status not in KEEP_THE_METHOD for one in response.history)
+
+
 def _reason(error: Exception) -> str:
     """Why a server was not reached, without what aiohttp says of its own."""
     if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, aiohttp.ClientSSLError):
         cause = error.os_error
         known = os.strerror(cause.errno) if cause.errno is not None and cause.errno in errno.errorcode else ""
         return f"cannot connect: {known or cause.strerror or cause}"
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {REQUEST_TIMEOUT_S:g} s"
     return str(error) or type(error).__name__
 
 

@@ -113,16 +113,28 @@ class Registry:
         Loopback, abstract sockets and socket files may be the same in two places (``_place``), whose peers would push
         each other out for ever.
         """
-        places = {_place(address, record.host) for address in record.addresses}
-        for other in list(self._entries.values()):
-            shared = places.intersection(_place(address, other.record.host) for address in other.record.addresses)
-            if shared and other.record.incarnation != record.incarnation:
-                self.remove(other.record.incarnation)
+        for other in self._others_there(record):
+            self.remove(other.incarnation)
         self._expires[record.incarnation] = now + self.lease_s
         known = self._entries.get(record.incarnation)
         if known is not None and known.record == record and known.state is record.state:
             return known
         return self._put(record, record.state, known.load if known else Load())
+
+    def rivals(self, record: PeerRecord) -> list[PeerRecord]:
+        """Who would be gone if this peer registered, which was gone itself: they all live, and at most one of them can
+        be reached where it says."""
+        went = any(gone.record.incarnation == record.incarnation for gone in self._gone)
+        return self._others_there(record) if went and record.incarnation not in self._entries else []
+
+    def _others_there(self, record: PeerRecord) -> list[PeerRecord]:
+        places = {_place(address, record.host) for address in record.addresses}
+        return [
+            other.record
+            for other in self._entries.values()
+            if other.record.incarnation != record.incarnation
+            and places.intersection(_place(address, other.record.host) for address in other.record.addresses)
+        ]
 
     def heartbeat(self, incarnation: str, load: Load, state: PeerState | None, now: float) -> PeerEntry | None:
         """Renews a lease; None: the peer is not known and has to register (again)."""
@@ -212,11 +224,26 @@ def host_name(boot_id: str, net_ns: str, mount_ns: str) -> str:
     return f"{boot_id}/{net}/{mount}"
 
 
+_OF_A_NAMESPACE = ("unix:@", "tcp:127.", "tcp:localhost:", "tcp:[::1]:")
+"""How addresses begin that mean something in one network namespace only."""
+
+
 def _place(address: str, host: str) -> tuple[str, ...]:
     """An address, and where it is one: loopback and abstract sockets belong to a network namespace, socket files to a
     mount namespace."""
     boot_id, _, namespaces = host.partition("/")
     net_ns, _, mount_ns = namespaces.partition("/")
-    if address.startswith(("unix:@", "tcp:127.", "tcp:localhost:", "tcp:[::1]:")):
+    if address.startswith(_OF_A_NAMESPACE):
         return address, boot_id, net_ns
     return (address, boot_id, mount_ns) if address.startswith("unix:") else (address,)
+
+
+def only_there(address: str, host: str, here: str) -> bool:
+    """Whether an address of ``host`` cannot be dialled ``here``, as far as is known; both as ``host_name`` says. Socket
+    files may be shared by containers."""
+    (theirs, _, at), (ours, _, of) = host.partition("/"), here.partition("/")
+    if not (theirs and ours) or not address.startswith((*_OF_A_NAMESPACE, "unix:")):
+        return False
+    theirs_ns, ours_ns = at.partition("/")[0], of.partition("/")[0]
+    other_ns = bool(theirs_ns and ours_ns) and theirs_ns != ours_ns
+    return theirs != ours or (other_ns and address.startswith(_OF_A_NAMESPACE))

@@ -44,6 +44,9 @@ STUCK_S = 10.0
 KEEPALIVE_S = 75.0
 """Of every HTTP server here: a connection on which nobody asks anything. A proxy in front should keep it less long."""
 
+WATCH_HEADERS = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""The last is for nginx, which else keeps lines until it has many, and clients hear nothing for too long."""
+
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -85,6 +88,8 @@ class BootstrapServer:
         self._timer: asyncio.TimerHandle | None = None
         self._telling: asyncio.TimerHandle | None = None
         self._watchers: set[asyncio.Task[object]] = set()
+        self._disputed: set[str] = set()
+        """Addresses that several living peers say are theirs, as it was warned of."""
         self._told = 0
         self._lines: dict[_Known, tuple[bytes, bool]] = {}
         """Of this revision, for all watchers that are as far."""
@@ -93,7 +98,8 @@ class BootstrapServer:
     async def __aenter__(self) -> BootstrapServer:
         literal = await self._literal_host()
         if self._config.token is None and not is_loopback(literal):
-            raise ConfigError("host", f"{self._host} can be reached by other hosts; that needs a token")
+            said = "can be reached by other hosts; that needs a token (--token, AIODISAGG_BOOTSTRAP_TOKEN)"
+            raise ConfigError("host", f"{self._host} {said}")
         self._reachable = reachable_host(literal)
         app = web.Application(middlewares=[self._serve], client_max_size=MAX_BODY_BYTES)
         app.router.add_put("/v1/peers/{incarnation}", self._register)
@@ -171,9 +177,17 @@ class BootstrapServer:
             return _json(Failure("addresses: a wildcard address cannot be dialled by others"), 422)
         if len(self.registry) >= MAX_PEERS and record.incarnation not in self.registry:
             return _json(Failure(f"{MAX_PEERS} peers are registered already"), 429)
+        self._warn_of(record, self.registry.rivals(record))
         self.registry.register(record, self._now())
         self._publish()
         return _json(self._lease())
+
+    def _warn_of(self, record: PeerRecord, rivals: list[PeerRecord]) -> None:
+        if rivals and self._disputed.isdisjoint(record.addresses) and len(self._disputed) < MAX_PEERS:
+            self._disputed.update(record.addresses)
+            names, where = ", ".join(one.name for one in (record, *rivals)), ", ".join(record.addresses)
+            text = "%s take the place of each other again and again: all say that they listen at %s (--listen)"
+            logger.warning(text, names, where)
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
         beat = await _body(request, Heartbeat)
@@ -197,7 +211,7 @@ class BootstrapServer:
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         known = _Known(-1, _role(request), False)
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+        response = web.StreamResponse(headers=WATCH_HEADERS)
         await taken(request, response.prepare(request), STUCK_S)
         task = asyncio.current_task()
         assert task is not None

@@ -24,10 +24,11 @@ def check_token(key: str, token: str | None) -> None:
 
 
 def check_url(key: str, url: str) -> None:
-    """Raises ConfigError for what is no URL of an HTTP server."""
+    """Raises ConfigError for what is no URL of an HTTP server, or has something behind its path."""
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        whole = not ("?" in url or "#" in url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and whole
     except ValueError:  # of ``port``, and of brackets
         good = False
     if not good:

@@ -27,6 +27,7 @@ from aiodisagg.cli.process import (
     begin,
     begin_loading,
     check_address,
+    check_temporary,
     not_empty,
     order_option,
     process_options,
@@ -69,6 +70,7 @@ def main() -> None:
 
 def _settings(options: dict[str, Any], *same: str, **other: Any) -> dict[str, Any]:
     """Of a peer's configuration; ``same``: options that are called as its fields are."""
+    check_temporary()
     settings = {key: options[key] for key in (*_PEER, *same)} | other
     settings["bootstrap_token"] = not_empty(TOKEN_VARIABLE, options["bootstrap_token"])
     if options["secret_file"] is not None:

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -22,10 +23,12 @@ from aiodisagg.link import address
 from aiodisagg.peer.garbage import settle
 from aiodisagg.scheduler.order import Order
 
+logger = logging.getLogger(__name__)
+
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-FILES = 65536
-"""Open at once, if the host lets a process have so many."""
+FILES, FEW_FILES = 65536, 1024
+"""Open at once, if the host lets a process have so many; a warning is given where that is fewer than a shell has."""
 
 
 class NewFile(click.Path):
@@ -67,7 +70,7 @@ def setup_logging(verbose: int, name: str) -> None:
         level=level,
         stream=sys.stderr,
         format=f"%(asctime)s.%(msecs)03d %(levelname).1s {name} %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
+        datefmt="%Y-%m-%d %H:%M:%S",
     )
 
 
@@ -106,7 +109,7 @@ def run(service: Callable[[asyncio.Event, Announce], Awaitable[None]], ready_fd:
                 with os.fdopen(ready_fd, "w") as out:
                     json.dump(dict(facts), out)
             else:
-                click.echo("ready: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+                say("ready: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
 
         await service(stop, announce)
 
@@ -118,6 +121,18 @@ def run(service: Callable[[asyncio.Event, Announce], Awaitable[None]], ready_fd:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """For a person, who may have left: a full disk, or a pipe whose reader ended, is no reason not to serve."""
+    try:
+        click.echo(line, err=err)
+    except OSError as error:
+        logger.warning("%s (stdout or stderr cannot be written: %s)", line, error.strerror)
+        if not err:  # what is left in its buffer would fail at the end once more, and change the exit code
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
 
 
 def _end(number: int, _frame: object = None) -> NoReturn:
@@ -148,6 +163,15 @@ async def until(stop: asyncio.Event, service: Serving) -> None:
         raise own_error(failed) from None
 
 
+def check_temporary() -> None:
+    """Raises ConfigError where torch cannot be imported, as in a container whose file system is read-only."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        text = f"{error.strerror}, and torch needs one that can be written: mount one at /tmp, or name it"
+        raise ConfigError("TMPDIR", text) from error
+
+
 def not_empty(variable: str, value: str | None) -> str | None:
     """``value`` of an option that ``variable`` has otherwise. Raises ConfigError for a variable that is set but empty,
     as of a secret that a container was not given: click takes it for none, which opens what a secret keeps closed."""
@@ -173,10 +197,22 @@ def raise_file_limit() -> None:
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < FEW_FILES:  # libuv hangs up on who connects when there are no more, and says nothing
+        text = "only %d files may be open at once (ulimit -Hn): peers and clients are hung up on when there are more"
+        logger.warning(text, wanted)
+
+
+def hold_standard_streams() -> None:
+    """If stdout is closed when a process starts, the first socket gets its number, and libuv aborts when that socket is
+    closed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 def begin(name: str, verbose: int, parent: int | None) -> None:
     """The first thing a long-running process does."""
+    hold_standard_streams()
     setup_logging(verbose, name)
     raise_file_limit()
     if parent is not None:
@@ -191,9 +227,9 @@ async def begin_loading(halves: str, model: Path, device: str, ready_fd: int | N
     from aiodisagg.models.loading import check_device  # torch takes seconds
 
     await asyncio.to_thread(check_device, device)
-    click.echo(f"loading {halves} of {model} on {device} ...", err=True)
+    say(f"loading {halves} of {model} on {device} ...", err=True)
     began = time.monotonic()
-    return lambda: click.echo(f"loaded in {time.monotonic() - began:.1f} s", err=True)
+    return lambda: say(f"loaded in {time.monotonic() - began:.1f} s", err=True)
 
 
 def check_address(context: click.Context, param: click.Parameter, value: str | tuple[str, ...]) -> Any:

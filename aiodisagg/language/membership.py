@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiodisagg.bootstrap.client import BootstrapClient
-from aiodisagg.bootstrap.registry import Load, PeerRecord
+from aiodisagg.bootstrap.registry import Load, PeerRecord, host_name, only_there
 from aiodisagg.language.rows import RowReceiver
-from aiodisagg.link.hello import PeerRole
+from aiodisagg.link.hello import PeerRole, host_identity
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,16 @@ class LocalEncoder:
 async def follow(client: BootstrapClient, rows: RowReceiver) -> None:
     """Tells ``rows`` who is there, for ever."""
     strangers: set[str] = set()
+    here = host_name(*host_identity())
     homes: dict[str, str] = {}  # of who is there, by incarnation
     async for change in client.watch(PeerRole.ENCODE):
         for record in change.present:
             if record.role.encodes and record.model == rows.model:
                 news = homes.get(record.incarnation) != record.addresses[0]  # and not its load
                 homes[record.incarnation] = record.addresses[0]
+                if news and only_there(record.addresses[0], record.host, here):
+                    text = "encode peer %s listens at %s, which is of its own host only: it needs %s"
+                    logger.warning(text, record.name, record.addresses[0], "--listen tcp:ADDRESS:PORT")
                 rows.peers.add(record.addresses[0], news=news)
             elif record.role.encodes and record.incarnation not in strangers:
                 strangers.add(record.incarnation)

@@ -36,7 +36,8 @@ _MAGIC = "aiodisagg"
 
 T = TypeVar("T")
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+MOST_NAME = 256
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MOST_NAME)]
 
 
 class PeerRole(enum.StrEnum):

@@ -214,7 +214,8 @@ async def _resolve_trusted(target: TcpAddress, secret: bytes | None) -> list[str
     """Literal addresses to try; checked after the look-up, so a name cannot lead elsewhere."""
     hosts = await resolve(target)
     if secret is None and not all(is_loopback(host) for host in hosts):
-        raise ConfigError("secret", f"{target} is not on this host; links to other hosts need a shared secret")
+        text = f"{target} is not on this host; links to other hosts need a shared secret (--secret-file)"
+        raise ConfigError("secret", text)
     return hosts
 
 

@@ -9,7 +9,7 @@ import ssl as tls
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
-from aiodisagg.errors import AiodisaggError, ConfigError, LinkClosed
+from aiodisagg.errors import AiodisaggError, ConfigError, LinkClosed, LinkError
 from aiodisagg.link.address import (
     BACKLOG,
     TcpAddress,
@@ -121,9 +121,13 @@ class LinkServer:
             )  # fmt: skip
             self._actual = self._wanted
             return self._server
-        host = (await resolve(self._wanted))[0]
+        try:
+            host = (await resolve(self._wanted))[0]
+        except LinkError as error:
+            raise ConfigError("address", f"cannot listen on {self._wanted}: {error.message}") from error
         if self._secret is None and not is_loopback(host):
-            raise ConfigError("secret", f"{self._wanted} can be reached by other hosts; links need a shared secret")
+            text = f"{self._wanted} can be reached by other hosts; links need a shared secret (--secret-file)"
+            raise ConfigError("secret", text)
         advertised = self._advertise_host or reachable_host(host)
         try:
             self._server = await loop.create_server(

@@ -125,6 +125,8 @@ class Qwen3VLPlanner:
         chat, items = self._read(messages)
         try:
             text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except (OSError, ImportError, MemoryError):  # of this process, as out of descriptors, and not of the chat
+            raise
         except Exception as error:  # a template is a program of the folder; it refuses with errors of its own
             raise InvalidRequest("messages", f"the model's chat template refuses them: {error}") from error
         _check_system(messages, str(text))

@@ -14,7 +14,7 @@ from aiodisagg.bootstrap.wire import check_token, check_url
 from aiodisagg.errors import ConfigError
 from aiodisagg.link import address
 from aiodisagg.link.config import LinkConfig
-from aiodisagg.link.hello import check_secret
+from aiodisagg.link.hello import MOST_NAME, check_secret
 from aiodisagg.peer.tls import Tls
 from aiodisagg.protocol.messages import MOST_LENDS
 from aiodisagg.protocol.rows import DTYPE_BYTES
@@ -90,6 +90,8 @@ class PeerConfig:
             raise no_folder(self.model)
         if self.row_dtype not in DTYPE_BYTES:
             raise ConfigError("row_dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.row_dtype}")
+        if len(self.name) > MOST_NAME:
+            raise ConfigError("name", f"must have at most {MOST_NAME} characters, not {len(self.name)}")
         for url in self.bootstrap:
             check_url("bootstrap", url)
         if self.tls is not None:
@@ -188,7 +190,8 @@ class LanguageConfig(PeerConfig):
         PeerConfig.__post_init__(self)
         names = self.served_names
         if not all(map(str.strip, names)) or len(set(names)) < len(names):
-            raise ConfigError("served_names", f"one is empty or there twice: {', '.join(map(repr, names))}")
+            given = ", ".join(map(repr, names))
+            raise ConfigError("served_names", f"one is empty or there twice: {given} (--served-model-name)")
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}")
         for key in ("pool_bytes", "block_rows", "kv_bytes", "token_budget"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from aiohttp import web
 from aiohttp.client_reqrep import ConnectionKey
 
 from aiodisagg.bootstrap.client import BootstrapClient
+from aiodisagg.bootstrap.registry import Load
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
 from aiodisagg.errors import BootstrapError
 from aiodisagg.link.hello import PeerRole
@@ -88,6 +90,16 @@ async def test_a_server_that_is_not_there_is_told_of_once_and_when_it_comes(log:
         assert log.seen[2:] == log.seen[:1]  # it is away once more
 
 
+async def test_a_server_that_is_stopped(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that was said was "TimeoutError"."""
+    monkeypatch.setattr("aiodisagg.bootstrap.client.REQUEST_TIMEOUT_S", 0.02)
+    with socket.create_server(("127.0.0.1", 0)) as stopped:
+        url = f"http://127.0.0.1:{stopped.getsockname()[1]}"
+        async with BootstrapClient(url, record("e")):
+            await log.tries(20)
+    assert log.seen == [f"bootstrap {url}: no answer within 0.02 s; trying again"]
+
+
 async def test_another_server_at_its_address(log: Log) -> None:
     """``--bootstrap`` with a language peer's port: a 404 with the body of an OpenAI error, every 2 s."""
 
@@ -107,6 +119,45 @@ async def test_another_server_at_its_address(log: Log) -> None:
     finally:
         await runner.cleanup()
     assert log.seen == [f"bootstrap {url}: it is no bootstrap server: it answers 404; trying again"]
+
+
+async def test_a_name_in_the_url_beside_a_token_does_not_keep_a_peer_from_leaving(log: Log) -> None:
+    """aiohttp takes no two of them: the end of the peer was a traceback."""
+    url = f"http://user:word@127.0.0.1:{free_port()}"
+    async with BootstrapClient(url, record("e"), token="mine"):
+        await log.tries(20)
+    assert log.seen and all("Cannot combine" in line for line in log.seen)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_a_server_that_lives_elsewhere_is_named(log: Log, status: int) -> None:
+    """``http:`` where a proxy wants ``https:``. Registrations followed, heartbeats became GETs: the peer was registered
+    anew for ever, its load never told, and no log said a word."""
+    async with BootstrapServer(port=0, config=BootstrapConfig(lease_s=0.05)) as server:
+
+        async def elsewhere(request: web.Request) -> web.Response:
+            return web.Response(status=status, headers={"Location": server.url + request.path})
+
+        app = web.Application()
+        app.router.add_route("*", "/{tail:.*}", elsewhere)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            async with BootstrapClient(url, record("e"), load=lambda: Load(queued=3)) as client:
+                if status in (307, 308):
+                    async with asyncio.timeout(60):
+                        await client.registered.wait()
+                        while server.registry.peers()[0].load != Load(queued=3):  # noqa: ASYNC110
+                            await asyncio.sleep(0)
+                else:
+                    await log.tries(20)
+        finally:
+            await runner.cleanup()
+        why = f"it sends us to {server.url}, which --bootstrap has to name itself"
+    said = [f"registered at {url}"] if status in (307, 308) else [f"bootstrap {url}: {why}; trying again"]
+    assert log.seen == said
 
 
 async def test_a_certificate_that_is_no_good_is_no_answer_of_another_server(monkeypatch: pytest.MonkeyPatch) -> None:

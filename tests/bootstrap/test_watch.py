@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from aiodisagg.bootstrap.client import BootstrapClient, _merge
+from aiodisagg.bootstrap.client import NOTHING_NEW, BootstrapClient, _merge
 from aiodisagg.bootstrap.registry import Load, PeerEntry, PeerRecord, PeerState
 from aiodisagg.bootstrap.server import BootstrapConfig, BootstrapServer
 from aiodisagg.bootstrap.wire import Heartbeat, Watched
@@ -174,3 +174,29 @@ def test_who_is_gone_and_comes_back_as_it_was_is_told_again() -> None:
     client._reached.add(url)
     for line, present in ((there, ["one"]), (gone, []), (there, ["one"])):
         assert [one.name for one in client._apply(url, line).present] == present
+
+
+def test_who_is_gone_is_gone_when_the_stream_of_a_server_of_the_same_host_ends_long_after_it() -> None:
+    """A host with a server and peers lost its power: the other server said at once that they are gone, but its own
+    stream ends by a timeout only. They were known, and dialled, until it came back."""
+    dead, alive = "http://127.0.0.1:1", "http://127.0.0.1:2"
+
+    def line(*names: str, state: PeerState = PeerState.READY, snapshot: bool = False) -> Watched:
+        entries = (PeerEntry(record=record(name), state=state, load=Load(), revision=1) for name in names)
+        return Watched("life", 1, snapshot, True, tuple(entries))
+
+    client = BootstrapClient((dead, alive), record("me", PeerRole.LANGUAGE))
+    client._reached.update((dead, alive))
+    for url in (dead, alive):
+        client._apply(url, line("lost", "cut off", "stays", snapshot=True))
+    assert not client._apply(alive, line("lost", "cut off", state=PeerState.GONE)).gone  # the other may know better
+    client._apply(alive, line("cut off"))
+    client._reached.discard(dead)
+    assert [one.name for one in client._apply(dead, NOTHING_NEW).gone] == ["lost"]
+    assert not client._denied and "lost-life" not in client._there[dead]
+
+
+async def test_a_proxy_is_asked_not_to_keep_lines_back() -> None:
+    async with BootstrapServer(port=0) as server, aiohttp.ClientSession() as session:
+        async with session.get(f"{server.url}/v1/watch") as response:
+            assert response.headers["X-Accel-Buffering"] == "no"

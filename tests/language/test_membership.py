@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import cast
 from unittest.mock import Mock
 
+import msgspec
 import pytest
 
 from aiodisagg.bootstrap.client import BootstrapClient, MembershipChange
@@ -95,3 +96,38 @@ async def test_hope_is_renewed_by_a_new_life_or_address_and_not_by_a_heartbeat(m
         assert seen == [0, 10, 0, 0, 10]
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
+
+
+HERE = ("boot", "net:[1]", "mnt:[1]")
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "told"),
+    [
+        ("unix:@name", "boot/1/1", False),
+        ("unix:@name", "boot/1/2", False),
+        ("unix:@name", "boot/2/1", True),
+        ("tcp:127.0.1.1:7001", "boot/2/1", True),
+        ("unix:/shared/socket", "boot/2/2", False),
+        ("unix:/shared/socket", "another/1/1", True),
+        ("tcp:[::1]:7001", "another/1/1", True),
+        ("tcp:10.0.0.2:7001", "another/1/1", False),
+        ("unix:@name", "boot", False),
+        ("unix:@name", "", False),
+    ],
+)
+async def test_an_address_that_only_another_host_can_dial_is_told_of(
+    address: str, host: str, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``--listen`` forgotten, or given a name that /etc/hosts has as 127.0.1.1: all that was said:
+    "connection refused"."""
+    monkeypatch.setattr("aiodisagg.language.membership.host_identity", lambda: HERE)
+    async with dialling() as (peers, _):
+        membership = Following(peers)
+        following = asyncio.create_task(membership.run())
+        for _ in range(2):  # a heartbeat with another load
+            await membership.say(came=[msgspec.structs.replace(life("one", address), host=host)])
+        following.cancel()
+    said = [record.getMessage() for record in caplog.records if "--listen" in record.getMessage()]
+    text = f"encode peer encode listens at {address}, which is of its own host only: it needs --listen tcp:ADDRESS:PORT"
+    assert said == [text] * told
