@@ -86,3 +86,20 @@ def test_where_a_template_prints_them_all_they_may_be_anywhere(planner: Callable
     plan = made.plan([*chat("Hello"), system("The town is right."), system("The harbour wakes.")])
     text = made.decode(plan.input_ids.tolist())
     assert text.index("town") < text.index("harbour")
+
+
+def test_what_this_process_lacks_is_no_fault_of_the_chat(
+    planner: Callable[[str], Qwen3VLPlanner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without descriptors no template can be read, and clients were told that their chats are refused."""
+    refusing = planner('{{ raise_exception("roles must alternate") }}')
+    with pytest.raises(InvalidRequest, match="refuses them: roles must alternate"):
+        refusing.plan(chat("hello"))
+
+    def lacking(*_: object, **__: object) -> str:
+        raise OSError(24, "Too many open files")
+
+    found = planner(ANY)
+    monkeypatch.setattr(found._tokenizer, "apply_chat_template", lacking)
+    with pytest.raises(OSError, match="Too many open files"):
+        found.plan(chat("hello"))
