@@ -92,14 +92,15 @@ def test_what_this_process_lacks_is_no_fault_of_the_chat(
     planner: Callable[[str], Qwen3VLPlanner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without descriptors no template can be read, and clients were told that their chats are refused."""
-    refusing = planner('{{ raise_exception("roles must alternate") }}')
-    with pytest.raises(InvalidRequest, match="refuses them: roles must alternate"):
-        refusing.plan(chat("hello"))
-
-    def lacking(*_: object, **__: object) -> str:
-        raise OSError(24, "Too many open files")
-
     found = planner(ANY)
-    monkeypatch.setattr(found._tokenizer, "apply_chat_template", lacking)
+    raised: Exception = ValueError("roles must alternate")
+
+    def render(*_: object, **__: object) -> str:
+        raise raised
+
+    monkeypatch.setattr(found._tokenizer, "apply_chat_template", render)
+    with pytest.raises(InvalidRequest, match="refuses them: roles must alternate"):
+        found.plan(chat("hello"))
+    raised = OSError(24, "Too many open files")
     with pytest.raises(OSError, match="Too many open files"):
         found.plan(chat("hello"))
