@@ -32,6 +32,9 @@ class SamplingParams:
             raise InvalidRequest("top_p", f"must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0:
             raise InvalidRequest("top_k", f"must be 0 (all) or positive, not {self.top_k}")
+        stop: object = self.stop
+        if isinstance(stop, str):  # each of its letters would be one
+            raise InvalidRequest("stop", "must be a tuple of strings, not a string")
         if len(self.stop) > 16 or any(not s for s in self.stop):
             raise InvalidRequest("stop", "at most 16 strings, none of them empty")
 

@@ -140,13 +140,13 @@ class Weights:
         self.folder = folder
         self._files: dict[str, Any] = {}
         single, index = folder / "model.safetensors", "model.safetensors.index.json"
-        if (folder / index).exists():
+        if single.exists():  # first, as for transformers, which leaves an old index beside what it saves
+            self._where: Mapping[str, str] = dict.fromkeys(self._file(single.name).keys(), single.name)
+        elif (folder / index).exists():
             shards = read_json(folder, index).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
                 fail(folder, f"{index}: weight_map", "missing or not a map")
-            self._where: Mapping[str, str] = shards
-        elif single.exists():
-            self._where = dict.fromkeys(self._file(single.name).keys(), single.name)
+            self._where = shards
         else:
             fail(folder, "model.safetensors", "no such file, and no index of shards")
 

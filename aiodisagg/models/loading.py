@@ -159,10 +159,14 @@ def _load_plain(info: ModelInfo, dtype: torch.dtype, device: str | torch.device)
 
 
 def eos_ids(info: ModelInfo) -> frozenset[int]:
-    """Token ids that end an answer: generation_config.json's, else the config's."""
-    found = read_json(info.folder, "generation_config.json", {}).get("eos_token_id")
-    if found is None:
-        found = info.config.get_text_config().eos_token_id
+    """Token ids that end an answer: generation_config.json's, else the config's, else its text part's, as transformers
+    looks for them. Raises CheckpointError."""
+    file = "generation_config.json"
+    found = read_json(info.folder, file, {}).get("eos_token_id")
+    if found is not None and not all(type(i) is int for i in (found if isinstance(found, list) else [found])):
+        fail(info.folder, f"{file}: eos_token_id", f"{found!r} is neither a token id nor a list of them")
+    for config in (info.config, info.config.get_text_config()):
+        found = found if found is not None else getattr(config, "eos_token_id", None)
     if found is None:
         return frozenset()
     return frozenset(int(i) for i in (found if isinstance(found, list) else [found]))

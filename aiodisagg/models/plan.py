@@ -68,6 +68,10 @@ def _tokenizer(folder: Path) -> Any:
     if not found.chat_template:
         others = "tokenizer_config.json and chat_template.json"
         fail(folder, "chat_template.jinja", f"no such file, and {others} have no chat_template either")
+    try:
+        found.get_chat_template()
+    except ValueError as error:  # several by name, and none of them by default: every request would be refused
+        raise CheckpointError(str(folder), "chat_template", str(error)) from error
     return found
 
 

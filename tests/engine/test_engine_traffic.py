@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,22 +73,35 @@ class Traffic:
         self.reach[name] = front
         self.s.set_front(name, front)
 
-    def end(self, name: str) -> None:
-        self.s.remove(name)
+    def end(self, name: str, *, spoilt: bool = False) -> None:
+        """``spoilt``: its pages hold nonsense now, and who comes next must not find them."""
+        pages, size = self.s.pages_of(name), self.s.page_size
+        others = {page for other in self.left if other != name for page in self.s.pages_of(other)}
+        self.s.remove(name, spoilt=spoilt)
         del self.left[name]
+        if spoilt:
+            self.pool.update({(page, at): "nonsense" for page in {*pages} - others for at in range(size)})
 
-    def step(self) -> Step:
+    def let_in(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.computed[name] = self.reused[name] = self.s.reused(name)
+            assert self.reused[name] < self.known[name], "nothing is left to get logits from"
+            self.tell(name)
+
+    def step(self, *, whole: bool = False, newcomer: tuple[int, ...] = ()) -> Step:
+        """``newcomer``: who comes while the step is computed."""
         self.now += 1.0
-        step = self.s.plan_step(self.now)
+        step = self.s.plan_step(self.now, whole=whole)
         self.preemptions += len(step.preempted)
         self.check_order(step)
         for name in step.preempted:
             self.computed[name] = self.reused[name] = 0
             self.tell(name)
-        for name in step.admitted:
-            self.computed[name] = self.reused[name] = self.s.reused(name)
-            assert self.reused[name] < self.known[name], "nothing is left to get logits from"
-            self.tell(name)
+        self.let_in(step.admitted)
+        assert not whole or all(self.reach[x.request_id] >= self.prompts[x.request_id] for x in step.segments)
+        if newcomer and newcomer[0] + newcomer[1] <= self.s.largest():
+            self.add(*newcomer)
+            self.let_in(self.s.admit(self.now))
         tokens, budget = sum(x.tokens for x in step.segments), self.s.token_budget
         assert tokens <= budget or (step.segments[-1].samples and tokens <= budget + budget // 8)
         assert len({x.request_id for x in step.segments}) == len(step.segments)
@@ -164,10 +179,13 @@ event = st.one_of(
     st.tuples(st.just("step"), st.integers(1, 12)),
     st.tuples(st.just("front"), st.integers(0, 20), st.integers(0, 40)),
     st.tuples(st.just("cancel"), st.integers(0, 20)),
+    st.tuples(st.just("spoil"), st.integers(0, 20)),
+    st.tuples(st.just("whole"), st.integers(1, 3)),
+    st.tuples(st.just("meanwhile"), st.integers(1, 30), st.integers(1, 12), st.sampled_from([0, 40]), *alike, *place),
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     events=st.lists(event, max_size=60),
     num_pages=st.integers(2, 14),
@@ -197,8 +215,13 @@ def test_everybody_finishes_and_reads_only_what_it_would_have_computed(
                 traffic.step()
         elif kind == "front" and names:
             traffic.arrive(names[numbers[0] % len(names)], numbers[1])
-        elif kind == "cancel" and names:
-            traffic.end(names[numbers[0] % len(names)])
+        elif kind in ("cancel", "spoil") and names:
+            traffic.end(names[numbers[0] % len(names)], spoilt=kind == "spoil")
+        elif kind == "whole":
+            for _ in range(numbers[0]):
+                traffic.step(whole=True)
+        elif kind == "meanwhile":
+            traffic.step(newcomer=tuple(numbers))
         traffic.check()
     for name in traffic.left:
         traffic.arrive(name, traffic.prompts[name])

@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, Qwen3Config
 
+from aiodisagg.errors import CheckpointError
 from aiodisagg.models.plan import Qwen3VLPlanner
 from aiodisagg.models.synthetic import build_tokenizer
 from tests.models.halves import chat
@@ -83,3 +84,19 @@ def test_a_short_prompt_does_not_wait_for_the_tokens_of_a_long_one(folder: Path)
             assert not long.done()
         finally:
             go_on.set()
+
+
+@pytest.mark.parametrize("names", [("default", "tool_use"), ("rag", "tool_use")])
+def test_of_several_templates_one_is_the_default_or_the_folder_is_refused(folder: Path, names: tuple[str, str]) -> None:
+    """Every chat was refused, as if it was the client's mistake."""
+    own = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["chat_template"] = [{"name": name, "template": own} for name in names]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if "default" in names:
+        assert Qwen3VLPlanner(folder).plan(chat("Good morning.")).tokens
+        return
+    with pytest.raises(CheckpointError, match="multiple chat templates with no default") as caught:
+        Qwen3VLPlanner(folder)
+    assert caught.value.name == "chat_template"
