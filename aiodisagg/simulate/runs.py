@@ -106,8 +106,7 @@ def longest_s(times: ServiceTimes, workload: Sequence[WorkloadRequest], slo: flo
 
 
 def alone(system: System, times: ServiceTimes, workload: Sequence[WorkloadRequest], slo: float) -> Mean:
-    """The share within the SLO if each request has the system for itself; the interval is of which requests these are.
-    """
+    """The share within the SLO if each request has the system for itself; the interval is of which these are."""
     gap_s = 2 * longest_s(times, workload, slo)
     apart = [replace(one, arrival_s=place * gap_s) for place, one in enumerate(workload)]
     share, count = run(system, times, apart, slo=slo).attained, len(apart)
