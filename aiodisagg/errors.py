@@ -167,10 +167,6 @@ class RemoteProtocolError(ProtocolError):
         super().__init__(f"peer {peer}: {message}")
 
 
-class FingerprintMismatch(RemoteProtocolError):
-    """Both peers run, but not the same model."""
-
-
 class LinkError(AiodisaggError):
     """A control link cannot be opened or was lost. ``peer`` is an address before the handshake, a name after."""
 

@@ -6,6 +6,7 @@ own greedy generate, the tower in bfloat16 and the text model in float32, as the
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
@@ -106,4 +107,9 @@ def evaluate(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(evaluate(Path(sys.argv[1]) if len(sys.argv) > 1 else digits_model()), indent=2))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=digits_model(), help="the package's if left out")
+    chosen = parser.parse_args().folder
+    if not chosen.is_dir():
+        parser.error(f"no such folder: {chosen}")
+    print(json.dumps(evaluate(chosen), indent=2))

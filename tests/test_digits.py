@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,18 @@ def right(monolith: Monolith, digits: tuple[list[bytes], list[int]], groups: Seq
     files, labels = digits
     said = monolith.answers([[files[i] for i in group] for group in groups])
     return float(np.mean([a == answer_of([labels[i] for i in g]) for a, g in zip(said, groups, strict=True)]))
+
+
+def test_a_folder_that_is_not_there_is_told_in_a_line() -> None:
+    ran = subprocess.run(
+        [sys.executable, f"{EXAMPLES}/digits_evaluate.py", "no/such/folder"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert "no such folder: no/such/folder" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_digits_are_those_of_scikit_learn_and_no_scan_is_on_both_sides() -> None:

@@ -2,13 +2,15 @@
 
 A client that goes away cancels the handler's task (the server runs with ``handler_cancellation``), wherever it is:
 reading, fetching, generating, writing. Closing the backend's generator on the way out is what stops the work everywhere
-else. The status line waits for the first delta, so whatever fails before it is an HTTP error also for a stream; later
-failures are an event in the stream, which then ends without ``[DONE]``.
+else. The status line waits for the first delta, so whatever fails before it is an HTTP error also for a stream; but not
+for longer than ``stream_keepalive_s``, since proxies cut connections on which nothing moves: from then on there are
+comments, which clients skip, and failures are an event in the stream, which then ends without ``[DONE]``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import itertools
 import logging
 import time
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from aiodisagg.api.backend import ChatBackend
 from aiodisagg.api.budget import Budget, Share
@@ -53,6 +55,7 @@ _SSE_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold tokens back
 }
+_COMMENT = b": nothing yet\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -102,14 +105,9 @@ class ChatHandler:
             raise model_not_found(chat.model, self._backend.model_names)
         sampling = sampling_of(chat, self._config.default_max_tokens)
         limits = _Limits(tenant, chat.priority or 0, timeout_s, asyncio.get_running_loop().time() + timeout_s)
-        body_bytes = share.held
-        messages = await self._messages(chat, limits, share)
-        # The body may be tens of megabytes, and the messages hold what is needed of it.
         stream, with_usage = bool(chat.stream), bool(chat.stream_options and chat.stream_options.include_usage)
+        answer = self._generate(chat, share, sampling, own_id, limits)
         del chat
-        share.give_back(body_bytes)
-        answer = self._generate(messages, sampling, own_id, limits)
-        del messages
         async with aclosing(answer) as deltas:
             if stream:
                 writer = _Stream(request, completion_id, self._backend.model_names[0], with_usage, self._config)
@@ -139,6 +137,8 @@ class ChatHandler:
             raise Refused(408, f"the body did not arrive within {timeout_s:g} s", code="request_timeout") from error
         except web.RequestPayloadError as error:
             raise Refused(400, "the body is broken off or badly framed", code="invalid_body") from error
+        if body.startswith(codecs.BOM_UTF8):  # of PowerShell; JSON's readers may skip it (RFC 8259, 8.1)
+            body[: len(codecs.BOM_UTF8)] = b" " * len(codecs.BOM_UTF8)
         return body
 
     async def _parse(self, body: bytearray, tenant: Tenant) -> ChatRequest:
@@ -159,10 +159,15 @@ class ChatHandler:
     # -- out ------------------------------------------------------------------------------------------------------
 
     async def _generate(
-        self, messages: list[ChatMessage], sampling: SamplingParams, own_id: str, limits: _Limits
+        self, chat: ChatRequest, share: Share, sampling: SamplingParams, own_id: str, limits: _Limits
     ) -> AsyncGenerator[Delta, None]:
         """The backend's deltas up to the one that ends the answer, of which there is exactly one."""
         loop = asyncio.get_running_loop()
+        body_bytes = share.held
+        messages = await self._messages(chat, limits, share)
+        # The body may be tens of megabytes, and the messages hold what is needed of it.
+        del chat
+        share.give_back(body_bytes)
         answer = self._backend.generate(
             messages,
             sampling,
@@ -171,6 +176,7 @@ class ChatHandler:
             tenant=limits.tenant,
             priority=limits.priority,
         )
+        del messages
         async with aclosing(answer) as deltas:
             while True:
                 try:
@@ -215,46 +221,80 @@ class _Stream:
     def __init__(
         self, request: web.Request, completion_id: str, model: str, with_usage: bool, config: HttpConfig
     ) -> None:
-        self._request, self._timeout_s = request, config.write_timeout_s
+        self._request, self._config = request, config
         usage = None if with_usage else msgspec.UNSET
         self._chunk = ChatChunk(completion_id, int(time.time()), model, [], usage)
         self._with_usage = with_usage
         self._response = EventStream(headers=_SSE_HEADERS)
+        if request.version < HttpVersion11:  # nothing but the end of the connection says where it ends
+            self._response.force_close()
+        self._has_begun = False
+        self._written_at = asyncio.get_running_loop().time()
 
     async def run(self, deltas: AsyncGenerator[Delta, None], request_id: str) -> web.StreamResponse:
-        """Raises what ``deltas`` raises for its first delta; later errors go into the stream."""
-        delta = await anext(deltas)
-        wait_for_all(self._request)
-        await taken(self._request, self._response.prepare(self._request), self._timeout_s)
-        await self._send(DeltaBody(role="assistant", content=""))
+        """Raises what ``deltas`` raises before the stream has begun; later errors go into the stream."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                beat = group.create_task(self._beat())
+                try:
+                    await self._copy(deltas, request_id)
+                finally:
+                    beat.cancel()
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        await taken(self._request, self._response.write_eof(), self._config.write_timeout_s)
+        return self._response
+
+    async def _beat(self) -> None:
+        """A comment whenever nothing was written for so long, until it is cancelled. Each write is a whole event, so
+        it falls between two others; one that is cancelled has been handed over and is only not waited for."""
+        loop, every_s = asyncio.get_running_loop(), self._config.stream_keepalive_s
         while True:
+            left_s = self._written_at + every_s - loop.time()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+            else:
+                await self._write(_COMMENT)
+
+    async def _copy(self, deltas: AsyncGenerator[Delta, None], request_id: str) -> None:
+        has_role = False
+        while True:
+            try:
+                delta = await anext(deltas)
+            except Exception as error:
+                if not self._has_begun:
+                    raise
+                failure = failure_of(error, request_id)
+                self._response.failed = failure.status
+                await self._event(failure.as_json())
+                return
+            if not has_role:
+                has_role = True
+                await self._send(DeltaBody(role="assistant", content=""))
             if delta.text:
                 await self._send(DeltaBody(content=delta.text))
             if delta.finish_reason is not None:
                 break
-            try:
-                delta = await anext(deltas)
-            except Exception as error:
-                failure = failure_of(error, request_id)
-                self._response.failed = failure.status
-                await self._write(failure.as_json())
-                return await self._end()
         await self._send(DeltaBody(), delta.finish_reason)
         if self._with_usage and delta.usage is not None:
-            await self._write(_encode(msgspec.structs.replace(self._chunk, usage=_usage(delta.usage))))
-        await self._write(b"[DONE]")
-        return await self._end()
+            await self._event(_encode(msgspec.structs.replace(self._chunk, usage=_usage(delta.usage))))
+        await self._event(b"[DONE]")
 
     async def _send(self, body: DeltaBody, finish_reason: FinishReason | None = None) -> None:
         choice = ChunkChoice(body, finish_reason.value if finish_reason else None)
-        await self._write(_encode(msgspec.structs.replace(self._chunk, choices=[choice])))
+        await self._event(_encode(msgspec.structs.replace(self._chunk, choices=[choice])))
+
+    async def _event(self, data: bytes) -> None:
+        await self._write(b"data: " + data + b"\n\n")
 
     async def _write(self, data: bytes) -> None:
-        await taken(self._request, self._response.write(b"data: " + data + b"\n\n"), self._timeout_s)
-
-    async def _end(self) -> web.StreamResponse:
-        await taken(self._request, self._response.write_eof(), self._timeout_s)
-        return self._response
+        self._written_at = asyncio.get_running_loop().time()
+        if not self._has_begun:
+            self._has_begun = True
+            wait_for_all(self._request)
+            # This does not suspend, so nobody writes before it is done.
+            await taken(self._request, self._response.prepare(self._request), self._config.write_timeout_s)
+        await taken(self._request, self._response.write(data), self._config.write_timeout_s)
 
 
 def model_not_found(name: str, served: Sequence[str]) -> Refused:

@@ -79,6 +79,9 @@ class HttpConfig:
     """A body that has not arrived after this long is a 408."""
     write_timeout_s: float = 60.0
     """A client that does not take an answer, or the next piece of its stream, within this time counts as gone."""
+    stream_keepalive_s: float = 15.0
+    """A stream on which nothing was sent for this long is sent a comment, which clients skip. The first one begins it,
+    with a status of 200: what fails later is an event in it."""
     request_timeout_s: float = 600.0
     """From the parsed request to the last token, fetching media included; more is a 504."""
     default_max_tokens: int = 4096

@@ -63,7 +63,7 @@ def _decode(payload: memoryview, max_bytes: int, param: str) -> bytes:
     ending = bytes(payload[-4:])
     padding = len(ending) - len(ending.rstrip(b"="))
     if length % 4 or padding > 2:  # binascii's strict mode lets "QUJD====" pass
-        raise MediaError(param, "not base64: wrong padding")
+        raise MediaError(param, "not base64: wrong padding, or spaces or line breaks in it")
     if length // 4 * 3 - padding > max_bytes:
         raise MediaError(param, f"more than {max_bytes} bytes")
     pieces = []

@@ -26,6 +26,9 @@ from aiodisagg.errors import (
 logger = logging.getLogger(__name__)
 
 CLIENT, SERVER = "invalid_request_error", "server_error"
+_NOT_AGAIN = {"X-Should-Retry": "false"}
+"""OpenAI's packages heed it. By themselves they ask twice more after any status from 500 on, also where all the time
+that the client had is over."""
 
 
 class Refused(AiodisaggError):
@@ -82,7 +85,7 @@ def failure_of(error: Exception, request_id: str) -> Failure:
         case DeadlineExceeded():
             logger.warning("%s %s", request_id, error)
             message = f"not finished after {error.timeout_s:g} s"
-            return Failure(504, message, SERVER, None, "deadline_exceeded")
+            return Failure(504, message, SERVER, None, "deadline_exceeded", _NOT_AGAIN)
         case EncodeFailed():
             logger.warning("%s %s", request_id, error)
             message = f"an image or a video could not be encoded (request {request_id})"
@@ -95,7 +98,8 @@ def failure_of(error: Exception, request_id: str) -> Failure:
 def _of_aiohttp(error: web.HTTPException) -> Failure:
     match error.status:
         case 404:
-            return Failure(404, "no such URL", CLIENT, None, "unknown_url")
+            message = "no such URL; chats are POST /v1/chat/completions, and a client's base URL ends with /v1"
+            return Failure(404, message, CLIENT, None, "unknown_url")
         case 405:
             headers = {"Allow": error.headers.get("Allow", "")}
             return Failure(405, "this URL does not answer that method", CLIENT, None, "method_not_allowed", headers)

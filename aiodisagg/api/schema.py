@@ -76,7 +76,13 @@ class Unsupported(msgspec.Struct):
     add_special_tokens: Raw = NO
     logits_processors: Raw = NO_LIST
     custom_logit_processor: Raw = NOTHING
+    vllm_xargs: Raw = NO_OBJECT
+    repetition_detection: Raw = NOTHING
+    watermarking: Raw = NO
     lora_path: Raw = NOTHING
+    reasoning_effort: Raw = NOTHING
+    thinking_token_budget: Raw = NOTHING
+    web_search_options: Raw = NOTHING
     modalities: Raw = Raw(b'["text"]')
     audio: Raw = NOTHING
     documents: Raw = NO_LIST
@@ -91,14 +97,27 @@ class Unsupported(msgspec.Struct):
     tools: Raw = NO_LIST
     functions: Raw = NO_LIST
     logprobs: Raw = NO
+    top_logprobs: Raw = ZERO
     prompt_logprobs: Raw = NOTHING
+    return_token_ids: Raw = NO
+    return_prompt_token_ids: Raw = NO
+    return_prompt_text: Raw = NO
+    return_hidden_states: Raw = NO
+    return_routed_experts: Raw = NO
+    return_meta_info: Raw = NO
     echo: Raw = NO
+    input_ids: Raw = NOTHING
+    session_params: Raw = NOTHING
+    cache_salt: Raw = NOTHING
+    extra_key: Raw = NOTHING
+    kv_transfer_params: Raw = NOTHING
     chat_template: Raw = NOTHING
     chat_template_kwargs: Raw = NO_OBJECT
     add_generation_prompt: Raw = YES
     continue_final_message: Raw = NO
     truncate_prompt_tokens: Raw = NOTHING
     mm_processor_kwargs: Raw = NO_OBJECT
+    media_io_kwargs: Raw = NO_OBJECT
 
 
 class UnsupportedOfMessage(msgspec.Struct):

@@ -21,6 +21,7 @@ these so some her would make like him into time has look two more write go see n
 water been call who oil its now find long down day did get come made may part
 """
 _WORDS = _TEXT.split()
+_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,6 @@ async def make_bodies(
     style: BodyStyle,
     salt: str,
     made: Callable[[int, int], None] = lambda done, total: None,
-    threads: int = 2,
 ) -> list[Body]:
     """Draws every picture once, on threads. ``salt``: other salts give other pictures and texts.
 
@@ -95,10 +95,10 @@ async def make_bodies(
     def draw(spec: ImageSpec) -> bytes:
         return base64.b64encode(make_picture(spec, salt, style.form))
 
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
     try:
-        for start in range(0, len(specs), 4 * threads):  # few at a time: a cancelled caller does not wait for long
-            some = specs[start : start + 4 * threads]
+        for start in range(0, len(specs), 4 * _THREADS):  # few at a time: a cancelled caller does not wait for long
+            some = specs[start : start + 4 * _THREADS]
             drawn = await asyncio.gather(*(loop.run_in_executor(executor, draw, spec) for spec in some))
             files.update(zip(some, drawn, strict=True))
             made(len(files), len(specs))

@@ -77,6 +77,9 @@ class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
     error: object = None
+    kind: str = msgspec.field(name="object", default="")
+    """``error``: an error as vLLM wrote them, with the message beside it."""
+    message: str = ""
 
 
 class _Model(msgspec.Struct):
@@ -89,6 +92,8 @@ class _Models(msgspec.Struct):
 
 _decode = msgspec.json.Decoder(_Event).decode
 _MOST_SAID = 300
+_FAILED = frozenset({"abort", "error"})
+"""Finish reasons with which vLLM and SGLang end an answer that they did not finish."""
 
 
 class _Error(msgspec.Struct):
@@ -119,7 +124,7 @@ class Answer:
         self.text_s: list[float] = []
         self.prompt_tokens = 0
         self.output_tokens = 0
-        self.error = "cut off"  # until its end says otherwise
+        self.error = "cut off"  # until its end, or a finish reason, says otherwise
         self.said = ""
         """What the server, or a library, said of the error."""
 
@@ -135,6 +140,8 @@ class Answer:
             return
         if event.error is not None:
             self.error, self.said = "error in the stream", _said(data)
+        elif event.kind == "error":
+            self.error, self.said = "error in the stream", event.message[:_MOST_SAID]
         if event.usage is not None:
             self.prompt_tokens = event.usage.prompt_tokens
             self.output_tokens = event.usage.completion_tokens or 0
@@ -142,6 +149,10 @@ class Answer:
             delta = choice.delta
             if delta.content or delta.reasoning or delta.reasoning_content:
                 self.text_s.append(now)
+            if choice.finish_reason in _FAILED:
+                self.error = f"finish reason {choice.finish_reason}"
+            elif choice.finish_reason and self.error == "cut off":
+                self.error = ""  # not every server says [DONE]
 
 
 class ChatClient:
@@ -179,9 +190,14 @@ class ChatClient:
                 answer.error = f"HTTP {response.status}"
                 answer.said = _said(await response.read())
                 return
+            other = bytearray()
             async for line in response.content:
                 if line.startswith(b"data:"):
                     answer.hear(line[5:].strip(), self._clock.now())
+                elif len(other) < _MOST_SAID:
+                    other += line
+        if answer.error == "cut off" and response.content_type != "text/event-stream":
+            answer.error, answer.said = f"no stream but {response.content_type}", _said(bytes(other))
 
     async def models(self, url: str) -> list[str]:
         """The models a server says it has. Raises ServerError."""
@@ -211,8 +227,9 @@ async def _pieces(body: Body) -> AsyncIterator[bytes]:
 
 
 def open_session(api_key: str | None) -> aiohttp.ClientSession:
-    """As many connections as there are requests; the key, if any, goes with each."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    """As many connections as there are requests; the key, if any, goes with each. Nothing is to be compressed: pieces
+    of a stream would come together, and nobody here unpacks pages of metrics."""
+    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0),
         timeout=aiohttp.ClientTimeout(total=None),

@@ -11,12 +11,8 @@ What is reported of a cell is over the requests of all its seeds together.
 
 from __future__ import annotations
 
-import asyncio
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -25,8 +21,8 @@ from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.mixes import named_mix, servegen_mix
 from aiodisagg.bench.serve import Bench, Run, Say, ServeOptions
 from aiodisagg.bench.serve_metrics import Outcome, Summary, Unloaded, summarize
-from aiodisagg.bench.shapes import Setting, started
-from aiodisagg.bench.workload import Closed, Gamma, Mix
+from aiodisagg.bench.shapes import Setting, modelled, started
+from aiodisagg.bench.workload import Closed, Gamma, Mix, check
 from aiodisagg.errors import ConfigError
 
 SLO = (5.0, 10.0)
@@ -68,6 +64,7 @@ class CompareOptions:
         for key in ("shapes", "mixes", "loads", "seeds"):
             if not getattr(self, key):
                 raise ConfigError(key, "at least one is needed")
+        check("loads", self.loads, above=0)
 
     def mix(self, name: str) -> Mix:
         """Raises ConfigError."""
@@ -110,14 +107,7 @@ async def bench_compare(options: CompareOptions, say: Say = lambda what, done, t
     """Measures everything. Raises ConfigError, ProcessEnded, ServerError."""
     for name in options.mixes:
         options.mix(name)
-    with ExitStack() as stack:
-        setting, model = options.setting, options.setting.model
-        if not model:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aiodisagg-bench-"))
-            model = f"synthetic, {options.size}"
-            setting = replace(
-                setting, model=await asyncio.to_thread(build_model, Path(folder) / options.size, options.size)
-            )
+    with modelled(options.setting, options.size) as (setting, model):
         comparison = _Comparison(options, setting, say)
         await comparison.measure_replicas()
         for seed in options.seeds:
@@ -127,13 +117,6 @@ async def bench_compare(options: CompareOptions, say: Say = lambda what, done, t
     return CompareReport(
         model, places, list(options.shapes), comparison.capacity, comparison.unloaded, comparison.cells()
     )
-
-
-def build_model(folder: Path, size: str) -> str:
-    """A synthetic model's folder. Blocking."""
-    from aiodisagg.models.synthetic import build_synthetic
-
-    return str(build_synthetic(folder, size))
 
 
 class _Comparison:

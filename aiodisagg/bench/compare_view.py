@@ -9,18 +9,15 @@ from rich.table import Table
 
 from aiodisagg.bench.compare import Cell, CompareReport
 from aiodisagg.bench.serve_metrics import Spread
-from aiodisagg.bench.serve_view import milliseconds
+from aiodisagg.bench.view import drawn, milliseconds, table
 
 
 def compare_table(report: CompareReport) -> Table:
     """A line for each shape under each mix and load; times beside those of the first shape."""
     capacity = ", ".join(f"{mix} {rate:.2f} requests/s" for mix, rate in report.capacity.items())
-    found = Table(title=f"{report.model} on {report.places}; load 1.0 is {capacity}", title_justify="left")
-    for column in ("mix", "load", "shape", "TTFT mean", "", "seeds", "TTFT p99", "", "ITL p99", "", "requests/s"):
-        found.add_column(column, justify="right")
-    for column in (f"good {good.multiple:g}x" for good in report.cells[0].all.goodput):
-        found.add_column(column, justify="right")
-    found.add_column("errors", justify="right")
+    columns = ("mix", "load", "shape", "TTFT mean", "", "seeds", "TTFT p99", "", "ITL p99", "", "requests/s")
+    good = (f"good {good.multiple:g}x" for good in report.cells[0].all.goodput)
+    found = table(f"{report.model} on {report.places}; load 1.0 is {capacity}", (*columns, *good, "errors"))
     for mix in dict.fromkeys(cell.mix for cell in report.cells):
         for load in dict.fromkeys(cell.load for cell in report.cells if cell.mix == mix):
             first = report.cell(report.shapes[0], mix, load)
@@ -59,9 +56,7 @@ _TIMES = (("ttft_ms", "mean", "TTFT mean"), ("ttft_ms", "p99", "TTFT p99"), ("it
 def best_table(report: CompareReport) -> Table:
     """The last shape against the best of the others in each cell: times and requests a second as ratios."""
     last, others = report.shapes[-1], report.shapes[:-1]
-    found = Table(title=f"{last} against the best of {', '.join(others)}", title_justify="left")
-    for column in ("mix", "load", *(title for *_, title in _TIMES), "requests/s"):
-        found.add_column(column, justify="right")
+    rows = []
     for own in (cell for cell in report.cells if cell.shape == last):
         rivals = [report.cell(shape, own.mix, own.load) for shape in others]
         ratios = []
@@ -71,8 +66,9 @@ def best_table(report: CompareReport) -> Table:
             ratios.append("-" if mine is None or best is None else f"x{mine / best:.2f}")
         most = max((one.all.requests_per_s for one in rivals), default=0.0)
         ratios.append(f"x{own.all.requests_per_s / most:.2f}" if most else "-")
-        found.add_row(own.mix, f"{own.load:g}", *ratios)
-    return found
+        rows.append((own.mix, f"{own.load:g}", *ratios))
+    columns = ("mix", "load", *(title for *_, title in _TIMES), "requests/s")
+    return table(f"{last} against the best of {', '.join(others)}", columns, rows)
 
 
 def _value(cell: Cell, name: str, part: str) -> float | None:
@@ -81,29 +77,16 @@ def _value(cell: Cell, name: str, part: str) -> float | None:
 
 
 def plot_compare(report: CompareReport, file: Path) -> None:
-    """Writes a PNG: for each mix the mean and p99 TTFT and the p99 ITL of every shape over the load.
-
-    Raises ImportError without matplotlib.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Writes a PNG: for each mix the mean and p99 TTFT and the p99 ITL of every shape over the load."""
     mixes = list(dict.fromkeys(cell.mix for cell in report.cells))
-    figure, axes = pyplot.subplots(
-        len(mixes), len(_TIMES), figsize=(12, 3.8 * len(mixes)), layout="constrained", squeeze=False
-    )
-    for mix, line in zip(mixes, axes, strict=True):
-        for (name, part, title), axis in zip(_TIMES, line, strict=True):
-            for shape in report.shapes:
-                cells = [cell for cell in report.cells if (cell.shape, cell.mix) == (shape, mix)]
-                values = [_value(cell, name, part) for cell in cells]
-                axis.plot(
-                    [cell.load for cell in cells], [nan if one is None else one for one in values], "o-", label=shape
-                )
-            axis.set(title=f"{mix}: {title}, ms", xlabel=f"load, of {report.shapes[0]}'s capacity", ylim=(0, None))
-            axis.legend()
-    figure.suptitle(f"{report.model} on {report.places}")
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    across = len(_TIMES)
+    with drawn(file, len(mixes), across, figsize=(12, 3.8 * len(mixes)), squeeze=False) as (figure, axes):
+        for mix, line in zip(mixes, axes, strict=True):
+            for (name, part, title), axis in zip(_TIMES, line, strict=True):
+                for shape in report.shapes:
+                    cells = [cell for cell in report.cells if (cell.shape, cell.mix) == (shape, mix)]
+                    values = [nan if (one := _value(cell, name, part)) is None else one for cell in cells]
+                    axis.plot([cell.load for cell in cells], values, "o-", label=shape)
+                axis.set(title=f"{mix}: {title}, ms", xlabel=f"load, of {report.shapes[0]}'s capacity", ylim=(0, None))
+                axis.legend()
+        figure.suptitle(f"{report.model} on {report.places}")

@@ -9,7 +9,9 @@ import msgspec
 
 from aiodisagg.bench.network import Namespace
 from aiodisagg.bench.partner import Done, Hog, Partner
-from aiodisagg.bench.paths import MiB, Paths
+from aiodisagg.bench.paths import Paths
+from aiodisagg.bench.serve_metrics import percentile
+from aiodisagg.peer.config import MiB
 from aiodisagg.transport import chunks, copying, mooncake, stream
 
 CHUNK_BYTES = {
@@ -20,6 +22,7 @@ CHUNK_BYTES = {
     "mooncake": mooncake.RDMA_CHUNK_BYTES,
 }
 SMALL_BYTES = MiB
+DELAY_MS, LOSS_PERCENT = 20, 1
 
 
 class Fair(msgspec.Struct, frozen=True):
@@ -81,15 +84,12 @@ async def fairness(paths: Paths, runs: int, count: int) -> list[Fair]:
             await path.transport.fence(path.remote)
         found.append(
             Fair(
-                name, huge_bytes, statistics.median(alone), _p99(alone), statistics.median(beside), _p99(beside),
+                name, huge_bytes, statistics.median(alone), percentile(sorted(alone), 99), statistics.median(beside),
+                percentile(sorted(beside), 99),
                 1000 * huge_s * min(1.0, CHUNK_BYTES[name] / huge_bytes),
             )
         )  # fmt: skip
     return found
-
-
-def _p99(times: list[float]) -> float:
-    return statistics.quantiles(times, n=100, method="inclusive")[98]
 
 
 async def hogged(paths: Paths, sizes: tuple[int, ...], runs: int, budget_bytes: int) -> list[Hogged]:
@@ -112,15 +112,15 @@ async def hogged(paths: Paths, sizes: tuple[int, ...], runs: int, budget_bytes: 
     return found
 
 
-async def two_hosts(size_bytes: int, congestion: str, delay_ms: int = 20, loss_percent: int = 1) -> list[Crossed]:
+async def two_hosts(size_bytes: int, congestion: str) -> list[Crossed]:
     """Namespaces stand for hosts. Raises NetworkUnavailable where they cannot be made, WrongBytes if a byte differs."""
     names = ("stream", "zmq", "mooncake-tcp")
     async with Namespace(congestion=congestion) as network, Partner(network.exec) as partner:
-        await network.spoil(delay_ms, loss_percent)
+        await network.spoil(DELAY_MS, LOSS_PERCENT)
         async with Paths(
             partner, size_bytes, names=names, here=network.here, there=network.there, limits=False
         ) as paths:
             return [
-                Crossed(name, size_bytes, delay_ms, loss_percent, await paths.check(name, size_bytes))
+                Crossed(name, size_bytes, DELAY_MS, LOSS_PERCENT, await paths.check(name, size_bytes))
                 for name in paths.transports
             ]

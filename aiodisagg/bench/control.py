@@ -24,9 +24,9 @@ import psutil
 from aiodisagg.bench.chat_client import Clock
 from aiodisagg.bench.serve_metrics import Spread
 from aiodisagg.bench.synthetic import item_of, synthetic_model
-from aiodisagg.bench.workload import Gamma
+from aiodisagg.bench.workload import Gamma, check
 from aiodisagg.demo.cluster import Cluster
-from aiodisagg.errors import AiodisaggError
+from aiodisagg.errors import AiodisaggError, ConfigError
 from aiodisagg.language.rows import RowReceiver
 from aiodisagg.peer.config import LanguageConfig, MiB
 from aiodisagg.peer.garbage import settle
@@ -52,6 +52,14 @@ class ControlOptions:
     cores: tuple[int, int] = (0, 1)
     seed: int = 0
     verbose: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.peers:
+            raise ConfigError("peers", "at least one is needed")
+        check("peers", self.peers, least=1)
+        check("requests", (self.requests,), least=2)  # half of them come in each open loop
+        check("concurrency", (self.concurrency,), least=1)
+        check("rows", (self.rows,), least=1)
 
 
 class ItemFailed(AiodisaggError):
@@ -87,17 +95,13 @@ class ControlReport(msgspec.Struct, frozen=True):
         few, many = (choose(self.measured, key=lambda one: one.peers) for choose in (min, max))
         if few.peers == many.peers:
             return ""
-        receiver, encoders = (
-            (after - before, (after - before) / (many.peers - few.peers))
-            for before, after in (
-                (few.receiver_cpu_us, many.receiver_cpu_us),
-                (few.encoders_cpu_us, many.encoders_cpu_us),
-            )
-        )
+        peers = many.peers - few.peers
+        receiver_us = many.receiver_cpu_us - few.receiver_cpu_us
+        encoders_us = many.encoders_cpu_us - few.encoders_cpu_us
         return (
             f"from {few.peers} to {many.peers} encode peers: {many.requests_per_s / few.requests_per_s:.2f} times the "
-            f"requests/s; CPU of a request {receiver[0]:+.0f} us at the receiver ({receiver[1]:+.1f} us a peer), "
-            f"{encoders[0]:+.0f} us at the encoders ({encoders[1]:+.1f} us a peer)"
+            f"requests/s; CPU of a request {receiver_us:+.0f} us at the receiver ({receiver_us / peers:+.1f} us a "
+            f"peer), {encoders_us:+.0f} us at the encoders ({encoders_us / peers:+.1f} us a peer)"
         )
 
 
@@ -148,7 +152,7 @@ async def _with(peers: int, options: ControlOptions) -> Controlled:
                 receiver.peers.add(address)
             await _linked(receiver, len(addresses))
             await caller.closed(options.requests // 10, options.concurrency)
-            process = psutil.Process(source.process.process.pid)
+            process = psutil.Process(source.process.pid)
             own_cpu, other_cpu, began = time.process_time(), _cpu(process), time.perf_counter()
             full = await caller.closed(options.requests, options.concurrency)
             seconds = time.perf_counter() - began

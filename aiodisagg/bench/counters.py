@@ -26,3 +26,9 @@ def parse_counters(texts: Iterable[str]) -> dict[str, float]:
 def grown(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
     """By how much each counter grew; those that did not are left out."""
     return {name: value - before.get(name, 0.0) for name, value in after.items() if value != before.get(name, 0.0)}
+
+
+def row_bytes(page: str, outcome: str) -> float:
+    """Bytes of rows with this outcome."""
+    name, label = "aiodisagg_row_bytes_total{", f'outcome="{outcome}"'
+    return sum(value for key, value in parse_counters([page]).items() if key.startswith(name) and label in key)

@@ -14,6 +14,8 @@ from random import Random
 
 from aiodisagg.errors import ConfigError
 
+TOKEN_SIDE = 32
+"""Pixels of a visual token's side."""
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?(?::(\d+(?:\.\d+)?))?")
 
 
@@ -110,19 +112,19 @@ def parse_sizes(key: str, text: str) -> tuple[tuple[int, int], ...]:
     return tuple(sizes)
 
 
-def size_of_tokens(tokens: int, side: int = 32) -> tuple[int, int]:
-    """(width, height) in pixels of a picture of about ``tokens`` >= 1 visual tokens of ``side`` x ``side`` pixels each:
-    the nearest product of two sides of at most 2:1, the widest among equals."""
+def size_of_tokens(tokens: int) -> tuple[int, int]:
+    """(width, height) in pixels of a picture of about ``tokens`` >= 1 visual tokens of 32 x 32 pixels each: the nearest
+    product of two sides of at most 2:1, the widest among equals."""
     shapes = []
     for rows in range(max(1, math.isqrt(tokens // 2)), math.isqrt(tokens) + 2):
         shapes += [(min(max(columns, rows), 2 * rows), rows) for columns in (tokens // rows, -(-tokens // rows))]
     columns, rows = min(shapes, key=lambda shape: abs(shape[0] * shape[1] - tokens))
-    return columns * side, rows * side
+    return columns * TOKEN_SIDE, rows * TOKEN_SIDE
 
 
-def visual_tokens(width: int, height: int, side: int = 32) -> int:
+def visual_tokens(width: int, height: int) -> int:
     """Of a picture that no pixel limit changes."""
-    return max(1, round(width / side)) * max(1, round(height / side))
+    return max(1, round(width / TOKEN_SIDE)) * max(1, round(height / TOKEN_SIDE))
 
 
 def _scaled(value: int, factor: float) -> int:

@@ -222,10 +222,10 @@ class _Bench:
         return answers, traces
 
     async def _received(self) -> float:
-        return await self._system.metric(self._system.language, "row_bytes_total", outcome="received")
+        return await self._system.row_bytes(self._system.language, "received")
 
     async def _resent(self, member: Member) -> float:
-        return await self._system.metric(member, "row_bytes_total", outcome="resent")
+        return await self._system.row_bytes(member, "resent")
 
     @staticmethod
     def _row_bytes(items: list[dict[str, Any]]) -> int:

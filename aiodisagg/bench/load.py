@@ -101,15 +101,10 @@ def _measure(part: str, folder: Path, dtype: str) -> Loaded:
 # -- in the fresh process ---------------------------------------------------------------------------------------
 
 
-def _status(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    text = Path("/proc/self/status").read_text(encoding="ascii")
+def _bytes(file: str, key: str) -> int:
+    """A line of a file of /proc/self, in bytes."""
+    text = Path("/proc/self", file).read_text(encoding="ascii")
     return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{key}:"))
-
-
-def _pss() -> int:
-    text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
-    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:"))
 
 
 def measure_here(part: str, folder: Path, dtype: str) -> Loaded:
@@ -120,7 +115,7 @@ def measure_here(part: str, folder: Path, dtype: str) -> Loaded:
 
     torch.set_num_threads(1)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the high-water mark so far
-    resident, own = _status("VmRSS"), _pss()
+    resident, own = _bytes("status", "VmRSS"), _bytes("smaps_rollup", "Pss")
     began = time.perf_counter()
     module: Any
     match part:
@@ -135,7 +130,8 @@ def measure_here(part: str, folder: Path, dtype: str) -> Loaded:
         tensor.reshape(-1).view(torch.uint8).max()
     seconds = time.perf_counter() - began
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return Loaded(part, seconds, _status("VmHWM") - resident, _pss() - own, weights)
+    peak, kept = _bytes("status", "VmHWM"), _bytes("smaps_rollup", "Pss")
+    return Loaded(part, seconds, peak - resident, kept - own, weights)
 
 
 def table(report: LoadReport) -> str:

@@ -36,8 +36,7 @@ class Namespace:
         return ("ip", "netns", "exec", self.name)
 
     async def __aenter__(self) -> Namespace:
-        if os.geteuid() != 0 or shutil.which("ip") is None:
-            raise NetworkUnavailable("network namespaces need root and iproute2 (apt-get install iproute2)")
+        _check()
         here, there = self._ends
         await _ip("netns", "add", self.name)
         try:
@@ -79,8 +78,7 @@ class Namespace:
 
 async def in_namespace(congestion: str, command: Sequence[str]) -> int:
     """Runs a command in a fresh network namespace in which there is nothing but loopback; its exit code."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        raise NetworkUnavailable("network namespaces need root and iproute2 (apt-get install iproute2)")
+    _check()
     name = f"aiodisagg{os.getpid() % 100000}"
     await _ip("netns", "add", name)
     try:
@@ -92,6 +90,11 @@ async def in_namespace(congestion: str, command: Sequence[str]) -> int:
         return await process.wait()
     finally:
         await _ip("netns", "del", name)
+
+
+def _check() -> None:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        raise NetworkUnavailable("network namespaces need root and iproute2 (apt-get install iproute2)")
 
 
 async def _ip(*arguments: str) -> None:

@@ -248,7 +248,3 @@ def table(report: OverlapReport) -> str:
             )
         lines.append(f"{'':8}{'ratio':>9}{one.ttft_ratio:8.2f}  throughput {one.throughput_ratio:.3f}")
     return "\n".join(lines)
-
-
-def write(report: OverlapReport, json_file: Path) -> None:
-    json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")

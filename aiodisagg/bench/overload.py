@@ -19,14 +19,16 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import msgspec
 from rich.table import Table
 
 from aiodisagg.bench.serve_metrics import percentile
+from aiodisagg.bench.view import table
 from aiodisagg.scheduler.admission import (
     AdmissionConfig,
     AdmissionQueue,
@@ -109,6 +111,39 @@ class Measurement(msgspec.Struct, frozen=True):
     """In the line; 0 without one."""
     error_s: float
     """Mean distance of first tokens from their predictions."""
+
+
+class Played(Protocol):
+    """A request that was played: its time to a first token, below 0 if it has none."""
+
+    @property
+    def ttft_s(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def images(self) -> object: ...
+
+
+def measurement(
+    policy: str, load: float, requests: Sequence[Played], span_s: float, slo_s: float, shed: Iterable[str],
+    longest_wait_s: float = math.nan, error_s: float = math.nan,
+) -> Measurement:  # fmt: skip
+    """``span_s``: in which they came. ``shed``: why, for each that was."""
+    served = [one for one in requests if one.ttft_s >= 0]
+    good = [one for one in served if one.ttft_s <= slo_s]
+    text = [one.ttft_s for one in served if not one.images]
+    image = [one.ttft_s for one in served if one.images]
+    return Measurement(
+        policy, load, len(requests),
+        goodput=len(good) / span_s,
+        goodput_images=sum(bool(one.images) for one in good) / span_s,
+        goodput_tokens=sum(one.tokens for one in good) / span_s,
+        served=len(served),
+        shed=dict(Counter(shed)),
+        text_p50_s=at(text, 50), text_p99_s=at(text, 99),
+        image_p50_s=at(image, 50), image_p99_s=at(image, 99),
+        image_longest_wait_s=longest_wait_s, error_s=error_s,
+    )  # fmt: skip
 
 
 class OverloadReport(msgspec.Struct, frozen=True):
@@ -284,26 +319,13 @@ def measure(
     """One policy at ``load`` times ``capacity``."""
     requests = workload(count, load * capacity, seed)
     said = run(requests, policy, slo_s=slo_s, max_wait_s=max_wait_s, seed=seed)
-    span_s = requests[-1].arrived
-    served = [request for request in requests if request.first_token >= 0]
-    good = [request for request in served if request.ttft_s <= slo_s]
-    text = [request.ttft_s for request in served if not request.images]
-    image = [request.ttft_s for request in served if request.images]
-    waits = [request.released - request.arrived for request in served if request.images]
+    waits = [request.released - request.arrived for request in requests if request.images and request.ttft_s >= 0]
     errors = [
         abs(one.ttft_s - one.predicted_s) for one in said if isinstance(one, Measured) and one.predicted_s is not None
     ]
-    return Measurement(
-        policy, load, count,
-        goodput=len(good) / span_s,
-        goodput_images=sum(bool(request.images) for request in good) / span_s,
-        goodput_tokens=sum(request.tokens for request in good) / span_s,
-        served=len(served),
-        shed=dict(Counter(one.reason for one in said if isinstance(one, Shed))),
-        text_p50_s=at(text, 50), text_p99_s=at(text, 99),
-        image_p50_s=at(image, 50), image_p99_s=at(image, 99),
-        image_longest_wait_s=max(waits, default=0.0),
-        error_s=sum(errors) / len(errors) if errors else float("nan"),
+    return measurement(
+        policy, load, requests, requests[-1].arrived, slo_s, (one.reason for one in said if isinstance(one, Shed)),
+        max(waits, default=0.0), sum(errors) / len(errors) if errors else math.nan,
     )  # fmt: skip
 
 
@@ -322,16 +344,16 @@ def bench_overload(loads: Sequence[float], count: int, seed: int, max_wait_s: fl
 def overload_table(report: OverloadReport) -> Table:
     """For a terminal."""
     title = f"Capacity {report.capacity:.2f} requests/s; first tokens wanted within {report.slo_s:.2f} s"
-    found = Table(title=title, title_justify="left")
-    for column in ("load", "", "in time/s", "with images", "tokens/s", "served", "shed"):
-        found.add_column(column, justify="right")
-    for column in ("text p50", "p99", "image p50", "p99", "longest in line", "prediction off by"):
-        found.add_column(column, justify="right")
+    columns = (
+        "load", "", "in time/s", "with images", "tokens/s", "served", "shed", "text p50", "p99", "image p50", "p99",
+        "longest in line", "prediction off by",
+    )  # fmt: skip
+    rows = []
     for one in report.measured:
         times = (one.text_p50_s, one.text_p99_s, one.image_p50_s, one.image_p99_s, one.image_longest_wait_s)
-        found.add_row(
+        rows.append((
             f"{one.load:g}", one.policy, f"{one.goodput:.2f}", f"{one.goodput_images:.2f}",
             f"{one.goodput_tokens:,.0f}", f"{one.served}/{one.requests}", str(sum(one.shed.values())),
             *("-" if math.isnan(seconds) else f"{seconds:.2f} s" for seconds in (*times, one.error_s)),
-        )  # fmt: skip
-    return found
+        ))  # fmt: skip
+    return table(title, columns, rows)

@@ -11,7 +11,6 @@ import asyncio
 import io
 import random
 import tempfile
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from aiodisagg.bench.overload import Measurement, OverloadReport, at
+from aiodisagg.bench.overload import OverloadReport, measurement
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.engine.types import SamplingParams
 from aiodisagg.errors import Overloaded
@@ -108,26 +107,6 @@ async def _play(service: LanguageService, requests: list[_Asked], *, at_once: bo
     return loop.time() - began
 
 
-def _measured(policy: str, load: float, requests: list[_Asked], slo_s: float) -> Measurement:
-    span_s = requests[-1].after_s
-    served = [asked for asked in requests if asked.ttft_s >= 0]
-    good = [asked for asked in served if asked.ttft_s <= slo_s]
-    text = [asked.ttft_s for asked in served if not asked.images]
-    image = [asked.ttft_s for asked in served if asked.images]
-    nothing = float("nan")
-    return Measurement(
-        policy, load, len(requests),
-        goodput=len(good) / span_s,
-        goodput_images=sum(bool(asked.images) for asked in good) / span_s,
-        goodput_tokens=sum(asked.tokens for asked in good) / span_s,
-        served=len(served),
-        shed=dict(Counter(asked.shed for asked in requests if asked.shed)),
-        text_p50_s=at(text, 50), text_p99_s=at(text, 99),
-        image_p50_s=at(image, 50), image_p99_s=at(image, 99),
-        image_longest_wait_s=nothing, error_s=nothing,
-    )  # fmt: skip
-
-
 async def bench_overload_real(
     loads: Sequence[float], count: int, seed: int, *, size: str, max_wait_s: float = 10.0
 ) -> OverloadReport:
@@ -149,5 +128,6 @@ async def bench_overload_real(
                 requests = _requests(count, load * capacity, seed + 2)
                 async with _service(folder, line if policy == "line" else open_line) as service:
                     await _play(service, requests)
-                found.append(_measured(policy, load, requests, slo_s))
+                shed = (asked.shed for asked in requests if asked.shed)
+                found.append(measurement(policy, load, requests, requests[-1].after_s, slo_s, shed))
         return OverloadReport(capacity, slo_s, max_wait_s, seed, found)

@@ -27,7 +27,6 @@ LIMITS = {
     "mooncake-tcp": "bare submit and poll",
     "mooncake": "bare submit and poll",
 }
-MiB = 1 << 20
 
 
 class WrongBytes(AiodisaggError):

@@ -13,16 +13,15 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import psutil
 
 from aiodisagg.bench.transfer import Timed, Transfers, transfers
 from aiodisagg.demo.cluster import Cluster
+from aiodisagg.peer.config import MiB
 from aiodisagg.transport.arena import POOL_NAME
 
-MiB = 1 << 20
 INTERRUPTED = (20_000, 50_000, 100_000)
 SIZES = (1_024, 4_096, 16_384, 32_768, 65_536)
 CUTS = (1, 2, 5)
@@ -172,13 +171,3 @@ async def _memory(options: ResumeOptions, cluster: Cluster, block_rows: int, poo
         found.append(Memory("fixed buffers", many, 100_000, many * 100_000 * row_bytes, None, None, None))
         found.append(Memory("blocks", many, 100_000, options.pool_mib * MiB, None, None, None))
     return found
-
-
-def write(report: ResumeReport, json_file: Path | None, plot_file: Path | None) -> None:
-    """Writes what was asked for. Raises ImportError without matplotlib if a plot is."""
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    if plot_file is not None:
-        from aiodisagg.bench.plot import plot_resume
-
-        plot_resume(report, plot_file)

@@ -8,26 +8,20 @@ language peer keeps nothing and the encode peer little more than what it is send
 
 from __future__ import annotations
 
-import asyncio
-import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import aiohttp
 import msgspec
 
 from aiodisagg.bench.chat_client import ChatClient, Clock, open_session
-from aiodisagg.bench.compare import build_model
 from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.serve import Bench, Run, Say, ServeOptions
 from aiodisagg.bench.serve_metrics import Outcome, Summary, summarize
-from aiodisagg.bench.shapes import SHAPES, Setting, healthy
-from aiodisagg.bench.workload import Closed, Mix, generate
-from aiodisagg.demo.cluster import Cluster
+from aiodisagg.bench.shapes import Setting, modelled, started
+from aiodisagg.bench.workload import Closed, Mix, check, generate
 
-WITHOUT = {"encode": ("--source-mib", "8"), "language": ("--cache-mib", "0", "--no-prefix-cache")}
+ENCODE_WITHOUT, LANGUAGE_WITHOUT = ("--source-mib", "8"), ("--cache-mib", "0", "--no-prefix-cache")
+"""Options of the peers that make them keep next to nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +39,10 @@ class ReuseOptions:
     reuse: float = 0.8
     scale: float = 1 / 9
     """Visual tokens of a picture, texts and answers, as shares of those of the mix ``reuse``."""
+
+    def __post_init__(self) -> None:
+        check("scale", (self.scale,), above=0)
+        self.mix  # noqa: B018 - whether it is one
 
     @property
     def mix(self) -> Mix:
@@ -85,13 +83,8 @@ class ReuseReport(msgspec.Struct, frozen=True):
 
 async def bench_reuse(options: ReuseOptions, say: Say = lambda what, done, total: None) -> ReuseReport:
     """Measures. Raises ConfigError, ProcessEnded, ServerError."""
-    with tempfile.TemporaryDirectory(prefix="aiodisagg-bench-") as folder:
-        setting, model = options.setting, options.setting.model
-        if not model:
-            model = f"synthetic, {options.size}"
-            made = await asyncio.to_thread(build_model, Path(folder) / options.size, options.size)
-            setting = replace(setting, model=made)
-        runs: dict[bool, list[tuple[Run, list[Outcome]]]] = {True: [], False: []}
+    runs: dict[bool, list[tuple[Run, list[Outcome]]]] = {True: [], False: []}
+    with modelled(options.setting, options.size) as (setting, model):
         for number in range(options.rounds):
             for caches in (True, False):
                 what = f"round {number + 1} of {options.rounds}, {'with' if caches else 'without'} caches"
@@ -103,10 +96,13 @@ async def bench_reuse(options: ReuseOptions, say: Say = lambda what, done, total
 async def _measure(
     options: ReuseOptions, setting: Setting, caches: bool, seed: int, what: str, say: Say
 ) -> tuple[Run, list[Outcome]]:
-    async with _started(setting, caches) as (url, pages), open_session(None) as session:
+    if not caches:
+        setting = replace(setting, encode_options=ENCODE_WITHOUT, language_options=LANGUAGE_WITHOUT)
+    setting = replace(setting, encode_options=("--http-port", "0", *setting.encode_options))  # for its counters
+    async with started("1+1", setting) as (encode, language), open_session(None) as session:
         serve = ServeOptions(
-            urls=(url,), mix=options.mix, concurrencies=(options.concurrency,), requests=options.requests,
-            seeds=(seed,), probes=0, metrics=pages,
+            urls=(language,), mix=options.mix, concurrencies=(options.concurrency,), requests=options.requests,
+            seeds=(seed,), probes=0, metrics=(f"{encode}/metrics", f"{language}/metrics"),
         )  # fmt: skip
         clock = Clock()
         tell = lambda step, done, total: say(f"{what}, {step}", done, total)  # noqa: E731
@@ -114,22 +110,6 @@ async def _measure(
         await bench.meet()
         await bench.warm()
         return await bench.measure(Closed(options.concurrency), seed, {})
-
-
-@asynccontextmanager
-async def _started(setting: Setting, caches: bool) -> AsyncIterator[tuple[str, tuple[str, ...]]]:
-    """The API's URL, and both peers' metrics."""
-    async with Cluster(verbose=setting.verbose) as cluster, aiohttp.ClientSession() as session:
-        told: list[str] = ["--http-port", "0"]
-        urls = []
-        for part in SHAPES["1+1"]:  # encode, then language
-            arguments, prefix = setting.command(part)
-            more = () if caches else WITHOUT[part.command]
-            member = await cluster.start(part.name, *arguments, *more, *told, prefix=prefix)
-            told = ["--peer", member.facts.get("address", "")]
-            urls.append(member.facts["url"])
-        await healthy(session, urls[-1])
-        yield urls[-1], tuple(f"{url}/metrics" for url in urls)
 
 
 def _together(options: ReuseOptions, caches: bool, runs: Sequence[tuple[Run, list[Outcome]]]) -> Reused:

@@ -8,11 +8,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
-from pathlib import Path
 
 import msgspec
 
@@ -22,7 +20,7 @@ from aiodisagg.bench.counters import grown, parse_counters
 from aiodisagg.bench.pictures import PictureFormat
 from aiodisagg.bench.serve_load import ClientCost, Load, watch_client
 from aiodisagg.bench.serve_metrics import Outcome, Summary, Unloaded, by_group, group_of, summarize
-from aiodisagg.bench.workload import Arrivals, Closed, Gamma, Mix, WorkloadRequest, generate
+from aiodisagg.bench.workload import Arrivals, Closed, Gamma, Mix, WorkloadRequest, check, generate
 from aiodisagg.errors import ConfigError
 
 Say = Callable[[str, int, int], None]
@@ -72,14 +70,14 @@ class ServeOptions:
             raise ConfigError("rates", "give rates or concurrencies")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError("seeds", f"at least one is needed, and each once, not {list(self.seeds)}")
-        _check("rates", self.rates, above=0)
-        _check("concurrency", self.concurrencies, least=1)
-        _check("requests", (self.requests,), least=1)
-        _check("warmup", (self.warmup,), least=0)
-        _check("probes", (self.probes,), least=0)
-        _check("slo", self.slo, above=0)
-        _check("cv", (self.cv,), least=0)
-        _check("timeout-s", (self.timeout_s,), above=0)
+        check("rates", self.rates, above=0)
+        check("concurrency", self.concurrencies, least=1)
+        check("requests", (self.requests,), least=1)
+        check("warmup", (self.warmup,), least=0)
+        check("probes", (self.probes,), least=0)
+        check("slo", self.slo, above=0)
+        check("cv", (self.cv,), least=0)
+        check("timeout-s", (self.timeout_s,), above=0)
 
     @property
     def loads(self) -> list[tuple[str, Arrivals | None]]:
@@ -92,13 +90,6 @@ class ServeOptions:
             exact = f"{repr(arrivals.rate_per_s).removesuffix('.0')}/s" if isinstance(arrivals, Gamma) else ""
             found.append(((exact or _name(arrivals)) + (f" ({before + 1})" if before else ""), arrivals))
         return found or [("trace", None)]
-
-
-def _check(key: str, values: Sequence[float], *, least: float = -math.inf, above: float = -math.inf) -> None:
-    for value in values:
-        if not (least <= value < math.inf and value > above):
-            wanted = f"above {above:g}" if above > least else f"at least {least:g}"
-            raise ConfigError(key, f"must be {wanted}, not {value:g}")
 
 
 def _name(arrivals: Arrivals | None) -> str:
@@ -266,7 +257,3 @@ class Bench:
         with watch_client() as cost:
             outcomes = await load.run(list(zip(requests, bodies, strict=True)), arrivals)
         return outcomes, cost
-
-
-def write_report(report: ServeReport, file: Path) -> None:
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")

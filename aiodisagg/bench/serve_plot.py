@@ -1,4 +1,4 @@
-"""Plots of ``bench serve``; imports matplotlib (the extra ``bench``) when it draws."""
+"""Plots of ``bench serve``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from aiodisagg.bench.serve import Run, ServeReport
 from aiodisagg.bench.serve_metrics import Spread, Summary
+from aiodisagg.bench.view import drawn
 
 Of = Callable[[Summary], "Spread | None"]
 
@@ -16,37 +17,30 @@ Of = Callable[[Summary], "Spread | None"]
 def plot_serve(report: ServeReport, file: Path) -> None:
     """Writes a PNG: time to first token, gaps between tokens, whole answers and throughput over the load.
 
-    Seeds of a load are drawn as points, their means as lines. Raises ImportError without matplotlib.
+    Seeds of a load are drawn as points, their means as lines.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     loads = list(dict.fromkeys(run.load for run in report.runs))
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     spreads: tuple[tuple[str, Of], ...] = (
         ("time to first token, ms", lambda one: one.ttft_ms),
         ("gaps between pieces of text, ms", lambda one: one.itl_ms),
         ("whole answers, ms", lambda one: one.e2e_ms),
     )
-    for axis, (title, of) in zip(axes.flat, spreads, strict=False):
-        for number, part in enumerate(("mean", "p50", "p90", "p99")):
-            _line(axis, report.runs, loads, part, f"C{number}", partial(_part, of, part))
-        axis.set_title(title)
-    last = axes.flat[3]
-    _line(last, report.runs, loads, "completed", "C0", lambda run: run.all.requests_per_s)
-    for number, good in enumerate(report.runs[0].all.goodput):
-        name = f"within {good.multiple:g}x of unloaded"
-        _line(last, report.runs, loads, name, f"C{number + 1}", partial(_good, number))
-    last.set_title("requests per second")
-    for axis in axes.flat:
-        axis.set_xticks(range(len(loads)), loads, rotation=20 if len(loads) > 5 else 0)
-        axis.set(xlim=(-0.3, len(loads) - 0.7), ylim=(0, None))
-        axis.legend()
-    figure.suptitle(f"{report.model}, {report.workload}, {len(report.urls)} replicas")
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    with drawn(file, 2, 2, figsize=(11, 7.5)) as (figure, axes):
+        for axis, (title, of) in zip(axes.flat, spreads, strict=False):
+            for number, part in enumerate(("mean", "p50", "p90", "p99")):
+                _line(axis, report.runs, loads, part, f"C{number}", partial(_part, of, part))
+            axis.set_title(title)
+        last = axes.flat[3]
+        _line(last, report.runs, loads, "completed", "C0", lambda run: run.all.requests_per_s)
+        for number, good in enumerate(report.runs[0].all.goodput):
+            name = f"within {good.multiple:g}x of unloaded"
+            _line(last, report.runs, loads, name, f"C{number + 1}", partial(_good, number))
+        last.set_title("requests per second")
+        for axis in axes.flat:
+            axis.set_xticks(range(len(loads)), loads, rotation=20 if len(loads) > 5 else 0)
+            axis.set(xlim=(-0.3, len(loads) - 0.7), ylim=(0, None))
+            axis.legend()
+        figure.suptitle(f"{report.model}, {report.workload}, {len(report.urls)} replicas")
 
 
 def _part(of: Of, part: str, run: Run) -> float:

@@ -12,15 +12,9 @@ from rich.text import Text
 
 from aiodisagg.bench.serve import Run, ServeReport
 from aiodisagg.bench.serve_metrics import Outcome, Spread, Summary
+from aiodisagg.bench.view import milliseconds, table
 
 _PARTS = ("mean", "p50", "p90", "p99")
-
-
-def milliseconds(value: float | None) -> str:
-    """As many digits as are worth reading."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _spread(spread: Spread | None, parts: Sequence[str] = _PARTS) -> list[str]:
@@ -41,6 +35,8 @@ def _notes(report: ServeReport) -> list[str]:
     found = [f"{kind}, for example: {said}" for kind, said in sorted(examples.items())]
     if not report.unloaded:
         found.append("No goodput: no request was answered alone, so there is nothing to compare with (--probes).")
+    if any(run.all.completed and not run.all.prompt_tokens for run in report.runs):
+        found.append("The server counts no tokens: a word is taken for one in a prompt, and a piece in an answer.")
     blind = [name for name, alone in report.unloaded.items() if not alone.tpot_ms and _streams(report, name)]
     if blind:
         found.append(f"Goodput of {', '.join(blind)} is by TTFT only: no answer alone had a second token.")
@@ -56,16 +52,16 @@ def _streams(report: ServeReport, group: str) -> bool:
 
 def _rates(report: ServeReport) -> Table:
     multiples = [f"goodput {good.multiple:g}x" for good in report.runs[0].all.goodput]
-    found = Table(title=f"{report.model}, {report.workload}, {len(report.urls)} replicas", title_justify="left")
-    for column in ("load", "seed", "requests", "errors", "requests/s", "output tokens/s", *multiples, "client"):
-        found.add_column(column, justify="right")
-    for run in report.runs:
-        good = [f"{one.requests_per_s:.2f}/s, {100 * one.share:.0f} %" for one in run.all.goodput]
-        found.add_row(
+    columns = ("load", "seed", "requests", "errors", "requests/s", "output tokens/s", *multiples, "client")
+    rows = [
+        (
             run.load, str(run.seed), str(run.all.requests), _errors(run.all), f"{run.all.requests_per_s:.2f}",
-            f"{run.all.output_tokens_per_s:.1f}", *good, _client(run),
-        )  # fmt: skip
-    return found
+            f"{run.all.output_tokens_per_s:.1f}",
+            *(f"{one.requests_per_s:.2f}/s, {100 * one.share:.0f} %" for one in run.all.goodput), _client(run),
+        )
+        for run in report.runs
+    ]  # fmt: skip
+    return table(f"{report.model}, {report.workload}, {len(report.urls)} replicas", columns, rows)
 
 
 def _errors(summary: Summary) -> str:
@@ -78,43 +74,35 @@ def _client(run: Run) -> str:
 
 
 def _latencies(report: ServeReport) -> Table:
-    found = Table(title="Milliseconds, of what was answered: errors and timeouts are in none", title_justify="left")
-    found.add_column("load", justify="right")
-    found.add_column("answered", justify="right")
-    for name in ("TTFT", "ITL", "TPOT", "E2E"):
-        for part in _PARTS:
-            found.add_column(f"{name}\n{part}" if part == "mean" else f"\n{part}", justify="right")
+    names = ("TTFT", "ITL", "TPOT", "E2E")
+    columns = [f"{name if part == 'mean' else ''}\n{part}" for name in names for part in _PARTS]
+    rows = []
     for run in report.runs:
         one = run.all
         cells = [*_spread(one.ttft_ms), *_spread(one.itl_ms), *_spread(one.tpot_ms), *_spread(one.e2e_ms)]
-        found.add_row(run.load, f"{one.completed} of {one.requests}", *cells)
-    return found
+        rows.append((run.load, f"{one.completed} of {one.requests}", *cells))
+    title = "Milliseconds, of what was answered: errors and timeouts are in none"
+    return table(title, ("load", "answered", *columns), rows)
 
 
 def _groups(report: ServeReport) -> Table:
-    found = Table(title="Groups of requests: TTFT and TPOT in milliseconds", title_justify="left")
-    for column in ("group", "alone", "load", "requests", "TTFT mean", "p99", "TPOT mean", "p99"):
-        found.add_column(column, justify="right")
-    names = sorted({name for run in report.runs for name in run.groups})
-    for name in names:
+    rows = []
+    for name in sorted({name for run in report.runs for name in run.groups}):
         alone = report.unloaded.get(name)
         said = f"{milliseconds(alone.ttft_ms)} + {milliseconds(alone.tpot_ms or None)}" if alone is not None else "-"
         for run in report.runs:
             if name in run.groups:
                 one, parts = run.groups[name], ("mean", "p99")
                 cells = [*_spread(one.ttft_ms, parts), *_spread(one.tpot_ms, parts)]
-                found.add_row(name, said, run.load, str(one.requests), *cells)
-    return found
+                rows.append((name, said, run.load, str(one.requests), *cells))
+    columns = ("group", "alone", "load", "requests", "TTFT mean", "p99", "TPOT mean", "p99")
+    return table("Groups of requests: TTFT and TPOT in milliseconds", columns, rows)
 
 
 def _counters(report: ServeReport) -> Table:
-    found = Table(title="What the servers counted", title_justify="left")
-    found.add_column("counter")
-    for run in report.runs:
-        found.add_column(run.load, justify="right")
-    for name in sorted({name for run in report.runs for name in run.counters}):
-        found.add_row(name, *(f"{run.counters.get(name, 0.0):,.10g}" for run in report.runs))
-    return found
+    names = sorted({name for run in report.runs for name in run.counters})
+    rows = [(name, *(f"{run.counters.get(name, 0.0):,.10g}" for run in report.runs)) for name in names]
+    return table("What the servers counted", ("counter", *(run.load for run in report.runs)), rows, left=1)
 
 
 class OutcomeLine(msgspec.Struct, frozen=True):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import aiohttp
@@ -99,9 +101,21 @@ class Setting:
         return [*arguments, "--row-dtype", "float32"], ("taskset", "-c", str(place))  # a CPU's bfloat16 is no faster
 
 
+@contextmanager
+def modelled(setting: Setting, size: str) -> Iterator[tuple[Setting, str]]:
+    """With a model, a synthetic one of ``size`` if there is none; and what to call it. Blocking."""
+    if setting.model:
+        yield setting, setting.model
+        return
+    from aiodisagg.models.synthetic import build_synthetic
+
+    with tempfile.TemporaryDirectory(prefix="aiodisagg-bench-") as folder:
+        yield replace(setting, model=str(build_synthetic(Path(folder) / size, size))), f"synthetic, {size}"
+
+
 @asynccontextmanager
 async def started(shape: str, setting: Setting) -> AsyncIterator[tuple[str, ...]]:
-    """Yields the URLs of the shape's HTTP APIs when all its peers are ready and know each other.
+    """Yields the URLs of those of the shape's peers that have one, when all are ready and know each other.
 
     Raises ConfigError for an unknown shape, ProcessEnded for a part that does not start.
     """
@@ -110,13 +124,18 @@ async def started(shape: str, setting: Setting) -> AsyncIterator[tuple[str, ...]
         raise ConfigError("shapes", f"{shape!r} is none of {', '.join(SHAPES)}")
     commands = {part.name: setting.command(part) for part in parts}
     async with Cluster(verbose=setting.verbose) as cluster, aiohttp.ClientSession() as session:
-        meeting = await _Meeting.start(cluster, session) if any(part.meets for part in parts) else None
         members: dict[str, Member] = {}
+        meeting = sum(part.meets for part in parts)
+        token = secrets.token_hex(16)
+        shared: tuple[str, ...] = ()
+        if meeting:
+            server = await cluster.start("bootstrap", "bootstrap", "--port", "0", "--token", token)
+            shared = ("--bootstrap", server.facts["url"], "--bootstrap-token", token)
 
         async def start(part: Part) -> None:
             arguments, prefix = commands[part.name]
             told = [option for peer in part.peers for option in ("--peer", members[peer].facts["address"])]
-            more = meeting.options if meeting is not None and part.meets else ()
+            more = shared if part.meets else ()
             members[part.name] = await cluster.start(part.name, *arguments, *told, *more, prefix=prefix)
 
         for wave in ([part for part in parts if not part.peers], [part for part in parts if part.peers]):
@@ -126,41 +145,23 @@ async def started(shape: str, setting: Setting) -> AsyncIterator[tuple[str, ...]
                         group.create_task(start(part))
             except ExceptionGroup as failed:
                 raise own_error(failed) from None
-        if meeting is not None:
-            await meeting.complete(sum(part.meets for part in parts))
+        if meeting:
+            await registered(session, server.facts["url"], token, meeting)
         urls = tuple(facts["url"] for part in parts if "url" in (facts := members[part.name].facts))
         for url in urls:
             await healthy(session, url)
         yield urls
 
 
-@dataclass(frozen=True, slots=True)
-class _Meeting:
-    """A bootstrap server."""
-
-    session: aiohttp.ClientSession
-    url: str
-    token: str
-
-    @classmethod
-    async def start(cls, cluster: Cluster, session: aiohttp.ClientSession) -> _Meeting:
-        token = secrets.token_hex(16)
-        member = await cluster.start("bootstrap", "bootstrap", "--port", "0", "--token", token)
-        return cls(session, member.facts["url"], token)
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        return "--bootstrap", self.url, "--bootstrap-token", self.token
-
-    async def complete(self, count: int) -> None:
-        """Returns when so many peers are known there."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        async with asyncio.timeout(READY_S):
-            while True:
-                async with self.session.get(f"{self.url}/v1/peers", headers=headers) as response:
-                    if len(await response.json()) >= count:
-                        return
-                await asyncio.sleep(0.05)
+async def registered(session: aiohttp.ClientSession, url: str, token: str, count: int) -> None:
+    """Returns when a bootstrap server knows so many peers that are ready."""
+    headers = {"Authorization": f"Bearer {token}"}
+    async with asyncio.timeout(READY_S):
+        while True:
+            async with session.get(f"{url}/v1/peers", headers=headers) as response:
+                if sum(entry["state"] == "ready" for entry in await response.json()) >= count:
+                    return
+            await asyncio.sleep(0.05)
 
 
 async def healthy(session: aiohttp.ClientSession, url: str) -> None:

@@ -18,8 +18,8 @@ _PERIOD = 1024
 """Rows after which the random part repeats; the stamp never does."""
 
 
-def synthetic_model(hidden_size: int, levels: int, dtype: str = "bfloat16") -> ModelFingerprint:
-    return ModelFingerprint("Synthetic", hidden_size, levels, dtype, "synthetic-1")
+def synthetic_model(hidden_size: int, levels: int) -> ModelFingerprint:
+    return ModelFingerprint("Synthetic", hidden_size, levels, "bfloat16", "synthetic-1")
 
 
 def item_of(seed: int, rows: int) -> ItemSpec:
@@ -27,9 +27,9 @@ def item_of(seed: int, rows: int) -> ItemSpec:
     return ItemSpec(f"seed-{seed}-{rows}", "image", (1, 2, 2 * rows), rows, 0.0, (b"%d" % seed,))
 
 
-def stamps(seed: int, start: int, stop: int) -> np.ndarray:
-    """The first eight bytes of each row, uint8 [stop - start, 8]: its index and the item's seed, six bits a byte."""
-    whole = np.arange(start, stop, dtype=np.int64) + (seed << 24)
+def stamps(seed: int, rows: int) -> np.ndarray:
+    """The first eight bytes of each row, uint8 [rows, 8]: its index and the item's seed, six bits a byte."""
+    whole = np.arange(rows, dtype=np.int64) + (seed << 24)
     return (whole[:, None] >> np.arange(0, 48, 6) & 63).astype(np.uint8)
 
 
@@ -41,7 +41,7 @@ def fill(out: np.ndarray, seed: int) -> None:
     for start in range(period, rows, period):
         stop = min(start + period, rows)
         out[start:stop] = out[: stop - start]
-    out[:, :8] = stamps(seed, 0, rows)
+    out[:, :8] = stamps(seed, rows)
 
 
 class SyntheticEncoder:

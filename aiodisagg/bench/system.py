@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import tempfile
 import time
@@ -15,7 +14,9 @@ from typing import Any
 
 import aiohttp
 
+from aiodisagg.bench.counters import row_bytes
 from aiodisagg.bench.network import Namespace
+from aiodisagg.bench.shapes import registered
 from aiodisagg.data import digits_model
 from aiodisagg.demo.cluster import Cluster, Member
 from aiodisagg.demo.tasks import Ask
@@ -73,27 +74,17 @@ class System:
 
     async def registered(self, count: int) -> None:
         """Returns when the bootstrap server knows ``count`` peers."""
-        async with asyncio.timeout(60):
-            while await self._known() < count:  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0.05)
-
-    async def _known(self) -> int:
-        headers = {"Authorization": f"Bearer {self.bootstrap_options[-1]}"}
-        async with self.session.get(f"{self.bootstrap.facts['url']}/v1/peers", headers=headers) as response:
-            return sum(1 for entry in await response.json() if entry["state"] == "ready")
+        await registered(self.session, self.bootstrap.facts["url"], self.bootstrap_options[-1], count)
 
     async def debug(self, what: str) -> list[dict[str, Any]]:
         async with self.session.get(f"{self.language.facts['url']}/debug/{what}") as response:
             found: list[dict[str, Any]] = await response.json()
             return found
 
-    async def metric(self, member: Member, name: str, **labels: str) -> float:
-        """The sum of a metric's values over all labels that are not named."""
+    async def row_bytes(self, member: Member, outcome: str) -> float:
+        """That a peer has counted."""
         async with self.session.get(f"{member.facts['url']}/metrics") as response:
-            text = await response.text()
-        wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        lines = re.findall(rf"^aiodisagg_{name}(\{{.*\}})? (\S+)$", text, re.M)
-        return sum(float(value) for label, value in lines if all(one in label for one in wanted))
+            return row_bytes(await response.text(), outcome)
 
     async def wave(self) -> tuple[str, list[Answer]]:
         """Sends all requests at once; returns the prefix of their ids and the answers."""
@@ -156,16 +147,9 @@ async def system(
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=timeout))
         language = await cluster.start("language-1", "language", *language_options)
         made = System(
-            cluster,
-            asks,
-            digits_model().name,
-            bootstrap,
-            language,
-            net,
-            bootstrap_options,
-            tuple(encode_options),
+            cluster, asks, digits_model().name, bootstrap, language, net, bootstrap_options, tuple(encode_options),
             session,
-        )
+        )  # fmt: skip
         await asyncio.gather(*(made.start_encoder(f"encode-{i + 1}") for i in range(encoders)))
         await made.linked(encoders)
         yield made

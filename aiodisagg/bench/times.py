@@ -19,13 +19,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from aiodisagg.bench.distributions import TOKEN_SIDE
 from aiodisagg.bench.pictures import make_picture
+from aiodisagg.bench.service_times import Points, ServiceTimes
 from aiodisagg.bench.workload import ImageSpec
 from aiodisagg.engine.steps import StepWatcher
 
@@ -33,34 +33,6 @@ if TYPE_CHECKING:
     from aiodisagg.engine.engine import Engine
     from aiodisagg.models.plan import Qwen3VLPlanner
     from aiodisagg.models.vision import Qwen3VLVisionEncoder
-
-TOKEN_SIDE = 32
-"""Pixels of a visual token's side."""
-Points = tuple[tuple[float, float], ...]
-
-
-class MeasuredTimes(msgspec.Struct, frozen=True):
-    """Fields of :class:`aiodisagg.simulate.times.ServiceTimes`, which says what they mean."""
-
-    name: str
-    source: str
-    row_bytes: int
-    tower: Points
-    tower_base_ms: float
-    prefill: Points
-    prefill_base_ms: float
-    decode: Points
-    decode_context_us: float
-    prompt_tokens: int
-    image_tokens: int
-    least_rows: int
-    kv_tokens: int
-    token_budget: int
-    max_running: int
-    batch_patches: int
-    inline_patches: int
-    link_bytes_per_s: float = 5e9
-    link_rtt_ms: float = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +57,13 @@ class TimesOptions:
 
     def quick(self) -> TimesOptions:
         """The same with few runs of few kinds."""
-        return TimesOptions(
-            model=self.model, device=self.device, row_dtype=self.row_dtype, dtype=self.dtype, sides=(64, 96),
-            batches=(1, 2), batch_side=64, prompts=(16, 32), decodes=(1, 2), contexts=(16, 64), steps=3, repeat=1,
-            busy=self.busy,
+        return replace(
+            self, sides=(64, 96), batches=(1, 2), batch_side=64, prompts=(16, 32), decodes=(1, 2), contexts=(16, 64),
+            steps=3, repeat=1,
         )  # fmt: skip
 
 
-def measure_times(options: TimesOptions, say: Callable[[str], None] = lambda text: None) -> MeasuredTimes:
+def measure_times(options: TimesOptions, say: Callable[[str], None] = lambda text: None) -> ServiceTimes:
     """Blocking; call it outside of an event loop. Raises CheckpointError, ConfigError."""
     from aiodisagg.models.loading import check_device
     from aiodisagg.models.plan import Qwen3VLPlanner
@@ -107,7 +78,7 @@ def measure_times(options: TimesOptions, say: Callable[[str], None] = lambda tex
     engine = asyncio.run(_engine_times(options, say))
     prompt_tokens, image_tokens, least = overheads(planner)
     off = max(tower_off, engine.prefill_off)
-    return MeasuredTimes(
+    return ServiceTimes(
         name=options.model.name,
         source=f"aiodisagg bench times: {options.model.name}, {_machine(options)}. Medians of {options.repeat}; "
         f"the fits of tower and prefill are off by at most {off:.0%}. Preparing is in the tower's times. "
@@ -127,6 +98,8 @@ def measure_times(options: TimesOptions, say: Callable[[str], None] = lambda tex
         max_running=64,
         batch_patches=_batch_patches(options.device),
         inline_patches=_batch_patches(options.device),
+        link_bytes_per_s=5e9,
+        link_rtt_ms=0.5,
     )
 
 
@@ -246,9 +219,7 @@ async def _engine_times(options: TimesOptions, say: Callable[[str], None]) -> _E
     from aiodisagg.models.loading import load_language
     from aiodisagg.models.plan import Qwen3VLPlanner
 
-    half = load_language(
-        options.model, dtype=options.dtype, device=options.device, row_dtype=options.row_dtype
-    )  # fmt: skip
+    half = load_language(options.model, dtype=options.dtype, device=options.device, row_dtype=options.row_dtype)
     steps, planner = _Steps(), Qwen3VLPlanner(options.model)
     config = EngineConfig(token_budget=2048, prefix_cache=False)
     async with Engine(half.causal, planner.decode, frozenset(), config, watcher=steps) as engine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 
+from aiodisagg.bench.counters import row_bytes
 from aiodisagg.bench.synthetic import fill, item_of, stamps, synthetic_model
 from aiodisagg.demo.cluster import Cluster
 from aiodisagg.errors import AiodisaggError
@@ -117,7 +117,7 @@ class Transfers:
 
     def _check(self, run: _Run, whole: bool) -> None:
         rows = self.found[run.at : run.at + run.rows]
-        wrong = np.flatnonzero((rows[:, :8] != stamps(run.seed, 0, run.rows)).any(1))
+        wrong = np.flatnonzero((rows[:, :8] != stamps(run.seed, run.rows)).any(1))
         if wrong.size:
             raise WrongRows(f"{wrong.size} of {run.rows} rows are wrong, the first is {wrong[0]}")
         if whole:
@@ -127,7 +127,8 @@ class Transfers:
                 raise WrongRows("bytes differ")
 
     async def _resent(self) -> int:
-        return (await sent_bytes(self._metrics_url))["resent"]
+        async with aiohttp.ClientSession() as session, session.get(f"{self._metrics_url}/metrics") as response:
+            return int(row_bytes(await response.text(), "resent"))
 
     def copy(self, rows: int) -> float:
         """Seconds of one bare copy of as many bytes on one thread; the limit of anything that copies."""
@@ -135,16 +136,6 @@ class Transfers:
         began = time.perf_counter()
         np.copyto(self.found[:rows], source)
         return time.perf_counter() - began
-
-
-async def sent_bytes(url: str) -> dict[str, int]:
-    """Row bytes of a peer by outcome, from its metrics."""
-    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
-        text = await response.text()
-    found = {"sent": 0, "resent": 0}
-    for outcome, value in re.findall(r'^aiodisagg_row_bytes_total\{outcome="(\w+)".*\} (\S+)$', text, re.M):
-        found[outcome] = found.get(outcome, 0) + int(float(value))
-    return found
 
 
 @asynccontextmanager

@@ -21,8 +21,10 @@ from aiodisagg.bench.contention import Crossed, Fair, Hogged, fairness, hogged, 
 from aiodisagg.bench.exchange import Latency, hand_offs, round_trips
 from aiodisagg.bench.network import CONGESTION, NetworkUnavailable
 from aiodisagg.bench.partner import Ask, Partner
-from aiodisagg.bench.paths import LIMITS, MiB, Path, Paths
+from aiodisagg.bench.paths import LIMITS, Path, Paths
 from aiodisagg.bench.watch import QUIET, Held, LoopWatch
+from aiodisagg.errors import ConfigError
+from aiodisagg.peer.config import MiB
 from aiodisagg.transport import past_caches
 
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -100,49 +102,44 @@ async def bench_transport(options: TransportOptions, say: Callable[[str], None])
     """
     machine, congestion = _machine()
     say(machine)
-    moved: list[Moved] = []
+    found = TransportReport(machine, congestion, options.runs)
     loops: dict[str, Loop] = {}
-    latencies: list[Latency] = []
-    fair: list[Fair] = []
-    contended: list[Hogged] = []
-    crossed: list[Crossed] = []
-    missing: dict[str, str] = {}
     only = set(options.only)
     if only - {"hosts"}:
         async with Partner() as partner, Paths(partner, options.pool_bytes, limits="sizes" in only) as paths:
-            missing = paths.missing
+            found.missing.update(paths.missing)
             if "link" in only:
                 say("link")
-                latencies += await round_trips(partner, 500 if options.quick else 5000)
+                found.latencies.extend(await round_trips(partner, 500 if options.quick else 5000))
             if "handoff" in only:
                 say("handoff")
-                sizes, count = tuple(size for size in options.sizes if size <= paths.pool_bytes), 300
-                latencies += await hand_offs(partner, paths.transports["ipc"], sizes, 50 if options.quick else count)
+                sizes = tuple(size for size in options.sizes if size <= paths.pool_bytes)
+                count = 50 if options.quick else 300
+                found.latencies.extend(await hand_offs(partner, paths.transports["ipc"], sizes, count))
             if "sizes" in only:
                 for size in options.sizes:
                     for concurrent in CONCURRENT:
                         say(f"{size >> 10} KiB, {concurrent} at once")
-                        moved += await _measure(paths, size, concurrent, options, loops)
+                        found.moved.extend(await _measure(paths, size, concurrent, options, loops))
                 for name in paths.transports:
                     await paths.check(name, paths.pool_bytes // 2)
+                found.loops.extend(loops.values())
             if "fairness" in only:
                 say("fairness")
-                fair = await fairness(paths, options.runs, 50 if options.quick else 300)
+                found.fair.extend(await fairness(paths, options.runs, 50 if options.quick else 300))
             if "gil" in only:
                 say("gil")
                 sizes = tuple(size * MiB for size in ((1, 16) if options.quick else (1, 16, 256)))
-                contended = await hogged(paths, sizes, options.runs, options.sample_bytes)
+                found.hogged.extend(await hogged(paths, sizes, options.runs, options.sample_bytes))
     if "hosts" in only:
         say("hosts")
         try:
-            crossed = await two_hosts((1 if options.quick else 16) * MiB, congestion)
+            found.crossed.extend(await two_hosts((1 if options.quick else 16) * MiB, congestion))
         except NetworkUnavailable as error:
             if only == {"hosts"}:
                 raise
-            missing = {**missing, "hosts": str(error)}
-    return TransportReport(
-        machine, congestion, options.runs, missing, moved, list(loops.values()), latencies, fair, contended, crossed
-    )
+            found.missing["hosts"] = str(error)
+    return found
 
 
 def _machine() -> tuple[str, str]:
@@ -209,11 +206,9 @@ async def _note(loops: dict[str, Loop], name: str, paths: Paths, watch: LoopWatc
     loops[name] = Loop(name, before.writer.worse(writer), before.receiver.worse(receiver))
 
 
-def write(report: TransportReport, json_file: File | None, plot_file: File | None) -> None:
-    """Writes what was asked for. Raises ImportError without matplotlib if a plot is."""
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    if plot_file is not None:
-        from aiodisagg.bench.plot import plot_transport
-
-        plot_transport(report, plot_file)
+def read_report(file: File) -> TransportReport:
+    """What ``--json`` wrote. Raises ConfigError."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=TransportReport)
+    except msgspec.MsgspecError as error:
+        raise ConfigError("read", f"{file} is no report of bench transport: {error}") from error

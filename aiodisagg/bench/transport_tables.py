@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from aiodisagg.bench import view
 from aiodisagg.bench.exchange import BARE_TCP, BARE_UNIX, HAND_OFF, TCP, UNIX
-from aiodisagg.bench.tables import size
 from aiodisagg.bench.transport import Moved, TransportReport
-
-MiB = 1 << 20
+from aiodisagg.bench.view import size
+from aiodisagg.peer.config import MiB
 
 
 def markdown(report: TransportReport) -> str:
@@ -36,9 +36,7 @@ def markdown(report: TransportReport) -> str:
         )
         for one in report.loops
     ]  # fmt: skip
-    parts += [
-        _table(("loop", "writer held ms", "receiver held ms", "writer late ms", "receiver late ms"), loops),
-    ]
+    parts += [_table(("loop", "writer held ms", "receiver held ms", "writer late ms", "receiver late ms"), loops)]
     fair = [
         (
             one.path, f"{one.alone_p50_ms:.2f}", f"{one.alone_p99_ms:.2f}", f"{one.beside_p50_ms:.2f}",
@@ -47,14 +45,8 @@ def markdown(report: TransportReport) -> str:
         for one in report.fair
     ]  # fmt: skip
     columns = (
-        "1 MiB by",
-        "alone p50 ms",
-        "alone p99",
-        "beside 1 GiB p50",
-        "beside p99",
-        "one chunk",
-        "3 alone + chunk",
-    )
+        "1 MiB by", "alone p50 ms", "alone p99", "beside 1 GiB p50", "beside p99", "one chunk", "3 alone + chunk",
+    )  # fmt: skip
     parts += [_table(columns, fair)]
     hogged = [
         (one.path, size(one.size_bytes), f"{one.free_gib_s:.2f}", f"{one.hogged_gib_s:.2f}") for one in report.hogged
@@ -69,12 +61,8 @@ def markdown(report: TransportReport) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rows = list(rows)
-    if not rows:
-        return ""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return view.markdown(columns, rows) if rows else ""
 
 
 def bars(report: TransportReport) -> list[tuple[str, str, str, str]]:

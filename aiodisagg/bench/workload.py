@@ -20,6 +20,14 @@ from aiodisagg.bench.distributions import Distribution, size_of_tokens, visual_t
 from aiodisagg.errors import ConfigError
 
 
+def check(key: str, values: Iterable[float], *, least: float = -math.inf, above: float = -math.inf) -> None:
+    """Raises ConfigError if one of an option's numbers is out of range, or none."""
+    for value in values:
+        if not (least <= value < math.inf and value > above):
+            wanted = f"above {above:g}" if above > least else f"at least {least:g}"
+            raise ConfigError(key, f"must be {wanted}, not {value:g}")
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
     """A picture of ``width`` x ``height`` pixels. Equal identities within one workload are the same picture."""

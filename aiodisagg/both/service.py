@@ -138,8 +138,8 @@ class BothService(EnteredOnce):
     def metrics(self) -> str:
         """Everything both halves count; what both call the same begins with ``aiodisagg_encode_`` for the tower's."""
         gate = [
-            metrics.counter("tower_waits", "Batches that waited for slack.", self.gate.waits),
-            metrics.counter("tower_waited_seconds", "How long they did.", self.gate.waited_s),
+            metrics.counter("tower_waits", "Batches of the tower that waited for running answers.", self.gate.waits),
+            metrics.counter("tower_waited_seconds", "Time that those batches waited.", self.gate.waited_s),
         ]
         halves = metrics.beside(self.language.families(), self.encode.families(), "encode")
         return metrics.render([*halves, *gate])

@@ -1,4 +1,4 @@
-"""The command line: ``aiodisagg bootstrap | encode | language | demo | bench``. Heavy imports wait for the command."""
+"""The command line, ``aiodisagg COMMAND``. Heavy imports wait for the command."""
 
 from aiodisagg.cli.main import main
 

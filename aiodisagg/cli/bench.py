@@ -11,26 +11,21 @@ from typing import Any
 
 import click
 
-from aiodisagg.cli.bench_serve import bench_serve_command, numbers
+from aiodisagg.cli.bench_serve import bench_serve_command
 from aiodisagg.cli.bench_system import bench_control_command, bench_reuse_command, bench_system_command
 from aiodisagg.cli.bench_times import bench_times_command
-from aiodisagg.cli.process import (
-    GIVEN_FILE,
-    NEW_FILE,
-    Announce,
-    begin,
-    check_plot,
-    process_options,
-    run,
-    setup_logging,
-)
-from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.cli.measuring import INTEGERS, NUMBERS, measure, plot_option, say, show, write_json
+from aiodisagg.cli.process import GIVEN_FILE, NEW_FILE, Announce, begin, process_options, run, setup_logging
+from aiodisagg.errors import ConfigError
 from aiodisagg.protocol.rows import DTYPE_BYTES
 
 
 @click.group()
-def bench() -> None:
+@click.pass_context
+def bench(context: click.Context) -> None:
     """Measure on this machine."""
+    if context.invoked_subcommand != "source":  # which logs as a peer does
+        setup_logging(0, "bench")
 
 
 @bench.command("load")
@@ -40,56 +35,42 @@ def bench() -> None:
 @click.option("--json", "json_file", type=NEW_FILE, help="Write every run and the medians as JSON.")
 def bench_load_command(model: Path | None, dtype: str, repeats: int, json_file: Path | None) -> None:
     """Peak memory and load time of each half against the monolith."""
-    import msgspec
-
     from aiodisagg.bench.load import bench_load, table
 
-    try:
-        report = bench_load(model, dtype=dtype, repeats=repeats)
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
+    report = bench_load(model, dtype=dtype, repeats=repeats)
     click.echo(table(report))
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    write_json(json_file, report)
 
 
 @bench.command("overload")
-@click.option("--loads", default="0.5,0.7,0.85,1,1.2,1.5,2", help="Times the capacity, with commas.")
+@click.option("--loads", default="0.5,0.7,0.85,1,1.2,1.5,2", callback=NUMBERS, help="Times the capacity, with commas.")
 @click.option("--requests", "count", default=2000, type=click.IntRange(min=20), help="For each load and policy.")
 @click.option("--seed", default=0)
 @click.option("--max-wait-s", default=10.0, help="The aging bound.")
 @click.option("--real", type=click.Choice(["tiny", "115m"]), help="Real services with a synthetic model of this size.")
 @click.option("--json", "json_file", type=NEW_FILE, help="Write what the table shows as JSON.")
 def bench_overload_command(
-    loads: str, count: int, seed: int, max_wait_s: float, real: str | None, json_file: Path | None
+    loads: tuple[float, ...], count: int, seed: int, max_wait_s: float, real: str | None, json_file: Path | None
 ) -> None:
     """Requests in time under more load than can be served, with the line before the engine and without. In virtual
     time with the times of a 30B-A3B model on H200s, unless --real."""
-    import msgspec
-    import uvloop
-    from rich.console import Console
-
     from aiodisagg.bench.overload import POLICIES, bench_overload, overload_table
+    from aiodisagg.bench.workload import check
 
-    setup_logging(0, "bench")
-    try:
-        chosen = numbers("loads", loads, float)
-        if not chosen:
-            raise ConfigError("loads", "at least one is needed")
-        if real is None:
-            report = bench_overload(chosen, count, seed, max_wait_s)
-        else:
-            from aiodisagg.bench.overload_real import bench_overload_real
+    if not loads:
+        raise ConfigError("loads", "at least one is needed")
+    check("loads", loads, above=0)
+    if real is None:
+        report = bench_overload(loads, count, seed, max_wait_s)
+    else:
+        from aiodisagg.bench.overload_real import bench_overload_real
 
-            report = uvloop.run(bench_overload_real(chosen, count, seed, size=real, max_wait_s=max_wait_s))
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
-    Console(width=None if sys.stdout.isatty() else 160).print(overload_table(report))
-    for policy in POLICIES if max(chosen) > 1 else ():
+        report = measure(bench_overload_real(loads, count, seed, size=real, max_wait_s=max_wait_s))
+    show(overload_table(report))
+    for policy in POLICIES if max(loads) > 1 else ():
         if report.of(policy):
             click.echo(f"{policy}: beyond capacity {report.kept(policy):.3f} of its best, or more")
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    write_json(json_file, report)
 
 
 @bench.command("source", hidden=True)
@@ -145,29 +126,23 @@ def bench_source_command(
 @click.option("--repeats", default=5, type=click.IntRange(min=1), help="Rounds; every kind of run once in each.")
 @click.option("--quick", is_flag=True, help="A fiftieth of the rows: shows that it works, not how fast.")
 @click.option("--json", "json_file", type=NEW_FILE, help="Write every run and the medians as JSON.")
-@click.option("--plot", "plot_file", type=NEW_FILE, help="Write a PNG; needs the extra bench.")
+@plot_option
 def bench_resume_command(json_file: Path | None, plot_file: Path | None, **options: Any) -> None:
     """Transfers that are interrupted, beside ones that are not; memory of blocks against fixed buffers."""
-    import uvloop
-    from rich.console import Console
-
-    from aiodisagg.bench.resume import ResumeOptions, bench_resume, write
+    from aiodisagg.bench.plot import plot_resume
+    from aiodisagg.bench.resume import ResumeOptions, bench_resume
     from aiodisagg.bench.tables import resume_tables
 
-    setup_logging(0, "bench")
     logging.getLogger("aiodisagg.language.peers").setLevel(logging.ERROR)  # links are lost on purpose
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        check_plot(plot_file)
-        report = uvloop.run(bench_resume(ResumeOptions(**options), lambda text: click.echo(text, err=True)))
-        write(report, json_file, plot_file)
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
-    console.print(resume_tables(report))
+    report = measure(bench_resume(ResumeOptions(**options), say))
+    write_json(json_file, report)
+    if plot_file is not None:
+        plot_resume(report, plot_file)
+    show(resume_tables(report), 120)
 
 
 @bench.command("overlap")
-@click.option("--concurrency", default="8,16", help="Clients at once, with commas.")
+@click.option("--concurrency", default="8,16", callback=INTEGERS, help="Clients at once, with commas.")
 @click.option("--rounds", default=5, type=click.IntRange(min=1), help="Both modes once in each.")
 @click.option("--requests", default=2, type=click.IntRange(min=1), help="Measured ones of each client in a round.")
 @click.option("--tokens", default=128, type=click.IntRange(min=4), help="Of a mean answer.")
@@ -176,24 +151,16 @@ def bench_resume_command(json_file: Path | None, plot_file: Path | None, **optio
 @click.option("--quick", is_flag=True, help="A tiny model and short answers: shows that it works, not how fast.")
 @click.option("-v", "--verbose", count=True, help="Show the logs of the processes.")
 @click.option("--json", "json_file", type=NEW_FILE, help="Write every round as JSON.")
-def bench_overlap_command(json_file: Path | None, concurrency: str, **options: Any) -> None:
+def bench_overlap_command(json_file: Path | None, **options: Any) -> None:
     """TTFT and throughput with prefill while images arrive, against waiting for all of a request's images. Two cores:
     one encodes, one computes the language model."""
-    import uvloop
+    from aiodisagg.bench.overlap import OverlapOptions, bench_overlap, table
 
-    from aiodisagg.bench.overlap import OverlapOptions, bench_overlap, table, write
-
-    setup_logging(0, "bench")
     if options["quick"]:
         options |= {"tokens": min(options["tokens"], 16), "rounds": min(options["rounds"], 2)}
-    try:
-        chosen = OverlapOptions(concurrency=numbers("concurrency", concurrency, int), **options)
-        report = uvloop.run(bench_overlap(chosen, lambda text: click.echo(text, err=True)))
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
+    report = measure(bench_overlap(OverlapOptions(**options), say))
     click.echo(table(report))
-    if json_file is not None:
-        write(report, json_file)
+    write_json(json_file, report)
 
 
 @bench.command("faults")
@@ -207,24 +174,13 @@ def bench_overlap_command(json_file: Path | None, concurrency: str, **options: A
 def bench_faults_command(json_file: Path | None, transports: str | None, **options: Any) -> None:
     """Real processes under load while one is killed (kill), stopped for 5 s (stop), the bootstrap server is away for
     10 s (bootstrap), or the network to the encode peers is cut for 5 s (netcut: needs root and iproute2)."""
-    import msgspec
-    import uvloop
-    from rich.console import Console
-
     from aiodisagg.bench.faults import FaultOptions, bench_faults
     from aiodisagg.bench.tables import fault_table
 
-    setup_logging(0, "bench")
     chosen = transports or ("zmq" if options["scenario"] == "netcut" else "ipc")
-    try:
-        report = uvloop.run(
-            bench_faults(FaultOptions(transports=chosen, **options), lambda text: click.echo(text, err=True))
-        )
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
-    Console(width=None if sys.stdout.isatty() else 120).print(fault_table(report))
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    report = measure(bench_faults(FaultOptions(transports=chosen, **options), say))
+    show(fault_table(report), 120)
+    write_json(json_file, report)
     raise SystemExit(1 if report.failed or report.wrong else 0)
 
 
@@ -237,7 +193,7 @@ def bench_faults_command(json_file: Path | None, transports: str | None, **optio
 )
 @click.option("--read", "read_file", type=GIVEN_FILE, help="Show an earlier --json; measure nothing.")
 @click.option("--json", "json_file", type=NEW_FILE, help="Write every run and the medians as JSON.")
-@click.option("--plot", "plot_file", type=NEW_FILE, help="Write a PNG; needs the extra bench.")
+@plot_option
 def bench_transport_command(
     only: tuple[str, ...],
     runs: int,
@@ -248,29 +204,23 @@ def bench_transport_command(
     plot_file: Path | None,
 ) -> None:
     """Every transport of this machine beside the bare limit of its path, two processes; Markdown on stdout."""
-    import msgspec
-    import uvloop
-
     from aiodisagg.bench.network import in_namespace
-    from aiodisagg.bench.transport import SECTIONS, TransportOptions, TransportReport, bench_transport, write
+    from aiodisagg.bench.plot import plot_transport
+    from aiodisagg.bench.transport import SECTIONS, TransportOptions, bench_transport, read_report
     from aiodisagg.bench.transport_tables import markdown
 
     if unknown := set(only) - set(SECTIONS):
         raise click.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}", param_hint="--only")
-    setup_logging(0, "bench")
-    try:
-        check_plot(plot_file)
-        if netns:
-            again = [argument for argument in sys.argv[1:] if argument != "--netns"]
-            raise SystemExit(uvloop.run(in_namespace("reno", (sys.executable, "-m", "aiodisagg", *again))))
-        if read_file is not None:
-            report = msgspec.json.decode(read_file.read_bytes(), type=TransportReport)
-        else:
-            options = TransportOptions(only or SECTIONS, runs, quick)
-            report = uvloop.run(bench_transport(options, lambda text: click.echo(text, err=True)))
-        write(report, json_file, plot_file)
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
+    if netns:
+        again = [argument for argument in sys.argv[1:] if argument != "--netns"]
+        raise SystemExit(measure(in_namespace("reno", (sys.executable, "-m", "aiodisagg", *again))))
+    if read_file is not None:
+        report = read_report(read_file)
+    else:
+        report = measure(bench_transport(TransportOptions(only or SECTIONS, runs, quick), say))
+    write_json(json_file, report)
+    if plot_file is not None:
+        plot_transport(report, plot_file)
     click.echo(markdown(report))
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from aiodisagg.cli.process import FILE, KEY_VARIABLE, NEW_FILE, check_plot, setup_logging
+from aiodisagg.cli.measuring import INTEGERS, NUMBERS, measure, plot_option, progress, show, write_json
+from aiodisagg.cli.process import FILE, KEY_VARIABLE, NEW_FILE
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 if TYPE_CHECKING:
@@ -20,56 +18,7 @@ if TYPE_CHECKING:
     from aiodisagg.bench.workload import Mix
 
 
-def numbers(key: str, text: str | None, kind: type[Any]) -> tuple[Any, ...]:
-    """``1,2,4``. Raises ConfigError."""
-    try:
-        return tuple(kind(part) for part in (text or "").split(",") if part.strip())
-    except ValueError as error:
-        raise ConfigError(key, f"{text!r} is no list of numbers") from error
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for each thing that is said to be under way; where nobody looks, a line for each that is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda what, done, total: click.echo(f"{what}: {total}", err=True) if done == total else None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, refresh_per_second=4) as bars:
-        current: list[tuple[str, Any]] = []
-
-        def say(what: str, done: int, total: int) -> None:
-            if not current or current[0][0] != what:
-                for _, task in current:
-                    bars.remove_task(task)
-                current[:] = [(what, bars.add_task(what, total=total))]
-            bars.update(current[0][1], completed=done, total=total)
-
-        yield say
-
-
 MIX_KEYS = ("mix", "images", "sizes", "tokens", "text", "output", "reuse", "pool", "tenants")
-
-
-def mix_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What a workload is made of."""
-    for option in (
-        click.option("--tenants", help="Who asks, by share and priority (lower goes first): big:3,urgent:1:-1."),
-        click.option("--pool", type=int, help="Pictures that requests share; what the mix has if left out."),
-        click.option("--reuse", type=float, help="Chance that a picture is one of the pool; as the mix if left out."),
-        click.option("--output", help="Tokens of answers, as --images."),
-        click.option("--text", help="Text tokens of prompts, as --images."),
-        click.option("--tokens", help="Visual tokens of a picture, as --images; instead of --sizes."),
-        click.option("--sizes", help="Pictures in pixels, each equally likely: 1280x720,1920x1080."),
-        click.option("--images", help="Pictures of a request: 4, 1-8, 1,2,4 or, weighted, 0:0.5,1-8:0.5."),
-        click.option("--mix", default="images-1-8", help="images-1-8, mixed, servegen, reuse, documents or text."),
-    ):
-        command = option(command)
-    return command
 
 
 def mix_of(
@@ -104,17 +53,33 @@ def mix_of(
 @click.option("--model", default="", help="As the server calls it; its first one if left out.")
 @click.option("--api-key", envvar=KEY_VARIABLE, show_envvar=True)
 @click.option("--balance", type=click.Choice(["least-outstanding", "round-robin"]), default="least-outstanding")
-@mix_options
+@click.option("--mix", default="images-1-8", help="images-1-8, mixed, servegen, reuse, documents or text.")
+@click.option("--images", help="Pictures of a request: 4, 1-8, 1,2,4 or, weighted, 0:0.5,1-8:0.5.")
+@click.option("--sizes", help="Pictures in pixels, each equally likely: 1280x720,1920x1080.")
+@click.option("--tokens", help="Visual tokens of a picture, as --images; instead of --sizes.")
+@click.option("--text", help="Text tokens of prompts, as --images.")
+@click.option("--output", help="Tokens of answers, as --images.")
+@click.option("--reuse", type=float, help="Chance that a picture is one of the pool; as the mix if left out.")
+@click.option("--pool", type=int, help="Pictures that requests share; what the mix has if left out.")
+@click.option("--tenants", help="Who asks, by share and priority (lower goes first): big:3,urgent:1:-1.")
 @click.option("--trace", type=FILE, help="Replay a file of requests instead of a mix.")
 @click.option("--save-trace", type=NEW_FILE, help="Write the first run's requests as such a file.")
-@click.option("--rates", help="Open loop: requests per second of each run, as 1,2,4.")
+@click.option("--rates", callback=NUMBERS, help="Open loop: requests per second of each run, as 1,2,4.")
 @click.option("--cv", default=1.0, help="Burstiness of arrivals: 1 is Poisson, more is a gamma process.")
-@click.option("--concurrency", "concurrencies", help="Closed loop: requests at a time of each run; 8 if nothing else.")
+@click.option(
+    "--concurrency", "concurrencies", callback=INTEGERS,
+    help="Closed loop: requests at a time of each run; 8 if nothing else.",
+)  # fmt: skip
 @click.option("--requests", default=100, help="Of each run.")
-@click.option("--seeds", default="0", help="Each run is repeated with each of them, as 0,1,2.")
+@click.option("--seeds", default="0", callback=INTEGERS, help="Each run is repeated with each of them, as 0,1,2.")
 @click.option("--warmup", default=2, help="Requests to each replica that are not counted.")
 @click.option("--probes", default=5, help="Requests of each group that are sent alone, for the unloaded latency.")
-@click.option("--slo", default="5,10", help="Multiples of the unloaded latency within which requests count as good.")
+@click.option(
+    "--slo",
+    default="5,10",
+    callback=NUMBERS,
+    help="Multiples of the unloaded latency within which requests count as good.",
+)
 @click.option("--image-format", "form", type=click.Choice(["jpeg", "png"]), default="jpeg")
 @click.option("--extra-body", help='JSON added to every request: {"ignore_eos": true, "min_tokens": 128}.')
 @click.option("--metrics", multiple=True, help="A /metrics URL of any peer; several are added up, run by run.")
@@ -122,34 +87,24 @@ def mix_of(
 @click.option("--quick", is_flag=True, help="A dozen requests: shows that it works, not how fast.")
 @click.option("--json", "json_file", type=NEW_FILE, help="Write everything as JSON.")
 @click.option("--outcomes", type=NEW_FILE, help="Write every request as a line of JSON.")
-@click.option("--plot", "plot_file", type=NEW_FILE, help="Write a PNG; needs the extra bench.")
-def bench_serve_command(**options: Any) -> None:
+@plot_option
+def bench_serve_command(
+    urls: tuple[str, ...], trace: Path | None, save_trace: Path | None, rates: tuple[float, ...] | None,
+    concurrencies: tuple[int, ...] | None, extra_body: str | None, quick: bool, json_file: Path | None,
+    outcomes: Path | None, plot_file: Path | None, **rest: Any,
+) -> None:  # fmt: skip
     """Measure a server of OpenAI's chat API: latencies, throughput, goodput.
 
     Works against any such server. A server that caches pictures remembers those of an earlier command: give it another
     seed. The client should have a core of its own; its share of one and its delays are part of the report.
     """
-    setup_logging(0, "bench")
-    try:
-        _serve(**options)
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
-
-
-def _serve(
-    *, urls: tuple[str, ...], trace: Path | None, save_trace: Path | None, rates: str | None, concurrencies: str | None,
-    seeds: str, slo: str, extra_body: str | None, quick: bool, json_file: Path | None, outcomes: Path | None,
-    plot_file: Path | None, **rest: Any,
-) -> None:  # fmt: skip
     import msgspec
-    import uvloop
-    from rich.console import Console
 
-    from aiodisagg.bench.serve import ServeOptions, bench_serve, write_report
+    from aiodisagg.bench.serve import ServeOptions, bench_serve
+    from aiodisagg.bench.serve_plot import plot_serve
     from aiodisagg.bench.serve_view import append_outcomes, serve_tables
     from aiodisagg.bench.workload import generate, read_trace, write_trace
 
-    check_plot(plot_file)
     described = {key: rest.pop(key) for key in MIX_KEYS}
     if trace is not None:
         rest |= {"trace": read_trace(trace), "workload": f"trace {trace.name}"}
@@ -161,15 +116,12 @@ def _serve(
         raise ConfigError("extra-body", str(error)) from error
     if quick:
         rest |= {"requests": 12, "warmup": 1, "probes": 1}
-    at_once = numbers("concurrency", concurrencies, int)
+    if concurrencies is None and rates is None and trace is None:
+        concurrencies = (8,)
     given = ServeOptions(
-        urls=tuple(url.rstrip("/").removesuffix("/v1") for url in urls),
-        rates=numbers("rates", rates, float),
-        concurrencies=at_once if concurrencies or rates or trace else (8,),
-        seeds=numbers("seeds", seeds, int),
-        slo=numbers("slo", slo, float),
-        **rest,
-    )
+        urls=tuple(url.rstrip("/").removesuffix("/v1") for url in urls), rates=rates or (),
+        concurrencies=concurrencies or (), **rest,
+    )  # fmt: skip
     _, first = given.loads[0]
     if save_trace is not None and given.mix is not None and first is not None:
         write_trace(save_trace, generate(given.mix, first, given.requests, given.seeds[0]))
@@ -181,13 +133,10 @@ def _serve(
             append_outcomes(outcomes, run, ended)
 
     with progress() as say:
-        report = uvloop.run(bench_serve(given, say, keep))
-    if json_file is not None:
-        write_report(report, json_file)
-    Console(width=None if sys.stdout.isatty() else 160).print(serve_tables(report))
+        report = measure(bench_serve(given, say, keep))
+    write_json(json_file, report)
+    show(serve_tables(report))
     if not any(run.all.completed for run in report.runs):
         raise AiodisaggError("no request was answered")
     if plot_file is not None:
-        from aiodisagg.bench.serve_plot import plot_serve
-
         plot_serve(report, plot_file)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from aiodisagg.cli.process import NEW_FILE, setup_logging
+from aiodisagg.cli.measuring import say, write_json
+from aiodisagg.cli.process import NEW_FILE
 from aiodisagg.errors import AiodisaggError, ConfigError
 
 
@@ -32,7 +33,6 @@ def bench_times_command(
     again: bool,
 ) -> None:  # fmt: skip
     """Measure what tower and engine take on one core (or GPU); the file is what ``simulate --times`` reads."""
-    setup_logging(0, "bench")
     mine = os.sched_getaffinity(0)
     try:
         if device == "cpu":
@@ -47,8 +47,6 @@ def bench_times_command(
             raise ConfigError("beside", "is for CPUs")
         with tempfile.TemporaryDirectory(prefix="aiodisagg-bench-") as folder:
             _measure(model, Path(folder), "tiny" if quick else size, device, beside, quick, json_file, again)
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
     finally:
         os.sched_setaffinity(0, mine)
 
@@ -57,12 +55,11 @@ def _measure(
     model: Path | None, folder: Path, size: str, device: str, beside: tuple[int, ...], quick: bool, json_file: Path,
     again: bool,
 ) -> None:  # fmt: skip
-    import msgspec
     import torch
 
     from aiodisagg.bench.times import TimesOptions, measure_times
     from aiodisagg.models.synthetic import build_synthetic
-    from aiodisagg.simulate.times import Costs, ServiceTimes
+    from aiodisagg.simulate.times import Costs
 
     threads = torch.get_num_threads()
     try:
@@ -80,12 +77,11 @@ def _measure(
                 measure_times(options)
             return
         with _busy(beside, model):
-            found = measure_times(options.quick() if quick else options, lambda text: click.echo(text, err=True))
-        times = msgspec.convert(msgspec.to_builtins(found), ServiceTimes)
+            times = measure_times(options.quick() if quick else options, say)
         Costs(times)  # checks them
     finally:
         torch.set_num_threads(threads)
-    json_file.write_bytes(msgspec.json.format(msgspec.json.encode(times), indent=1) + b"\n")
+    write_json(json_file, times)
     click.echo(f"{times.source}\n{json_file}: tower {_row(times.tower)}; prefill {_row(times.prefill)}; "
                f"decode {_row(times.decode)}")  # fmt: skip
 

@@ -47,7 +47,16 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+class _Main(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """An error of ours is a line, whichever command raises it."""
+        try:
+            return super().invoke(ctx)
+        except AiodisaggError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(aiodisagg.__version__)
 def main() -> None:
     """Encode/language disaggregation for vision-language models on asyncio.
@@ -344,10 +353,7 @@ def demo(**options: Any) -> None:
     from aiodisagg.demo.run import DemoOptions, run_demo
 
     setup_logging(options["verbose"], "demo")
-    try:
-        raise SystemExit(run_demo(DemoOptions(**options)))
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
+    raise SystemExit(run_demo(DemoOptions(**options)))
 
 
 bench.add_command(bench_simulate)

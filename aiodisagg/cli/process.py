@@ -196,16 +196,6 @@ async def begin_loading(halves: str, model: Path, device: str, ready_fd: int | N
     return lambda: click.echo(f"loaded in {time.monotonic() - began:.1f} s", err=True)
 
 
-def check_plot(plot_file: Path | None) -> None:
-    """Before anything is measured or simulated. Raises ConfigError where nothing can draw."""
-    if plot_file is None:
-        return
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("plot", 'needs matplotlib: the extra "bench" of aiodisagg is not installed') from error
-
-
 def check_address(context: click.Context, param: click.Parameter, value: str | tuple[str, ...]) -> Any:
     """Of an option that says where links are accepted or dialled."""
     for one in (value,) if isinstance(value, str) else value:

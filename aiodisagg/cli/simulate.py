@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Container
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from aiodisagg.cli.process import FILE, NEW_FILE, check_plot, order_option
-from aiodisagg.errors import AiodisaggError, ConfigError
+from aiodisagg.cli.measuring import plot_option, say, show, write_json
+from aiodisagg.cli.process import FILE, NEW_FILE, Command, order_option
+from aiodisagg.errors import ConfigError
 
 if TYPE_CHECKING:
     from aiodisagg.bench.workload import Mix
     from aiodisagg.scheduler.order import Order
-
-Command = Callable[..., None]
 
 
 def workload_options(command: Command) -> Command:
@@ -31,7 +29,7 @@ def workload_options(command: Command) -> Command:
         click.option("--cv", default=1.0, help="Of the gaps between requests: 1 is Poisson, more is burstier."),
         click.option("--slo", default="5x", help="Multiple of the unloaded latency."),
         click.option("--json", "json_file", type=NEW_FILE, help="Write the results as JSON."),
-        click.option("--plot", "plot_file", type=NEW_FILE, help="Write a PNG; needs the extra bench."),
+        plot_option,
     ):
         command = option(command)
     return command
@@ -57,23 +55,6 @@ def slo_of(text: str) -> float:
     if not found >= 1:
         raise ConfigError("slo", f"{text!r} is no multiple of at least 1")
     return found
-
-
-def show(table: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def write_json(file: Path | None, found: Any) -> None:
-    import msgspec
-
-    if file is not None:
-        file.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
 
 
 @click.command()
@@ -103,19 +84,15 @@ def write_json(file: Path | None, found: Any) -> None:
 @click.pass_context
 def simulate(context: click.Context, /, measured: Path | None, **options: Any) -> None:
     """Run the scheduling policies over simulated peers: latencies, goodput and utilisation of each system."""
-    try:
-        check_plot(options["plot_file"])
-        if measured is not None:
-            able = {"measured", "times", "small", "json_file"}
-            others = {option.name for option in context.command.params} - able
-            _refuse(context, "compare", "what was measured says what to simulate", others)
-            _compare(measured, **options)
-        else:
-            if options["trace"] is not None:
-                _refuse(context, "trace", "has its own requests", {"rates", "mix", "small", "requests", "cv"})
-            _simulate(**options)
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
+    if measured is not None:
+        able = {"measured", "times", "small", "json_file"}
+        others = {option.name for option in context.command.params} - able
+        _refuse(context, "compare", "what was measured says what to simulate", others)
+        _compare(measured, **options)
+    else:
+        if options["trace"] is not None:
+            _refuse(context, "trace", "has its own requests", {"rates", "mix", "small", "requests", "cv"})
+        _simulate(**options)
 
 
 def _simulate(
@@ -130,7 +107,7 @@ def _simulate(
     from aiodisagg.simulate.plot import plot_runs
     from aiodisagg.simulate.runs import Offered, burst, run, work
     from aiodisagg.simulate.systems import named_system
-    from aiodisagg.simulate.tables import RUN_COLUMNS, run_rows, table
+    from aiodisagg.simulate.tables import run_table
     from aiodisagg.simulate.times import read_times
 
     hardware = read_times(times)
@@ -151,7 +128,7 @@ def _simulate(
         for workload in workloads:
             found.append(run(system, hardware, workload, seed=seed, slo=slo_of(slo), protocol=protocol))
     spent_s = time.perf_counter() - began
-    show(table(f"{devices} devices, {hardware.name}, SLO {slo}; milliseconds", RUN_COLUMNS, run_rows(found)))
+    show(run_table(f"{devices} devices, {hardware.name}, SLO {slo}; milliseconds", found), 200)
     say(
         f"{sum(one.requests for one in found):,} requests, {sum(one.events for one in found):,} events, {spent_s:.1f} s"
     )
@@ -176,12 +153,12 @@ def _compare(measured: Path, *, times: str, small: bool, json_file: Path | None,
     from aiodisagg.bench.compare import small_mixes
     from aiodisagg.bench.mixes import MIX_NAMES, named_mix
     from aiodisagg.simulate.compare import compare, read_measured, verdict
-    from aiodisagg.simulate.tables import COMPARE_COLUMNS, compare_rows, table
+    from aiodisagg.simulate.tables import compare_table
     from aiodisagg.simulate.times import read_times
 
     mixes = small_mixes() if small else {name: named_mix(name) for name in MIX_NAMES}
     cells = compare(read_measured(measured), read_times(times), mixes)
-    show(table("Time to first token, milliseconds", COMPARE_COLUMNS, compare_rows(cells)))
+    show(compare_table(cells), 200)
     write_json(json_file, cells)
     click.echo(verdict(cells))
 
@@ -199,17 +176,13 @@ def plan_command(
     from aiodisagg.simulate.plan import PlanGoal, plan
     from aiodisagg.simulate.plot import plot_plan
     from aiodisagg.simulate.runs import Offered
-    from aiodisagg.simulate.tables import PLAN_COLUMNS, plan_rows, table
+    from aiodisagg.simulate.tables import plan_table
     from aiodisagg.simulate.times import read_times
 
-    try:
-        check_plot(plot_file)
-        goal = PlanGoal(rate, slo_of(slo), share, seeds)
-        found = plan(read_times(times), Offered(mix_of(mix, small), requests, cv), goal, say=say)
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
+    goal = PlanGoal(rate, slo_of(slo), share, seeds)
+    found = plan(read_times(times), Offered(mix_of(mix, small), requests, cv), goal, say=say)
     title = f"{rate:g} requests/s of {mix} on {found.times}: {share:.0%} within {goal.slo:g}x of the unloaded latency"
-    show(table(title, PLAN_COLUMNS, plan_rows(found)))
+    show(plan_table(title, found), 200)
     click.echo("The service times are taken as true: the intervals are of the workload's chance only.")
     write_json(json_file, found)
     if plot_file is not None:
@@ -224,10 +197,7 @@ def bench_simulate(names: tuple[str, ...], quick: bool, out: Path) -> None:
     """Fill the tables of docs/simulate.md."""
     from aiodisagg.simulate.document import FULL, QUICK, STUDIES, write
 
-    try:
-        for name in names:
-            if name not in STUDIES:
-                raise ConfigError("study", f"{name!r} is none of {', '.join(STUDIES)}")
-        write(out, names or tuple(STUDIES), QUICK if quick else FULL, say)
-    except AiodisaggError as error:
-        raise click.ClickException(str(error)) from error
+    for name in names:
+        if name not in STUDIES:
+            raise ConfigError("study", f"{name!r} is none of {', '.join(STUDIES)}")
+    write(out, names or tuple(STUDIES), QUICK if quick else FULL, say)

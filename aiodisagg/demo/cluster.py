@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 from aiodisagg.errors import AiodisaggError, own_error
@@ -29,20 +28,13 @@ class ProcessEnded(AiodisaggError):
         super().__init__(f"{name} ended with code {code}" + (f": {said}" if said else ""))
 
 
-@dataclass(slots=True)
 class Member:
-    """One process; ``facts`` is what it announced when it was ready."""
+    """One process; ``facts`` is what it announced when it was ready. The end of its stderr is kept, and read all the
+    time: a child that warns a lot would block on the pipe."""
 
-    name: str
-    process: _Process
-    facts: Mapping[str, str]
-
-
-class _Process:
-    """A child, and the end of its stderr: read all the time, or a child that warns a lot would block on the pipe."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process, self._said = process, b""
+    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+        self.name, self.process, self._said = name, process, b""
+        self.facts: Mapping[str, str] = {}
         self._reading = asyncio.get_running_loop().create_task(self._read())
 
     async def _read(self) -> None:
@@ -67,7 +59,7 @@ class Cluster:
     def __init__(self, *, verbose: int = 0, quiet: bool = True) -> None:
         self.members: dict[str, Member] = {}
         self._quiet = quiet and not verbose
-        self._started: list[_Process] = []
+        self._started: list[Member] = []
         self._verbose = verbose
 
     async def __aenter__(self) -> Cluster:
@@ -75,7 +67,7 @@ class Cluster:
 
     async def start(
         self, name: str, *arguments: str, prefix: Sequence[str] = (), pass_fds: Sequence[int] = ()
-    ) -> Member:  # fmt: skip
+    ) -> Member:
         """Runs ``aiodisagg ARGUMENTS`` and waits until it is ready, for as long as it loads. Raises ProcessEnded if it
         ends before.
 
@@ -102,12 +94,12 @@ class Cluster:
             raise
         finally:
             os.close(write)
-        self._started.append(child := _Process(process))
-        facts = await self._wait_ready(name, child, read)
-        member = self.members[name] = Member(name, child, facts)
+        self._started.append(member := Member(name, process))
+        await self._wait_ready(member, read)
+        self.members[name] = member
         return member
 
-    async def _wait_ready(self, name: str, process: _Process, read: int) -> Mapping[str, str]:
+    async def _wait_ready(self, member: Member, read: int) -> None:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader()
         pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb"))
@@ -116,17 +108,13 @@ class Cluster:
         finally:
             pipe.close()
         if not said:
-            raise await self._why(name, process)
-        facts: Mapping[str, str] = json.loads(said)
-        return facts
-
-    async def _why(self, name: str, process: _Process) -> ProcessEnded:
-        return ProcessEnded(name, *await process.wait())
+            raise ProcessEnded(member.name, *await member.wait())
+        member.facts = json.loads(said)
 
     async def watch(self) -> None:
         """Raises ProcessEnded as soon as a member ends; returns never. Members removed on purpose do not count."""
         while True:
-            waits = {asyncio.ensure_future(m.process.process.wait()): m for m in self.members.values()}
+            waits = {asyncio.ensure_future(m.process.wait()): m for m in self.members.values()}
             try:
                 done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -135,17 +123,17 @@ class Cluster:
             for wait in done:
                 member = waits[wait]
                 if self.members.get(member.name) is member:
-                    raise await self._why(member.name, member.process)
+                    raise ProcessEnded(member.name, *await member.wait())
 
     def kill(self, name: str) -> Member:
         """kill -9. The member is expected to be gone from then on."""
         member = self.members.pop(name)
-        member.process.process.kill()
+        member.process.kill()
         return member
 
     def signal(self, name: str, number: signal.Signals) -> None:
         """Sends a signal that does not end the member, such as SIGSTOP."""
-        self.members[name].process.process.send_signal(number)
+        self.members[name].process.send_signal(number)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -159,7 +147,7 @@ class Cluster:
                 child.process.send_signal(signal.SIGCONT)  # a stopped one would not hear of its end
         await asyncio.gather(*(self._stop(child) for child in self._started))
 
-    async def _stop(self, child: _Process) -> None:
+    async def _stop(self, child: Member) -> None:
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await child.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections import defaultdict
@@ -257,8 +256,6 @@ def run_demo(options: DemoOptions) -> int:
         style = "green" if equal == compared else "red"
         console.print(f"{equal} of {compared} answers equal the monolith's", style=style)
     if options.json_file is not None:
-        with contextlib.suppress(FileExistsError):
-            options.json_file.parent.mkdir(parents=True)
         found = {"requests": [msgspec.to_builtins(row) for row in rows], "totals": summary}
         options.json_file.write_text(json.dumps(found, indent=1) + "\n")
     shown = bool(demo.killed) or not options.kill_encoder

@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-STAGES = ("planned", "asked", "queued", "preparing", "prepared", "encoding", "encoded", "transferring", "complete")
 SHOWN = 14
+MOVED_SHOWN = 5
 
 
 class Row(msgspec.Struct):
@@ -88,9 +88,9 @@ def progress(members: Sequence[str], traces: Sequence[dict[str, Any]], done: int
     return Group(head, table)
 
 
-def _bar(part: int, whole: int, width: int = 12) -> str:
-    full = width * part // whole if whole else 0
-    return "█" * full + "░" * (width - full)
+def _bar(part: int, whole: int) -> str:
+    full = 12 * part // whole if whole else 0
+    return "█" * full + "░" * (12 - full)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -134,12 +134,12 @@ def moved_items(traces: Iterable[dict[str, Any]]) -> list[Moved]:
     return sorted(found, key=lambda moved: -moved.rows_kept)
 
 
-def what_moved(killed: str, moved: Sequence[Moved], shown: int = 5) -> list[str]:
+def what_moved(killed: str, moved: Sequence[Moved]) -> list[str]:
     """Lines for a person: some items that moved, then all of them in one sentence."""
     lines = [
         f"{one.request_id} image {one.item + 1}: stopped at {one.rows_kept} of {one.rows} rows on {one.left}, "
         f"went on with {one.rows - one.rows_kept} on {one.to}" + ("" if one.complete else ", not complete")
-        for one in moved[:shown]
+        for one in moved[:MOVED_SHOWN]
     ]
     to = ", ".join(sorted({one.to for one in moved})) or "nobody"
     kept, rows = sum(one.rows_kept for one in moved), sum(one.rows for one in moved)

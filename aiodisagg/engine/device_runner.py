@@ -172,6 +172,11 @@ class DeviceRunner:
             if self.shapes.device.type == "cuda":
                 torch.cuda.synchronize(self.shapes.device)
 
+    @property
+    def replayed_tokens(self) -> int:
+        """Of the largest step with prompts that is a graph, 0 if none is; known after ``warm_up``."""
+        return 0 if self.prompt_graphs is None else max((size.tokens for size in self.prompt_graphs.sizes), default=0)
+
     def _measured_reads(self) -> Reads:
         """By a step of 64 tokens, which reads nearly all of them."""
         ms = min((self.decoder.experts.measured.get(64) or {}).values(), default=0.0)

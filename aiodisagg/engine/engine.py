@@ -118,6 +118,7 @@ class Engine:
         await asyncio.to_thread(self._runner.warm_up)
         if self._runner.device_runner is not None:
             self._pace.reads = self._runner.device_runner.reads
+            self._scheduler.replayed = self._runner.device_runner.replayed_tokens
         self._loop = asyncio.get_running_loop()
         self._steps = StepThread(
             self._runner,

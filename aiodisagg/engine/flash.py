@@ -27,10 +27,8 @@ class FlashPrefill:
         flash: ``flash_attn_varlen_func``, or what computes the same.
     """
 
-    def __init__(
-        self, attend: Callable[..., torch.Tensor], flash: Callable[..., Any], *, min_pairs: int = MIN_PAIRS
-    ) -> None:
-        self._attend, self._flash, self.min_pairs = attend, flash, min_pairs
+    def __init__(self, attend: Callable[..., torch.Tensor], flash: Callable[..., Any]) -> None:
+        self._attend, self._flash, self.min_pairs = attend, flash, MIN_PAIRS
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepInputs, scaling: float

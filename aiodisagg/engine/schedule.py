@@ -29,6 +29,8 @@ the step that reaches it samples the next token. A decode is the case in which o
   ``max_running <= token_budget`` leaves at least one token for prefill whenever there is one. A stream of short prompts
   cannot starve a long one, as that one is due in the end. A prompt that is over what a step has room for, for
   whatever reason, by an eighth of that at most is computed to its end: a further step would cost more than that.
+* On an accelerator steps up to a size are graphs, and larger ones are launched, which takes longer by more than a
+  further step would. So prompts that go along behind another do not make a step larger than a graph.
 * Beside decodes the budget is what :class:`~aiodisagg.engine.pace.Pace` allows, so a burst of prompts does not stop
   running streams; without decodes nobody waits for a token and a step is as large as it may be.
 * A few ready rows that more rows will follow are left for a later step, together with those, as long as a step has
@@ -162,6 +164,8 @@ class Scheduler:
         self.max_running = min(max_running, token_budget)
         self.tokens_reused = 0
         """Tokens that admitted requests found in pages, ever."""
+        self.replayed = 0
+        """Tokens of the largest step that is a graph; 0: there are none."""
         self.hits = 0
         """Admissions that found at least one page."""
         self._overlap, self._coalesce, self._pace = overlap, coalesce_tokens, pace
@@ -339,10 +343,14 @@ class Scheduler:
         segments: list[Segment] = []
         room = budget
         for request in sorted(prefills, key=lambda r: self._rank(r, now)):
+            most = most_tokens(room)
+            if segments and self.replayed:
+                left = self.replayed - len(decodes) - sum(segment.tokens for segment in segments)
+                room, most = min(room, left), min(most, left)
             if room < 1 or not request.ready:
                 break
             tokens = min(request.ready, room)
-            if request.complete and request.missing <= most_tokens(room):
+            if request.complete and request.missing <= most:
                 tokens = request.missing
             stop = request.computed + tokens
             segments.append(Segment(request.request_id, request.computed, stop, samples=stop == request.total))

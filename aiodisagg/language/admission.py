@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from aiodisagg.errors import DeadlineExceeded, EngineError, InvalidRequest, Overloaded
 from aiodisagg.models.base import PlannedItem, PromptPlan
-from aiodisagg.protocol.messages import Urgency
+from aiodisagg.protocol.messages import FOREVER_S, Urgency
 from aiodisagg.scheduler.admission import (
     AdmissionConfig,
     AdmissionQueue,
@@ -40,8 +40,6 @@ DEFAULT_TENANT = Tenant()
 MAX_LABELS = 32
 """Tenants with a metric of their own; those that come later are counted together."""
 _OTHERS = "(others)"
-_FOREVER_S = 9e8
-"""More is this: no message says more than 1e9."""
 
 _WHY = {
     "queue_full": "too many requests wait already",
@@ -118,7 +116,7 @@ class Admission:
         """
         config = self._config
         work = _patches(items) if config.order is Order.SHORT_FIRST else 0
-        most_s = min(config.max_wait_s, config.max_ttft_s, math.inf if timeout_s is None else timeout_s, _FOREVER_S)
+        most_s = min(config.max_wait_s, config.max_ttft_s, math.inf if timeout_s is None else timeout_s, FOREVER_S)
         return Urgency(max(0.0, most_s - waited_s), priority, work)
 
     async def take(self, turn: Turn) -> None:

@@ -47,15 +47,12 @@ from aiodisagg.protocol.events import (
     Take,
     TimerFired,
 )
-from aiodisagg.protocol.messages import ItemKey, Refuse, Want
+from aiodisagg.protocol.messages import FOREVER_S, ItemKey, Refuse, Want
 from aiodisagg.protocol.receiving import Receiver, ReceiverConfig
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
 from aiodisagg.scheduler.health import HealthConfig
 
 logger = logging.getLogger(__name__)
-
-FOREVER_S = 9e8
-"""More than this is this: a Want says at most 1e9, and what is left of a time is rounded."""
 
 Deliver = Callable[[ItemKey, int, memoryview | DeviceBytes], None]
 

@@ -202,6 +202,8 @@ def _open(data: bytes, param: str) -> Image.Image:
         raise MediaError(param, f"its EXIF is in more than {_MAX_EXIF_PIECES} pieces")
     try:
         image = Image.open(io.BytesIO(_wordless(data)), formats=FORMATS)
+        # Decoded in one call, not 64 KB at a time: after each call the thread waits for Python's lock.
+        image.decodermaxblock = max(image.decodermaxblock, len(data))
         width, height = image.size
     # Malformed bytes reach Pillow's parsers here: OSError, SyntaxError, ValueError, struct.error, zlib.error, its
     # DecompressionBomb warnings and errors and more. Whatever it is, it says one thing about the file.

@@ -274,18 +274,6 @@ def build_synthetic(
     return folder
 
 
-def build_tiny(
-    folder: str | Path,
-    *,
-    moe: bool = True,
-    levels: int = 3,
-    seed: int = 0,
-    layout: Layout = "hub",
-    shards: int = 1,
-    tied: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
+def build_tiny(folder: str | Path, **options: Any) -> Path:
     """:func:`build_synthetic` of size "tiny": under a second, for tests."""
-    return build_synthetic(
-        folder, "tiny", moe=moe, levels=levels, seed=seed, layout=layout, shards=shards, tied=tied, dtype=dtype
-    )
+    return build_synthetic(folder, "tiny", **options)

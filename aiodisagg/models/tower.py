@@ -137,9 +137,9 @@ def flash_4_ranges(scaling: float) -> AttendRanges:
     return attend
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Positions:
-    """Of one grid, or of several: embeddings [n, hidden], cos and sin float32 [n, head_dim]."""
+    """Of one grid, or of several: embeddings [n, hidden], cos and sin float32 [n, head_dim]. Equal to itself only."""
 
     embeddings: torch.Tensor
     cos: torch.Tensor

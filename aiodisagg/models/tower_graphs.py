@@ -71,6 +71,8 @@ class TowerGraphs:
         self._bounds = zeros(max(slots) + 1, dtype=torch.int32)
         self._rows: torch.Tensor = zeros(most // merge, width)
         self._replay: dict[tuple[int, int], Callable[[], None]] = {}
+        self._filled: tuple[object, ...] = ()
+        """What the buffers of positions and bounds hold."""
         began = time.perf_counter()
         for size in sorted(sizes, reverse=True):  # the memory of the largest serves all
             self._computing(size, 1)()  # compiles, and lets libraries allocate what they keep
@@ -99,7 +101,10 @@ class TowerGraphs:
         self, patches: torch.Tensor, positions: Sequence[Positions], segments: Sequence[int], slots: int
     ) -> None:  # fmt: skip
         self._patches[: patches.shape[0]].copy_(patches)
-        at = 0
+        wanted = (*positions, *segments, slots)
+        if wanted == self._filled:  # pictures of one size follow each other, and each copy is a launch
+            return
+        self._filled, at = (), 0
         for of in positions:
             stop = at + of.cos.shape[0]
             self._positions.embeddings[at:stop].copy_(of.embeddings)
@@ -109,6 +114,7 @@ class TowerGraphs:
         bounds = np.full(slots + 1, at, dtype=np.int32)
         bounds[: len(segments)] = [0, *itertools.accumulate(segments[:-1])]
         self._bounds[: slots + 1].copy_(torch.from_numpy(bounds), non_blocking=True)
+        self._filled = wanted
 
     def _computing(self, size: int, slots: int) -> Callable[[], None]:
         positions, bounds = self._positions, self._bounds[: slots + 1]

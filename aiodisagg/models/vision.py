@@ -21,7 +21,7 @@ from PIL import Image
 
 from aiodisagg.errors import MediaError
 from aiodisagg.models.base import ItemKind, Patches
-from aiodisagg.models.device_pixels import can_resize, cut
+from aiodisagg.models.device_pixels import TORCH, can_resize, fastest_pixels
 from aiodisagg.models.loading import fingerprint, load_vision
 from aiodisagg.models.preprocessing import PixelSettings, cut_patches, decode_rgb, fits, load_settings, resized
 from aiodisagg.models.tower import FusedTower
@@ -67,11 +67,15 @@ class Qwen3VLVisionEncoder:
         self._tower, self.fingerprint, self.layout = tower, model, RowLayout.of(model)
         self.device = torch.device(device)
         self.fused: FusedTower | None = None
+        self._on_device = TORCH
         self.cuts_on_device = False
         """Whether ``prepare`` only decodes images, and ``encode`` resizes and cuts them."""
         if self.device.type == "cuda":
             self.use_fused()
             self.cuts_on_device = can_resize(self._image)
+            if self.cuts_on_device:
+                with torch.inference_mode(), self._here():
+                    self._on_device = fastest_pixels(self._image, tower.dtype, self.device)
 
     def _here(self) -> AbstractContextManager[object]:
         """Makes the tower's device this thread's current one: for kernels, and for what pins memory."""
@@ -117,7 +121,8 @@ class Qwen3VLVisionEncoder:
 
     def _encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
         grids = [patches.grid_thw for patches in batch]
-        pixels = torch.cat([self._pixels(patches) for patches in batch])
+        parts = [self._pixels(patches) for patches in batch]
+        pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.fused is not None:
             packed = self.fused(pixels, grids)
         else:
@@ -131,7 +136,7 @@ class Qwen3VLVisionEncoder:
         values = patches.pixel_values.to(self.device, non_blocking=True)
         if values.dtype is not torch.uint8:
             return values.to(self._tower.dtype)
-        return cut(values, patches.grid_thw, self._image, self._tower.dtype)
+        return self._on_device.cut(values, patches.grid_thw, self._image, self._tower.dtype)
 
 
 def _bytes_of(frame: Image.Image, *, pinned: bool) -> torch.Tensor:

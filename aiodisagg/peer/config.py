@@ -30,10 +30,10 @@ ON_REQUEST = ("zmq", "mooncake-tcp")
 """Transports that are used only where they are named. ``zmq`` cannot send strangers away."""
 
 
-def check(key: str, value: float, *, low: float = 0.0, high: float = math.inf, exclusive: bool = True) -> None:
-    """Raises ConfigError unless ``low < value <= high`` (``low <= value`` if not exclusive)."""
-    if not (low < value if exclusive else low <= value):
-        raise ConfigError(key, f"must be {'above' if exclusive else 'at least'} {low:g}, not {value}")
+def check(key: str, value: float, *, high: float = math.inf, exclusive: bool = True) -> None:
+    """Raises ConfigError unless ``0 < value <= high`` (``0 <= value`` if not exclusive)."""
+    if not (value > 0 if exclusive else value >= 0):
+        raise ConfigError(key, f"must be {'above' if exclusive else 'at least'} 0, not {value}")
     if value > high:
         raise ConfigError(key, f"must be at most {high:g}, not {value}")
 

@@ -21,6 +21,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """Finite: one not-a-number among timers would stop all of them."""
+FOREVER_S = 9e8
+"""More than this is this, where a time is to be said: what is left of it is rounded."""
 Span = tuple[Count, Count]
 """A half-open row range."""
 Held = Annotated[tuple[Span, ...], msgspec.Meta(max_length=MOST_SPANS)]

@@ -32,12 +32,6 @@ class Region(enum.IntEnum):
     DEEPSTACK = 4
 
 
-PACKED = frozenset({Region.INPUT, Region.DEEPSTACK})
-"""Regions that travel together as packed rows through a transport; the others are small and travel on the link."""
-
-META = frozenset({Region.FILL_IDS, Region.MROPE, Region.AUX})
-
-
 class ModelFingerprint(msgspec.Struct, frozen=True, array_like=True):
     """Two peers may exchange rows only if all of this is equal; every offer is checked against it."""
 

@@ -21,11 +21,11 @@ from aiodisagg.simulate.doors import Door, Doors, open_door
 from aiodisagg.simulate.engine import Engine, TokenGaps
 from aiodisagg.simulate.known import BEAT_S, Known
 from aiodisagg.simulate.machines import MachineWires
-from aiodisagg.simulate.placing import Placing, fewest_rows, first_finish
+from aiodisagg.simulate.placing import Placing, first_finish
 from aiodisagg.simulate.request import Item, SimRequest
 from aiodisagg.simulate.times import Costs, ServiceTimes
 from aiodisagg.simulate.tower import Preparing, Tower
-from aiodisagg.simulate.wires import TimedWires, Wires
+from aiodisagg.simulate.wires import TimedWires
 
 ROUTER_ASKS = 32
 """Peers that the router looks at for a request, chosen by chance where there are more."""
@@ -53,7 +53,7 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``inter_token_ms``: what prefill, and a tower beside the engine, leave to running streams; 0: no bound.
     A replica has none. ``pace_ms``: the same for prefill alone, also of replicas; None: as ``inter_token_ms``.
     ``coalesce_tokens``: as of :class:`~aiodisagg.engine.schedule.Scheduler`.
-    ``batch_patches``, ``inline_patches``: of a tower batch, and of one in a replica; 0: what the times say.
+    ``inline_patches``: of a tower batch in a replica; 0: what the times say.
     """
 
     name: str
@@ -71,9 +71,7 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pace_ms: float | None = None
     coalesce_tokens: int = 0
     turns: bool = True
-    batch_patches: int = 0
     inline_patches: int = 0
-    kept_rows: int = 1 << 17
     doors: Doors = Doors()
 
     @property
@@ -105,7 +103,6 @@ class Peer:
         self.trials = Trials()
         self.door: Door | None = None
         self.owed_s = 0.0
-        self.asked_rows = 0
         self.open = 0
         """Requests that came here and have not ended."""
 
@@ -122,8 +119,6 @@ class Cluster:
         self, system: System, times: ServiceTimes, *, seed: int = 0, protocol: bool = False, leaps: bool = True
     ) -> None:
         system.check()
-        if system.batch_patches:
-            times = msgspec.structs.replace(times, batch_patches=system.batch_patches)
         if system.inline_patches:
             times = msgspec.structs.replace(times, inline_patches=system.inline_patches)
         self.system, self.costs = system, Costs(times)
@@ -132,11 +127,7 @@ class Cluster:
         self.requests: list[SimRequest] = []
         self._random = Random(f"{seed}/router")
         self._leaps = leaps
-        self.wires: Wires
-        if protocol:
-            self.wires = MachineWires(self.clock, self.costs, self._arrived)
-        else:
-            self.wires = TimedWires(self.clock, self.costs, self._arrived)
+        self.wires = (MachineWires if protocol else TimedWires)(self.clock, self.costs, self._arrived)
         self.peers = [
             self._peer(f"{role}{i}", role)
             for role in ("replica", "encode", "language", "both")
@@ -175,7 +166,7 @@ class Cluster:
             gated = role == "both" and self.system.inter_token_ms > 0
             share = SHARE_OF_ONE_DEVICE if priorities else SHARE
             slack = Slack(self.system.inter_token_ms / 1e3, share=share) if gated else None
-            peer.tower = Tower(self.clock, self.costs, device.tower, kept_rows=self.system.kept_rows, slack=slack)
+            peer.tower = Tower(self.clock, self.costs, device.tower, slack=slack)
             if peer.engine is not None:
                 peer.engine.beside = peer.tower
                 if priorities:
@@ -228,9 +219,7 @@ class Cluster:
 
     # -- a request's way -----------------------------------------------------------------------------------------
 
-    def run(
-        self, workload: Sequence[WorkloadRequest], enough: Callable[[SimRequest], bool] | None = None
-    ) -> None:  # fmt: skip
+    def run(self, workload: Sequence[WorkloadRequest], enough: Callable[[SimRequest], bool] | None = None) -> None:
         """Until every request has ended, or ``enough``, told of each that has, says True. Raises AiodisaggError if
         that never comes."""
         self._enough = enough or _never
@@ -327,10 +316,8 @@ class Cluster:
         if self.system.overlap or not request.items:
             peer.engine.add(request)
         for item, name in zip(request.items, chosen, strict=True):
-            tower = self._by_name[name].tower
+            tower, item.encoder = self._by_name[name].tower, name
             assert tower is not None
-            item.encoder = name
-            self._by_name[name].asked_rows += item.rows
             self.wires.fetch(item, tower, name, peer.name)
 
     def _engine_s(self, request: SimRequest, peer: Peer) -> float:
@@ -342,8 +329,6 @@ class Cluster:
     def _choose(self, request: SimRequest, peer: Peer) -> list[str]:
         if self.system.placing is Placing.FIXED:
             return [peer.towers[request.number % len(peer.towers)].name] * len(request.items)
-        if self.system.placing is Placing.ROWS:
-            return fewest_rows(request.items, {one.name: one.asked_rows for one in peer.towers})
         identities, now = {item.identity for item in request.items}, self.clock.now
         views = [known.view(identities, now) for known in peer.known.values()]
         own = peer.name if peer.tower is not None else ""
@@ -356,10 +341,8 @@ class Cluster:
         request = item.request
         peer = self._by_name[request.peer]
         assert peer.engine is not None
-        if item.arrived >= item.rows:
-            self._by_name[item.encoder].asked_rows -= item.rows
-            if peer.known:
-                peer.known[item.encoder].arrived(item, self.clock.now)
+        if item.arrived >= item.rows and peer.known:
+            peer.known[item.encoder].arrived(item, self.clock.now)
         if self.system.overlap:
             peer.engine.arrived(request)
         elif request.complete:

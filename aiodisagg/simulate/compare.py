@@ -125,14 +125,12 @@ def read_measured(file: Path) -> Measured:
         raise ConfigError("compare", f"{file}: {error}") from error
 
 
-def compare(
-    measured: Measured, times: ServiceTimes, mixes: Mapping[str, Mix], *, shapes: Mapping[str, System] = SHAPES
-) -> list[Compared]:
+def compare(measured: Measured, times: ServiceTimes, mixes: Mapping[str, Mix]) -> list[Compared]:
     """The cells of known shapes and mixes, with the same requests as were sent, those of all seeds
     together. Raises ConfigError if none is known."""
     found = []
     for cell in measured.cells:
-        system, mix, seen = shapes.get(cell.shape), mixes.get(cell.mix), cell.all.ttft_ms
+        system, mix, seen = SHAPES.get(cell.shape), mixes.get(cell.mix), cell.all.ttft_ms
         if system is None or mix is None or seen is None:
             continue
         seeds = [one.seed for one in cell.runs] or [0]
@@ -143,7 +141,7 @@ def compare(
             predicted = MeasuredSpread(together.mean, together.p99)
             found.append(Compared(cell.shape, cell.mix, cell.load, cell.rate_per_s, seen, predicted))
     if not found:
-        raise ConfigError("compare", f"no cell of a known shape ({', '.join(shapes)}) and mix ({', '.join(mixes)})")
+        raise ConfigError("compare", f"no cell of a known shape ({', '.join(SHAPES)}) and mix ({', '.join(mixes)})")
     return found
 
 

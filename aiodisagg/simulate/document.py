@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 
 from aiodisagg.bench.mixes import named_mix
+from aiodisagg.bench.view import markdown
 from aiodisagg.errors import ConfigError
 from aiodisagg.simulate import studies
-from aiodisagg.simulate.runs import Offered, work
-from aiodisagg.simulate.studies import Say
-from aiodisagg.simulate.tables import LADDER_COLUMNS, ladder_rows, markdown
+from aiodisagg.simulate.runs import Offered, Say, work
+from aiodisagg.simulate.tables import ladder_markdown
 from aiodisagg.simulate.times import read_times
 
 SLO, SHARE = 5.0, 0.9
@@ -57,7 +57,7 @@ def ladder(scale: Scale, say: Say) -> str:
             for name, seconds in (("tower", spent.tower_s), ("prefill", spent.prefill_s), ("decode", spent.decode_s))
         )
         parts.append(f"{mix}, {devices} devices; device time by kind of work: {shares}\n\n")
-        parts.append(markdown(LADDER_COLUMNS, ladder_rows(rungs)) + "\n\n")
+        parts.append(ladder_markdown(rungs) + "\n\n")
     return "".join(parts).rstrip()
 
 

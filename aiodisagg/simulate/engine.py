@@ -43,15 +43,15 @@ class Engine:
 
     def __init__(
         self, device: Device, costs: Costs, gaps: TokenGaps, *, inline: bool, ended: Callable[[SimRequest], None],
-        first: Callable[[SimRequest], None], page_tokens: int = PAGE_TOKENS, leaps: bool = True,
+        first: Callable[[SimRequest], None], leaps: bool = True,
         pace: Pace | None = None, overlap: bool = True, coalesce_tokens: int = 0,
         order: Order = Order.SHORT_FIRST,
     ) -> None:  # fmt: skip
         times = costs.times
         self.device, self.costs, self.gaps = device, costs, gaps
         self.scheduler = LeapingScheduler(
-            num_pages=-(-times.kv_tokens // page_tokens),
-            page_size=page_tokens,
+            num_pages=-(-times.kv_tokens // PAGE_TOKENS),
+            page_size=PAGE_TOKENS,
             token_budget=times.token_budget,
             max_running=times.max_running,
             overlap=overlap,

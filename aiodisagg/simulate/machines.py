@@ -7,7 +7,7 @@ take half a round trip, writes take their bytes at the link's rate, one at a tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from aiodisagg.errors import AiodisaggError
@@ -21,7 +21,7 @@ from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.request import Item
 from aiodisagg.simulate.times import Costs
 from aiodisagg.simulate.tower import Tower
-from aiodisagg.simulate.wires import Ways
+from aiodisagg.simulate.wires import Arrived, TimedWires
 
 POOL_BLOCKS, BLOCK_ROWS = 256, 256
 SOURCE_BYTES = 1 << 31
@@ -38,11 +38,11 @@ class _End:
         self.armed: float | None = None
 
 
-class MachineWires:
-    """:class:`~aiodisagg.simulate.wires.Wires` made of machines. Rows arrive chunk by chunk."""
+class MachineWires(TimedWires):
+    """Between two peers by machines: rows arrive chunk by chunk."""
 
-    def __init__(self, clock: Clock, costs: Costs, arrived: Callable[[Item], None]) -> None:
-        self._clock, self._costs, self._arrived = clock, costs, arrived
+    def __init__(self, clock: Clock, costs: Costs, arrived: Arrived) -> None:
+        super().__init__(clock, costs, arrived)
         bytes_of_row = costs.times.row_bytes
         levels = 3 if bytes_of_row % 8 == 0 else 0
         hidden = bytes_of_row // 2 // (1 + levels)
@@ -53,11 +53,10 @@ class MachineWires:
         self._linked: set[tuple[str, str]] = set()
         self._items: dict[ItemKey, Item] = {}
         self._jobs: dict[tuple[str, str], Item] = {}
-        self._ways = Ways(clock)
 
     def fetch(self, item: Item, tower: Tower, encoder: str, receiver: str) -> None:
         if encoder == receiver:
-            tower.submit(item, lambda item: self._local(item, receiver))
+            super().fetch(item, tower, encoder, receiver)
             return
         to = self._receiver(receiver)
         self._sender(encoder, tower)
@@ -70,17 +69,6 @@ class MachineWires:
         self._jobs.setdefault((encoder, str(item.identity)), item)
         spec = ev.ItemSpec(str(item.identity), "image", (1, 2, 2 * item.rows), item.rows, 0.0, (b"",))
         self._feed(to, ev.ItemRequested(key, spec, PATIENCE_S))
-
-    def _local(self, item: Item, peer: str) -> None:
-        ends = self._ways.ends(peer, peer, self._costs.local_s(item.rows))
-        if ends > self._clock.now:
-            self._clock.at(ends, self._here, item)
-        else:
-            self._here(item)
-
-    def _here(self, item: Item) -> None:
-        item.arrived = item.rows
-        self._arrived(item)
 
     def _receiver(self, name: str) -> _End:
         if name not in self.receivers:
@@ -165,6 +153,4 @@ class MachineWires:
             self._arrived(item)
 
     def _finished(self, key: ItemKey) -> None:
-        item = self._items.pop(key)
-        item.arrived = item.rows
-        self._arrived(item)
+        self._here(self._items.pop(key))

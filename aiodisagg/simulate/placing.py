@@ -17,20 +17,8 @@ class Placing(enum.StrEnum):
 
     FIXED = "fixed"
     """All items of a request go to one peer, the next in turn: a split whose halves do not know each other's load."""
-    ROWS = "rows"
-    """Each item goes to the peer that owes the fewest rows."""
     FINISH = "finish"
     """Each item goes where it is predicted to be here first; who holds it need not encode it."""
-
-
-def fewest_rows(items: Sequence[Item], rows: dict[str, int]) -> list[str]:
-    """The names of the peers, in the order of ``items``. ``rows``: asked for and not yet there; counted on."""
-    chosen = []
-    for item in items:
-        name = min(rows, key=lambda one: (rows[one], one))
-        rows[name] += item.rows
-        chosen.append(name)
-    return chosen
 
 
 def first_finish(

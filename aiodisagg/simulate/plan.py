@@ -23,11 +23,10 @@ from aiodisagg.bench.workload import WorkloadRequest
 from aiodisagg.errors import ConfigError
 from aiodisagg.simulate.cluster import Cluster, System
 from aiodisagg.simulate.record import Report
-from aiodisagg.simulate.runs import UNSEEN, Mean, Offered, Work, alone, longest_s, mean_of, run, work
+from aiodisagg.simulate.runs import UNSEEN, Mean, Offered, Say, Work, alone, longest_s, mean_of, run, work
 from aiodisagg.simulate.systems import flexible, replicas, split_overlap, split_waits
 from aiodisagg.simulate.times import ServiceTimes
 
-Say = Callable[[str], None]
 MOST_DEVICES = 4096
 GRAIN = 20
 """Sizes are told apart to this part of themselves, and to a device below that: seeds differ by as much."""

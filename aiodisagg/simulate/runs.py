@@ -17,6 +17,8 @@ from aiodisagg.simulate.record import Report, late, meets, report, steady
 from aiodisagg.simulate.request import SimRequest
 from aiodisagg.simulate.times import PATCHES_PER_TOKEN, Costs, ServiceTimes
 
+Say = Callable[[str], None]
+"""Told how far it is."""
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t at 95 %, two sides, for one degree of freedom and more."""
 CAPACITY_BATCH = 16
@@ -171,9 +173,9 @@ def burst(times: ServiceTimes, workload: Sequence[WorkloadRequest], reports: Seq
     )
 
 
-def most(works: Callable[[float], bool], low: float, high: float, *, precision: float = 0.03) -> float:
-    """The largest rate of about ``low`` to ``high`` and beyond that works; 0 if ``low / 16`` does not. Bisection: it
-    takes for granted that what works at a rate works at lower ones."""
+def most(works: Callable[[float], bool], low: float, high: float) -> float:
+    """The largest rate of about ``low`` to ``high`` and beyond that works, to 3 %; 0 if ``low / 16`` does not.
+    Bisection: it takes for granted that what works at a rate works at lower ones."""
     while works(high):
         low, high = high, high * 1.5
     for _ in range(5):
@@ -182,7 +184,7 @@ def most(works: Callable[[float], bool], low: float, high: float, *, precision: 
         low, high = low / 2, low
     else:
         return 0.0
-    while high / low > 1 + precision:
+    while high / low > 1.03:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if works(middle) else (low, middle)
     return low

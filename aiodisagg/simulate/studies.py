@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
 from aiodisagg.bench.distributions import Ranges, exactly, parse_ranges
-from aiodisagg.bench.mixes import named_mix
+from aiodisagg.bench.mixes import FULL_HD, named_mix
 from aiodisagg.bench.workload import Mix
 from aiodisagg.scheduler.order import Order
 from aiodisagg.simulate.cluster import Cluster, System
 from aiodisagg.simulate.doors import Doors, Line
 from aiodisagg.simulate.record import Report, report
-from aiodisagg.simulate.runs import Offered, goodput, run, work
+from aiodisagg.simulate.runs import Offered, Say, goodput, run, work
 from aiodisagg.simulate.systems import flexible, ladder, replicas, split_overlap, split_waits
 from aiodisagg.simulate.times import ServiceTimes
-
-Say = Callable[[str], None]
-FULL_HD = ((1920, 1080),)
 
 
 def ttft_mixes() -> dict[str, Mix]:

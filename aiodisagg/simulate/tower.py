@@ -24,6 +24,7 @@ Rows = Callable[[Item], None]
 Stage = Callable[[Item, str, float], None]
 
 PREPARED_PATCHES = 32768
+KEPT_ROWS = 1 << 17
 STEPS_TO_FILL = 4
 """Steps after which a Slack account is as full as it gets: each earns a third of its bound or more."""
 
@@ -69,10 +70,10 @@ class Tower:
 
     The real :class:`~aiodisagg.encode.queue.TowerQueue` fills batches; beside an engine the real
     :class:`~aiodisagg.scheduler.slack.Slack` says when the next one may begin. An identity that is being encoded, or
-    whose rows are kept, is not encoded again: ``kept_rows`` bounds the latter.
+    whose rows are kept, is not encoded again: ``KEPT_ROWS`` bounds the latter.
     """
 
-    def __init__(self, clock: Clock, costs: Costs, lane: Lane, *, kept_rows: int, slack: Slack | None = None) -> None:
+    def __init__(self, clock: Clock, costs: Costs, lane: Lane, *, slack: Slack | None = None) -> None:
         self.costs, self._clock, self._lane, self.slack = costs, clock, lane, slack
         self._queue = TowerQueue(costs.times.batch_patches)
         self._room = 2 * max(costs.times.batch_patches, PREPARED_PATCHES)
@@ -80,7 +81,7 @@ class Tower:
         self._patches = 0
         self._waiting: dict[int, list[tuple[Item, Rows]]] = {}
         self._kept: OrderedDict[int, int] = OrderedDict()
-        self._free_rows = kept_rows
+        self._free_rows = KEPT_ROWS
         self._began_s = 0.0
         self._ready: dict[int, Item] = {}
         self._at_work: list[Item] = []

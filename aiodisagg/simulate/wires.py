@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from aiodisagg.simulate.clock import Clock
 from aiodisagg.simulate.request import Item
@@ -11,12 +10,6 @@ from aiodisagg.simulate.times import Costs
 from aiodisagg.simulate.tower import Tower
 
 Arrived = Callable[[Item], None]
-
-
-class Wires(Protocol):
-    """``fetch`` asks ``encoder`` for an item; ``item.arrived`` grows and ``arrived(item)`` is called each time."""
-
-    def fetch(self, item: Item, tower: Tower, encoder: str, receiver: str) -> None: ...
 
 
 class Ways:
@@ -38,13 +31,15 @@ class Ways:
 
 class TimedWires:
     """Half a round trip to ask, half a round trip and the bytes to bring; each peer sends, and receives, one item at
-    a time at the link's rate. Within a peer there is no round trip, and the bytes go at a rate of their own."""
+    a time at the link's rate. Within a peer there is no round trip, and the bytes go at a rate of their own.
+    ``item.arrived`` grows, and ``arrived(item)`` is called each time."""
 
     def __init__(self, clock: Clock, costs: Costs, arrived: Arrived) -> None:
         self._clock, self._costs, self._arrived = clock, costs, arrived
         self._ways = Ways(clock)
 
     def fetch(self, item: Item, tower: Tower, encoder: str, receiver: str) -> None:
+        """Asks ``encoder``, whose tower it is, for an item."""
         costs, local = self._costs, encoder == receiver
         half = 0.0 if local else costs.rtt_s / 2
 

@@ -57,7 +57,7 @@ def is_sealed(fd: int) -> bool:
 class Arena:
     """``size_bytes`` of shared, pre-faulted memory. Not thread-safe to close; reads and writes are the users'."""
 
-    def __init__(self, size_bytes: int, *, prefault: bool = True) -> None:
+    def __init__(self, size_bytes: int) -> None:
         if size_bytes <= 0:
             raise ValueError(f"size_bytes must be positive, not {size_bytes}")
         self.size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -73,7 +73,7 @@ class Arena:
         self._anchor: ctypes.c_char | None = ctypes.c_char.from_buffer(self._mapping)
         self.address = ctypes.addressof(self._anchor)
         self.view = memoryview(self._mapping)
-        if prefault and not populate(self.address, self.size_bytes):
+        if not populate(self.address, self.size_bytes):
             for offset in range(0, self.size_bytes, mmap.PAGESIZE):
                 self._mapping[offset] = 0
 

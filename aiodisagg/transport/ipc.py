@@ -51,15 +51,15 @@ class _Pool(msgspec.Struct, frozen=True, array_like=True):
 
 
 class IpcTransport(Transport):
-    """See the module's text. Copies run on ``copy_threads`` threads above 256 KiB, on the loop's below."""
+    """See the module's text. Copies run on threads above 256 KiB, on the loop's below."""
 
     name: ClassVar[str] = "ipc"
     capabilities: ClassVar[Capabilities] = Capabilities(
         one_sided=True, fence=FenceKind.WRITER, device_memory=False, integrity=True, zero_copy=True
     )
 
-    def __init__(self, *, copy_threads: int = 2, handshake_timeout_s: float = 5.0) -> None:
-        self._threads = CopyThreads(self.name, copy_threads)
+    def __init__(self, *, handshake_timeout_s: float = 5.0) -> None:
+        self._threads = CopyThreads(self.name)
         self._timeout_s = handshake_timeout_s
         self._state = "new"
         self._incarnation = ""

@@ -47,15 +47,15 @@ class MemoryRemote(Remote):
 
 
 class MemoryTransport(Transport):
-    """Writes into pools of the same process; on ``copy_threads`` threads above 256 KiB, on the loop's below."""
+    """Writes into pools of the same process; on threads above 256 KiB, on the loop's below."""
 
     name: ClassVar[str] = "memory"
     capabilities: ClassVar[Capabilities] = Capabilities(
         one_sided=False, fence=FenceKind.RECEIVER, device_memory=False, integrity=True
     )
 
-    def __init__(self, *, copy_threads: int = 2) -> None:
-        self._threads = CopyThreads(self.name, copy_threads)
+    def __init__(self) -> None:
+        self._threads = CopyThreads(self.name)
         self._pool_name = secrets.token_hex(8)
         self._incarnation = ""
         self._landing: Landing | None = None

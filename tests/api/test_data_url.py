@@ -56,6 +56,14 @@ def test_data_urls_that_are_not_images(url: str) -> None:
         decode(url)
 
 
+def test_line_breaks_are_named() -> None:
+    """``base64`` and Python's ``encodebytes`` write them; what was said of it was a wrong padding."""
+    url = f"data:image/png;base64,{base64.encodebytes(bytes(100)).decode()}"
+    with pytest.raises(MediaError, match="line breaks"):
+        decode(url)
+    assert decode(url.replace("\n", "")) == bytes(100)
+
+
 @pytest.mark.parametrize("raw", [b'"data:image\\/png;base64,QUJ\xff"', b'"data:image/png;base64,QUJDQUJD\\/\xff"'])
 def test_escaped_data_urls_that_are_not_utf8(raw: bytes) -> None:
     with pytest.raises(MediaError, match="p: not UTF-8"):

@@ -87,6 +87,16 @@ async def test_errors_in_a_stream_are_its_last_event() -> None:
         assert events[-2].startswith('data: {"error":') and "[DONE]" not in str(events)
 
 
+async def test_a_request_that_ran_out_of_time_is_not_sent_again() -> None:
+    """The client's time is over, and under load it would cost as much three times."""
+    backend = ScriptedBackend([DeadlineExceeded("r", 3.0)])
+    async with serving(backend) as served:
+        client = served.client.with_options(max_retries=2)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.chat.completions.create(model=MODEL, messages=HELLO)
+    assert caught.value.code == "deadline_exceeded" and len(backend.calls) == 1
+
+
 async def test_the_log_has_what_the_client_may_not_see(caplog: pytest.LogCaptureFixture) -> None:
     async with serving(ScriptedBackend([KeyError(SECRET)])) as served:
         _, body, _ = await served.post({"model": MODEL, "messages": HELLO}, x_request_id="look-here")
@@ -250,6 +260,12 @@ async def test_bodies_that_are_not_requests() -> None:
             assert (status, decoded["error"]["param"]) == (400, "body"), body[:50]
 
 
+async def test_a_body_with_a_byte_order_mark() -> None:
+    async with serving(ScriptedBackend()) as served:
+        body = b"\xef\xbb\xbf" + json.dumps({"model": MODEL, "messages": HELLO}).encode()
+        assert (await served.post(body))[0] == 200
+
+
 async def test_types_and_sizes_of_bodies() -> None:
     backend = ScriptedBackend()
     good = json.dumps({"model": MODEL, "messages": HELLO}).encode()
@@ -328,6 +344,9 @@ async def test_unknown_models_urls_and_methods() -> None:
             assert response.status == 404
         async with served.session.get("/v1/embeddings") as response:
             assert (response.status, (await response.json())["error"]["code"]) == (404, "unknown_url")
+        with pytest.raises(openai.NotFoundError, match="base URL ends with /v1"):
+            client = served.client.with_options(base_url=served.server.url)
+            await client.chat.completions.create(model=MODEL, messages=HELLO)
         async with served.session.get("/v1/chat/completions") as response:
             assert (response.status, response.headers["Allow"]) == (405, "POST")
             assert (await response.json())["error"]["type"] == "invalid_request_error"

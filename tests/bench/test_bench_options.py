@@ -11,7 +11,8 @@ from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.mixes import named_mix
 from aiodisagg.bench.workload import Tenant
 from aiodisagg.cli import main
-from aiodisagg.cli.bench_serve import mix_of, progress
+from aiodisagg.cli.bench_serve import mix_of
+from aiodisagg.cli.measuring import progress
 
 SERVE = ("serve", "--url", "http://127.0.0.1:9")
 
@@ -43,6 +44,16 @@ SERVE = ("serve", "--url", "http://127.0.0.1:9")
         (("control", "--cores", "0"), "cores: two are needed, not '0'"),
         (("overload", "--loads", "a"), "loads: 'a' is no list of numbers"),
         (("overload", "--loads", ","), "loads: at least one is needed"),
+        (("overload", "--loads", "1,0"), "loads: must be above 0, not 0"),
+        (("overload", "--loads", "nan"), "loads: must be above 0, not nan"),
+        (("overload", "--loads", "-1"), "loads: must be above 0, not -1"),
+        (("system", "--loads", "0.5,0"), "loads: must be above 0, not 0"),
+        (("control", "--peers", ","), "peers: at least one is needed"),
+        (("control", "--peers", "2,0"), "peers: must be at least 1, not 0"),
+        (("control", "--requests", "1"), "requests: must be at least 2, not 1"),
+        (("control", "--concurrency", "0"), "concurrency: must be at least 1, not 0"),
+        (("reuse", "--scale", "nan"), "scale: must be above 0, not nan"),
+        (("reuse", "--pool", "-1"), "pool: reuse needs a pool"),
         (("overlap", "--concurrency", "8,x"), "concurrency: '8,x' is no list of numbers"),
         (("overlap", "--concurrency", "0"), "concurrency: numbers of clients"),
     ],

@@ -13,11 +13,12 @@ from rich.console import Console, RenderableType
 from aiodisagg.bench.compare import Cell, CompareReport
 from aiodisagg.bench.compare_view import best_table, compare_table, plot_compare
 from aiodisagg.bench.control import Controlled, ControlReport
-from aiodisagg.bench.serve import Client, Run, ServeReport, write_report
+from aiodisagg.bench.serve import Client, Run, ServeReport
 from aiodisagg.bench.serve_metrics import Outcome, Spread, Unloaded, by_group, summarize
 from aiodisagg.bench.serve_plot import plot_serve
 from aiodisagg.bench.serve_view import append_outcomes, serve_tables
 from aiodisagg.bench.tables import control_table
+from aiodisagg.cli.measuring import write_json
 
 UNLOADED = {"text": Unloaded(1000.0, 125.0, 1250.0)}
 OUTCOME = Outcome(0, "text", 0.0, 0.0, 3.0, (1.5, 2.0, 3.0), 20, 3)
@@ -78,6 +79,12 @@ def test_errors_are_said_to_be_in_no_latency(tmp_path: Path) -> None:
     assert sum("1 of 2" in line for line in lines[title:]) == 1, "of the second run"
 
 
+def test_tokens_that_are_pieces_are_not_shown_as_tokens(tmp_path: Path) -> None:
+    assert "counts no tokens" not in text_of(serve_tables(REPORT), tmp_path / "out")
+    uncounted = msgspec.structs.replace(REPORT, runs=[run_of("2/s", replace(OUTCOME, prompt_tokens=0))])
+    assert "The server counts no tokens" in text_of(serve_tables(uncounted), tmp_path / "out")
+
+
 def test_what_goodput_could_not_look_at_is_said(tmp_path: Path) -> None:
     def said(unloaded: dict[str, Unloaded], *outcomes: Outcome) -> str:
         groups = {name: summarize(own, unloaded, (2.0,)) for name, own in by_group(outcomes).items()}
@@ -124,7 +131,7 @@ def test_table_of_control(tmp_path: Path) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    write_report(REPORT, tmp_path / "a.json")
+    write_json(tmp_path / "a.json", REPORT)
     assert msgspec.json.decode((tmp_path / "a.json").read_bytes(), type=ServeReport) == REPORT
     for run in REPORT.runs:
         append_outcomes(tmp_path / "a.jsonl", run, [OUTCOME, FAILED])

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiohttp import web
 from fake_openai import DONE, FakeClock, FakeServer, Step, answer_of, event, serving
 from PIL import Image
 
@@ -25,6 +26,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
 HELLO = Body((b'{"model":"fake-vl",', b'"messages":[]}'))
 TWO = WorkloadRequest(0.0, (ImageSpec(0, 64, 32), ImageSpec(1, 40, 50), ImageSpec(0, 64, 32)), 20, 9)
+
+
+def ended(reason: str) -> bytes:
+    return msgspec.json.encode({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
 
 
 async def ask(script: list[Step] | int, *, timeout_s: float = 60.0, key: str | None = None) -> tuple[Any, FakeServer]:
@@ -60,6 +65,9 @@ async def test_what_a_model_thinks_is_text_too() -> None:
         ([(0.0, b'{"error": "lost"}'), (0.0, DONE)], "error in the stream", "lost"),
         ([(0.0, b'{"error": ["lost"]}'), (0.0, DONE)], "error in the stream", '{"error": ["lost"]}'),
         ([(0.0, b"{"), (0.0, DONE)], "not understood", "{"),
+        ([(0.0, b'{"object": "error", "message": "lost", "code": 400}'), (0.0, DONE)], "error in the stream", "lost"),
+        ([(0.0, event("a")), (0.0, ended("abort")), (0.0, DONE)], "finish reason abort", ""),
+        ([(0.0, event("a")), (0.0, ended("stop"))], "", ""),
     ],
 )
 async def test_errors_have_kinds(script: list[Step] | int, error: str, said: str) -> None:
@@ -67,6 +75,38 @@ async def test_errors_have_kinds(script: list[Step] | int, error: str, said: str
     async with serving(server), open_session(None) as session:
         answer = await ChatClient(session, FakeClock()).ask(server.url, HELLO)
     assert (answer.error, answer.said) == (error, said)
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "said"),
+    [
+        (web.json_response({"error": {"message": "lost"}}), "no stream but application/json", "lost"),
+        (web.Response(text="<html>\nHello", content_type="text/html"), "no stream but text/html", "<html> Hello"),
+        (web.Response(text="", content_type="text/event-stream"), "cut off", ""),
+    ],
+)
+async def test_what_is_no_stream_is_named(sent: web.Response, error: str, said: str) -> None:
+    class Other(FakeServer):
+        async def answer(self, request: web.Request) -> web.StreamResponse:
+            await request.read()
+            return sent
+
+    async with serving(Other(lambda body: 200)) as server, open_session(None) as session:
+        answer = await ChatClient(session, FakeClock()).ask(server.url, HELLO)
+    assert (answer.error, answer.said) == (error, said)
+
+
+async def test_pages_of_metrics_are_read_where_servers_would_compress_them() -> None:
+    """As ``prometheus_client`` does, and with it vLLM: their counters were left out, and nobody was told."""
+
+    class Compresses(FakeServer):
+        async def metrics(self, request: web.Request) -> web.Response:
+            response = web.Response(text="asked_total 3\n")
+            response.enable_compression()  # if the client takes it
+            return response
+
+    async with serving(Compresses(lambda body: 200)) as server, open_session(None) as session:
+        assert await ChatClient(session, FakeClock()).metrics(f"{server.url}/metrics") == "asked_total 3\n"
 
 
 async def test_nobody_listens() -> None:

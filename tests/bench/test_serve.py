@@ -9,7 +9,7 @@ import pytest
 from fake_openai import FakeClock, FakeServer, Step, answer_of, serving
 
 from aiodisagg.bench.chat_client import ServerError
-from aiodisagg.bench.counters import grown, parse_counters
+from aiodisagg.bench.counters import grown, parse_counters, row_bytes
 from aiodisagg.bench.distributions import exactly, parse_ranges
 from aiodisagg.bench.serve import ServeOptions, ServeReport, bench_serve
 from aiodisagg.bench.serve_metrics import Goodput, Outcome, Spread, Unloaded
@@ -159,6 +159,17 @@ def test_counters_of_several_peers_are_added_up() -> None:
         'a_total{kind="z"}': 2.5,
         "new_total": 1.0,
     }
+
+
+def test_bytes_of_rows_are_counted_by_what_became_of_them() -> None:
+    page = "".join(
+        f'aiodisagg_{name}{{outcome="{outcome}",peer="{peer}"}} {value}\n'
+        for name, outcome, peer, value in (
+            ("row_bytes_total", "sent", "a", 4.0), ("row_bytes_total", "resent", "a", 1.0),
+            ("row_bytes_total", "resent", "sent", 2.0), ("rows_total", "resent", "a", 9.0),
+        )
+    )  # fmt: skip
+    assert (row_bytes(page, "sent"), row_bytes(page, "resent"), row_bytes(page, "lost")) == (4.0, 3.0, 0)
 
 
 async def test_what_a_server_counts_in_each_run() -> None:

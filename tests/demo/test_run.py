@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import threading
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -52,7 +53,7 @@ async def test_what_the_user_says_of_threads_reaches_the_processes(monkeypatch: 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     async with Cluster() as cluster:
         member = await cluster.start("bootstrap", "bootstrap", "--port", "0")
-        assert psutil.Process(member.process.process.pid).environ()["OMP_NUM_THREADS"] == "3"
+        assert psutil.Process(member.process.pid).environ()["OMP_NUM_THREADS"] == "3"
 
 
 async def test_the_users_api_key_is_not_that_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ async def test_the_users_api_key_is_not_that_of_the_processes(monkeypatch: pytes
     monkeypatch.setenv("AIODISAGG_API_KEY", "sekret")
     async with Cluster() as cluster:
         member = await cluster.start("bootstrap", "bootstrap", "--port", "0")
-        assert "AIODISAGG_API_KEY" not in psutil.Process(member.process.process.pid).environ()
+        assert "AIODISAGG_API_KEY" not in psutil.Process(member.process.pid).environ()
 
 
 @pytest.mark.parametrize("kill", [False, True])
@@ -71,7 +72,9 @@ async def test_device_and_dtype_are_those_of_the_peers(kill: bool, monkeypatch: 
         started[name] = command
         if name == "language-1":
             raise ProcessEnded(name, 1, "that is enough")
-        return Member(name, None, {"url": "http://127.0.0.1:1"})  # type: ignore[arg-type]
+        member = Member(name, Mock(stderr=None))
+        member.facts = {"url": "http://127.0.0.1:1"}
+        return member
 
     monkeypatch.setattr(Cluster, "start", start)
     options = DemoOptions(device="cuda:1", dtype="float16", kill_encoder=kill, compare=False)

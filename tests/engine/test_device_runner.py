@@ -250,7 +250,7 @@ def test_prompts_that_cannot_be_captured_leave_decodes_their_graphs(monkeypatch:
     runner = engine._runner.device_runner
     assert runner is not None
     runner.warm_up()
-    assert runner.graphs is not None and runner.prompt_graphs is None
+    assert runner.graphs is not None and runner.prompt_graphs is None and runner.replayed_tokens == 0
     engine._runner.release()
 
 
@@ -272,6 +272,7 @@ def test_steps_with_prompts_are_captured_to_go_before_others_and_decodes_after_t
         graphs.capture()
         assert set(asked) == {priority} and len(asked) == len(graphs.sizes)
         asked.clear()
+    assert runner.replayed_tokens == 16
     engine._runner.release()
 
 

@@ -168,6 +168,22 @@ def test_a_grid_that_the_media_do_not_give_is_refused(
         halves(tiny(moe=True, levels=3)).encoder.prepare(kind, media, grid, 2.0)
 
 
+def test_a_file_is_decoded_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between pieces others take the interpreter's lock, and in a burst a picture comes out twice as late."""
+    data = encoded(noise(600, 400), "JPEG", quality=95)
+    assert len(data) > 3 * 65536
+    read: list[int] = []
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            read.append(len(found := super().read(size)))
+            return found
+
+    monkeypatch.setattr(preprocessing.io, "BytesIO", Counted)
+    decode_rgb(data, "it")
+    assert max(read) > 0.99 * len(data)
+
+
 def test_a_video_is_decoded_frame_by_frame(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files may hold large frames: hundreds of them do not fit into any memory at once."""
     alive, most = 0, 0

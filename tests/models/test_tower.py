@@ -15,9 +15,9 @@ from PIL import Image
 from aiodisagg.device.alone import Alone
 from aiodisagg.models import tower as tower_module
 from aiodisagg.models import tower_kernels as kernels_module
-from aiodisagg.models import triton_vision
+from aiodisagg.models import triton_pixels, triton_vision
 from aiodisagg.models.base import ItemKind
-from aiodisagg.models.device_pixels import resize
+from aiodisagg.models.device_pixels import TORCH, Pixels, fastest_pixels
 from aiodisagg.models.tower import (
     GRIDS_KEPT,
     Attend,
@@ -34,6 +34,7 @@ from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from tests.models.halves import noise, png
 
 Tiny = Callable[..., Path]
+TRITON = Pixels(triton_pixels.resize_along, triton_pixels.patches)
 ITEMS = [
     (ItemKind.IMAGE, (png(100, 70),), (1, 4, 6)),
     (ItemKind.IMAGE, (png(64, 64, 3),), (1, 4, 4)),
@@ -175,23 +176,28 @@ def test_another_activation_is_not_taken_for_the_one_that_a_product_has(
     assert encoder.fused is not None and (encoder.fused.grow is alike) is used
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (70, 96), (64, 90), (160, 224), (33, 20)])
-def test_resize_is_pillows(height: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("pixels", "height", "width"),
+    [(TORCH, 64, 96), (TORCH, 70, 96), (TORCH, 64, 90), (TORCH, 160, 224), (TRITON, 80, 90), (TRITON, 33, 20)],
+)
+def test_resize_is_pillows(pixels: Pixels, height: int, width: int) -> None:
     exact = int(PIL.__version__.split(".")[0]) < 13 or height == 70 or width == 90
     for image in (noise(90, 70), noise(9, 7).resize((90, 70), Image.Resampling.BICUBIC)):
         wanted = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-        off = np.abs(resize(torch.from_numpy(np.array(image))[None], height, width)[0].numpy() - wanted)
+        off = np.abs(pixels.resize(torch.from_numpy(np.array(image))[None], height, width)[0].numpy() - wanted)
         # Pillow 13 may take the columns first: other bytes in between, and others are clipped where there is noise.
         assert off.max() == 0 if exact else np.mean(off) < 0.5
     if not exact:
         assert off.max() <= 2  # of what looks like a picture
 
 
+@pytest.mark.parametrize("pixels", [TORCH, TRITON], ids=["torch", "triton"])
 @pytest.mark.parametrize("item", range(len(ITEMS)))
-def test_pixels_cut_on_the_device(tiny: Tiny, item: int) -> None:
+def test_pixels_cut_on_the_device(tiny: Tiny, item: int, pixels: Pixels) -> None:
     """``prepare`` leaves the bytes of an image, and the tower gets what it would have got."""
     kind, media, grid = ITEMS[item]
     encoder = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)
+    encoder._on_device = pixels
     wanted = encoder._pixels(encoder.prepare(kind, media, grid, 2.0))
     encoder.cuts_on_device = True
     patches = encoder.prepare(kind, media, grid, 2.0)
@@ -200,6 +206,31 @@ def test_pixels_cut_on_the_device(tiny: Tiny, item: int) -> None:
     difference = (encoder._pixels(patches) - wanted).abs()
     assert difference.max() <= 0.0079  # one level of 255, on a scale of -1 to 1
     assert difference.mean() <= 0.002
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+def test_patches_of_frames_by_a_kernel(tiny: Tiny, frames: int) -> None:
+    """Of several frames, too, and the last one twice where one is missing."""
+    settings = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)._image
+    pictures = torch.randint(256, (frames, 70, 90, 3), dtype=torch.uint8)
+    grid = -(-frames // settings.temporal_patch), 2 * settings.merge, 3 * settings.merge
+    found, wanted = (way.cut(pictures, grid, settings, torch.bfloat16) for way in (TRITON, TORCH))
+    assert found.dtype is torch.bfloat16 and torch.equal(found, wanted)
+
+
+def test_pixels_by_kernels_that_agree(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)._image
+    cpu = torch.device("cpu")
+    assert fastest_pixels(settings, torch.float32, cpu) == TRITON
+    right = triton_pixels.resize_along
+    monkeypatch.setattr(triton_pixels, "resize_along", lambda *what: right(*what) ^ 1)
+    assert fastest_pixels(settings, torch.float32, cpu) is TORCH
+    assert "kernels for pixels are not used: they disagree" in caplog.text
+    monkeypatch.setattr(triton_pixels, "patches", lambda *what: 1 / 0)
+    assert fastest_pixels(settings, torch.float32, cpu) is TORCH
+    assert "kernels for pixels are not used: ZeroDivisionError" in caplog.text
 
 
 def test_each_size_of_a_segment_is_attended_to_by_what_was_fastest_there(tiny: Tiny) -> None:

@@ -98,7 +98,7 @@ async def test_a_partner_killed_and_then_a_drain_with_a_stream_under_way(moe: Pa
                 ]
             assert usage[-1]["completion_tokens"] == STREAM_TOKENS
         drained = cluster.members.pop("one")
-        code, said = await drained.process.wait()
+        code, said = await drained.wait()
         assert code == 0 and "Traceback" not in said
         await until_states(bootstrap, {})
 
@@ -145,11 +145,11 @@ async def test_a_tower_of_its_own_process_is_a_peer_and_ends_with_the_other_half
                 counted = (await response.text()).splitlines()
             assert "aiodisagg_items_encoded_total 1.0" in counted
             # All processes of a unit get the signal; the tower ends when the other half has, which may need it.
-            psutil.Process(both.process.process.pid).children()[0].send_signal(signal.SIGTERM)
+            psutil.Process(both.process.pid).children()[0].send_signal(signal.SIGTERM)
             for seed in (2, 3):
                 late = body(both.facts["model"], ImagePart(png(128, 96, seed)), "What is it?", max_tokens=8)
                 assert await answer(session, late)
         cluster.signal("both", signal.SIGTERM)
-        code, said = await cluster.members.pop("both").process.wait()
+        code, said = await cluster.members.pop("both").wait()
         assert code == 0 and "Traceback" not in said
         await until_states(bootstrap, {})

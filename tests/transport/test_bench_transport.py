@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from aiodisagg.bench import transport
 from aiodisagg.bench.partner import Done, Hog, Partner
-from aiodisagg.bench.paths import LIMITS, MiB, Paths, WrongBytes
+from aiodisagg.bench.paths import LIMITS, Paths, WrongBytes
 from aiodisagg.bench.transport import Moved, TransportReport
 from aiodisagg.bench.transport_tables import bars, markdown
 from aiodisagg.bench.watch import Held, LoopWatch
+from aiodisagg.cli import main
+from aiodisagg.peer.config import MiB
 from tests.conftest import LOOPS
 
 loops = pytest.mark.parametrize("anyio_backend", LOOPS, indirect=True)
@@ -107,3 +110,12 @@ def test_a_report_says_how_memory_was_copied(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.cpu.x86_non_temporal_threshold=0x80000")
     machine, _ = transport._machine()
     assert "huge pages" in machine and "x86_non_temporal_threshold=0x80000" in machine
+
+
+def test_a_file_that_is_no_report_is_said_to_be_none(tmp_path: Path) -> None:
+    for number, content in enumerate(("[1]", "{", "\n")):
+        file = tmp_path / f"{number}.json"
+        file.write_text(content)
+        found = CliRunner().invoke(main, ["bench", "transport", "--read", str(file)])
+        assert found.exit_code == 1 and isinstance(found.exception, SystemExit)
+        assert f"read: {file} is no report of bench transport" in found.output
