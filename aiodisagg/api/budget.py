@@ -18,6 +18,11 @@ _MOST = 15
 """Alone a tenant has 15/16."""
 
 
+def most_alone(max_bytes: int) -> int:
+    """What one tenant may hold of so many bytes while there is no other."""
+    return max_bytes * _MOST // (_MOST + 1)
+
+
 class Budget:
     """Bytes that may be held at once. Belongs to one loop.
 

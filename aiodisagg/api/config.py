@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 
 import msgspec
 
+from aiodisagg.api.budget import most_alone
 from aiodisagg.errors import ConfigError
 from aiodisagg.scheduler.shares import Tenant
 
@@ -68,7 +69,8 @@ class HttpConfig:
     """Largest request body; more is a 413."""
     max_held_bytes: int = 4096 * MiB
     """Bodies and media of all requests together, until they are answered; a request beyond that is a 429, and so is one
-    of a tenant that would then hold more than fifteen times what is left."""
+    of a tenant that would then hold more than fifteen times what is left. A body of ``max_body_bytes`` must find room
+    while there is no other."""
     max_text_chars: int = 2 * MiB
     """Text of a request. More takes seconds to tokenize, and fits no model."""
     max_parts: int = 8192
@@ -119,6 +121,9 @@ class HttpConfig:
         if self.api_key is not None and not _KEY.fullmatch(self.api_key):
             raise ConfigError("http.api_key", "must be ASCII without spaces and not empty")
         self._check_keys()
+        if self.max_body_bytes > most_alone(self.max_held_bytes):
+            why = f"a body of max_body_bytes, {self.max_body_bytes}, would never find room in {self.max_held_bytes}"
+            raise ConfigError("http.max_held_bytes", f"{why}, of which one tenant gets 15/16 at most")
         for domain in self.allowed_media_domains or ():
             if not domain.strip(".") or "/" in domain:
                 raise ConfigError("http.allowed_media_domains", f"{domain!r} is not a host name")

@@ -171,6 +171,8 @@ class EncodePipeline:
             self._stop(entry)
         elif entry.stage in ("prepared", "encoding"):
             self._leave_tower(entry)
+        else:  # on a thread, or in the tower's line, as the loop will hear
+            self._tower.cancel(digest)
 
     def rows(self, digest: str, start: int, stop: int) -> memoryview | DeviceBytes:
         """Bytes of packed rows ``[start, stop)``. Valid until ``drop``. Raises KeyError before any are ready."""
@@ -197,8 +199,10 @@ class EncodePipeline:
         if isinstance(outcome, Patches):
             entry.prepared = outcome.room
             claim, alone = entry.claim, entry.alone
-            if entry.end is None:  # cancelled in this very moment, it is taken out again
+            if entry.end is None:
                 self._tower.add(job.digest, claim, outcome, job.rows, alone=alone)
+            if entry.end is not None:  # cancelled, perhaps in this very moment
+                self._tower.cancel(job.digest)
             self._on_loop(self._prepared, entry, claim, alone)
         else:
             self._on_loop(self._not_prepared, entry, outcome)

@@ -49,7 +49,7 @@ class FanOut:
         self._keep = np.empty(rows * row_bytes, np.uint8) if keeps else None
         self._lock = threading.Lock()
         self._claimed, self._published = RangeSet(), RangeSet()
-        self._sharers: tuple[ItemKey, ...] = ()
+        self._sharers: dict[ItemKey, None] = {}
         self._active = 0
         self._loop = asyncio.get_running_loop()
         self._idle: Callable[[], None] | None = None
@@ -77,14 +77,14 @@ class FanOut:
     def share(self, key: ItemKey) -> tuple[Span, ...]:
         """The key gets all rows that are published from now on; ``catch_up`` owes it the spans returned. The loop."""
         with self._lock:
-            self._sharers = (*self._sharers, key)
+            self._sharers[key] = None
             self._active += bool(self._published)
             return self._published.spans()
 
     def leave(self, key: ItemKey) -> None:
         """The key gets nothing more, but for one delivery under way. Any thread."""
         with self._lock:
-            self._sharers = tuple(other for other in self._sharers if other != key)
+            self._sharers.pop(key, None)
 
     def shared_by(self, key: ItemKey) -> bool:
         return key in self._sharers
@@ -114,7 +114,8 @@ class FanOut:
                     raise
 
     def _publish(self, first: int, last: int, part: Data) -> None:
-        sharers = self._sharers
+        with self._lock:
+            sharers = self._sharers.copy()
         for key in sharers:  # first who waits for it, then the copy for later
             self._give(key, first, part)
         if self._keep is not None:

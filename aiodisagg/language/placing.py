@@ -127,12 +127,12 @@ class Placing:
         start = self._turn = self._turn % len(linked)
         self._turn += count
         chosen = [*linked[start : start + count], *linked[: max(0, start + count - len(linked))]]
-        names = {peer.incarnation for peer in chosen}
+        names, again = {peer.incarnation for peer in chosen}, {*self._chosen, self.own}
         prefixes = {digest[:PREFIX] for digest in digests}
         for peer in linked:
-            may_hold = not prefixes.isdisjoint(peer.digests) or any(map(peer.book.knows, digests))
-            again = peer.incarnation in self._chosen or peer.incarnation == self.own
-            if (may_hold or again) and peer.incarnation not in names:
+            if peer.incarnation not in names and (
+                peer.incarnation in again or not peer.digests.isdisjoint(prefixes) or peer.book.knows(digests)
+            ):
                 chosen.append(peer)
         views = self._views(chosen, digests, now)
         return views if any(view.standing is Standing.READY for view in views) else self._views(linked, digests, now)

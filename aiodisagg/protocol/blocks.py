@@ -14,7 +14,7 @@ Rules, in the order in which they were learned by others the hard way:
   A revoked, unfenced block is quarantined: it belongs to nobody.
 * Rows in a revoked block stay usable until then: a chunk whose commit was lost can still be taken (``kept``).
 * One peer never gets all that others need: it may be stopped, and its blocks then stay quarantined until it runs again
-  (``has_share``). With one peer linked there are no others, and it may have every block.
+  (``most``). With one peer linked there are no others, and it may have every block.
 * What was committed is being read, or was: nothing more is admitted there.
 * Everything about a lend is found by its lease, and every lend is forgotten when its block is freed.
 """
@@ -22,7 +22,7 @@ Rules, in the order in which they were learned by others the hard way:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -80,6 +80,8 @@ class BlockPool:
         self._lent: dict[int, LentBlock] = {}
         self._held: Counter[str] = Counter()
         """Blocks by peer, in quarantine or not."""
+        self._lent_to: dict[str, dict[ItemKey, dict[int, LentBlock]]] = {}
+        """By peer and item, and then by lease."""
 
     @property
     def block_bytes(self) -> int:
@@ -114,20 +116,24 @@ class BlockPool:
         lent = LentBlock(lend, owner, peer, epoch, (stop - start) * self.row_bytes)
         self._lent[lease] = lent
         self._held[peer] += 1
+        self._lent_to.setdefault(peer, {}).setdefault(owner, {})[lease] = lent
         return lent
 
     def _lease(self, number: int) -> int:
         tag = blake2b(number.to_bytes(8, "big"), digest_size=TAG_BITS // 8, key=self._secret).digest()
         return number % COUNTS << TAG_BITS | int.from_bytes(tag, "big")
 
-    def has_share(self, peer: str, linked: Collection[str]) -> bool:
-        """May a peer be lent a free block? Up to its equal part, and beyond that while a quarter stays for others.
+    def held(self, peer: str) -> int:
+        """Blocks that a peer has, in quarantine or not."""
+        return self._held[peer]
+
+    def most(self, linked: Set[str]) -> int:
+        """Who holds fewer may be lent a free block: up to an equal part, and more while a quarter stays for others.
 
         What peers without a link hold is nobody's to share: ``linked`` is who may be lent blocks now.
         """
-        usable = self.blocks - sum(held for other, held in self._held.items() if other not in linked)
-        part = max(1, usable // max(1, len(linked)))
-        return self._held[peer] < part or self.free > max(1, usable // 4)
+        usable = self.blocks - sum(self._held[other] for other in self._held.keys() - linked)
+        return self.blocks if self.free > max(1, usable // 4) else max(1, usable // max(1, len(linked)))
 
     def get(self, lease: int) -> LentBlock | None:
         """The lend, or None if it ended or never was."""
@@ -156,9 +162,12 @@ class BlockPool:
         inside = lent.lend.start <= chunk.start < chunk.stop <= lent.lend.stop
         return "" if inside else f"{chunk} is outside {lent.lend}"
 
-    def lent_to(self, peer: str) -> list[LentBlock]:
-        """All lends of a peer's incarnation, oldest first."""
-        return [block for block in self._lent.values() if block.peer == peer]
+    def lent_to(self, peer: str, owner: ItemKey | None = None) -> list[LentBlock]:
+        """The lends of a peer's incarnation, all of an item together, or those for one item; oldest first."""
+        by_owner = self._lent_to.get(peer, {})
+        if owner is not None:
+            return list(by_owner.get(owner, {}).values())
+        return [block for blocks in by_owner.values() for block in blocks.values()]
 
     def settle(self, lent: LentBlock) -> bool:
         """Frees the block if the rules allow; returns whether it did. Call after every change of a lend."""
@@ -167,9 +176,13 @@ class BlockPool:
         if self._lent.pop(lent.lend.lease, None) is None:
             return False
         self._free.append(lent.lend.offset // self.block_bytes)
+        by_owner = self._lent_to[lent.peer]
+        del by_owner[lent.owner][lent.lend.lease]
+        if not by_owner[lent.owner]:
+            del by_owner[lent.owner]
         self._held[lent.peer] -= 1
         if not self._held[lent.peer]:
-            del self._held[lent.peer]
+            del self._held[lent.peer], self._lent_to[lent.peer]
         return True
 
     def __repr__(self) -> str:

@@ -247,7 +247,7 @@ class IncomingItem:
 
     def _settle_older(self, epoch: int) -> Actions:
         """Nothing of this peer that is older than ``epoch`` moves; also what it was lent in an earlier stay."""
-        old = [one for one in self._pool.lent_to(str(self.peer)) if one.owner == self.key and one.epoch < epoch]
+        old = [one for one in self._pool.lent_to(str(self.peer), self.key) if one.epoch < epoch]
         for block in old:
             block.kept = False
             if self._pool.settle(block) or not block.pins:

@@ -35,6 +35,7 @@ from aiodisagg.protocol.events import (
     TimerFired,
 )
 from aiodisagg.protocol.incoming import NOBODY, IncomingItem
+from aiodisagg.protocol.lines import Line
 from aiodisagg.protocol.messages import Cancel, Commit, Fenced, Grant, ItemKey, Lend, Offer, Progress, Refuse, Release
 from aiodisagg.protocol.patience import ReceiverConfig
 from aiodisagg.protocol.rows import ModelFingerprint, RowLayout
@@ -60,8 +61,7 @@ class Receiver:
         self.counters = ByteCounters(RowLayout.of(model))
         self.items: dict[ItemKey, IncomingItem] = {}
         self._taking: dict[tuple[ItemKey, int, int], Take] = {}
-        self._eager: OrderedDict[ItemKey, None] = OrderedDict()
-        self._early: OrderedDict[ItemKey, None] = OrderedDict()
+        self._eager, self._early = Line(), Line()
         self._fresh: list[ItemKey] = []
         """Came into the eager line since blocks were lent last."""
         self._linked: set[str] = set()
@@ -150,7 +150,7 @@ class Receiver:
         if isinstance(message, Fenced | Refuse):
             if self._unheard.get((peer, message.key), message.epoch + 1) <= message.epoch:
                 del self._unheard[peer, message.key]
-            old = [one for one in self.pool.lent_to(peer) if one.owner == message.key and one.epoch <= message.epoch]
+            old = [one for one in self.pool.lent_to(peer, message.key) if one.epoch <= message.epoch]
             if said := tuple(block.lend.lease for block in old if block.revoked and not block.fenced):
                 actions.append(Revoke(NOBODY, said))
         item = self.items.get(message.key)
@@ -213,11 +213,9 @@ class Receiver:
         line = None if gap is None else self._eager if gap[0] < item.ready else self._early
         for other in (self._eager, self._early):
             if other is not line:
-                other.pop(item.key, None)
-        if line is not None and item.key not in line:
-            line[item.key] = None
-            if line is self._eager:
-                self._fresh.append(item.key)
+                other.remove(item.key)
+        if line is not None and line.add(item.key, str(item.peer)) and line is self._eager:
+            self._fresh.append(item.key)
 
     def _gap(self, item: IncomingItem) -> tuple[int, int] | None:
         if item.state not in (State.WAITING_FOR_INPUT, State.TRANSFERRING):
@@ -229,16 +227,13 @@ class Receiver:
 
     def _next(self) -> ItemKey | None:
         """Takes the next item that may have a block out of its line."""
-        shares: dict[str, bool] = {}
+        most = self.pool.most(self._linked)
         early = self.pool.free - 1 >= -(-self.pool.blocks // 2)
         for line in (self._eager, self._early) if early else (self._eager,):
-            for key in line:
-                peer = str(self.items[key].peer)
-                if peer not in shares:
-                    shares[peer] = self.pool.has_share(peer, self._linked)
-                if shares[peer]:
-                    del line[key]
-                    return key
+            key = line.first(lambda peer: self.pool.held(peer) < most)
+            if key is not None:
+                line.remove(key)
+                return key
         return None
 
     def _lend(self, now: float) -> list[ReceiverAction]:

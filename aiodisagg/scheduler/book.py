@@ -79,7 +79,7 @@ class PeerBook(Generic[K]):
         self.open: dict[K, _Open] = {}
         self.size_bytes = 0
         """Bytes of the rows of open items."""
-        self._prepare_s = self._tower_s = self._transfer_s = 0.0
+        self._prepare_s = self._tower_s = self._transfer_s = self._there_s = 0.0
         self._patches = 0
         self._beat: tuple[int, float] = (0, -math.inf)
         self._told: tuple[int, float] = (0, -math.inf)
@@ -158,6 +158,7 @@ class PeerBook(Generic[K]):
         if item is None or item.ready is not None:
             return
         item.ready, item.ready_bytes = now, item.missing_bytes
+        self._there_s += item.placed.service.transfer_s
         self._made[item.digest] = None
         self._made.move_to_end(item.digest)
         if len(self._made) > MADE:
@@ -201,12 +202,14 @@ class PeerBook(Generic[K]):
             return
         self._out_of_queues(item)
         self._transfer_s -= item.placed.service.transfer_s
+        if item.ready is not None:
+            self._there_s -= item.placed.service.transfer_s
         self.size_bytes -= item.size.size_bytes
         self._in_tower.pop(key, None)
         if self._latest.get(item.digest) == key:
             del self._latest[item.digest]
         if not self.open:  # sums of floats drift
-            self._prepare_s = self._tower_s = self._transfer_s = 0.0
+            self._prepare_s = self._tower_s = self._transfer_s = self._there_s = 0.0
 
     def heard(self, queued_patches: int, now: float) -> None:
         """A heartbeat: patches that the peer has not encoded yet, for whomever."""
@@ -217,9 +220,9 @@ class PeerBook(Generic[K]):
         """The same, said with an item: it will not be said again."""
         self._told = (min(max(0, queued_patches - self._patches), MOST_PATCHES), now)
 
-    def knows(self, digest: str) -> bool:
-        """Whether the peer has or is encoding it for this side, as far as is known here."""
-        return digest in self._latest or digest in self._made
+    def knows(self, digests: Iterable[str]) -> bool:
+        """Whether the peer has or is encoding one of these for this side, as far as is known here."""
+        return not (self._latest.keys().isdisjoint(digests) and self._made.keys().isdisjoint(digests))
 
     def holding(self, digests: Iterable[str], now: float) -> dict[str, float]:
         """Which of the digests the peer has or is encoding for this side; seconds until their rows exist."""
@@ -250,6 +253,7 @@ class PeerBook(Generic[K]):
             max(0.0, self._prepare_s) / self.costs.prepare_threads,
             max(0.0, self._tower_s - self._running_s(now)) + self._foreign_s(now),
             max(0.0, self._transfer_s),
+            max(0.0, self._there_s),
         )
 
     def _running_s(self, now: float) -> float:

@@ -28,6 +28,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from aiodisagg.protocol.timers import Timers
 from aiodisagg.scheduler.placement import Standing
 
 K = TypeVar("K", bound=Hashable)
@@ -68,38 +69,38 @@ class Hedges(Generic[K]):
         self.config = config
         self.started = self.won = 0
         """Hedges begun, and those that landed before the first fetch."""
-        self._due: dict[K, float] = {}
+        self._due: Timers[K] = Timers()
         self._hedged: set[K] = set()
 
     def asked(self, key: K, predicted_s: float, now: float) -> None:
         """The item was asked for and is predicted to be complete ``predicted_s`` from now."""
         slack_s = self.config.hedge_slack_s
         if slack_s > 0:
-            self._due[key] = now + max(self.config.hedge_factor * predicted_s, predicted_s + slack_s)
+            self._due.arm(key, now + max(self.config.hedge_factor * predicted_s, predicted_s + slack_s))
 
     def settled(self, key: K) -> None:
         """Its rows exist at the peer, or the peer has nothing more to do with it: it is not late there."""
-        self._due.pop(key, None)
+        self._due.disarm(key)
 
     def over(self, key: K) -> None:
         """The item is complete or given up."""
-        self._due.pop(key, None)
+        self._due.disarm(key)
         self._hedged.discard(key)
 
     def next_timer(self) -> float | None:
         """When the next item becomes overdue."""
-        return min(self._due.values(), default=None)
+        return self._due.next()
 
     def overdue(self, now: float) -> list[K]:
         """Items that are late, the latest first; each is named once."""
-        late = sorted((due, str(key), key) for key, due in self._due.items() if due <= now)
-        for _, _, key in late:
-            del self._due[key]
-        return [key for _, _, key in late]
+        late = []
+        while (key := self._due.take(now)) is not None:
+            late.append(key)
+        return late
 
     def later(self, key: K, seconds: float, now: float) -> None:
         """An overdue item could not be hedged now; look again."""
-        self._due[key] = now + seconds
+        self._due.arm(key, now + seconds)
 
     def allowed(self, open_items: int) -> bool:
         """Whether one more may be fetched twice."""

@@ -23,7 +23,7 @@ from aiodisagg.bench.workload import WorkloadRequest
 from aiodisagg.errors import ConfigError
 from aiodisagg.simulate.cluster import Cluster, System
 from aiodisagg.simulate.record import Report
-from aiodisagg.simulate.runs import Mean, Offered, Say, Work, longest_s, mean_of, run, work
+from aiodisagg.simulate.runs import UNSEEN, Mean, Offered, Say, Work, alone, longest_s, mean_of, run, work
 from aiodisagg.simulate.systems import flexible, replicas, split_overlap, split_waits
 from aiodisagg.simulate.times import ServiceTimes
 
@@ -32,8 +32,8 @@ GRAIN = 20
 """Sizes are told apart to this part of themselves, and to a device below that: seeds differ by as much."""
 GUESS = 1.6
 """How many times as much a device does as it would with ``CAPACITY_BATCH`` streams: where the first search begins."""
-UNSEEN = 3.0
-"""Requests that may do what none of those that were judged did (the "rule of three", at 95 %)."""
+ALONE = 200
+"""Requests that are tried with a cluster of their own, before the search: what these cannot, no size can."""
 IDLE = 0.1
 """Devices that are busy for less of the time are enough: more would not help."""
 
@@ -76,7 +76,7 @@ class Candidate(msgspec.Struct, frozen=True):
 
 class Answer(msgspec.Struct, frozen=True):
     """The least devices of a kind; ``chosen`` None: none up to ``MOST_DEVICES``. ``tried`` in the order of devices,
-    those that were judged as they were judged."""
+    those that were judged as they were judged; none if requests miss the goal even when they are alone."""
 
     kind: str
     chosen: Candidate | None
@@ -111,11 +111,25 @@ def plan(times: ServiceTimes, offered: Offered, goal: PlanGoal, *, say: Say = la
     guess, encode = round(goal.rate_per_s * spent.total_s / GUESS), round(2 * goal.rate_per_s * spent.tower_s)
     answers: dict[str, Answer] = {}
     for kind, like in KINDS.items():
+        if why := _impossible(kind, times, goal, sample[:ALONE]):
+            say(f"{kind}: {why}")
+            answers[kind] = Answer(kind, None, None, False, why, ())
+            continue
         known = answers[like].chosen if like else None
         if known is not None and known.encode:
             encode = known.encode
         answers[kind] = _Search(kind, trial, known.devices if known else guess, encode, say).answer()
     return Plan(times.name, goal, offered.requests, settle_s, spent, tuple(answers.values()))
+
+
+def _impossible(kind: str, times: ServiceTimes, goal: PlanGoal, sample: Sequence[WorkloadRequest]) -> str:
+    """Why no number of devices does, or empty. With an encode peer for each picture more are no help to one request."""
+    pictures = max(1, max(len(one.images) for one in sample))
+    system = _SPLITS[kind](pictures + 1, pictures) if kind in _SPLITS else _WHOLE[kind](pictures + 1)
+    best = alone(system, times, sample, goal.slo)
+    if best.mean + best.half >= goal.share:
+        return ""
+    return f"of requests that are alone, {best.mean:.1%} are within the SLO: no number of devices is enough"
 
 
 def _fit(times: ServiceTimes, goal: PlanGoal, sample: Sequence[WorkloadRequest]) -> None:

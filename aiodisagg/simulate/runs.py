@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -23,6 +24,8 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 CAPACITY_BATCH = 16
 """Streams that decode together where nothing else says how many: for capacities only."""
 
+UNSEEN = 3.0
+"""Requests that may do what none of those that were judged did (the "rule of three", at 95 %)."""
 
 LEAST_S = 60.0
 """Of a run that says what a load comes to, from the first arrival to the last."""
@@ -102,6 +105,15 @@ def longest_s(times: ServiceTimes, workload: Sequence[WorkloadRequest], slo: flo
     requests = Cluster(System("", replicas=1), times).requests_of(workload)
     wanted = [one.unloaded_s + (one.output - 1) * one.unloaded_tpot_s for one in requests]
     return slo * percentile(sorted(wanted), 99)
+
+
+def alone(system: System, times: ServiceTimes, workload: Sequence[WorkloadRequest], slo: float) -> Mean:
+    """The share within the SLO if each request has the system for itself; the interval is of which these are."""
+    gap_s = 2 * longest_s(times, workload, slo)
+    apart = [replace(one, arrival_s=place * gap_s) for place, one in enumerate(workload)]
+    share, count = run(system, times, apart, slo=slo).attained, len(apart)
+    half = 2 * math.sqrt(share * (1 - share) / count) + UNSEEN / count
+    return Mean(share, half, share, share, 1)
 
 
 def first_tokens(

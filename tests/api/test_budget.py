@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 from http_fakes import MODEL, ScriptedBackend, Served, answer, asking, data_url, image, png, serving
 
 from aiodisagg.api.budget import Budget
-from aiodisagg.api.config import ApiKey
-from aiodisagg.errors import Overloaded
+from aiodisagg.api.config import ApiKey, HttpConfig
+from aiodisagg.errors import ConfigError, Overloaded
 from aiodisagg.scheduler.shares import Tenant
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -42,7 +43,7 @@ async def test_a_tenant_whose_pictures_wait_leaves_memory_to_others(of: str) -> 
     def who(name: str) -> dict[str, Any]:
         return {"x_tenant": name} if of == "gateway" else {"authorization": f"Bearer {name}"}
 
-    async with serving(backend, max_held_bytes=100_000, api_keys=keys) as served:
+    async with serving(backend, max_held_bytes=100_000, max_body_bytes=9_000, api_keys=keys) as served:
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             assert await flood(served, backend, group, **who("batch")) > 80
             assert await flood(served, backend, group, **who("urgent")) > 0
@@ -55,7 +56,7 @@ async def test_names_that_a_gateway_makes_up_leave_memory_to_who_has_a_key() -> 
     gate = asyncio.Event()
     backend = ScriptedBackend([gate, *answer("done")])
     keys = (ApiKey("key-a", Tenant("alice")),)
-    async with serving(backend, max_held_bytes=100_000, api_key="key-o", api_keys=keys) as served:
+    async with serving(backend, max_held_bytes=100_000, max_body_bytes=9_000, api_key="key-o", api_keys=keys) as served:
         gateway = {"authorization": "Bearer key-o"}
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             assert await flood(served, backend, group, **gateway, x_tenant="user-0") > 80
@@ -91,3 +92,13 @@ def test_of_two_that_want_all_each_comes_to_have_half() -> None:
     for share in (*held["early"], *held["late"]):
         share.__exit__(None, None, None)
     assert budget.left == 3_100
+
+
+async def test_a_body_that_may_be_sent_finds_room_where_there_is_no_other() -> None:
+    """It was told to come again in a second, for ever."""
+    with pytest.raises(ConfigError, match=r"http\.max_held_bytes: .*max_body_bytes, 15001, .* 16000"):
+        HttpConfig(max_held_bytes=16_000, max_body_bytes=15_001)
+    async with serving(ScriptedBackend(), max_held_bytes=16_000, max_body_bytes=15_000) as served:
+        body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "x"}]}).encode()
+        assert (await served.post(body.ljust(15_000)))[0] == 200
+        assert (await served.post(body.ljust(15_001)))[0] == 413

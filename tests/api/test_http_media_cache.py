@@ -255,7 +255,7 @@ async def test_what_is_referred_to_is_held_until_it_is_answered() -> None:
     gate = asyncio.Event()
     backend = ScriptedBackend()
     data = png() + bytes(3_000)
-    async with serving(backend, max_held_bytes=8_000) as served:
+    async with serving(backend, max_held_bytes=8_000, max_body_bytes=7_500) as served:
         budget = served.server._chat._budget
         await ask(served, data_url(data))
         await backend.started.get()

@@ -60,14 +60,28 @@ def test_an_item_that_leaves_takes_its_work_with_it() -> None:
     assert ahead(at) == (2.0, 20.0, 1.0)
 
 
+def test_the_link_is_busy_with_rows_that_exist_until_they_are_here() -> None:
+    at = book()
+    ask(at, "x", 10)
+    ask(at, "y", 10)
+    assert at.backlog(0.0).there_s == 0.0
+    at.ready("x", 11.0)
+    at.ready("x", 11.0)
+    assert round(at.backlog(11.0).there_s, 6) == 1.0
+    at.left("y")
+    assert round(at.backlog(11.0).there_s, 6) == 1.0
+    at.left("x")
+    assert at.backlog(11.0).there_s == 0.0
+
+
 def test_what_two_asked_for_is_known_until_both_have_left() -> None:
     at = book()
     ask(at, "x", 10, digest="one")
     ask(at, "y", 10, digest="one")
     at.left("x")
-    assert at.knows("one") and at.holding(["one"], 0.0).keys() == {"one"}
+    assert at.knows(["one"]) and at.holding(["one"], 0.0).keys() == {"one"}
     at.left("y")
-    assert not at.knows("one") and not at.holding(["one"], 0.0)
+    assert not at.knows(["one"]) and not at.holding(["one"], 0.0)
 
 
 def test_stages_teach_costs() -> None:

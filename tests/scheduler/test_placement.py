@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aiodisagg.scheduler import placement as module
 from aiodisagg.scheduler.cost import PeerCosts, Rates, Size
 from aiodisagg.scheduler.placement import (
     Backlog,
@@ -63,6 +67,49 @@ def test_who_holds_or_encodes_the_digest_wins() -> None:
     assert where(place(item("x"), [peer("a", x=3.0), peer("b", x=0.0)])) == "b"
     held = place(item("x"), [peer("b", 100.0, x=2.0)])
     assert held is not None and held.held and (held.ready_s, held.finish_s) == (2.0, 2.5)
+
+
+SLOW = Rates(
+    prepare_s=1.0, prepare_patch_s=1e-9, tower_s=1e-9, tower_patch_s=1.0, tower_square_s=1e-12,
+    transfer_s=30.0, transfer_byte_s=1e-9,
+)  # fmt: skip
+
+
+def test_who_holds_the_digest_behind_a_slow_link_wins_only_if_that_is_not_much_slower_than_encoding_it() -> None:
+    """It always won: a picture that a peer of another site had encoded came from there for ever, in 30 s instead of
+    5.5, or 9.5 with the time that it costs others at the tower."""
+    far = PeerView("far", PeerCosts(SLOW), holding={"x": 0.0})
+    assert where(place(item("x", 4), [far, peer("near")])) == "near"
+    assert where(place(item("x", 4), [far, peer("near", 100.0)])) == "far", "it would take longer still"
+    assert where(place(item("x", 16), [far, peer("near")])) == "far", "nor are towers to work for little"
+    assert where(place(item("x", 4), [far])) == "far"
+    together = place_together([item("x", 4), item("y", 4), item("x", 4)], [far, peer("near")])
+    assert [(one.peer, one.held) for one in together] == [("near", False), ("near", False), ("near", True)]
+    making = PeerView("making", PeerCosts(UNIT), holding={"x": 60.0})
+    assert where(place(item("x", 4), [making, peer("near")])) == "making", "it is not made twice at once"
+
+
+def test_rows_that_exist_wait_for_those_that_do_and_not_for_what_is_still_to_be_encoded() -> None:
+    behind = PeerView("b", PeerCosts(UNIT), Backlog(0.0, 90.0, 95.0), holding={"x": 0.0})
+    held = place(item("x", 4), [peer("a"), behind])
+    assert held is not None and (held.peer, held.ready_s, round(held.finish_s, 3)) == ("b", 0.0, 0.5)
+    full = PeerView("b", PeerCosts(UNIT), Backlog(0.0, 90.0, 95.0, 40.0), holding={"x": 0.0})
+    assert where(place(item("x", 4), [peer("a"), full])) == "a"
+    assert where(place(item("x", 4), [peer("a", 90.0), full])) == "b"
+    (first, second) = place_together([item("x", 4), item("y", 4)], [behind._replace(holding={"x": 0.0, "y": 0.0})])
+    assert (round(first.finish_s, 3), round(second.finish_s, 3)) == (0.5, 1.0), "one after the other"
+
+
+def test_a_request_of_hundreds_of_pictures_tries_few_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand pictures, sixty-four peers and an own tower: eight orders kept the loop for two seconds."""
+    tried: Mock = Mock(side_effect=module._assign)
+    monkeypatch.setattr(module, "_assign", tried)
+    peers = [peer(f"{number:02d}") for number in range(64)]
+    wanted = [item(f"{number}", number % 7 + 1, 0.01) for number in range(1000)]
+    assert len(place_together(wanted, peers, own="00")) == 1000
+    assert tried.call_count == 2
+    place_together(wanted[:64], peers[:2], own="00")
+    assert tried.call_count >= 2 + 5, "as many as ever of a few"
 
 
 def test_draining_and_suspect_peers_only_if_there_is_no_better_one() -> None:

@@ -149,6 +149,18 @@ def test_where_more_devices_are_no_help_none_are_added(monkeypatch: pytest.Monke
     assert max(system.devices for system, _ in ran) < 10
 
 
+def test_what_nobody_meets_who_is_alone_is_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits went up to two thousand devices, one encode peer of which was always busy."""
+    ran = made_up(monkeypatch, lambda system, seed: 0.0)
+    found = plan(TIMES, Offered(named_mix("servegen"), 50), PlanGoal(20.0, slo=1.0))
+    assert not ran
+    for answer in found.answers:
+        assert answer.chosen is None and not answer.sure and "alone" in answer.why and answer.tried == ()
+    made_up(monkeypatch, lambda system, seed: 0.95 if system.devices >= 5 else 0.5)
+    met = plan(TIMES, Offered(named_mix("servegen"), 50), PlanGoal(20.0, slo=1.2))
+    assert [answer.chosen.devices for answer in met.answers if answer.chosen] == [5] * 4
+
+
 def test_a_prompt_that_fits_nowhere_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = made_up(monkeypatch, lambda system, seed: 0.0)
     with pytest.raises(ConfigError, match=r"cpu-115m: 100% .* 19200 \+ 1024 tokens, kv_tokens is 16384"):
