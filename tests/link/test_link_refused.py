@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 
 from aiodisagg.errors import AuthenticationFailed
 from aiodisagg.link import Link, LinkServer, dial
 from aiodisagg.link import server as server_module
-from aiodisagg.link.address import check_user
 from tests.link.helpers import SECRET, RawPeer, hello
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -52,11 +50,3 @@ async def test_of_many_who_dial_in_vain_the_last_are_remembered(caplog: pytest.L
         for number in (*range(server_module.REFUSED + 1), 0, server_module.REFUSED):
             server._warn(f"192.0.2.{number}", "no greeting")
     assert len(caplog.messages) == server_module.REFUSED + 2 and " 192.0.2.0 " in caplog.messages[-1]
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_root_may_dial_a_users_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "getuid", lambda: 65534)
-    one, other = socket.socketpair(socket.AF_UNIX)
-    with one, other:
-        check_user(one, "root's")
