@@ -51,6 +51,14 @@ def test_work_lies_ahead_until_it_is_seen_to_be_done() -> None:
     assert ahead(at, 12.0) == (0.0, 0.0, 0.0) and at.size_bytes == 0 and not at.open
 
 
+def test_threads_share_what_is_to_be_prepared() -> None:
+    at = book()
+    at.costs.prepare_threads = 4
+    ask(at, "x", 10)
+    ask(at, "y", 20)
+    assert ahead(at) == (0.75, 30.0, 2.0)
+
+
 def test_an_item_that_leaves_takes_its_work_with_it() -> None:
     at = book()
     ask(at, "x", 10)

@@ -156,6 +156,14 @@ async def test_a_pool_is_unmapped_though_nobody_waits_for_it_any_more(no_leaks: 
             assert len(pool_mappings()) == mapped - 1
 
 
+async def test_who_leaves_before_it_is_answered_leaves_no_descriptor(no_leaks: None) -> None:
+    async with Kit(IpcTransport).receiver() as receiver, Kit(IpcTransport).writer() as (writer, _):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect("\0" + unpack("ipc", module._Pool, receiver.transport.describe()).address)
+            sock.send(attach.encode(attach.Attach("rude", receiver.incarnation)))
+        await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)  # behind it
+
+
 async def test_a_writer_that_leaves_without_a_goodbye_is_not_trusted(no_leaks: None) -> None:
     """Its socket is closed, its process lives: it may still write."""
     async with Kit(IpcTransport).receiver() as receiver:
