@@ -76,6 +76,14 @@ async def test_media_are_bounded_in_size_and_number() -> None:
         await served.client.chat.completions.create(model=MODEL, messages=asking(image(small), image(small)))
 
 
+async def test_media_of_urls_are_bounded_together() -> None:
+    async with (
+        media_host({"/x": says(b"x" * 700)}) as (url, _),
+        serving(ScriptedBackend(), allow_private_media_hosts=LOOPBACK, max_media_total_bytes=2000) as served,
+    ):
+        assert "more than 2000 bytes together" in await refusal(served, *[f"{url}/x"] * 3)
+
+
 async def test_megabytes_arrive_whole() -> None:
     data = bytes(range(256)) * 4096 * 6
     backend = ScriptedBackend()

@@ -70,8 +70,9 @@ async def test_what_finds_the_tower_idle_is_not_said_to_wait_for_it() -> None:
         assert {event.stage for event in made.told if isinstance(event, StageEntered)} <= {"preparing", "encoding"}
         made.start(10)
         assert [await made.call() for _ in range(11)][-1] == [(10, 16)]
-        behind = made.start(11)
+        spent_s, behind = made.pipeline.prepare_s, made.start(11)
         await made.prepared(behind)
+        assert made.pipeline.prepare_s > spent_s
         assert [e.stage for e in made.told if isinstance(e, StageEntered) and e.digest == behind][-1] == "prepared"
 
 

@@ -68,6 +68,15 @@ def test_an_item_that_leaves_takes_its_work_with_it() -> None:
     assert ahead(at) == (2.0, 20.0, 1.0)
 
 
+def test_an_item_that_is_given_up_in_the_tower_holds_up_nobody() -> None:
+    at = book()
+    ask(at, "x", 10)
+    ask(at, "y", 20)
+    at.entered("x", "encoding", 0.1, 1.0)
+    at.left("x")
+    assert at.in_tower() == [] and ahead(at, 5.0) == (2.0, 20.0, 1.0)
+
+
 def test_what_two_asked_for_is_known_until_both_have_left() -> None:
     at = book()
     ask(at, "x", 10, digest="one")
