@@ -69,8 +69,15 @@ LIBRARIES_S = 5.0
 """Threads of the transfer engine close what they hold after they were told to end, when they get to it."""
 
 
+@pytest.fixture(scope="module")
+def _small_heap() -> None:
+    """What is there before a module's first test, libraries above all, is not looked through at each of its tests."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def no_leaks() -> Iterator[None]:
+def no_leaks(_small_heap: None) -> Iterator[None]:
     """Fails a test that leaves threads, descriptors or shared memory behind."""
     gc.collect()
     threads = set(threading.enumerate())

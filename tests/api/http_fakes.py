@@ -183,6 +183,21 @@ def says(data: bytes, mime: str = "image/png", **headers: str) -> Callable[[web.
     return handle
 
 
+class Silent:
+    """A host that is asked, and never answers; ``left``: nobody waits for it any more."""
+
+    def __init__(self) -> None:
+        self.asked, self.left = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        self.asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.left.set()
+        raise AssertionError
+
+
 @asynccontextmanager
 async def media_host(
     routes: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]], host: str = "127.0.0.1"

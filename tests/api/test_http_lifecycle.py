@@ -12,13 +12,13 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
 from http_fakes import (
     HELLO,
     MODEL,
     Call,
     ScriptedBackend,
+    Silent,
     answer,
     asking,
     forever,
@@ -86,27 +86,17 @@ async def test_leaving_before_the_first_token_stops_the_backend(stream: bool) ->
 
 
 async def test_leaving_while_media_are_fetched_stops_the_fetch() -> None:
-    arrived, hung_up = asyncio.Event(), asyncio.Event()
-
-    async def slow(request: web.Request) -> web.StreamResponse:
-        arrived.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            hung_up.set()
-        return web.Response()
-
-    backend = ScriptedBackend()
+    slow, backend = Silent(), ScriptedBackend()
     async with (
         media_host({"/slow": slow}) as (url, _),
         serving(backend, allow_private_media_hosts=("127.0.0.1",)) as served,
     ):
         task = asyncio.create_task(served.post({**BODY, "messages": asking(image(f"{url}/slow"))}))
-        await arrived.wait()
+        await slow.asked.wait()
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        await hung_up.wait()
+        await slow.left.wait()
     assert not backend.calls
 
 

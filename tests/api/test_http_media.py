@@ -13,7 +13,7 @@ import openai
 import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
-from http_fakes import MODEL, ScriptedBackend, Served, asking, data_url, image, media_host, png, says, serving
+from http_fakes import MODEL, ScriptedBackend, Served, Silent, asking, data_url, image, media_host, png, says, serving
 
 from aiodisagg.api import fetch
 from aiodisagg.api.data_url import decode_data_url
@@ -74,6 +74,14 @@ async def test_media_are_bounded_in_size_and_number() -> None:
         assert status == 400 and "more than 3 images and frames" in error["message"]
         assert not backend.calls
         await served.client.chat.completions.create(model=MODEL, messages=asking(image(small), image(small)))
+
+
+async def test_media_of_urls_are_bounded_together() -> None:
+    async with (
+        media_host({"/x": says(b"x" * 700)}) as (url, _),
+        serving(ScriptedBackend(), allow_private_media_hosts=LOOPBACK, max_media_total_bytes=2000) as served,
+    ):
+        assert "more than 2000 bytes together" in await refusal(served, *[f"{url}/x"] * 3)
 
 
 async def test_megabytes_arrive_whole() -> None:
@@ -244,18 +252,10 @@ async def test_a_slow_host_times_out_and_is_let_go(skip: Callable[[float], None]
 
 
 async def test_the_first_failure_stops_the_other_fetches() -> None:
-    hung_up, arrived = asyncio.Event(), asyncio.Event()
-
-    async def slow(request: web.Request) -> web.StreamResponse:
-        arrived.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            hung_up.set()
-        return web.Response()
+    slow = Silent()
 
     async def missing(request: web.Request) -> web.StreamResponse:
-        await arrived.wait()
+        await slow.asked.wait()
         return web.Response(status=410)
 
     async with (
@@ -263,7 +263,7 @@ async def test_the_first_failure_stops_the_other_fetches() -> None:
         serving(ScriptedBackend(), allow_private_media_hosts=LOOPBACK) as served,
     ):
         assert "answered 410" in await refusal(served, f"{url}/slow", f"{url}/missing")
-        await hung_up.wait()
+        await slow.left.wait()
 
 
 async def test_urls_that_are_not_utf8() -> None:

@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
@@ -160,16 +161,25 @@ async def test_a_server_that_lives_elsewhere_is_named(log: Log, status: int) -> 
     assert log.seen == said
 
 
-async def test_a_certificate_that_is_no_good_is_no_answer_of_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """aiohttp's error is a ValueError, too."""
-    key = ConnectionKey("there", 443, True, None, None, None, None)
-    error = aiohttp.ClientConnectorCertificateError(key, ssl.SSLCertVerificationError("certificate has expired"))
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError("certificate has expired")),
+        (aiohttp.ClientConnectorSSLError, ssl.SSLError(1, "wrong version number")),
+    ],
+)
+async def test_what_is_wrong_with_tls_is_said(
+    kind: type[aiohttp.ClientConnectorError], cause: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad certificate is a ValueError, too: it was no bootstrap server. The number of another error of TLS is none of
+    the operating system's, whose first is 'Operation not permitted'."""
+    error = kind(ConnectionKey("there", 443, True, None, None, None, None), cause)
 
     def refuse(*what: object, **how: object) -> object:
         raise error
 
     client = BootstrapClient("https://there", record("l", PeerRole.LANGUAGE))
     monkeypatch.setattr(client, "_session", SimpleNamespace(request=refuse), raising=False)
-    with pytest.raises(BootstrapError, match="certificate has expired") as caught:
+    with pytest.raises(BootstrapError, match=cause.args[-1]) as caught:
         await client._call("PUT", "https://there", "", b"")
     assert "no bootstrap server" not in str(caught.value)

@@ -154,6 +154,16 @@ async def test_a_silent_peer_expires_by_itself() -> None:
                 await until(changes, "e", gone=True)
 
 
+async def test_a_new_state_does_not_wait_for_the_next_heartbeat() -> None:
+    """A peer that drains would get items for a third of a lease."""
+    async with BootstrapServer(port=0, config=BootstrapConfig(lease_s=3600)) as server:
+        async with BootstrapClient(server.url, record("e")) as client, asyncio.timeout(60):
+            await client.registered.wait()
+            client.announce(PeerState.DRAINING)
+            while [entry.state for entry in server.registry.peers()] != [PeerState.DRAINING]:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+
 async def test_two_servers_side_by_side_are_one_membership() -> None:
     async with BootstrapServer(port=0, config=QUICK) as one, BootstrapServer(port=0, config=QUICK) as two:
         language = BootstrapClient((one.url, two.url), record("l", PeerRole.LANGUAGE))
@@ -275,6 +285,7 @@ async def test_a_server_that_is_lost_is_not_believed_any_more_where_another_can_
 
 async def test_a_watcher_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiodisagg.bootstrap.server.STUCK_S", 0.2)
+    monkeypatch.setattr("aiodisagg.bootstrap.server.SLOWEST_S", 0.0)  # which is 17 s for so much
     async with BootstrapServer(port=0) as server:
         server.registry.register(record("e", address="x" * (1 << 24)), server._now())  # more than sockets buffer
         host, port = server.url.removeprefix("http://").split(":")

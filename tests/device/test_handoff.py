@@ -209,16 +209,19 @@ async def test_without_its_device_pool_a_receiver_gets_rows_by_the_host(
 
 
 async def test_other_planes_send_a_pinned_copy(accelerator: Accelerator, cuda: FakeCuda) -> None:
-    small, rows = on_device(cuda, b"small"), on_device(cuda)
+    small, rows, large = on_device(cuda, b"small"), on_device(cuda), on_device(cuda, bytes(40_000))
     async with way(accelerator, MemoryTransport) as one:
-        for data in (small, rows, small):
+        for data in (small, rows, small, large, small):
             lease = one.receiver.lender.lend(64, data.size_bytes)
             checksum, device = await one.handoff.write(one.plane, data, 64, lease)
             sent = bytes(cuda.allocated[data.address].raw)
             assert bytes(one.receiver.arena.view[64 : 64 + len(sent)]) == sent
             assert (checksum, device) == (xxhash.xxh3_64_intdigest(sent), False)
-        assert cuda.names().count("register") == 1, "one buffer serves writes that follow each other"
-    for data in (small, rows):
+        assert cuda.names().count("register") == 2, (
+            "one buffer serves writes that follow each other, unless it is small"
+        )
+        assert len(cuda.registered) == 1, "which is given back then"
+    for data in (small, rows, large):
         cuda.free(data.address)
 
 

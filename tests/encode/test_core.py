@@ -43,6 +43,7 @@ def test_prefills_without_end_do_not_stop_all_images(left: tuple[float, ...]) ->
     gate.prefill_waits(True)
     assert gate.wait(lambda: 0.0) and gate.waits == 0, "it had none"
     gate.gave_up()
+    assert not gate.whole_prompts(), "there is nothing in the tower"
     thread = threading.Thread(target=lambda: told.append(gate.wait(lambda: next(patience_s, 0.0))))
     thread.start()
     if len(left) > 1:

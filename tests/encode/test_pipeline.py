@@ -70,8 +70,9 @@ async def test_what_finds_the_tower_idle_is_not_said_to_wait_for_it() -> None:
         assert {event.stage for event in made.told if isinstance(event, StageEntered)} <= {"preparing", "encoding"}
         made.start(10)
         assert [await made.call() for _ in range(11)][-1] == [(10, 16)]
-        behind = made.start(11)
+        spent_s, behind = made.pipeline.prepare_s, made.start(11)
         await made.prepared(behind)
+        assert made.pipeline.prepare_s > spent_s
         assert [e.stage for e in made.told if isinstance(e, StageEntered) and e.digest == behind][-1] == "prepared"
 
 
@@ -323,8 +324,9 @@ async def test_on_a_device_the_next_batch_is_launched_while_one_is_computed(monk
         await made.until(RowsReady("2", 4))
 
 
+@pytest.mark.parametrize("first_fails", [False, True])
 async def test_a_video_that_is_given_up_and_fails_is_not_complete_by_its_last_piece(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, first_fails: bool
 ) -> None:
     """Rows that nobody computed were published, and kept for whoever would ask next."""
     events: queue.Queue[Event] = queue.Queue()
@@ -337,9 +339,15 @@ async def test_a_video_that_is_given_up_and_fails_is_not_complete_by_its_last_pi
     async with bench(Stepped(2), batch_patches=16, keep_on_device=True) as made:
         video = made.start(5, t=2)
         first, last = [await asyncio.to_thread(events.get, timeout=PATIENCE_S) for _ in range(2)]
-        made.pipeline.cancel(video)
+        if not first_fails:
+            made.pipeline.cancel(video)
         first.error = RuntimeError("the device failed")
         first.done.set()
+        if first_fails:
+            job = made.pipeline._jobs[video]
+            while job.end is None:  # noqa: ASYNC110 - it is told once the last piece is not in the tower any more
+                await asyncio.sleep(0)
+            made.pipeline.cancel(video)
         last.done.set()
         await made._told(lambda: not made.pipeline.waiting)
         assert made.ends() == {video: "encode_failed"}

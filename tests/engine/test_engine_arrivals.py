@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 from tiny_engine import eventually, make_engine, make_plan, make_rows, read, submit, tiny_model
+
+from aiodisagg.engine.arrivals import Arrivals
 
 pytestmark = pytest.mark.anyio
 
@@ -46,3 +49,20 @@ async def test_rows_that_are_late_are_not_waited_for(monkeypatch: pytest.MonkeyP
         assert len(asked) < 40, "each time twice as long"
         engine.deliver(handle, 2, 0, rows[2])
         await read(handle)
+
+
+def test_rows_are_expected_as_fast_as_those_before_and_are_late_half_as_long_again_after_that() -> None:
+    rows = Arrivals(0.0, 10)
+    assert rows.expected([20, 30], 40, 0.5) == ([], math.inf)
+    rows.moved(20, 1.0)
+    assert rows.expected([30], 40, 1.0) == ([(1.0, 30), (2.0, 40)], 1.5)
+    rows.moved(30, 3.0)  # from now on it counts what came between two moves
+    assert rows.expected([], 40, 3.5) == ([(1.5, 40)], 2.5)
+    assert rows.expected([], 40, 6.5) == ([(3.5, 40)], 3.5), "late: as long again as since the last move"
+
+
+def test_rows_that_came_at_once_are_one_move() -> None:
+    rows = Arrivals(0.0, 0)
+    rows.moved(10, 1.0)
+    rows.moved(20, 1.0)
+    assert rows.expected([], 40, 1.0) == ([(1.0, 40)], 1.5)

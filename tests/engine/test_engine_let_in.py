@@ -23,11 +23,11 @@ from tiny_engine import (
 )
 
 from aiodisagg.engine.config import EngineConfig
-from aiodisagg.engine.engine import Engine
+from aiodisagg.engine.engine import Engine, EngineRequest
 from aiodisagg.engine.schedule import Step
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
-from aiodisagg.engine.types import FinishReason
+from aiodisagg.engine.types import FinishReason, SamplingParams
 from aiodisagg.errors import EngineError
 
 pytestmark = pytest.mark.anyio
@@ -227,3 +227,14 @@ async def test_a_step_that_raises_does_not_hurt_who_was_let_in_during_it() -> No
             await read(first)
         answer = await read(second)
     assert answer.tokens == plain_loop(model, plan, [], 8)
+
+
+async def test_a_cancellation_that_comes_late_is_not_the_next_ones_of_that_name() -> None:
+    """A client may use an id again as soon as its answer has ended."""
+    async with make_engine(tiny_model("moe")) as engine:
+        asked = [EngineRequest("again", make_plan([6]), SamplingParams(max_tokens=n, ignore_eos=True)) for n in (1, 40)]
+        first = engine.submit(asked[0])
+        await read(first)
+        second = engine.submit(asked[1])
+        engine._steps.end(first, None)
+        assert len((await read(second)).tokens) == 40

@@ -17,6 +17,8 @@ def test_attention_counts_among_what_tokens_cost() -> None:
     for prefill in (4000, 1000, 8000, 2000, 6000, 3000, 7000, 5000):
         pace.observe(StepShape(prefill=prefill, attention=prefill**2 / 2), 1e-9 * prefill**2 / 2 + 0.005)
     assert not pace.begins(0, 2000, ()) and pace.begins(0, 4000, ()) and pace.begins(8000, 9000, ())
+    costs = pace.prefill_costs()  # as peers are told
+    assert costs is not None and 1e-6 < costs.token_s * 4000 + costs.pair_s * 4000**2 / 2 < 0.016
 
 
 @pytest.mark.parametrize("part", [0.0, 0.2, 1.0])

@@ -94,6 +94,15 @@ def test_an_answer_has_the_keys_of_the_prompt_that_repeats_it() -> None:
         assert growing.keys == keys(whole)
 
 
+def test_an_answer_behind_another_picture_has_other_keys() -> None:
+    """The picture ends in a page that the answer fills."""
+    plan = make_plan([5, (1, 1, 2)])
+    both = PageKeys(plan, PAGE), PageKeys(changed(plan, 0, digest="f" * 32), PAGE)
+    for one in both:
+        one.grow(7, plan.tokens + plan.delta)
+    assert len(both[0].keys) == 2 and same(*(one.keys for one in both)) == 1
+
+
 # -- in the engine -------------------------------------------------------------------------------------------------
 
 NEW = 12

@@ -137,3 +137,23 @@ def plan_of(ids: list[int], rows: int, spans: tuple[tuple[int, int], ...]) -> Pr
 def test_a_plan_that_contradicts_itself_is_refused(plan: PromptPlan, says: str) -> None:
     with pytest.raises(EngineError, match=says):
         held(plan)
+
+
+def test_bytes_of_which_some_are_here_complete_the_item() -> None:
+    """A second peer goes on where the first one's chunks did not end."""
+    rows = held(make_plan([1, (1, 2, 2)]))
+    values = torch.randn(4, WIDTH)
+    raw = bytes(values.view(torch.uint8).numpy().reshape(-1))
+    rows.write_bytes(0, 0, raw[: len(raw) // 2], width=WIDTH, dtype="float32")
+    rows.write_bytes(0, 1, raw[len(raw) // 4 :], width=WIDTH, dtype="float32")
+    assert rows.front == 5
+    _, got = rows.take(0, 5)
+    assert got is not None and torch.equal(got, values)
+
+
+def test_an_item_is_asked_for_once() -> None:
+    rows = held(make_plan([3, (1, 2, 2), 2, (1, 2, 3)]))
+    rows.reuse(9)
+    assert rows.ask() == (1,)
+    rows.reuse(0)  # preempted: what was found before may be gone
+    assert (rows.ask(), rows.ask()) == ((0,), ())

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from aiodisagg.language.admission import Admission
+from aiodisagg.errors import DeadlineExceeded
+from aiodisagg.language.admission import Admission, Turn
 from aiodisagg.models.base import ItemKind, PlannedItem
 from aiodisagg.protocol.messages import ItemKey, Urgency, Want, decode, encode
 from aiodisagg.protocol.rows import ModelFingerprint
 from aiodisagg.scheduler.admission import AdmissionConfig
 from aiodisagg.scheduler.order import Order
+from aiodisagg.scheduler.prices import Work
 
 pytestmark = pytest.mark.anyio
 
@@ -47,3 +51,15 @@ async def test_who_never_becomes_due_can_be_said() -> None:
 async def test_where_the_line_goes_by_arrival_so_do_towers() -> None:
     admission = Admission(AdmissionConfig(order=Order.FIRST_COME, max_wait_s=10.0), 8)
     assert admission.urgency([ITEM, ITEM], 1, 4.0) == Urgency(6.0, 1, 0)
+
+
+async def test_what_a_request_has_waited_before_its_turn_counts(skip: Callable[[float], None]) -> None:
+    admission = Admission(AdmissionConfig(), 1)
+    await admission.take(Turn("first", Work(1)))
+    second = asyncio.ensure_future(admission.take(Turn("second", Work(1), timeout_s=10.0, spent_s=8.0)))
+    await asyncio.sleep(0)
+    skip(3.0)
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(second, 5)
+    admission.end("first")
+    await admission.aclose()

@@ -13,6 +13,7 @@ import pytest
 from aiodisagg.bench.synthetic import item_of
 from aiodisagg.language.peers import EncodePeer, EncodePeers
 from aiodisagg.language.placing import Placing
+from aiodisagg.protocol.counters import PeerLabels
 from aiodisagg.protocol.messages import ItemKey, Refuse
 from aiodisagg.scheduler.health import HealthConfig
 from tests.language.test_rows import MODEL, Broken, Zeros, made
@@ -146,3 +147,12 @@ def test_what_nobody_delivered_is_nobodys_fault() -> None:
         asked.placing.asked(key, replace(placement, peer="good"), now)
         asked.placing.over(key)
     assert asked.placing.judged("life", now)["standing"] == "ready"
+
+
+def test_refusals_of_who_is_gone_are_counted_on() -> None:
+    """A counter that goes back looks like a restart to who reads metrics."""
+    asked = _Asked()
+    asked.refused(0.0)
+    asked.placing.link_lost("life", 1.0, gone=True)
+    (found,) = asked.placing._complaints.metrics(PeerLabels()).samples
+    assert (found.labels["code"], found.value) == ("encode_failed", 1)

@@ -73,6 +73,20 @@ async def test_the_words_of_an_item_stay_in_order_behind_its_media() -> None:
         assert not peers.linked[0].outbox
 
 
+async def test_what_waited_for_a_link_does_not_leave_by_the_next_one() -> None:
+    """It would be files, of an epoch that is over: all of it is asked for again."""
+    async with dialling(NARROW) as (peers, events), Listener("one", config=NARROW) as listener:
+        peers.add(listener.address)
+        assert await events.get() == LinkUp("one")
+        for number in range(3):
+            peers.send("one", want(number))
+        (await listener.accepted.get()).abort()
+        assert [await events.get(), await events.get()] == [LinkLost("one"), LinkUp("one")]
+        peers.send("one", grant(9))
+        assert await (await listener.accepted.get()).recv() == grant(9)
+        assert not peers.linked[0].outbox
+
+
 async def test_what_went_through_a_link_is_counted_when_it_has_ended() -> None:
     async with dialling() as (peers, events):
         async with Listener("one") as listener:

@@ -125,6 +125,7 @@ async def test_when_one_of_two_fetches_has_landed_the_other_is_dropped() -> None
     sharing.deliver(second[0], 0, memoryview(bytes(16)))
     sharing.landed(second[0])
     assert told == [(A, None)] and dropped == [A] and sharing.has("digest")
+    assert sharing._keeping_bytes == 0, "of what is on its way, each digest once"
     sharing.close()
 
 

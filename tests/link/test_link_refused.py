@@ -50,3 +50,13 @@ async def test_of_many_who_dial_in_vain_the_last_are_remembered(caplog: pytest.L
         for number in (*range(server_module.REFUSED + 1), 0, server_module.REFUSED):
             server._warn(f"192.0.2.{number}", "no greeting")
     assert len(caplog.messages) == server_module.REFUSED + 2 and " 192.0.2.0 " in caplog.messages[-1]
+
+
+async def test_who_was_let_in_meanwhile_is_told_of_again(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(address) as server:
+        for _ in range(2):
+            with pytest.raises(AuthenticationFailed):
+                await dial(server.address, hello(), secret=b"not the right secret")
+            link = await dial(server.address, hello(), secret=SECRET)
+            await link.aclose()
+    assert len(caplog.messages) == 2

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from aiodisagg.link import Link, LinkConfig, LinkServer, framing
-from aiodisagg.link.room import Room
+from aiodisagg.link.room import Place, Room
 from aiodisagg.protocol.messages import Message, encode
 from tests.link.helpers import SECRET, RawPeer, hello, large
 
@@ -50,6 +50,16 @@ def test_who_fits_passes_the_first_in_line_until_as_much_as_there_is_room_did() 
     assert not enter("late", 2)
     enter.room.leave("slow")
     assert enter.let_in == ["first", "late"], "in order, and both fit"
+
+
+def test_who_sent_much_and_then_little_does_not_keep_pace() -> None:
+    room = Room(10 * MiB)
+    inside, waiting = Place(room, lambda: None), Place(room, lambda: None)
+    inside.gather(8 * MiB)
+    assert inside.beat(4 * MiB, 1.0) and inside.beat(4 * MiB, 1.0), "nobody waits"
+    waiting.gather(8 * MiB)
+    assert inside.beat(5 * MiB, 1.0)
+    assert not inside.beat(5 * MiB + 1, 1.0)
 
 
 class Serving:

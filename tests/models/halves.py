@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,16 @@ class Halves:
 @functools.cache
 def halves(folder: Path, vision: torch.dtype = torch.float32, language: torch.dtype = torch.float32) -> Halves:
     return Halves(folder, vision, language)
+
+
+def truth(
+    folder: Path, messages: Sequence[ChatMessage], tokens: int = 6, vision: torch.dtype = torch.float32
+) -> tuple[int, ...]:
+    """What the monolith answers, greedily."""
+    return _truth(folder, tuple(messages), tokens, vision)
+
+
+@functools.cache
+def _truth(folder: Path, messages: tuple[ChatMessage, ...], tokens: int, vision: torch.dtype) -> tuple[int, ...]:
+    both = halves(folder, vision)
+    return tuple(both.true_tokens(both.ask(list(messages)), tokens))

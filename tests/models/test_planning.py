@@ -357,3 +357,8 @@ def test_the_pixels_of_a_video_are_counted_over_its_frames(tiny: Tiny, monkeypat
     with pytest.raises(MediaError, match="5 frames of 64 x 64 pixels are more than") as caught:
         planner.plan(chat("What is this?", VideoPart((png(64, 64),) * 5)))
     assert caught.value.param == "messages[0].content[1]"
+
+
+def test_a_video_may_have_as_many_frames_as_are_allowed(tiny: Tiny) -> None:
+    planner = Qwen3VLPlanner(tiny(moe=True, levels=3), max_frames=4)
+    assert planner.plan(chat("What is this?", VideoPart((png(64, 64),) * 4))).items

@@ -170,6 +170,10 @@ def test_another_activation_is_not_taken_for_the_one_that_a_product_has(
         return grow(mlp, x)
 
     monkeypatch.setattr(kernels_module, "grow_at_once", alike)
+    # The others are slow where they are interpreted.
+    monkeypatch.setattr(kernels_module, "candidates", lambda *_: {"sdpa": sdpa(None)})
+    monkeypatch.setattr(triton_vision, "turn", turn)
+    monkeypatch.setattr(triton_vision, "add_norm", add_norm)
     encoder = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)
     encoder._tower.config.hidden_act = name
     encoder.use_fused()

@@ -51,6 +51,14 @@ def test_work_lies_ahead_until_it_is_seen_to_be_done() -> None:
     assert ahead(at, 12.0) == (0.0, 0.0, 0.0) and at.size_bytes == 0 and not at.open
 
 
+def test_threads_share_what_is_to_be_prepared() -> None:
+    at = book()
+    at.costs.prepare_threads = 4
+    ask(at, "x", 10)
+    ask(at, "y", 20)
+    assert ahead(at) == (0.75, 30.0, 2.0)
+
+
 def test_an_item_that_leaves_takes_its_work_with_it() -> None:
     at = book()
     ask(at, "x", 10)
@@ -72,6 +80,15 @@ def test_the_link_is_busy_with_rows_that_exist_until_they_are_here() -> None:
     assert round(at.backlog(11.0).there_s, 6) == 1.0
     at.left("x")
     assert at.backlog(11.0).there_s == 0.0
+
+
+def test_an_item_that_is_given_up_in_the_tower_holds_up_nobody() -> None:
+    at = book()
+    ask(at, "x", 10)
+    ask(at, "y", 20)
+    at.entered("x", "encoding", 0.1, 1.0)
+    at.left("x")
+    assert at.in_tower() == [] and ahead(at, 5.0) == (2.0, 20.0, 1.0)
 
 
 def test_what_two_asked_for_is_known_until_both_have_left() -> None:

@@ -100,6 +100,9 @@ def test_standing_is_what_membership_says_and_what_was_seen() -> None:
     assert standings.of("a", 0.0) is Standing.READY
     standings.failed("a", 1.0)
     assert standings.of("a", 30.9) is Standing.SUSPECT
+    standings.told("a", Standing.DRAINING)
+    assert standings.of("a", 30.9) is Standing.DRAINING, "no better for being a suspect"
+    standings.told("a", Standing.READY)
     assert standings.of("a", 31.0) is Standing.READY, "forgiven"
     standings.failed("a", 31.0)
     standings.delivered("a")

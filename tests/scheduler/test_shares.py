@@ -93,6 +93,7 @@ def test_where_places_are_short_they_are_shared() -> None:
 
 def test_the_weight_is_the_one_given_last() -> None:
     front = both()
+    fill(front, "t", 1, WORDS, ALICE)  # of 1, and open all the time
     fill(front, "a", 6, PICTURE, Tenant("alice", 2.0))
     fill(front, "b", 3, PICTURE, BOB)
     assert [name[0] for name in front.order("a0")] == list("abaabaaba")

@@ -31,6 +31,8 @@ def test_a_tower_runs_freely_while_nothing_decodes() -> None:
     for _ in range(100):
         assert slack.free
         slack.spent(1.0)
+    slack.stepped(10 * MS, 4)
+    assert slack.free, "what it did before there were streams is not owed to them"
     slack.stepped(10 * MS, 0)  # prefill alone
     assert slack.free
 

@@ -48,3 +48,11 @@ def test_of_many_slow_peers_few_items_are_tried_and_all_have_their_turn() -> Non
     for begin in range(0, len(given), EVERY):
         assert sum(trial for _, trial in given[begin : begin + EVERY]) <= EVERY // BETWEEN
     assert len(Counter(peer for peer, _ in given)) == 49
+
+
+def test_who_got_an_item_by_itself_is_tried_again_as_soon_as_at_first() -> None:
+    trials, views = Trials(), [PeerView("fast", PeerCosts()), PeerView("slow", PeerCosts(SLOW))]
+    assert sum(_asked(trials, views)[1] for _ in range(EVERY * 4)) == 2, "in vain"
+    trials.asked("slow", trial=False)
+    got = [number for number in range(EVERY * 2) if _asked(trials, views)[0] == "slow"]
+    assert got == [EVERY]

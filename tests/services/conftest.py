@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import openai  # noqa: F401  # for _small_heap: it is the largest part of the heap
 import pytest
-import torch
 import zmq
 
 from aiodisagg.models.synthetic import TINY, build_synthetic
 from aiodisagg.scheduler.book import PeerBook
 from tests.models.conftest import tiny
-from tests.models.halves import halves
 
 __all__ = ["moe", "tiny", "wide"]
 
 # pyzmq keeps one thread with a context of its own for the whole process from its first send without a copy.
 zmq.Frame(b"", copy=False)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _small_heap(moe: Path) -> Iterator[None]:
-    """``no_leaks`` collects garbage around each test: not all that torch, transformers and openai have made."""
-    halves(moe, torch.float32)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

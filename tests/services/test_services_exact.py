@@ -20,6 +20,7 @@ from aiodisagg.models.synthetic import build_tiny
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from tests.conftest import LOOPS
 from tests.models.halves import PROMPTS, Asked, Halves, chat, encoded, halves, noise, png, video
+from tests.models.halves import truth as true_tokens
 from tests.services.system import System, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -32,16 +33,12 @@ WINDOWS = pytest.mark.parametrize(
     ids=["memory 1x4 rows", "ipc 3x2 rows", "ipc 1x4 rows", "zmq 2x3 rows"],
 )
 TOKENS = 8
-
-
-def truth(folder: Path, messages: list[Any], dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
-    both = halves(folder, dtype)
-    return tuple(both.true_tokens(both.ask(messages), TOKENS))
+truth = functools.partial(true_tokens, tokens=TOKENS)
 
 
 @functools.cache
 def truths(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, tuple[int, ...]]:
-    return {name: truth(folder, messages, dtype) for name, messages in PROMPTS.items()}
+    return {name: truth(folder, messages, vision=dtype) for name, messages in PROMPTS.items()}
 
 
 async def check_all(made: System, folder: Path) -> None:

@@ -15,7 +15,7 @@ from aiodisagg.errors import ConfigError, NoEncodePeer
 from aiodisagg.models.base import ChatMessage, ImagePart
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from tests.bootstrap.test_server_and_client import free_port
-from tests.models.halves import chat, halves, png
+from tests.models.halves import chat, png, truth
 from tests.services.system import Held, System, encode_config, eventually, language_config, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -29,11 +29,6 @@ def vision(moe: Path) -> Qwen3VLVisionEncoder:
 
 def question(seed: int = 0) -> list[ChatMessage]:
     return chat(ImagePart(png(128, 96, 70 + seed)), "What do you see?")
-
-
-def truth(moe: Path, messages: list[ChatMessage]) -> tuple[int, ...]:
-    both = halves(moe)
-    return tuple(both.true_tokens(both.ask(messages), 6))
 
 
 async def test_any_start_order_and_a_bootstrap_server_that_restarts(moe: Path, vision: Qwen3VLVisionEncoder) -> None:

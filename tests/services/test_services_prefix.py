@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 
 import pytest
 
 from aiodisagg.errors import NoEncodePeer
-from aiodisagg.models.base import ChatMessage, ImagePart
-from tests.models.halves import chat, halves, png
+from aiodisagg.models.base import ImagePart
+from tests.models.halves import chat, png
+from tests.models.halves import truth as true_tokens
 from tests.services.system import System, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
 TOKENS = 8
+truth = functools.partial(true_tokens, tokens=TOKENS)
 FIRST = chat(ImagePart(png(96, 128, 21)), "A harbour, early in the day. What do you see in it?")
 TURN = [*FIRST, *chat("Boats, and a man who mends a net.", role="assistant")]
-
-
-def truth(moe: Path, messages: list[ChatMessage]) -> tuple[int, ...]:
-    both = halves(moe)
-    return tuple(both.true_tokens(both.ask(messages), TOKENS))
 
 
 def counts(made: System) -> tuple[int, int, int]:

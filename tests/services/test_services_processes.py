@@ -51,7 +51,7 @@ class Run:
         until = time.monotonic() + START_S
         while not condition(found := self.processes()):
             assert self.process.poll() is None and time.monotonic() < until, self.end()
-            time.sleep(0.1)
+            time.sleep(0.1)  # foreign processes: nobody tells of them
         return found
 
     def end(self) -> tuple[int, str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -22,7 +21,7 @@ from aiodisagg.models.base import ChatMessage, ImagePart, Patches
 from aiodisagg.models.plan import Qwen3VLPlanner
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from aiodisagg.scheduler.cost import ServiceTimes, Size, Timing
-from tests.models.halves import PROMPTS, chat, halves, png, video
+from tests.models.halves import PROMPTS, chat, png, truth, video
 from tests.services.system import PATIENCE_S, Held, System, encode_config, eventually, language_config, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -37,16 +36,6 @@ def vision(moe: Path) -> Qwen3VLVisionEncoder:
 
 def question(seed: int = 0, size: tuple[int, int] = (128, 96)) -> list[ChatMessage]:
     return chat(ImagePart(png(*size, 270 + seed)), "What do you see?")
-
-
-def truth(moe: Path, messages: list[ChatMessage]) -> tuple[int, ...]:
-    return _truth(moe, tuple(messages))
-
-
-@functools.cache
-def _truth(moe: Path, messages: tuple[ChatMessage, ...]) -> tuple[int, ...]:
-    both = halves(moe)
-    return tuple(both.true_tokens(both.ask(list(messages)), 6))
 
 
 def says_no_more(entry: PeerEntry) -> bool:

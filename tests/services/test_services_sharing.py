@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from aiodisagg.errors import ConfigError, DeadlineExceeded, MediaError
 from aiodisagg.models.base import ChatMessage, ImagePart, ItemKind, Patches
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from aiodisagg.protocol.rows import RowLayout
-from tests.models.halves import chat, halves, png
+from tests.models.halves import chat, halves, png, truth
 from tests.services.system import Held, System, eventually, finished, language_config, system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -27,16 +26,6 @@ def vision(moe: Path) -> Qwen3VLVisionEncoder:
 
 def question(seed: int = 0, text: str = "What do you see?") -> list[ChatMessage]:
     return chat(ImagePart(png(128, 96, 170 + seed)), text)
-
-
-def truth(moe: Path, messages: list[ChatMessage]) -> tuple[int, ...]:
-    return _truth(moe, tuple(messages))
-
-
-@functools.cache
-def _truth(moe: Path, messages: tuple[ChatMessage, ...]) -> tuple[int, ...]:
-    both = halves(moe)
-    return tuple(both.true_tokens(both.ask(list(messages)), 6))
 
 
 def shared(made: System) -> int:

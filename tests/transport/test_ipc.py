@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,32 @@ async def test_a_pool_is_unmapped_beside_the_loop(
         go.set()
         await leaving
         assert await asyncio.to_thread(ended.wait, 60) and len(pool_mappings()) == mapped - 1
+
+
+async def test_a_pool_is_unmapped_though_nobody_waits_for_it_any_more(no_leaks: None) -> None:
+    """The thread for it may be busy with something else for long."""
+    with ThreadPoolExecutor(1) as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+        async with pair() as (_, writer, remote, _name):
+            mapped, go_on = len(pool_mappings()), threading.Event()
+            threads.submit(go_on.wait, 60)
+            leaving = asyncio.ensure_future(writer.disconnect(remote))
+            while remote._unmapping is None:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            go_on.set()
+            await asyncio.to_thread(str)  # behind it
+            assert len(pool_mappings()) == mapped - 1
+
+
+async def test_who_leaves_before_it_is_answered_leaves_no_descriptor(no_leaks: None) -> None:
+    async with Kit(IpcTransport).receiver() as receiver, Kit(IpcTransport).writer() as (writer, _):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect("\0" + unpack("ipc", module._Pool, receiver.transport.describe()).address)
+            sock.send(attach.encode(attach.Attach("rude", receiver.incarnation)))
+        await writer.connect(receiver.transport.describe(), peer=receiver.incarnation)  # behind it
 
 
 async def test_a_writer_that_leaves_without_a_goodbye_is_not_trusted(no_leaks: None) -> None:
@@ -291,11 +319,15 @@ def test_an_arena_outlives_its_close_for_those_who_look_at_it(anyio_backend: obj
     arena = Arena(5000)
     assert arena.size_bytes == 8192
     held = arena.view[10:20]
+    mapped = f"{arena.address:x}-"
     arena.close()
+    _, told = Path("/proc/self/smaps").read_text().split(mapped)
+    assert re.search(r"^Rss: +(\d+) kB$", told, re.M)[1] == "0"  # type: ignore[index]  # its memory is given back
     held[:] = b"0123456789"  # no crash
     assert held == b"0123456789"
     held.release()
     arena.close()
+    assert not pool_mappings()  # though the arena's own object is still there
     with pytest.raises(ValueError):
         Arena(0)
 

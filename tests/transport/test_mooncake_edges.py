@@ -201,7 +201,8 @@ async def test_closing_does_not_freeze_the_loop(no_leaks: None) -> None:
         closing = asyncio.ensure_future(_close(writer, receiver.transport))
         watch = LoopWatch()  # which knows what was not the loop's fault: other processes had the processor
         await closing
-        await asyncio.sleep(0.01)  # it looks once more
+        for _ in range(3):  # it looks in the next turn, if one has been late
+            await asyncio.sleep(0)
         worst = watch.take()
         watch.close()
         assert worst.held_ms < 500, f"one turn of the loop took {worst.held_ms:.0f} ms"
