@@ -127,8 +127,7 @@ class Runner:
 
     def __init__(self, model: Any, config: EngineConfig, *, row_width: int | None = None) -> None:
         shape = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        self._model = model
-        self._embed = model.get_input_embeddings()
+        self._model, self._embed = model, model.get_input_embeddings()
         self.hidden_size = int(shape.hidden_size)
         self.dtype: torch.dtype = self._embed.weight.dtype
         self.device: torch.device = self._embed.weight.device
@@ -191,8 +190,13 @@ class Runner:
             self.device_runner.warm_up()
 
     def release(self) -> None:
-        """Gives the model back with the attention it came with."""
+        """Gives the model back with the attention it came with, and the memory: what refers to this object may be
+        garbage in cycles, which lies there until somebody looks for it. Idempotent."""
+        if self._model is None:
+            return
         self._model.set_attn_implementation(self._attention_before)
+        self._model = self._embed = self.device_runner = None
+        del self.pool
 
     def forward(self, batch: Sequence[Work]) -> tuple[torch.Tensor, int]:
         """Computes the segments: logits [samples, vocab] in their order, and the number of rows used.

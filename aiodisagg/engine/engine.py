@@ -115,7 +115,7 @@ class Engine:
     async def __aenter__(self) -> Self:
         if self._steps is not None:
             raise RuntimeError("an engine is entered once")
-        await asyncio.to_thread(self._runner.warm_up)
+        await self._warm_up()
         if self._runner.device_runner is not None:
             self._pace.reads = self._runner.device_runner.reads
         self._loop = asyncio.get_running_loop()
@@ -132,6 +132,18 @@ class Engine:
         )
         self._steps.start()
         return self
+
+    async def _warm_up(self) -> None:
+        """The model is given back if that fails, or is given up: then when the thread, which nothing stops, is done."""
+        warming = asyncio.get_running_loop().create_task(asyncio.to_thread(self._runner.warm_up), name="warm up")
+        try:
+            await asyncio.shield(warming)
+        except BaseException:
+            try:
+                await asyncio.wait([warming])
+            finally:
+                self._runner.release()
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
