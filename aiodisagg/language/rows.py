@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from prometheus_client.core import Metric
 
@@ -151,16 +150,13 @@ class RowReceiver(EnteredOnce):
             accelerator=self._accelerator,
         )
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def _leave(self) -> None:
         for timer in (self._hedging, self._again):
             if timer is not None:
                 timer.cancel()
         for key in list(self.placing.errands):
             self.driver.feed(ItemCancelled(key))
         self.sharing.close()
-        await self._stack.aclose()
 
     # -- items ---------------------------------------------------------------------------------------------------
 

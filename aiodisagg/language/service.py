@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -94,7 +93,7 @@ class LanguageService(EnteredOnce):
         self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.traces = Traces()
-        self._stopped, self._served = asyncio.Event(), asyncio.Event()
+        self._served = asyncio.Event()
         self._broken = ""
         self._client: BootstrapClient | None = None
         self._draining = False
@@ -164,13 +163,9 @@ class LanguageService(EnteredOnce):
         if config.bootstrap:
             await self._join(model)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stopped.set()
+    def _leave(self) -> None:
         self._served.set()
         self._idle.set()
-        await self._stack.aclose()
 
     # -- membership ----------------------------------------------------------------------------------------------
 
@@ -244,13 +239,13 @@ class LanguageService(EnteredOnce):
             NoEncodePeer: no encode peer could be linked in time.
             DeadlineExceeded, EncodeFailed: an item did not arrive. EngineError: the engine failed this request.
         """
-        request_id = request_id or secrets.token_hex(8)
+        request_id, why = request_id or secrets.token_hex(8), self._why_not
         if request_id in self.traces.open:
             raise InvalidRequest("request_id", f"{request_id!r} is in use")
         if self._draining:
             raise Draining
-        if self._stopped.is_set():
-            raise EngineError(request_id, "the service is closed")
+        if why:
+            raise EngineError(request_id, f"the service is {why}")
         trace = self.traces.begin(request_id)
         self._idle.clear()
         request = _Request(priority if tenant.name == DEFAULT_TENANT.name else 0)
@@ -363,12 +358,12 @@ class LanguageService(EnteredOnce):
     @property
     def broken(self) -> str:
         """Why no request will be served any more, or empty."""
-        return f"the engine is broken: {self.engine.broken}" if self.engine.broken else ""
+        return f"the engine is broken: {self.engine.broken}" if self._opened and self.engine.broken else ""
 
     def ready(self) -> tuple[bool, str]:
         """Can all requests be served now, and if not, why."""
-        if self._draining:
-            return False, "draining"
+        if not self._is_open or self._draining:
+            return False, "draining" if self._draining else "not open"
         if self.broken:
             return False, self.broken
         if self._text_only or self.peers.linked:
@@ -381,6 +376,8 @@ class LanguageService(EnteredOnce):
 
     def families(self) -> list[Metric]:
         """The same, before it is text."""
+        if not self._opened:
+            return []
         planning = metrics.gauge("planning_waiting", "Requests that wait to be planned.", self._planning.waiting)
         return [planning, *self.rows.metrics(), *self.admission.metrics(), *engine_metrics(self.engine.stats())]
 
