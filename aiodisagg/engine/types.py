@@ -32,6 +32,8 @@ class SamplingParams:
             raise InvalidRequest("top_p", f"must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0:
             raise InvalidRequest("top_k", f"must be 0 (all) or positive, not {self.top_k}")
+        if isinstance(self.stop, str):  # type: ignore[unreachable]  # who has no types: each letter would be one
+            raise InvalidRequest("stop", "must be a tuple of strings, not a string")
         if len(self.stop) > 16 or any(not s for s in self.stop):
             raise InvalidRequest("stop", "at most 16 strings, none of them empty")
 

@@ -11,6 +11,7 @@ from prometheus_client.core import Metric
 
 from aiodisagg.bootstrap.client import MembershipChange
 from aiodisagg.device.copies import Accelerator, DeviceBytes
+from aiodisagg.errors import ConfigError
 from aiodisagg.language.errands import Errand
 from aiodisagg.language.memory import RowMemory, receive_pool
 from aiodisagg.language.peers import EncodePeers, LinkEvent
@@ -105,7 +106,11 @@ class RowReceiver(EnteredOnce):
         make = asyncio.to_thread(RowMemory, self.pool.size_bytes, self._accelerator)
         making = asyncio.get_running_loop().create_task(make, name="receive pool")
         self._stack.push_async_callback(_close, making)  # also of who is cancelled while the thread makes it
-        memory = await asyncio.shield(making)
+        try:
+            memory = await asyncio.shield(making)
+        except (MemoryError, OSError) as error:
+            text = f"no room for a receive pool of {self.pool.size_bytes >> 20} MiB: {error or 'no memory'}"
+            raise ConfigError("pool_bytes", text) from error
         receiver_config = ReceiverConfig(
             failover_s=config.failover_s, stall_s=config.stall_s, window_blocks=config.window_blocks
         )

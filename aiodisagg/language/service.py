@@ -18,12 +18,12 @@ from aiodisagg.bootstrap.client import BootstrapClient
 from aiodisagg.bootstrap.registry import Load, PeerRecord, PeerState
 from aiodisagg.device.copies import open_accelerator
 from aiodisagg.engine.config import EngineConfig
-from aiodisagg.engine.engine import Engine, EngineRequest
+from aiodisagg.engine.engine import Engine, EngineRequest, opened
 from aiodisagg.engine.prefix import PageKeys
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
-from aiodisagg.errors import AiodisaggError, Draining, EngineError, InvalidRequest, Overloaded, PeerBroken
+from aiodisagg.errors import AiodisaggError, ConfigError, Draining, EngineError, InvalidRequest, Overloaded, PeerBroken
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.counters import engine_metrics
 from aiodisagg.language.items import Item, Items, spec_of
@@ -126,18 +126,25 @@ class LanguageService(EnteredOnce):
         if accelerator is not None:
             self._stack.callback(accelerator.close)
         stream = None if accelerator is None else accelerator.inward
-        self.engine = await self._stack.enter_async_context(
-            Engine(
-                half.causal,
-                planner.decode,
-                planner.eos_ids,
-                engine_config,
-                layout=engine_layout,
-                stream=stream,
-                watcher=self._watcher,
-                broke=self._broke,
+        try:
+            self.engine = await self._stack.enter_async_context(
+                opened(
+                    lambda: Engine(
+                        half.causal,
+                        planner.decode,
+                        planner.eos_ids,
+                        engine_config,
+                        layout=engine_layout,
+                        stream=stream,
+                        watcher=self._watcher,
+                        broke=self._broke,
+                    )
+                )
             )
-        )
+        except ConfigError as error:
+            if error.key != "pool_bytes":  # as the engine calls it; here that is what rows come to
+                raise
+            raise error.under("kv_bytes") from error
         logger.info("%s: the engine is warm; opening the pool that rows come to, and transports", self.name)
         self._items = Items(self.engine, layout)
         self.rows = await self._stack.enter_async_context(

@@ -14,6 +14,7 @@ import torch
 from aiodisagg.engine import sampling
 from aiodisagg.engine.sampling import Sampler, sample_batch
 from aiodisagg.engine.types import SamplingParams
+from aiodisagg.errors import InvalidRequest
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]))
 
@@ -147,3 +148,9 @@ def test_logits_that_are_not_finite_give_no_token(bad: float) -> None:
 def test_a_draw_of_nothing_picks_no_impossible_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "draw", lambda sampler: (0.0, 1e-3, math.inf, math.inf))
     assert sample(Sampler(SamplingParams(temperature=1.0)), torch.tensor([-9.0, 1.0, 0.0])) == 1
+
+
+def test_a_stop_that_is_no_tuple_is_refused() -> None:
+    """An answer ended at the first of its letters."""
+    with pytest.raises(InvalidRequest, match="stop: must be a tuple of strings"):
+        SamplingParams(stop="\n\nUser:")  # type: ignore[arg-type]

@@ -3,22 +3,29 @@ garbage for it. A GPU had 55 GiB of KV pages, weights and graphs taken until som
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from aiodisagg import BothService, ImagePart, SamplingParams
+from aiodisagg import BothService, ImagePart, LanguageService, SamplingParams
 from aiodisagg.encode import service as encode_service
 from aiodisagg.encode.service import load_encoder
+from aiodisagg.engine import batch
+from aiodisagg.engine.attention import KvPool
+from aiodisagg.errors import ConfigError
+from aiodisagg.language.loading import load_language_half
 from aiodisagg.models.base import VisionEncoder
 from aiodisagg.models.vision import Qwen3VLVisionEncoder
 from aiodisagg.peer.config import EncodeConfig
 from tests.models.halves import chat, png
-from tests.services.system import encode_config, language_config
+from tests.services.system import PATIENCE_S, encode_config, language_config
 
 pytestmark = pytest.mark.anyio
 
@@ -55,3 +62,52 @@ async def test_a_service_that_was_left_keeps_neither_pages_nor_weights(
         del runner
     assert [what for what, tensor in held.items() if tensor() is not None] == []
     assert peer.metrics() and peer.debug()["requests"]()
+
+
+@pytest.mark.parametrize(("setting", "size"), [("kv_bytes", 1), ("kv_bytes", 1 << 50), ("pool_bytes", 1 << 50)])
+async def test_what_does_not_fit_is_told_by_the_name_of_its_setting(
+    setting: str, size: int, moe: Path, no_leaks: None
+) -> None:
+    """It was told as the other one's, as torch's RuntimeError, and as a MemoryError without a word."""
+    with pytest.raises(ConfigError, match=r"page|no room for") as caught:
+        async with LanguageService(language_config(moe, block_rows=1 << 30, **{setting: size})):
+            pass
+    assert caught.value.key == setting
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_others_go_on_while_pages_are_made_and_freed(
+    cancelled: bool, moe: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program's loop stood still for more than a second a GiB, and so did its links and its other services."""
+    begun, loop_runs, freed_on = threading.Event(), threading.Event(), list[str]()
+    loop, release = asyncio.get_running_loop(), batch.Runner.release
+
+    class Slow(KvPool):
+        def __init__(self, **shape: Any) -> None:
+            loop.call_soon_threadsafe(loop_runs.set)
+            begun.set()
+            assert loop_runs.wait(5.0), "the loop stands still"
+            super().__init__(**shape)
+
+    def released(runner: batch.Runner) -> None:
+        freed_on.append(threading.current_thread().name)
+        release(runner)
+
+    monkeypatch.setattr(batch, "KvPool", Slow)
+    monkeypatch.setattr(batch.Runner, "release", released)
+    config = language_config(moe)
+    loaded = load_language_half(config)
+    before = loaded[1].causal.config._attn_implementation
+    service = LanguageService(config, loaded=loaded)
+    entering = asyncio.create_task(service.__aenter__())
+    if cancelled:
+        assert await asyncio.to_thread(begun.wait, PATIENCE_S)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+    else:
+        await entering
+        await service.__aexit__(None, None, None)
+        assert threading.main_thread().name not in freed_on
+    assert freed_on and loaded[1].causal.config._attn_implementation == before
