@@ -140,10 +140,11 @@ class Engine:
         try:
             await asyncio.shield(warming)
         except BaseException:
-            try:
-                await asyncio.wait([warming])
-            finally:
+            if warming.done():
                 self._runner.release()
+            else:  # also of somebody who is cancelled again and again
+                warming.add_done_callback(lambda _: self._runner.release())
+                await asyncio.wait([warming])
             raise
 
     async def __aexit__(
@@ -307,10 +308,15 @@ async def opened(make: Callable[[], Engine]) -> AsyncIterator[Engine]:
     making = asyncio.get_running_loop().create_task(asyncio.to_thread(make), name="make the engine")
     try:
         engine = await asyncio.shield(making)
-    except BaseException:
-        await asyncio.wait([making])  # who is cancelled meanwhile has an engine, too
-        if making.exception() is None:
-            await making.result().aclose()
+    except BaseException:  # who is cancelled meanwhile has an engine, too, also if cancelled again and again
+        making.add_done_callback(_let_go)
+        await asyncio.wait([making])
         raise
     async with engine:
         yield engine
+
+
+def _let_go(making: asyncio.Task[Engine]) -> None:
+    """Of what was made for nobody."""
+    if not making.cancelled() and making.exception() is None:
+        making.result()._runner.release()

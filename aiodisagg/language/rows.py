@@ -61,11 +61,20 @@ Deliver = Callable[[ItemKey, int, memoryview | DeviceBytes], None]
 
 
 async def _close(making: asyncio.Task[RowMemory]) -> None:
-    """Closes what is made, or would be."""
-    if not making.done():
-        await asyncio.wait([making])
+    """Closes what is made, or would be: also for somebody who is cancelled again and again, as anyio does it."""
+    try:
+        if not making.done():
+            await asyncio.wait([making])
+    except asyncio.CancelledError:
+        making.add_done_callback(_let_go)
+        raise
     if making.exception() is None:
         await asyncio.shield(asyncio.to_thread(making.result().close))
+
+
+def _let_go(making: asyncio.Task[RowMemory]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        asyncio.get_running_loop().run_in_executor(None, making.result().close)
 
 
 class RowReceiver(EnteredOnce):
