@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -124,11 +123,6 @@ class Paths(EnteredOnce):
         if found != await asyncio.to_thread(xxhash.xxh3_64_intdigest, self._source.data[:size_bytes]):
             raise WrongBytes(f"{name}: {size_bytes} bytes were written, and others arrived")
         return seconds
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
 
 
 def _random(size_bytes: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from aiodisagg.encode.core import CoreGate
@@ -13,7 +12,7 @@ from aiodisagg.encode.device import DeviceGate
 from aiodisagg.encode.gate import InlineGate, SlackGate
 from aiodisagg.encode.service import EncodeService
 from aiodisagg.engine.types import Delta, SamplingParams
-from aiodisagg.errors import own_error
+from aiodisagg.errors import EngineError, own_error
 from aiodisagg.language.admission import DEFAULT_TENANT
 from aiodisagg.language.membership import LocalEncoder
 from aiodisagg.language.service import LanguageService
@@ -92,11 +91,6 @@ class BothService(EnteredOnce):
         language = LanguageService(self._language, loaded=self._loaded, local=local, watcher=self.gate)
         self.language = await self._stack.enter_async_context(language)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
-
     @property
     def address(self) -> str:
         """Where other language peers link to this one."""
@@ -121,6 +115,8 @@ class BothService(EnteredOnce):
         priority: int = 0,
     ) -> AsyncGenerator[Delta, None]:
         """As ``LanguageService.generate``."""
+        if why := self._why_not:
+            raise EngineError(request_id or self.name, f"the service is {why}")
         return self.language.generate(
             messages, sampling, request_id=request_id, timeout_s=timeout_s, tenant=tenant, priority=priority
         )
@@ -128,15 +124,19 @@ class BothService(EnteredOnce):
     @property
     def broken(self) -> str:
         """Why one of the halves will do nothing any more, or empty."""
-        return self.encode.broken or self.language.broken
+        return "" if not self._opened else self.encode.broken or self.language.broken
 
     def ready(self) -> tuple[bool, str]:
         """Can requests be served now, by both halves, and if not, why."""
+        if not self._is_open:
+            return False, "not open"
         ready, why = self.encode.ready()  # whose end the other would tell as one of a link
         return self.language.ready() if ready else (ready, why)
 
     def metrics(self) -> str:
         """Everything both halves count; what both call the same begins with ``aiodisagg_encode_`` for the tower's."""
+        if not self._opened:
+            return ""
         gate = [
             metrics.counter("tower_waits", "Batches of the tower that waited for running answers.", self.gate.waits),
             metrics.counter("tower_waited_seconds", "Time that those batches waited.", self.gate.waited_s),

@@ -124,9 +124,14 @@ class EncodePipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._closed = True
-        await asyncio.to_thread(self._preparer.close)
-        await asyncio.to_thread(self._tower.close)
-        self._rows.clear()
+        self._preparer.stop()  # both before any is waited for: who is cancelled meanwhile leaves no thread behind
+        self._tower.stop()
+        try:
+            await asyncio.to_thread(self._preparer.close)
+            await asyncio.to_thread(self._tower.close)
+        finally:
+            self._rows.clear()
+            del self.encoder  # a service that is closed is garbage in cycles, or kept; its weights shall not be
 
     @property
     def broken(self) -> str:
@@ -225,6 +230,8 @@ class EncodePipeline:
             self._leave_tower(entry)
 
     def _not_prepared(self, entry: _Job, error: Exception) -> None:
+        if self._closed:
+            return
         self.prepare_s += entry.prepare_s
         digest = entry.start.digest
         if isinstance(error, MediaError):

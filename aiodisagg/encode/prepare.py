@@ -101,11 +101,15 @@ class Preparer:
             if was_full:
                 self._wake.notify_all()
 
-    def close(self) -> None:
-        """Returns when the threads have ended, each after the item it is at; what waits is dropped. Blocking."""
+    def stop(self) -> None:
+        """The threads end, each after the item it is at; what waits is dropped."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
+
+    def close(self) -> None:
+        """Stops them, and returns when they have ended. Blocking."""
+        self.stop()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()

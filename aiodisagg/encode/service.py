@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 from prometheus_client.core import Metric
 
@@ -182,12 +181,9 @@ class EncodeService(EnteredOnce):
             await self._stack.enter_async_context(self._client)
         logger.info("%s encodes %s at %s", self.name, encoder.fingerprint.architecture, self.address)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def _leave(self) -> None:
         self._stopped.set()
         self._drained.set()
-        await self._stack.aclose()
 
     @property
     def address(self) -> str:
@@ -226,13 +222,13 @@ class EncodeService(EnteredOnce):
     @property
     def broken(self) -> str:
         """Why no item will be encoded any more, or empty."""
-        why = self._broken or self.pipeline.broken
+        why = self._broken or (self.pipeline.broken if self._opened else "")
         return f"the tower is broken: {why}" if why else ""
 
     def ready(self) -> tuple[bool, str]:
         """Can items be encoded now, and if not, why."""
-        if self._draining:
-            return False, "draining"
+        if not self._is_open or self._draining:
+            return False, "draining" if self._draining else "not open"
         return (False, self.broken) if self.broken else (True, "ok")
 
     def load(self) -> Load:
@@ -263,6 +259,8 @@ class EncodeService(EnteredOnce):
 
     def families(self) -> list[Metric]:
         """The same, before it is text."""
+        if not self._opened:
+            return []
         pipeline, sources = self.pipeline, self.sender.sources
         return [
             metrics.byte_counters(self.sender.counters),

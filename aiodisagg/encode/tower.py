@@ -161,12 +161,16 @@ class Tower:
             if self._queue and not self._running:  # else nothing was kept out
                 self._wake.notify()
 
-    def close(self) -> None:
-        """Returns when the thread has ended, after the batch it is in; what waits is dropped. Blocking."""
+    def stop(self) -> None:
+        """The thread ends after the batch it is in; what waits is dropped."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._gate.close()
+
+    def close(self) -> None:
+        """Stops it, and returns when it has ended. Blocking."""
+        self.stop()
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -179,6 +183,9 @@ class Tower:
         except BaseException as error:
             logger.exception("the tower's thread failed")
             self._vitals.ended(error)
+        finally:  # weights and pictures: who refers to this object may be garbage in cycles
+            del self._encoder, self._picture, self._good
+            self._items.clear()
 
     def _work(self) -> None:
         launched: _Launched | None = None

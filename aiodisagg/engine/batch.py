@@ -127,8 +127,7 @@ class Runner:
 
     def __init__(self, model: Any, config: EngineConfig, *, row_width: int | None = None) -> None:
         shape = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        self._model = model
-        self._embed = model.get_input_embeddings()
+        self._model, self._embed = model, model.get_input_embeddings()
         self.hidden_size = int(shape.hidden_size)
         self.dtype: torch.dtype = self._embed.weight.dtype
         self.device: torch.device = self._embed.weight.device
@@ -143,15 +142,19 @@ class Runner:
         if not num_pages:
             raise ConfigError("pool_bytes", f"{pool_bytes} hold no page of {page_bytes} bytes")
         self.num_pages = num_pages
-        self.pool = KvPool(
-            layers=layers,
-            num_pages=num_pages,
-            page_size=config.page_size,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        try:
+            self.pool = KvPool(
+                layers=layers,
+                num_pages=num_pages,
+                page_size=config.page_size,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        except RuntimeError as error:  # as torch says it for every device
+            text = f"no room for {num_pages * page_bytes >> 20} MiB of KV pages on {self.device}: {error}"
+            raise ConfigError("pool_bytes", text) from error
         self._attention_before = use_paged_attention(model)
         self._config, self._row_width = config, row_width
         self.device_runner: DeviceRunner | None = None
@@ -191,8 +194,13 @@ class Runner:
             self.device_runner.warm_up()
 
     def release(self) -> None:
-        """Gives the model back with the attention it came with."""
-        self._model.set_attn_implementation(self._attention_before)
+        """Gives the model back with the attention it came with, and the memory: what refers to this object may be
+        garbage in cycles, which lies there until somebody looks for it. Idempotent."""
+        model, self._model = self._model, None
+        if model is not None:
+            model.set_attn_implementation(self._attention_before)
+            self._embed = self.device_runner = None
+            del self.pool
 
     def forward(self, batch: Sequence[Work]) -> tuple[torch.Tensor, int]:
         """Computes the segments: logits [samples, vocab] in their order, and the number of rows used.

@@ -112,21 +112,21 @@ class DeviceRunner:
     def _make_graphs(
         self, captures: Callable[[Priority], Capture], ladder: Sequence[int], prompts: Sequence[int]
     ) -> None:
+        # What computes does not refer to this object: in a cycle, graphs would keep their memory when nobody has them.
+        decoder, pool = self.decoder, self._pool
         sizes, capture = decode_sizes(ladder), captures(Priority.DECODES)
         most = max(size.tokens for size in sizes)
         self.graphs = StepGraphs(
-            self._new_inputs(most, most, 0), lambda step: self.decoder(step, self._pool, every=True), sizes, capture
+            self._new_inputs(most, most, 0), lambda step: decoder(step, pool, every=True), sizes, capture
         )
         sizes = prompt_sizes(self._inputs.tile_tokens, prompts, listed=self._flash is not None)
         capture = self._alone_in(captures(Priority.PROMPTS))
         tokens = min(max(size.tokens for size in sizes), self._inputs.capacity)
         segments = max(size.decodes for size in sizes) + PROMPTS
-        if self._row_width is not None:
-            self._graph_rows = self._new_rows(tokens, self._row_width)
+        rows = self._graph_rows = None if self._row_width is None else self._new_rows(tokens, self._row_width)
 
         def compute(step: StepInputs) -> torch.Tensor:
-            rows = None if self._graph_rows is None else self._graph_rows[: step.tokens]
-            return self.decoder(step, self._pool, rows)
+            return decoder(step, pool, None if rows is None else rows[: step.tokens])
 
         inputs = self._new_inputs(tokens, segments, max(KEYS))
         self.prompt_graphs = StepGraphs(inputs, compute, sizes, capture, logits=segments)

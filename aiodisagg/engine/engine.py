@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
 from types import TracebackType
@@ -115,7 +116,7 @@ class Engine:
     async def __aenter__(self) -> Self:
         if self._steps is not None:
             raise RuntimeError("an engine is entered once")
-        await asyncio.to_thread(self._runner.warm_up)
+        await self._warm_up()
         if self._runner.device_runner is not None:
             self._pace.reads = self._runner.device_runner.reads
             self._scheduler.replayed = self._runner.device_runner.replayed_tokens
@@ -134,6 +135,19 @@ class Engine:
         self._steps.start()
         return self
 
+    async def _warm_up(self) -> None:
+        """The model is given back if that fails, or is given up: then when the thread, which nothing stops, is done."""
+        warming = asyncio.get_running_loop().create_task(asyncio.to_thread(self._runner.warm_up), name="warm up")
+        try:
+            await asyncio.shield(warming)
+        except BaseException:
+            if warming.done():
+                self._runner.release()
+            else:  # also of somebody who is cancelled again and again
+                warming.add_done_callback(lambda _: self._runner.release())
+                await asyncio.wait([warming])
+            raise
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -142,13 +156,14 @@ class Engine:
     async def aclose(self) -> None:
         """Ends the step thread after the step it is in; unfinished requests raise EngineError. May be repeated."""
         if self._steps is None:
+            self._runner.release()
             return
         self._steps.close()
         try:
             await self._stopped.wait()
         finally:  # when cancelled: no longer than the step it is in
             self._steps.join()
-            self._runner.release()
+            await asyncio.shield(asyncio.to_thread(self._runner.release))  # 0.3 s a GiB of a host's memory
 
     def keys(self, plan: PromptPlan) -> PageKeys | None:
         """What its pages are known by: milliseconds of work for a long prompt, on any thread. None: pages are not
@@ -286,3 +301,23 @@ class Engine:
     def _forget(self, request_id: str) -> None:
         with self._lock:
             self._live.pop(request_id, None)
+
+
+@asynccontextmanager
+async def opened(make: Callable[[], Engine]) -> AsyncIterator[Engine]:
+    """An engine that ``make`` makes, on a thread: its pages take more than a second a GiB of a host's memory."""
+    making = asyncio.get_running_loop().create_task(asyncio.to_thread(make), name="make the engine")
+    try:
+        engine = await asyncio.shield(making)
+    except BaseException:  # who is cancelled meanwhile has an engine, too, also if cancelled again and again
+        making.add_done_callback(_let_go)
+        await asyncio.wait([making])
+        raise
+    async with engine:
+        yield engine
+
+
+def _let_go(making: asyncio.Task[Engine]) -> None:
+    """Of what was made for nobody."""
+    if not making.cancelled() and making.exception() is None:
+        making.result()._runner.release()

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from prometheus_client.core import Metric
 
 from aiodisagg.bootstrap.client import MembershipChange
 from aiodisagg.device.copies import Accelerator, DeviceBytes
+from aiodisagg.errors import ConfigError
 from aiodisagg.language.errands import Errand
 from aiodisagg.language.memory import RowMemory, receive_pool
 from aiodisagg.language.peers import EncodePeers, LinkEvent
@@ -58,11 +58,20 @@ Deliver = Callable[[ItemKey, int, memoryview | DeviceBytes], None]
 
 
 async def _close(making: asyncio.Task[RowMemory]) -> None:
-    """Closes what is made, or would be."""
-    if not making.done():
-        await asyncio.wait([making])
+    """Closes what is made, or would be: also for somebody who is cancelled again and again, as anyio does it."""
+    try:
+        if not making.done():
+            await asyncio.wait([making])
+    except asyncio.CancelledError:
+        making.add_done_callback(_let_go)
+        raise
     if making.exception() is None:
         await asyncio.shield(asyncio.to_thread(making.result().close))
+
+
+def _let_go(making: asyncio.Task[RowMemory]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        asyncio.get_running_loop().run_in_executor(None, making.result().close)
 
 
 class RowReceiver(EnteredOnce):
@@ -103,7 +112,11 @@ class RowReceiver(EnteredOnce):
         make = asyncio.to_thread(RowMemory, self.pool.size_bytes, self._accelerator)
         making = asyncio.get_running_loop().create_task(make, name="receive pool")
         self._stack.push_async_callback(_close, making)  # also of who is cancelled while the thread makes it
-        memory = await asyncio.shield(making)
+        try:
+            memory = await asyncio.shield(making)
+        except (MemoryError, OSError) as error:
+            text = f"no room for a receive pool of {self.pool.size_bytes >> 20} MiB: {error or 'no memory'}"
+            raise ConfigError("pool_bytes", text) from error
         receiver_config = ReceiverConfig(
             failover_s=config.failover_s, stall_s=config.stall_s, window_blocks=config.window_blocks
         )
@@ -148,16 +161,13 @@ class RowReceiver(EnteredOnce):
             accelerator=self._accelerator,
         )
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def _leave(self) -> None:
         for timer in (self._hedging, self._again):
             if timer is not None:
                 timer.cancel()
         for key in list(self.placing.errands):
             self.driver.feed(ItemCancelled(key))
         self.sharing.close()
-        await self._stack.aclose()
 
     # -- items ---------------------------------------------------------------------------------------------------
 

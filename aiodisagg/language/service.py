@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,12 +18,12 @@ from aiodisagg.bootstrap.client import BootstrapClient
 from aiodisagg.bootstrap.registry import Load, PeerRecord, PeerState
 from aiodisagg.device.copies import open_accelerator
 from aiodisagg.engine.config import EngineConfig
-from aiodisagg.engine.engine import Engine, EngineRequest
+from aiodisagg.engine.engine import Engine, EngineRequest, opened
 from aiodisagg.engine.prefix import PageKeys
 from aiodisagg.engine.steps import StepWatcher
 from aiodisagg.engine.stream import RequestHandle
 from aiodisagg.engine.types import Delta, FinishReason, SamplingParams
-from aiodisagg.errors import AiodisaggError, Draining, EngineError, InvalidRequest, Overloaded, PeerBroken
+from aiodisagg.errors import AiodisaggError, ConfigError, Draining, EngineError, InvalidRequest, Overloaded, PeerBroken
 from aiodisagg.language.admission import DEFAULT_TENANT, Admission, Turn, work_of
 from aiodisagg.language.counters import engine_metrics
 from aiodisagg.language.items import Item, Items, spec_of
@@ -94,7 +93,7 @@ class LanguageService(EnteredOnce):
         self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.traces = Traces()
-        self._stopped, self._served = asyncio.Event(), asyncio.Event()
+        self._served = asyncio.Event()
         self._broken = ""
         self._client: BootstrapClient | None = None
         self._draining = False
@@ -127,18 +126,25 @@ class LanguageService(EnteredOnce):
         if accelerator is not None:
             self._stack.callback(accelerator.close)
         stream = None if accelerator is None else accelerator.inward
-        self.engine = await self._stack.enter_async_context(
-            Engine(
-                half.causal,
-                planner.decode,
-                planner.eos_ids,
-                engine_config,
-                layout=engine_layout,
-                stream=stream,
-                watcher=self._watcher,
-                broke=self._broke,
+        try:
+            self.engine = await self._stack.enter_async_context(
+                opened(
+                    lambda: Engine(
+                        half.causal,
+                        planner.decode,
+                        planner.eos_ids,
+                        engine_config,
+                        layout=engine_layout,
+                        stream=stream,
+                        watcher=self._watcher,
+                        broke=self._broke,
+                    )
+                )
             )
-        )
+        except ConfigError as error:
+            if error.key != "pool_bytes":  # as the engine calls it; here that is what rows come to
+                raise
+            raise error.under("kv_bytes") from error
         logger.info("%s: the engine is warm; opening the pool that rows come to, and transports", self.name)
         self._items = Items(self.engine, layout)
         self.rows = await self._stack.enter_async_context(
@@ -164,13 +170,9 @@ class LanguageService(EnteredOnce):
         if config.bootstrap:
             await self._join(model)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stopped.set()
+    def _leave(self) -> None:
         self._served.set()
         self._idle.set()
-        await self._stack.aclose()
 
     # -- membership ----------------------------------------------------------------------------------------------
 
@@ -244,13 +246,13 @@ class LanguageService(EnteredOnce):
             NoEncodePeer: no encode peer could be linked in time.
             DeadlineExceeded, EncodeFailed: an item did not arrive. EngineError: the engine failed this request.
         """
-        request_id = request_id or secrets.token_hex(8)
+        request_id, why = request_id or secrets.token_hex(8), self._why_not
         if request_id in self.traces.open:
             raise InvalidRequest("request_id", f"{request_id!r} is in use")
         if self._draining:
             raise Draining
-        if self._stopped.is_set():
-            raise EngineError(request_id, "the service is closed")
+        if why:
+            raise EngineError(request_id, f"the service is {why}")
         trace = self.traces.begin(request_id)
         self._idle.clear()
         request = _Request(priority if tenant.name == DEFAULT_TENANT.name else 0)
@@ -363,12 +365,12 @@ class LanguageService(EnteredOnce):
     @property
     def broken(self) -> str:
         """Why no request will be served any more, or empty."""
-        return f"the engine is broken: {self.engine.broken}" if self.engine.broken else ""
+        return f"the engine is broken: {self.engine.broken}" if self._opened and self.engine.broken else ""
 
     def ready(self) -> tuple[bool, str]:
         """Can all requests be served now, and if not, why."""
-        if self._draining:
-            return False, "draining"
+        if not self._is_open or self._draining:
+            return False, "draining" if self._draining else "not open"
         if self.broken:
             return False, self.broken
         if self._text_only or self.peers.linked:
@@ -381,6 +383,8 @@ class LanguageService(EnteredOnce):
 
     def families(self) -> list[Metric]:
         """The same, before it is text."""
+        if not self._opened:
+            return []
         planning = metrics.gauge("planning_waiting", "Requests that wait to be planned.", self._planning.waiting)
         return [planning, *self.rows.metrics(), *self.admission.metrics(), *engine_metrics(self.engine.stats())]
 

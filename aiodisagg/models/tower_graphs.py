@@ -62,7 +62,7 @@ class TowerGraphs:
     ) -> None:  # fmt: skip
         from aiodisagg.models.tower import Positions
 
-        self._tower, self._attend, self._merge = tower, attend, merge
+        self._attend, self._merge = attend, merge
         self._all_sizes = tuple(sizes)
         most, slots = max(sizes), slots or SLOTS
         zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
@@ -75,9 +75,9 @@ class TowerGraphs:
         """What the buffers of positions and bounds hold."""
         began = time.perf_counter()
         for size in sorted(sizes, reverse=True):  # the memory of the largest serves all
-            self._computing(size, 1)()  # compiles, and lets libraries allocate what they keep
+            self._computing(tower, size, 1)()  # compiles, and lets libraries allocate what they keep
             for count in (count for count, limit in slots.items() if size <= limit):
-                self._replay[count, size] = capture(self._computing(size, count))
+                self._replay[count, size] = capture(self._computing(tower, size, count))
         self._sizes = sorted(self._replay)
         took = time.perf_counter() - began
         logger.info("captured the tower for %d sizes of up to %d patches in %.1f s", len(self._sizes), most, took)
@@ -116,7 +116,9 @@ class TowerGraphs:
         self._bounds[: slots + 1].copy_(torch.from_numpy(bounds), non_blocking=True)
         self._filled = wanted
 
-    def _computing(self, size: int, slots: int) -> Callable[[], None]:
+    def _computing(self, tower: FusedTower, size: int, slots: int) -> Callable[[], None]:
+        """The tower, which has these graphs, is not kept here: in a cycle, both would keep their memory when nobody has
+        them."""
         positions, bounds = self._positions, self._bounds[: slots + 1]
         of_size = type(positions)(positions.embeddings[:size], positions.cos[:size], positions.sin[:size])
         # What may lie behind a segment; where there is one, which fits no smaller size, only what is past that size.
@@ -127,6 +129,6 @@ class TowerGraphs:
             return self._attend(qkv, bounds, size)
 
         def compute() -> None:
-            self._tower.compute(self._patches[:size], of_size, attend, self._rows[: size // self._merge])
+            tower.compute(self._patches[:size], of_size, attend, self._rows[: size // self._merge])
 
         return compute

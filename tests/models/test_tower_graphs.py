@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -66,6 +68,21 @@ def test_rows_are_the_towers_for_any_batch_and_earlier_rows_stay(tiny: Tiny) -> 
         rig.check(*batch)
     assert rig.replays == 6
     assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+
+
+def test_an_encoder_that_is_let_go_of_is_gone_with_its_graphs(tiny: Tiny) -> None:
+    """Each referred to the other: weights and graphs stayed on the device until somebody collected garbage."""
+    gc.collect()
+    gc.disable()
+    try:
+        encoder = Qwen3VLVisionEncoder(tiny(), dtype=torch.float32)
+        encoder.fused = FusedTower(encoder._tower)
+        encoder.fused.use_graphs(attend, lambda compute: print, sizes=(32,), slots={1: 32})
+        held = [weakref.ref(encoder.fused.graphs), weakref.ref(encoder._tower.pos_embed.weight)]
+        del encoder
+        assert all(what() is None for what in held)
+    finally:
+        gc.enable()
 
 
 def test_what_there_is_no_size_for_is_launched(tiny: Tiny) -> None:
