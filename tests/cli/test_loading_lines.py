@@ -37,7 +37,7 @@ def test_loading_is_told(command: tuple[str, ...], halves: str, phases: tuple[st
                 process.terminate()
                 break
         process.stdout.read()
-    plain = [line for line in lines if not re.match(r"\d\d:\d\d:\d\d", line)]
+    plain = [line for line in lines if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line)]
     assert plain[0] == f"loading {halves} of {folder} on cpu ..."
     assert re.fullmatch(r"loaded in \d+\.\d s", plain[1]) and plain[2].startswith("ready: ") and len(plain) == 3
     told = "\n".join(lines[lines.index(plain[0]) : lines.index(plain[1])])
