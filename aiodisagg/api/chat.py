@@ -233,15 +233,17 @@ class _Stream:
 
     async def run(self, deltas: AsyncGenerator[Delta, None], request_id: str) -> web.StreamResponse:
         """Raises what ``deltas`` raises before the stream has begun; later errors go into the stream."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                beat = group.create_task(self._beat())
-                try:
-                    await self._copy(deltas, request_id)
-                finally:
-                    beat.cancel()
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+        failed: Exception | None = None
+        async with asyncio.TaskGroup() as group:
+            beat = group.create_task(self._beat())
+            try:
+                await self._copy(deltas, request_id)
+            except Exception as error:
+                failed = error
+            finally:
+                beat.cancel()
+        if failed is not None:  # not through the group, which would take its cause
+            raise failed
         await taken(self._request, self._response.write_eof(), self._config.write_timeout_s)
         return self._response
 

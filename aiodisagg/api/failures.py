@@ -63,7 +63,26 @@ class Failure:
 
 
 def failure_of(error: Exception, request_id: str) -> Failure:
-    """The failure that ``error`` means for a client. Errors that are this side's fault are logged here."""
+    """The failure that ``error`` means for a client. Errors that are this side's fault are logged here.
+
+    Its traceback is gone then. Errors of task groups are cycles, and the body of a refused request, which is held by
+    the functions that they came through, would stay until a collection of garbage: megabytes that no budget counts.
+    """
+    failure = _failure_of(error, request_id)
+    _let_go(error)
+    return failure
+
+
+def _let_go(error: BaseException | None) -> None:
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        if isinstance(error, BaseExceptionGroup):
+            for one in error.exceptions:
+                _let_go(one)
+        error = error.__context__
+
+
+def _failure_of(error: Exception, request_id: str) -> Failure:
     match error:
         case InvalidRequest():
             return Failure(400, str(error), CLIENT, error.param, error.code)

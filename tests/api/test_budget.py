@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from http_fakes import MODEL, ScriptedBackend, Served, answer, asking, data_url,
 
 from aiodisagg.api.budget import Budget
 from aiodisagg.api.config import ApiKey, HttpConfig
+from aiodisagg.api.schema import ChatRequest
 from aiodisagg.errors import ConfigError, Overloaded
 from aiodisagg.scheduler.shares import Tenant
 
@@ -102,3 +104,26 @@ async def test_a_body_that_may_be_sent_finds_room_where_there_is_no_other() -> N
         body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "x"}]}).encode()
         assert (await served.post(body.ljust(15_000)))[0] == 200
         assert (await served.post(body.ljust(15_001)))[0] == 413
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_refused_body_does_not_stay(stream: bool) -> None:
+    """Its bytes are given back to the budget, so they have to be free by then, and not when garbage is next looked
+    for: hundreds of megabytes of broken pictures stayed that way."""
+
+    def bodies() -> int:
+        return sum(isinstance(one, ChatRequest) for one in gc.get_objects())
+
+    broken = image("data:image/png;base64," + "A" * 100_001)
+    async with serving(ScriptedBackend()) as served:
+        gc.collect()
+        before = bodies()
+        gc.disable()
+        try:
+            for _ in range(3):
+                status, _, _ = await served.post({"model": MODEL, "messages": asking(broken, broken), "stream": stream})
+                assert status == 400
+            async with served.session.get("/live"):
+                assert bodies() <= before
+        finally:
+            gc.enable()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
 import aiohttp
@@ -13,11 +13,24 @@ import openai
 import pytest
 from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
-from http_fakes import HELLO, MODEL, ScriptedBackend, Served, answer, asking, image, media_host, png, says, serving
+from http_fakes import (
+    HELLO,
+    MODEL,
+    Call,
+    ScriptedBackend,
+    Served,
+    answer,
+    asking,
+    image,
+    media_host,
+    png,
+    says,
+    serving,
+)
 
 from aiodisagg.api import chat
 from aiodisagg.engine.types import Delta
-from aiodisagg.errors import EncodeFailed, InvalidRequest, NoEncodePeer, Overloaded
+from aiodisagg.errors import EncodeFailed, EngineError, InvalidRequest, NoEncodePeer, Overloaded
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -129,6 +142,21 @@ async def test_what_fails_after_a_comment_is_an_event(
         assert caught.value.code == code
         async with served.session.get("/metrics") as metrics:
             assert 'status="200"' not in await metrics.text()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_log_of_an_internal_error_has_its_cause(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(call: Call) -> AsyncGenerator[Delta, None]:
+        try:
+            raise OSError("the disk is full")
+        except OSError as error:
+            raise EngineError(call.request_id, "its step failed") from error
+        yield Delta("", ())
+
+    async with serving(ScriptedBackend(broken)) as served:
+        status, body, _ = await served.post({**BODY, "stream": stream})
+    assert status == 500 and body["error"]["code"] == "internal_error"
+    assert "OSError: the disk is full" in caplog.text
 
 
 async def test_a_client_that_takes_no_comment_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
