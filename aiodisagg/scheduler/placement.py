@@ -245,13 +245,13 @@ class _Queues:
     def put(self, index: int, digest: str, service: Service) -> None:
         holding, (prepare_s, tower_s, transfer_s, there_s) = self._holding.setdefault(digest, {}), self._ahead[index]
         held_s = holding.get(index)
-        ready_s, finish_s = finish(service, self._ahead[index], held_s)
+        ready_s = finish(service, self._ahead[index], held_s)[0]
         if held_s is None:
             prepare_s += service.prepare_s / self._peers[index].costs.prepare_threads
             tower_s = ready_s
         if service.transfer_s:
             transfer_s = max(ready_s, transfer_s) + service.transfer_s
-            there_s = there_s if held_s is None else finish_s
+            there_s += 0.0 if held_s is None else service.transfer_s  # before rows exist the link is free for others
         self._ahead[index] = Backlog(prepare_s, tower_s, transfer_s, there_s)
         holding[index] = ready_s
 

@@ -100,6 +100,13 @@ def test_rows_that_exist_wait_for_those_that_do_and_not_for_what_is_still_to_be_
     assert (round(first.finish_s, 3), round(second.finish_s, 3)) == (0.5, 1.0), "one after the other"
 
 
+def test_rows_that_exist_do_not_wait_for_those_of_the_same_request_that_are_being_made() -> None:
+    """They were encoded a second time elsewhere, as if the link were busy until the others are here."""
+    both = PeerView("a", PeerCosts(UNIT), holding={"v": 3.0, "w": 0.0})
+    found = place_together([item("v"), item("w")], [both, peer("b")])
+    assert [(one.peer, one.held) for one in found] == [("a", True), ("a", True)]
+
+
 def test_a_request_of_hundreds_of_pictures_tries_few_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand pictures, sixty-four peers and an own tower: eight orders kept the loop for two seconds."""
     tried: Mock = Mock(side_effect=module._assign)
