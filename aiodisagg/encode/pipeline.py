@@ -206,7 +206,7 @@ class EncodePipeline:
             claim, alone = entry.claim, entry.alone
             if entry.end is None:
                 self._tower.add(job.digest, claim, outcome, job.rows, alone=alone)
-            if entry.end is not None:  # cancelled, perhaps in this very moment
+            if entry.end is not None and self._jobs.get(job.digest) is entry:  # cancelled, perhaps in this very moment
                 self._tower.cancel(job.digest)
             self._on_loop(self._prepared, entry, claim, alone)
         else:

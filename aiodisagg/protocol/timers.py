@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -57,9 +56,6 @@ class Timers(Generic[K]):
 
     def __len__(self) -> int:
         return len(self._armed)
-
-    def __iter__(self) -> Iterator[K]:
-        return iter(self._armed)
 
     def __contains__(self, key: object) -> bool:
         return key in self._armed

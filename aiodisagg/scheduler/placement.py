@@ -220,7 +220,7 @@ class _Queues:
                 self._holding.setdefault(digest, {})[index] = held_s
 
     def best(self, digest: str, services: Sequence[Service], unsure_s: Sequence[float], without: int) -> int:
-        """The index of the peer where the item is complete first. ``without``: not of this one."""
+        """The index of the peer where the item is complete first. ``without``: which is not to encode it."""
         holding, least_s, best = self._holding.get(digest, {}), math.inf, -1
         for index, (prepare_s, tower_s, transfer_s) in enumerate(services):  # ``finish``, written out, as of most items
             prepare_ahead_s, tower_ahead_s, transfer_ahead_s, _ = self._ahead[index]
@@ -229,11 +229,10 @@ class _Queues:
             end_s = (end_s if end_s > transfer_ahead_s else transfer_ahead_s) + transfer_s + unsure_s[index]
             if end_s < least_s and index != without and index not in holding:
                 least_s, best = end_s, index
-        holders = [index for index in holding if index != without]
-        if not holders:
+        if not holding:
             return best
-        found = {index: self._at(index, digest, services[index]) for index in holders}
-        holder = min(holders, key=lambda index: (found[index].finish_s + unsure_s[index], index))
+        found = {index: self._at(index, digest, services[index]) for index in holding}
+        holder = min(holding, key=lambda index: (found[index].finish_s + unsure_s[index], index))
         other = self._at(best, digest, services[best]) if best >= 0 else None
         return holder if other is None or _is_worth_it(found[holder], other) else best
 
@@ -245,13 +244,13 @@ class _Queues:
     def put(self, index: int, digest: str, service: Service) -> None:
         holding, (prepare_s, tower_s, transfer_s, there_s) = self._holding.setdefault(digest, {}), self._ahead[index]
         held_s = holding.get(index)
-        ready_s, finish_s = finish(service, self._ahead[index], held_s)
+        ready_s = finish(service, self._ahead[index], held_s)[0]
         if held_s is None:
             prepare_s += service.prepare_s / self._peers[index].costs.prepare_threads
             tower_s = ready_s
         if service.transfer_s:
             transfer_s = max(ready_s, transfer_s) + service.transfer_s
-            there_s = there_s if held_s is None else finish_s
+            there_s += 0.0 if held_s is None else service.transfer_s  # before rows exist the link is free for others
         self._ahead[index] = Backlog(prepare_s, tower_s, transfer_s, there_s)
         holding[index] = ready_s
 
@@ -267,7 +266,7 @@ def _assign(
     unsure_s: Sequence[float], bounded: int = -1, most: int = 0,
 ) -> list[int]:  # fmt: skip
     """For each item the index of its peer, chosen one after the other in ``order``. ``unsure_s``: added to what each
-    peer is predicted to take. The one at ``bounded`` gets no more than ``most``."""
+    peer is predicted to take. The one at ``bounded`` encodes nothing once it has ``most``."""
     queues, chosen = _Queues(peers), [-1] * len(wanted)
     for i in order:
         digest = wanted[i].digest

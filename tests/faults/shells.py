@@ -129,7 +129,7 @@ class Words:
             "revoking": rows._revoking,
             "unplaced": rows.unplaced,
             "errands": placing.errands,
-            "hedges": [*placing.hedges._due, *placing.hedges._hedged],
+            "hedges": [*placing.hedges._due._armed, *placing.hedges._hedged],
             "complaints": placing._complaints._open,
             "wanted": sharing._wanted,
             "fans": sharing._fans,

@@ -59,6 +59,14 @@ def test_a_word_of_one_item_looks_at_its_own_blocks(monkeypatch: pytest.MonkeyPa
     assert looked < 5
 
 
+def test_a_line_asks_of_each_peer_once_and_not_of_each_item() -> None:
+    line, may = Line(), Mock(side_effect=lambda peer: peer == "B")
+    for room in range(MANY):
+        line.add(ms.ItemKey(room, 0), "A")
+    line.add(ms.ItemKey(MANY, 0), "B")
+    assert line.first(may) == ms.ItemKey(MANY, 0) and may.call_count <= 3
+
+
 Step = tuple[str, int, str]
 
 

@@ -100,6 +100,13 @@ def test_rows_that_exist_wait_for_those_that_do_and_not_for_what_is_still_to_be_
     assert (round(first.finish_s, 3), round(second.finish_s, 3)) == (0.5, 1.0), "one after the other"
 
 
+def test_rows_that_exist_do_not_wait_for_those_of_the_same_request_that_are_being_made() -> None:
+    """They were encoded a second time elsewhere, as if the link were busy until the others are here."""
+    both = PeerView("a", PeerCosts(UNIT), holding={"v": 3.0, "w": 0.0})
+    found = place_together([item("v"), item("w")], [both, peer("b")])
+    assert [(one.peer, one.held) for one in found] == [("a", True), ("a", True)]
+
+
 def test_a_request_of_hundreds_of_pictures_tries_few_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand pictures, sixty-four peers and an own tower: eight orders kept the loop for two seconds."""
     tried: Mock = Mock(side_effect=module._assign)
@@ -163,6 +170,14 @@ def test_the_device_that_computes_the_prompt_encodes_less_of_it() -> None:
     assert round(computed_s(wanted, elsewhere, own="a", step_s=0.1), 3) == 13.2
 
 
+def test_what_the_own_tower_has_is_taken_from_there_however_little_it_encodes() -> None:
+    """It counted as its share, and others encoded a second time what was here already."""
+    both = [peer("a", v=0.0, y=0.0), peer("b", v=0.0)]
+    wanted = [item("v", 1, 2.0), item("y", 2, 5.0), item("q", 4, 1.0)]
+    found = place_together(wanted, both, own="a", step_s=0.1)
+    assert [(one.peer, one.held) for one in found] == [("a", True), ("a", True), ("b", False)]
+
+
 def test_equal_shares_where_computing_is_nothing_or_the_other_is_busy() -> None:
     quick = place_together([item(name, 2, 0.01) for name in "wxyz"], [peer("a"), peer("b")], own="a", step_s=0.1)
     assert [one.peer for one in quick] == ["a", "b", "a", "b"]
@@ -195,12 +210,12 @@ few = settings(max_examples=40)
 
 
 @few
-@given(wanteds, views)
-def test_single_flight(wanted: list[Wanted], peers: list[PeerView]) -> None:
+@given(wanteds, views, st.sampled_from(["", *"abc"]))
+def test_single_flight(wanted: list[Wanted], peers: list[PeerView], own: str) -> None:
     """Of each digest at most one item is encoded, and none if a usable peer has it."""
     best = min(view.standing for view in peers)
     usable = [view for view in peers if view.standing == best]
-    found = place_together(wanted, peers)
+    found = place_together(wanted, peers, own=own, step_s=0.1)
     assert len(found) == len(wanted) and {one.peer for one in found} <= {view.peer for view in usable}
     for digest in {entry.digest for entry in wanted}:
         encoded = [p for entry, p in zip(wanted, found, strict=True) if entry.digest == digest and not p.held]
