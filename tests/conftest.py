@@ -77,6 +77,15 @@ def _small_heap() -> None:
 
 
 @pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Garbage in cycles stays where it is."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
 def no_leaks(_small_heap: None) -> Iterator[None]:
     """Fails a test that leaves threads, descriptors or shared memory behind."""
     gc.collect()

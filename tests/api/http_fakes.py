@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import pytest
 from aiohttp import web
+from aiohttp.base_protocol import BaseProtocol
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from PIL import Image
 
@@ -218,3 +220,15 @@ async def media_host(
         yield f"http://{host}:{runner.addresses[0][1]}", asked
     finally:
         await runner.cleanup()
+
+
+def full_writes(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Is set once a connection of a server has to wait for its client to read."""
+    full, pause = asyncio.Event(), BaseProtocol.pause_writing
+
+    def pause_writing(self: BaseProtocol) -> None:
+        full.set()
+        pause(self)
+
+    monkeypatch.setattr(BaseProtocol, "pause_writing", pause_writing)
+    return full

@@ -12,7 +12,6 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from aiohttp.base_protocol import BaseProtocol
 from http_fakes import (
     HELLO,
     MODEL,
@@ -22,6 +21,7 @@ from http_fakes import (
     answer,
     asking,
     forever,
+    full_writes,
     image,
     media_host,
     serving,
@@ -115,14 +115,7 @@ async def test_a_client_that_does_not_read_holds_the_backend_back_and_is_cut(cap
 
 
 async def test_a_client_that_does_not_read_the_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    full = asyncio.Event()
-    pause = BaseProtocol.pause_writing
-
-    def pause_writing(self: BaseProtocol) -> None:
-        full.set()
-        pause(self)
-
-    monkeypatch.setattr(BaseProtocol, "pause_writing", pause_writing)
+    full = full_writes(monkeypatch)
 
     async def until_full(call: Call) -> AsyncGenerator[Delta, None]:
         while not full.is_set():

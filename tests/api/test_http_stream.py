@@ -12,7 +12,6 @@ import aiohttp
 import openai
 import pytest
 from aiohttp import web
-from aiohttp.base_protocol import BaseProtocol
 from http_fakes import (
     HELLO,
     MODEL,
@@ -21,6 +20,7 @@ from http_fakes import (
     Served,
     answer,
     asking,
+    full_writes,
     image,
     media_host,
     png,
@@ -177,14 +177,7 @@ async def test_a_client_that_takes_no_comment_is_cut(monkeypatch: pytest.MonkeyP
 async def test_a_comment_does_not_break_an_event_that_is_being_taken(
     skip: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = asyncio.Event()
-    pause = BaseProtocol.pause_writing
-
-    def pause_writing(self: BaseProtocol) -> None:
-        full.set()
-        pause(self)
-
-    monkeypatch.setattr(BaseProtocol, "pause_writing", pause_writing)
+    full = full_writes(monkeypatch)
     async with serving(ScriptedBackend(answer("x" * 20_000_000, "end"))) as served:
         reader, writer = await served.connect(stream=True)
         await full.wait()

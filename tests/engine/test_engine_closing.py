@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import gc
 import threading
 import weakref
-from collections.abc import Iterator
 
 import pytest
 from test_device_runner import again, interpreted
@@ -17,14 +15,6 @@ from aiodisagg.engine.batch import Runner
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 async def test_a_closed_engine_keeps_neither_pages_nor_model(no_collector: None) -> None:

@@ -19,6 +19,12 @@ from tests.services.system import PATIENCE_S
 pytestmark = pytest.mark.anyio
 
 
+def receiver(folder: Path) -> RowReceiver:
+    config = LanguageConfig(model=folder, transports=("memory",), pool_bytes=1 << 20)
+    synthetic = synthetic_model(hidden_size=16, levels=3)
+    return RowReceiver(config, synthetic, name="rows", deliver=lambda *_: None, ended=lambda *_: None)
+
+
 async def test_a_pool_that_is_made_while_entering_is_cancelled_is_closed(
     tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,10 +39,7 @@ async def test_a_pool_that_is_made_while_entering_is_cancelled_is_closed(
             made.append(self)
 
     monkeypatch.setattr(rows, "RowMemory", Slow)
-    config = LanguageConfig(model=tmp_path, transports=("memory",), pool_bytes=1 << 20)
-    synthetic = synthetic_model(hidden_size=16, levels=3)
-    receiver = RowReceiver(config, synthetic, name="rows", deliver=lambda *_: None, ended=lambda *_: None)
-    entering = asyncio.create_task(receiver.__aenter__())
+    entering = asyncio.create_task(receiver(tmp_path).__aenter__())
     await asyncio.to_thread(begun.wait, PATIENCE_S)
     entering.cancel()
     await asyncio.sleep(0)
@@ -63,10 +66,7 @@ async def test_so_is_one_of_who_is_cancelled_again_while_it_is_made(
             closed.set()
 
     monkeypatch.setattr(rows, "RowMemory", Slow)
-    config = LanguageConfig(model=tmp_path, transports=("memory",), pool_bytes=1 << 20)
-    synthetic = synthetic_model(hidden_size=16, levels=3)
-    receiver = RowReceiver(config, synthetic, name="rows", deliver=lambda *_: None, ended=lambda *_: None)
-    entering = asyncio.create_task(receiver.__aenter__())
+    entering = asyncio.create_task(receiver(tmp_path).__aenter__())
     await asyncio.to_thread(begun.wait, PATIENCE_S)
     while not entering.done():
         entering.cancel()

@@ -4,10 +4,8 @@ garbage for it. A GPU had 55 GiB of KV pages, weights and graphs taken until som
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,6 @@ from tests.models.halves import chat, png
 from tests.services.system import PATIENCE_S, encode_config, language_config
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 async def test_a_service_that_was_left_keeps_neither_pages_nor_weights(
