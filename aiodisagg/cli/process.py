@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import ctypes
 import json
 import logging
@@ -129,9 +130,17 @@ def say(line: str, *, err: bool = False) -> None:
         click.echo(line, err=err)
     except OSError as error:
         logger.warning("%s (stdout or stderr cannot be written: %s)", line, error.strerror)
-        if not err:  # what is left in its buffer would fail at the end once more, and change the exit code
+        _drop_what_cannot_be_written()
+
+
+def _drop_what_cannot_be_written() -> None:
+    """What is left in a stream's buffer would fail once more at the end, and change the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when the process started
+        try:
+            stream.flush()
+        except OSError:
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
+            os.dup2(null, stream.fileno())
             os.close(null)
 
 
@@ -213,6 +222,7 @@ def hold_standard_streams() -> None:
 def begin(name: str, verbose: int, parent: int | None) -> None:
     """The first thing a long-running process does."""
     hold_standard_streams()
+    atexit.register(_drop_what_cannot_be_written)  # of log lines, too
     setup_logging(verbose, name)
     raise_file_limit()
     if parent is not None:

@@ -123,7 +123,8 @@ async def test_a_refused_body_does_not_stay(stream: bool) -> None:
             for _ in range(3):
                 status, _, _ = await served.post({"model": MODEL, "messages": asking(broken, broken), "stream": stream})
                 assert status == 400
-            async with served.session.get("/live"):
-                assert bodies() <= before
+            async with asyncio.timeout(10):  # the last handler may still be on its way out
+                while bodies() > before:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
         finally:
             gc.enable()

@@ -9,10 +9,13 @@ from click.testing import CliRunner
 
 from aiodisagg.bench.distributions import Ranges, exactly
 from aiodisagg.bench.mixes import named_mix
+from aiodisagg.bench.reuse import ReuseOptions
+from aiodisagg.bench.shapes import Setting
 from aiodisagg.bench.workload import Tenant
 from aiodisagg.cli import main
 from aiodisagg.cli.bench_serve import mix_of
 from aiodisagg.cli.measuring import progress
+from aiodisagg.errors import ConfigError
 
 SERVE = ("serve", "--url", "http://127.0.0.1:9")
 
@@ -62,6 +65,11 @@ def test_what_cannot_be_measured(arguments: tuple[str, ...], said: str) -> None:
     found = CliRunner().invoke(main, ["bench", *arguments])
     assert found.exit_code == 1 and isinstance(found.exception, SystemExit)
     assert said in found.output, found.output
+
+
+def test_reuse_of_no_pool_is_refused_before_anything_is_started() -> None:
+    with pytest.raises(ConfigError, match="pool: reuse needs a pool"):
+        ReuseOptions(setting=Setting(model=""), pool=-1)
 
 
 def test_a_mix_as_the_user_changed_it() -> None:

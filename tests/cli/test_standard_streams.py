@@ -35,11 +35,12 @@ def test_a_server_serves_and_ends_well(streams: str) -> None:
     """It ended with a traceback when it was ready, or was aborted by libuv at the end of the first connection, whose
     socket had got the number of stdout."""
     read, unread = os.pipe()
+    usual = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     os.close(read)
     shell = f'exec 9>&1; exec "$@" {streams.format(unread=unread)}'
     with subprocess.Popen(
         ["bash", "-c", shell, "-", sys.executable, "-c", SERVES], pass_fds=[unread],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=usual,
     ) as process:  # fmt: skip
         os.close(unread)
         assert process.stdout is not None and process.stderr is not None
